@@ -1,0 +1,245 @@
+"""A small LLaDA-like masked-diffusion language model.
+
+The network is a bidirectional pre-norm transformer: RMSNorm, rotary positions, SwiGLU, no biases, one
+embedding and one output projection. It is a stand-in for an 8-billion-parameter model on a laptop: the
+attention call, the mask token and the padding mask look exactly as they do in the large models, so that
+every part of the decoder meets the same shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["TinyMaskedLM", "TinyMaskedLMConfig", "load_weights", "save_weights"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyMaskedLMConfig:
+    """Sizes of a `TinyMaskedLM`.
+
+    Attributes
+    ----------
+    vocab_size
+        Number of token ids, the mask token included.
+    mask_token_id
+        The id that stands for "not yet decided". It is read, never predicted.
+    hidden_size, num_layers, num_heads, ffn_size
+        Width, depth, attention heads (each `hidden_size / num_heads` wide) and SwiGLU width.
+    rope_base
+        Base of the geometric ladder of rotary frequencies.
+    norm_eps
+        Added to the mean square inside every RMSNorm.
+    """
+
+    vocab_size: int
+    mask_token_id: int
+    hidden_size: int = 96
+    num_layers: int = 4
+    num_heads: int = 4
+    ffn_size: int = 192
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}"
+            )
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 2 * num_heads "
+                f"({2 * self.num_heads}): rotary positions pair up the channels of a head"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class _RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def _rotate(
+    x: Tensor,  # [B, H, T, D]
+    cos: Tensor,  # [T, D / 2]
+    sin: Tensor,  # [T, D / 2]
+) -> Tensor:
+    """Turn channel pairs (c, c + D/2) by the angle of their position."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: TinyMaskedLMConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+        # Angles are float32 whatever q and k are; the product goes back to the dtype of v.
+        q = _rotate(q, cos, sin).to(v.dtype)
+        k = _rotate(k, cos, sin).to(v.dtype)
+        # Looked up on the module at every call: attention capture replaces this very attribute.
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        if attn_mask is not None:
+            # A sequence without a single real key: some backends answer NaN, the house answers 0.
+            y = y.masked_fill(~attn_mask.any(dim=-1, keepdim=True), 0.0)
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class _SwiGLU(nn.Module):
+    def __init__(self, config: TinyMaskedLMConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_size, bias=False)
+        self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class _Block(nn.Module):
+    def __init__(self, config: TinyMaskedLMConfig) -> None:
+        super().__init__()
+        self.attention_norm = _RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = _Attention(config)
+        self.ffn_norm = _RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = _SwiGLU(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attn_mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attn_mask)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class TinyMaskedLM(nn.Module):
+    """Bidirectional masked-diffusion language model.
+
+    Parameters
+    ----------
+    config
+        Sizes; kept as the attribute `config`. `mask_token_id` is repeated as an attribute.
+
+    Notes
+    -----
+    Logits are not shifted: row `j` predicts the token at position `j`. Positions enter only through
+    rotary differences, so padding on either side leaves the logits of the real tokens as they are
+    (up to rounding).
+    """
+
+    inverse_frequency: Tensor  # [D / 2]
+    is_mask_token: Tensor  # [V] bool
+
+    def __init__(self, config: TinyMaskedLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mask_token_id = config.mask_token_id
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.final_norm = _RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        self.register_buffer("inverse_frequency", config.rope_base**-exponent, persistent=False)
+        is_mask_token = torch.arange(config.vocab_size) == config.mask_token_id
+        self.register_buffer("is_mask_token", is_mask_token, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Fan-in scaling inside the blocks, small vocabulary tables, residual branches damped by depth."""
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        damping = 1.0 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.dim() == 2:
+                std = parameter.shape[1] ** -0.5
+                ends_branch = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                nn.init.normal_(parameter, std=std * damping if ends_branch else std)
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, T] int64
+        attention_mask: Tensor | None = None,  # [B, T] bool
+    ) -> Tensor:  # [B, T, V] float32
+        """Predict every position at once.
+
+        Parameters
+        ----------
+        tokens
+            Token ids, `mask_token_id` where nothing is decided yet.
+        attention_mask
+            True at real tokens, False at padding; None where there is no padding. Padding is never
+            attended to. The logits at padding positions, and in sequences that are padding only, are
+            finite and mean nothing.
+
+        Returns
+        -------
+        Tensor
+            Logits; those of the mask token are -inf.
+        """
+        length = tokens.shape[1]
+        x = self.embedding(tokens)
+        position = torch.arange(length, device=x.device, dtype=torch.float32)
+        angle = torch.outer(position, self.inverse_frequency.float())
+        cos, sin = angle.cos(), angle.sin()
+        attn_mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, cos, sin, attn_mask)
+        logits = self.head(self.final_norm(x)).float()
+        return logits.masked_fill(self.is_mask_token, float("-inf"))
+
+
+def save_weights(
+    model: TinyMaskedLM, path: str | Path, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write the model to `path` as float16 safetensors.
+
+    The configuration goes into the file's metadata as JSON under `config`; `notes` adds free text
+    entries beside it.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: value.detach().to("cpu", torch.float16).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    config = json.dumps(dataclasses.asdict(model.config), sort_keys=True)
+    save_file(tensors, str(path), metadata={**(notes or {}), "config": config})
+
+
+def load_weights(path: str | Path) -> TinyMaskedLM:
+    """Read a model that `save_weights` wrote: float32 parameters, evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If the file has no `config` entry in its metadata.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise ValueError(f"{path} holds no 'config' metadata: not written by save_weights")
+        model = TinyMaskedLM(TinyMaskedLMConfig(**json.loads(metadata["config"])))
+        model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+    return model.eval()

@@ -1,0 +1,297 @@
+"""Train and evaluate the bundled models.
+
+    python -m attn_sampler.bundled.train sudoku --out sudoku.safetensors
+    python -m attn_sampler.bundled.train sudoku --evaluate sudoku.safetensors
+
+The objective is LLaDA's: each sequence draws a masking rate t from (0, 1], each of its answer positions is
+blanked with probability t, and the cross-entropy at the blanks is weighted by 1 / t, which bounds the
+negative log-likelihood per answer token. Matrices inside the blocks are trained by Muon, everything else
+by AdamW; the learning rate warms up, stays, and decays linearly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import TASKS, load_task
+from .model import TinyMaskedLM, TinyMaskedLMConfig, load_weights, save_weights
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .tasks import Task
+
+__all__ = ["RECIPES", "Recipe", "Score", "decode_by_confidence", "evaluate", "masked_loss", "train"]
+
+MIN_MASKING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train.
+
+    Attributes
+    ----------
+    steps, batch_size, seed
+        Number of updates, sequences per update, and the seed of weights, data and masks.
+    muon_lr, muon_weight_decay, adamw_lr
+        Peak learning rates and Muon's weight decay (AdamW decays nothing).
+    warmup_steps, decay_fraction
+        Linear warm-up, and the part of all steps spent in the linear decay to zero at the end.
+    max_grad_norm
+        Gradients are clipped to this global norm.
+    """
+
+    steps: int
+    batch_size: int = 128
+    seed: int = 0
+    muon_lr: float = 0.02
+    muon_weight_decay: float = 0.01
+    adamw_lr: float = 2e-3
+    warmup_steps: int = 100
+    decay_fraction: float = 0.4
+    max_grad_norm: float = 1.0
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Part of the peak learning rate at `step` (counted from 0)."""
+        warmup = (step + 1) / max(1, self.warmup_steps)
+        decay = (self.steps - step) / max(1.0, self.decay_fraction * self.steps)
+        return min(1.0, warmup, decay)
+
+
+RECIPES = {
+    "sudoku": Recipe(steps=14000),
+    "addition": Recipe(steps=8000),
+}
+
+
+def masked_loss(
+    model: Callable[[Tensor], Tensor],
+    tokens: Tensor,  # [B, L] int64
+    answer: Tensor,  # [B, L] bool
+    mask_token_id: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """LLaDA's training loss in nats per answer token, one draw of masks.
+
+    The masking rates of a batch are the B points of one randomly shifted regular grid on (0, 1]: each
+    is uniform, and together they cover the range evenly, which lowers the variance of the sum.
+    """
+    batch = tokens.shape[0]
+    shift = torch.rand(1, generator=generator)
+    rate = (torch.arange(batch) + shift) / batch  # [B]
+    rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * rate
+    blank = answer & (torch.rand(tokens.shape, generator=generator) < rate[:, None])
+    logits = model(tokens.masked_fill(blank, mask_token_id))
+    nats = F.cross_entropy(logits[blank], tokens[blank], reduction="none")
+    weight = 1 / (rate * answer.sum(dim=1))  # [B]
+    return (nats * weight[:, None].expand_as(blank)[blank]).sum() / batch
+
+
+def train(
+    task: Task,
+    recipe: Recipe,
+    config: TinyMaskedLMConfig | None = None,
+    compile_model: bool = False,
+    report: Callable[[int, float], None] | None = None,
+) -> TinyMaskedLM:
+    """Train a model from scratch on the training side of the task's split.
+
+    Parameters
+    ----------
+    task, recipe
+        What to learn, and how.
+    config
+        Sizes of the model; by default those of the bundled models.
+    compile_model
+        Run the forward and backward passes through `torch.compile` (needs a C++ compiler).
+    report
+        Called after every step with the step (from 0) and its loss.
+
+    Returns
+    -------
+    TinyMaskedLM
+        In evaluation mode, float32.
+    """
+    torch.manual_seed(recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    model = TinyMaskedLM(config or TinyMaskedLMConfig(task.vocab_size, task.mask_token_id))
+    parameters = list(model.parameters())
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    in_matrices = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in in_matrices]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.muon_weight_decay
+        ),
+        torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    forward: Callable[[Tensor], Tensor] = torch.compile(model) if compile_model else model
+    model.train()
+    for step in range(recipe.steps):
+        factor = recipe.learning_rate_factor(step)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        tokens, answer = task.sample(recipe.batch_size, rng, held_out=False)
+        loss = masked_loss(
+            forward,
+            torch.from_numpy(tokens),
+            torch.from_numpy(answer),
+            task.mask_token_id,
+            generator,
+        )
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        if report is not None:
+            report(step, loss.item())
+    return model.eval()
+
+
+@torch.no_grad()
+def decode_by_confidence(model: TinyMaskedLM, prompt: Tensor) -> Tensor:
+    """Fill the blanks one per forward pass, the one with the largest top-1 probability first.
+
+    Parameters
+    ----------
+    prompt
+        int64 [B, L] with the model's mask token at the blanks; rows may have different numbers of blanks.
+
+    Returns
+    -------
+    Tensor
+        int64 [B, L] without blanks.
+    """
+    tokens = prompt.clone()
+    row = torch.arange(len(tokens))
+    while True:
+        blank = tokens[row] == model.mask_token_id
+        unfinished = blank.any(dim=1)
+        row, blank = row[unfinished], blank[unfinished]
+        if not len(row):
+            return tokens
+        confidence, token = model(tokens[row]).softmax(dim=-1).max(dim=-1)
+        position = confidence.masked_fill(~blank, -1.0).argmax(dim=1)
+        tokens[row, position] = token[torch.arange(len(row)), position]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Solved problems out of all, with Wilson's 95 % interval of the rate."""
+
+    solved: int
+    total: int
+
+    @property
+    def rate(self) -> float:
+        """Solved part, 0 to 1."""
+        return self.solved / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's score interval at 95 %."""
+        z, n, p = 1.959964, self.total, self.rate
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return centre - half, centre + half
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.solved}/{self.total} = {self.rate:.1%} (95 % interval {low:.1%} to {high:.1%})"
+
+
+def evaluate(
+    model: TinyMaskedLM, task: Task, prompt: NDArray[np.int64], batch_size: int = 500
+) -> Score:
+    """Solve problems by `decode_by_confidence` and judge them by the task's rules.
+
+    Parameters
+    ----------
+    prompt
+        int64 [n, L], for example the first array that `task.problems` returns. At least one problem.
+    """
+    answers = [
+        decode_by_confidence(model, torch.from_numpy(prompt[start : start + batch_size])).numpy()
+        for start in range(0, len(prompt), batch_size)
+    ]
+    solved = task.check(np.concatenate(answers), prompt)
+    return Score(int(solved.sum()), len(prompt))
+
+
+def _evaluate_all(model: TinyMaskedLM, task: Task, n: int, seed: int) -> None:
+    from .tasks import Addition
+
+    prompts = {"held-out": task.problems(n, seed=seed)[0]}
+    if isinstance(task, Addition):
+        prompts = {
+            f"held-out, {blank} blank": task.problems(n, seed=seed, blank=blank)[0]
+            for blank in ("sum", "first", "second")
+        }
+    for title, prompt in prompts.items():
+        start = time.perf_counter()
+        score = evaluate(model, task, prompt)
+        print(f"{task.name} {title}: {score}, {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(
+        prog="python -m attn_sampler.bundled.train", description="Train or evaluate a bundled model."
+    )
+    parser.add_argument("task", choices=TASKS)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--out", type=Path, help="train, and write float16 safetensors here")
+    action.add_argument("--evaluate", type=Path, metavar="FILE", help="score this file's model")
+    parser.add_argument("--steps", type=int, help="updates (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training, or of the problems")
+    parser.add_argument("--compile", action="store_true", help="train through torch.compile")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--problems", type=int, default=500, help="for the score (default: 500)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    task = load_task(options.task)
+    if options.out is not None:
+        recipe = dataclasses.replace(RECIPES[options.task], seed=options.seed)
+        if options.steps is not None:
+            recipe = dataclasses.replace(recipe, steps=options.steps)
+        cpu_start, wall_start = time.process_time(), time.perf_counter()
+        window: list[float] = []
+
+        def report(step: int, loss: float) -> None:
+            window.append(loss)
+            if len(window) == 200 or step + 1 == recipe.steps:
+                print(
+                    f"step {step + 1}/{recipe.steps}  mean loss {sum(window) / len(window):.4f}  "
+                    f"cpu {time.process_time() - cpu_start:.0f} s  "
+                    f"wall {time.perf_counter() - wall_start:.0f} s",
+                    flush=True,
+                )
+                window.clear()
+
+        model = train(task, recipe, compile_model=options.compile, report=report)
+        save_weights(
+            model, options.out, {"task": task.name, "recipe": str(dataclasses.asdict(recipe))}
+        )
+    # From the file in both cases: the score is that of the rounded weights.
+    _evaluate_all(load_weights(options.evaluate or options.out), task, options.problems, options.seed)
+
+
+if __name__ == "__main__":
+    main()

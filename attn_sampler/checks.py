@@ -1,0 +1,145 @@
+"""What the public functions refuse, and in which words.
+
+Every check names the argument, what was given and what is accepted, and runs before anything is
+written. Shapes are checked with plain comparisons so that torch.compile can trace them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(
+    name: str,
+    value: object,
+    shape: str,
+    dtypes: Sequence[torch.dtype],
+    *,
+    like: Tensor | None = None,
+) -> Tensor:
+    """A tensor of the rank that ``shape`` spells (as in "[B, C]"), of one of the dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.dim() != shape.count(",") + 1:
+        raise ValueError(
+            f"{name}: expected a {shape.count(',') + 1}-dimensional tensor {shape}, "
+            f"got shape {list(value.shape)}"
+        )
+    if value.dtype not in dtypes:
+        accepted = ", ".join(_dtype_name(d) for d in dtypes)
+        raise ValueError(f"{name}: expected dtype {accepted}, got {_dtype_name(value.dtype)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(
+            f"{name}: expected a tensor on {like.device} as the others, got one on {value.device}"
+        )
+    return value
+
+
+def shape(name: str, value: Tensor, axes: str, expected: Sequence[int]) -> None:
+    """The exact shape, whose axes are spelled as in "[B, C]"."""
+    if len(value.shape) != len(expected) or any(
+        a != b for a, b in zip(value.shape, expected, strict=True)
+    ):
+        raise ValueError(
+            f"{name}: expected shape {axes} = {list(expected)}, got {list(value.shape)}"
+        )
+
+
+def optional(
+    name: str,
+    value: Tensor | None,
+    axes: str,
+    expected: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    like: Tensor,
+) -> None:
+    """None, or a tensor of this shape and dtype on the same device."""
+    if value is not None:
+        tensor(name, value, axes, dtypes, like=like)
+        shape(name, value, axes, expected)
+
+
+def choice(name: str, value: object, accepted: Sequence[str]) -> None:
+    """One of a few words."""
+    if value not in accepted:
+        raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def span(name: str, value: slice | None, length: int, what: str) -> tuple[int, int]:
+    """The bounds of a non-empty slice of step 1 inside [0, length); all of it for None."""
+    if value is None:
+        start, stop = 0, length
+    elif not isinstance(value, slice):
+        raise TypeError(f"{name}: expected a slice of {what}, got {type(value).__name__}")
+    elif value.step not in (None, 1):
+        raise ValueError(f"{name}: expected a slice of step 1, got step {value.step}")
+    else:
+        start = 0 if value.start is None else value.start
+        stop = length if value.stop is None else value.stop
+        start = start + length if start < 0 else start
+        stop = stop + length if stop < 0 else stop
+        if start < 0 or stop > length:
+            raise ValueError(f"{name}: {value} reaches outside the {length} {what}")
+    if start >= stop:
+        raise ValueError(
+            f"{name}: expected at least one of the {length} {what}, got an empty range {value}"
+        )
+    return start, stop
+
+
+def unit_interval(name: str, value: object) -> float:
+    """A number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    return float(value)
+
+
+def non_negative(name: str, value: object) -> float:
+    """A finite number, zero or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
+    if not (value >= 0.0 and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return float(value)
+
+
+def integer(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """An integer in [low, high)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if (low is not None and value < low) or (high is not None and value >= high):
+        lower = "-inf" if low is None else low
+        upper = "inf" if high is None else high
+        raise ValueError(f"{name}: expected an integer in [{lower}, {upper}), got {value}")
+    return value  # type: ignore[return-value]
+
+
+def accumulator(name: str, value: Tensor, axes: str, expected: Sequence[int], like: Tensor) -> None:
+    """A float32 tensor that results can be added into."""
+    tensor(name, value, axes, (torch.float32,), like=like)
+    shape(name, value, axes, expected)
+    if any(n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: expected a tensor whose elements are apart in memory, "
+            f"got an expanded one with strides {list(value.stride())}"
+        )
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that does not require a gradient")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,318 @@
+"""The specification, as plain PyTorch: every backend is tested against this file.
+
+It materialises whatever it needs, on any device and for any floating dtype. Arithmetic is float64 for
+float64 inputs and float32 for all others, and so are the results. Nothing is validated here;
+``attn_sampler.functional`` does that.
+
+Shapes: B sequences, Hq query heads, Hkv key heads, M query rows, N keys, D head dimension, C candidate
+columns, R rows of a map, V vocabulary, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_INF = math.inf
+
+
+class StepResult(NamedTuple):
+    """What one decoding step saw and did, for the C positions of the block."""
+
+    tokens: Tensor  # [B, T] int64, the tensor that was given, updated in place
+    token_ids: Tensor  # [B, C] int64, the prediction at every position
+    confidence: Tensor  # [B, C] float32
+    scores: Tensor  # [B, C] float32, column scores
+    selected: Tensor  # [B, C] bool, the positions committed in this step
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def attention(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    *,
+    columns: slice | None = None,
+    softmax_lse: Tensor | None = None,  # [B, Hq, M]
+    lse_base: str = "e",
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,  # [B, N] bool
+    query_mask: Tensor | None = None,  # [B, M] bool
+    query_start: int | None = None,
+    softmax_scope: str = "sequence",
+    diagonal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The attention weights [B, Hq, M, C] of the columns, and which of them count [B, 1, M, C]."""
+    (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
+    lo, hi, _ = (columns or slice(None)).indices(n_keys)
+    start = n_keys - n_rows if query_start is None else query_start
+    scale = headdim**-0.5 if softmax_scale is None else softmax_scale
+    row = start + torch.arange(n_rows, device=q.device)[:, None]  # key position of each row
+    key = torch.arange(n_keys, device=q.device)[None, :]
+
+    sees = torch.ones(batch, 1, n_rows, n_keys, dtype=torch.bool, device=q.device)
+    if causal:
+        sees = sees & (key <= row)
+    if key_mask is not None:
+        sees = sees & key_mask[:, None, None, :]
+    if query_mask is not None:
+        sees = sees & query_mask[:, None, :, None]
+    if softmax_scope == "block":
+        sees = sees & (lo <= row) & (row < hi) & (lo <= key) & (key < hi)
+
+    dtype = _compute_dtype(q)
+    k = k.repeat_interleave(heads // k.shape[1], dim=1)
+    logits = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))
+    logits = logits.masked_fill(~sees, -_INF)
+    if softmax_lse is None:
+        lse = torch.logsumexp(logits, dim=-1)
+    else:
+        lse = softmax_lse.to(dtype) * (math.log(2.0) if lse_base == "2" else 1.0)
+    # A row that saw nothing has lse -inf; it contributes zeros, not exp(-inf - -inf).
+    weights = torch.exp(logits - lse[..., None]).masked_fill((lse == -_INF)[..., None], 0.0)
+    if not diagonal:
+        sees = sees & (key != row)
+    weights = weights.masked_fill(~sees, 0.0)
+    return weights[..., lo:hi], sees[..., lo:hi]
+
+
+def column_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    reduction: str = "sum",
+    per_head: bool = False,
+    out: Tensor | None = None,
+    **attention_options: object,
+) -> Tensor:
+    """Attention received by each column: [B, C], or [B, Hq, C] per head."""
+    weights, counts = attention(q, k, **attention_options)  # type: ignore[arg-type]
+    if reduction == "max":  # the appended zero row is the maximum over no rows
+        scores = torch.nn.functional.pad(weights, (0, 0, 0, 1)).amax(dim=2)
+    else:
+        scores = weights.sum(dim=2)
+    if reduction == "mean":
+        scores = scores / counts.sum(dim=2).clamp(min=1)
+    if not per_head:
+        scores = scores.sum(dim=1)
+    return scores if out is None else out.add_(scores)
+
+
+def attention_map(
+    q: Tensor,
+    k: Tensor,
+    *,
+    rows: slice | None = None,
+    per_head: bool = False,
+    out: Tensor | None = None,
+    **attention_options: object,
+) -> Tensor:
+    """Attention among rows and columns: [B, R, C], or [B, Hq, R, C] per head."""
+    weights, _ = attention(q, k, **attention_options)  # type: ignore[arg-type]
+    weights = weights[:, :, rows or slice(None)]
+    if not per_head:
+        weights = weights.sum(dim=1)
+    return weights if out is None else out.add_(weights)
+
+
+def token_confidence(
+    logits: Tensor,  # [B, C, V]
+    *,
+    metric: str = "probability",
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,  # one stream, or [B] int64: one for each row
+    exclude_token_id: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The predicted token [B, C] and its confidence [B, C]."""
+    vocab = torch.arange(logits.shape[-1], device=logits.device)
+    present = torch.ones_like(vocab, dtype=torch.bool)
+    if exclude_token_id is not None:
+        present = vocab != exclude_token_id
+    x = logits.to(_compute_dtype(logits)).masked_fill(~present, -_INF)
+
+    key = x
+    if temperature > 0.0:
+        assert seed is not None
+        inverse = torch.tensor(1.0 / temperature, dtype=torch.float32, device=x.device)
+        key = x.to(torch.float32) * inverse + gumbel_noise(logits.shape, seed, logits.device)
+    key = key.masked_fill(key.isnan() | ~present, -_INF)
+    best = (key == key.amax(dim=-1, keepdim=True)) & present
+    token_ids = vocab.where(best, logits.shape[-1]).amin(dim=-1)  # the lowest token wins ties
+
+    p = torch.softmax(x, dim=-1)
+    if metric == "entropy":
+        return token_ids, torch.special.xlogy(p, p).sum(dim=-1)
+    chosen = p.gather(-1, token_ids[..., None]).squeeze(-1)
+    if metric == "margin":
+        chosen = chosen - p.scatter(-1, token_ids[..., None], 0.0).amax(dim=-1)
+        chosen = chosen.where(~p.isnan().any(dim=-1), math.nan)
+    return token_ids, chosen
+
+
+def select_tokens(
+    scores: Tensor,  # [B, C]
+    confidence: Tensor,  # [B, C]
+    masked: Tensor,  # [B, C] bool
+    *,
+    policy: str = "parallel",
+    tau: float = 0.9,
+    fallback: str = "confidence",
+) -> Tensor:
+    """The positions to commit, [B, C] bool (arXiv 2604.08564, dynamic attention threshold)."""
+    candidates = masked & ~scores.isnan()
+    if policy == "sequential":
+        return _first_largest(scores, candidates)
+    # The comparison is made in float32 on every backend: tau is a float32 there.
+    high = masked & (confidence.to(torch.float32) >= torch.tensor(tau, dtype=torch.float32))
+    low = candidates & ~high
+    theta = scores.masked_fill(~low, -_INF)
+    theta = torch.nn.functional.pad(theta, (0, 1), value=-_INF).amax(dim=-1, keepdim=True)
+    selected = high & (scores > theta)
+    single = _first_largest(confidence if fallback == "confidence" else scores, candidates)
+    return torch.where(selected.any(dim=-1, keepdim=True), selected, single)
+
+
+def _first_largest(value: Tensor, candidates: Tensor) -> Tensor:
+    """One-hot of the largest value among the candidates, lowest index on ties, NaN last."""
+    if value.shape[-1] == 0:
+        return candidates.clone()
+    value = value.masked_fill(~candidates | value.isnan(), -_INF)
+    best = candidates & (value == value.amax(dim=-1, keepdim=True))
+    return best & (best.cumsum(dim=-1) == 1)
+
+
+def decode_step(
+    tokens: Tensor,  # [B, T] int64, updated in place
+    logits: Tensor,  # [B, C, V], the predictions for the block
+    layers: Tensor | Sequence[Sequence[Tensor | None]],  # scores [B, C], or (q, k, softmax_lse)
+    *,
+    block: slice,
+    mask_token_id: int,
+    policy: str = "parallel",
+    tau: float = 0.9,
+    fallback: str = "confidence",
+    metric: str = "probability",
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    rows: str = "all",
+    columns: slice | None = None,
+    query_mask: Tensor | None = None,
+    query_start: int | None = None,
+    **score_options: object,
+) -> StepResult:
+    """Column scores, token confidence, selection and commit of one step."""
+    block_tokens = tokens[:, block]
+    masked = block_tokens == mask_token_id
+    if isinstance(layers, Tensor):
+        scores = layers
+    else:
+        columns = columns or block
+        first_q, first_k = layers[0][0], layers[0][1]
+        assert first_q is not None
+        assert first_k is not None
+        n_rows, n_keys = first_q.shape[2], first_k.shape[2]
+        start = n_keys - n_rows if query_start is None else query_start
+        if rows == "masked":
+            # Row i stands at this token: key positions may be offset from token positions.
+            at = start - columns.start + block.start
+            masked_rows = tokens[:, at : at + n_rows] == mask_token_id
+            query_mask = masked_rows if query_mask is None else masked_rows & query_mask
+        dtype = _compute_dtype(first_q)
+        scores = torch.zeros(masked.shape, dtype=dtype, device=tokens.device)
+        for q, k, *lse in layers:
+            assert q is not None
+            assert k is not None
+            column_scores(
+                q,
+                k,
+                columns=columns,
+                softmax_lse=lse[0] if lse else None,
+                query_mask=query_mask,
+                query_start=start,
+                out=scores,
+                **score_options,  # type: ignore[arg-type]
+            )
+    token_ids, confidence = token_confidence(
+        logits,
+        metric=metric,
+        temperature=temperature,
+        seed=seed,
+        exclude_token_id=mask_token_id,
+    )
+    selected = select_tokens(
+        scores, confidence, masked, policy=policy, tau=tau, fallback=fallback
+    )
+    block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
+    return StepResult(tokens, token_ids, confidence, scores, selected)
+
+
+# The sampling stream. Twin of csrc/include/attn_sampler_random.h, equal to the last bit: additions,
+# subtractions and multiplications in float32, each rounded once, and no library logarithm.
+
+
+def gumbel_noise(shape: Sequence[int], seed: int | Tensor, device: torch.device) -> Tensor:
+    """Standard Gumbel noise, float32 [B, C, V], of the stream (seed, position, token)."""
+    batch, positions, vocab = shape
+    groups = -(-vocab // 4)
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], dtype=torch.int64, device=device).expand(batch)
+    key = seed.to(device)[:, None, None]
+    group = torch.arange(groups, device=device)[None, None, :]
+    position = torch.arange(positions, device=device)[None, :, None]
+    words = torch.stack(philox(key, group, position), dim=-1)  # [B, C, groups, 4]
+    words = words.reshape(batch, positions, groups * 4)[..., :vocab]
+    w = (words.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24)
+    u = 1.0 - w
+    exponential = (w - (1.0 - u)) + _exact_neg_log(u)  # what rounding took off 1 - w, put back
+    return _exact_neg_log(exponential)
+
+
+def philox(seed: Tensor, group: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words, held in int64."""
+    word = 0xFFFFFFFF
+    k0, k1 = seed & word, (seed >> 32) & word
+    c0, c1 = torch.broadcast_tensors(group, position + torch.zeros_like(seed))
+    c2 = c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps; its 64 bits are the product's
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & word) ^ c1 ^ k0,
+            p1 & word,
+            ((p0 >> 32) & word) ^ c3 ^ k1,
+            p0 & word,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return c0, c1, c2, c3
+
+
+# log(1 + f) = f - f^2 / 2 + f^3 p(f) on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first.
+_LOG_POLYNOMIAL = tuple(
+    float.fromhex(c)
+    for c in (
+        *("-0x1.38b81ap-4", "0x1.055bdcp-3", "-0x1.0d84eep-3", "0x1.22da06p-3"),
+        *("-0x1.54724cp-3", "0x1.99a00ap-3", "-0x1.000226p-2", "0x1.555554p-2"),
+    )
+)
+
+
+def _exact_neg_log(x: Tensor) -> Tensor:
+    """-log(x) of normal positive float32 values."""
+    bits = x.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    f = (bits - exponent * (1 << 23)).view(torch.float32) - 1.0
+    e = exponent.to(torch.float32)
+    z = f * f
+    p = torch.full_like(f, _LOG_POLYNOMIAL[0])
+    for coefficient in _LOG_POLYNOMIAL[1:]:
+        p = p * f + coefficient
+    y = (f * z) * p
+    y = y + e * float.fromhex("-0x1.bd0106p-13")
+    y = y - 0.5 * z
+    return -((f + y) + e * float.fromhex("0x1.63p-1"))

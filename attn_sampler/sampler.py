@@ -1,0 +1,407 @@
+"""Decoding policies: which masked positions of the block a step commits.
+
+A policy is a small object with ``select``, which sees one step's state and answers a boolean [B, C]. All of them
+are vectorised over the batch and the block and stay on the device. ``POLICIES`` names them;
+``make_policy("threshold", tau=0.95)`` builds one; ``register_policy`` adds another.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from attn_sampler import checks
+from attn_sampler.capture import CapturedLayer
+from attn_sampler.functional import column_scores, decode_step, select_tokens, token_confidence
+from attn_sampler.reference import StepResult, philox
+
+
+@dataclasses.dataclass
+class StepState:
+    """What a policy may look at. B active sequences, C positions of the block."""
+
+    masked: Tensor  # [B, C] bool, the positions still to fill
+    token_ids: Tensor  # [B, C] int64, the prediction for each
+    confidence: Tensor  # [B, C] float32, in the policy's metric
+    scores: Tensor | None  # [B, C] float32 column scores, where the policy asks for them
+    logits: Tensor  # [B, C, V]
+    mask_token_id: int
+    sequence: Tensor  # [B] int64, which sequence of the whole batch each row is
+    seeds: Tensor  # [B] int64, a fresh random stream for each row in each step
+
+
+class Policy(abc.ABC):
+    """A rule that chooses the positions to commit.
+
+    Every rule commits at least one position of each row that has a masked one, so that decoding ends.
+    """
+
+    #: The confidence that ``select`` reads: "probability", "margin" or "entropy" (negated).
+    metric: ClassVar[str] = "probability"
+    #: Whether ``select`` reads column scores, so that attention has to be captured.
+    needs_scores: ClassVar[bool] = False
+
+    def reset(self) -> None:  # noqa: B027  (optional: most rules carry nothing over)
+        """Forget what was carried over from earlier steps; called before each block."""
+
+    @abc.abstractmethod
+    def select(self, state: StepState) -> Tensor:
+        """The positions to commit, bool [B, C], all of them masked."""
+
+    def step(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        layers: Tensor | Sequence[CapturedLayer] | None,
+        *,
+        block: slice,
+        mask_token_id: int,
+        temperature: float,
+        seeds: Tensor,
+        sequence: Tensor,
+        backend: str,
+        **score_options: Any,
+    ) -> StepResult:
+        """Predict, select and commit into ``tokens``, in place.
+
+        ``layers`` is an accumulated score buffer [B, C] or captured layers; ``score_options`` are
+        ``AttentionCapture.step_options``.
+        """
+        block_tokens = tokens[:, block]
+        masked = block_tokens == mask_token_id
+        scores = None
+        if isinstance(layers, Tensor):
+            scores = layers
+        elif layers is not None:
+            for q, k, softmax_lse in layers:
+                scores = column_scores(
+                    q, k, softmax_lse=softmax_lse, out=scores, backend=backend, **score_options
+                )
+        token_ids, confidence = token_confidence(
+            logits,
+            metric=self.metric,
+            temperature=temperature,
+            seed=seeds,
+            exclude_token_id=mask_token_id,
+            backend=backend,
+        )
+        selected = self.select(
+            StepState(
+                masked, token_ids, confidence, scores, logits, mask_token_id, sequence, seeds
+            )
+        )
+        block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
+        if scores is None:
+            scores = torch.full_like(confidence, torch.nan)
+        return StepResult(tokens, token_ids, confidence, scores, selected)
+
+
+@dataclasses.dataclass
+class AttnSampler(Policy):
+    """Attn-Sampler (arXiv 2604.08564): commit in descending attention received.
+
+    ``mode="parallel"`` commits by the dynamic attention threshold at confidence ``tau``; ``"sequential"`` the
+    one position of the largest score. ``fallback`` is what a parallel step without a passing position
+    commits by. The step is one ``decode_step`` call.
+    """
+
+    needs_scores: ClassVar[bool] = True
+
+    mode: str = "parallel"
+    tau: float = 0.9
+    fallback: str = "confidence"
+
+    def __post_init__(self) -> None:
+        checks.choice("mode", self.mode, ("parallel", "sequential"))
+        checks.unit_interval("tau", self.tau)
+        checks.choice("fallback", self.fallback, ("confidence", "score"))
+
+    def select(self, state: StepState) -> Tensor:
+        assert state.scores is not None
+        return select_tokens(
+            state.scores,
+            state.confidence,
+            state.masked,
+            policy=self.mode,
+            tau=self.tau,
+            fallback=self.fallback,
+        )
+
+    def step(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        layers: Tensor | Sequence[CapturedLayer] | None,
+        *,
+        block: slice,
+        mask_token_id: int,
+        temperature: float,
+        seeds: Tensor,
+        sequence: Tensor,
+        backend: str,
+        **score_options: Any,
+    ) -> StepResult:
+        assert layers is not None
+        return decode_step(
+            tokens,
+            logits,
+            layers,
+            block=block,
+            mask_token_id=mask_token_id,
+            policy=self.mode,
+            tau=self.tau,
+            fallback=self.fallback,
+            temperature=temperature,
+            seed=seeds,
+            backend=backend,
+            **score_options,
+        )
+
+
+@dataclasses.dataclass
+class RandomOrder(Policy):
+    """One uniformly random masked position a step."""
+
+    def select(self, state: StepState) -> Tensor:
+        position = torch.arange(state.masked.shape[1], device=state.masked.device)
+        # A group far above any token's keeps these words apart from those that sample tokens.
+        group = torch.full_like(position, (1 << 32) - 1)
+        word = philox(state.seeds[:, None], group[None, :], position[None, :])[0]
+        return _top(word.to(torch.float64), state.masked, 1)
+
+
+@dataclasses.dataclass
+class LeftToRight(Policy):
+    """The leftmost masked position."""
+
+    def select(self, state: StepState) -> Tensor:
+        return state.masked & (state.masked.cumsum(dim=1) == 1)
+
+
+@dataclasses.dataclass
+class Confidence(Policy):
+    """The ``count`` positions of the largest top-1 probability (LLaDA's low-confidence remasking)."""
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        checks.integer("count", self.count, 1)
+
+    def select(self, state: StepState) -> Tensor:
+        return _top(state.confidence, state.masked, self.count)
+
+
+@dataclasses.dataclass
+class Margin(Confidence):
+    """The ``count`` positions of the largest difference between the two top probabilities."""
+
+    metric: ClassVar[str] = "margin"
+
+
+@dataclasses.dataclass
+class Entropy(Confidence):
+    """The ``count`` positions of the lowest entropy."""
+
+    metric: ClassVar[str] = "entropy"
+
+
+@dataclasses.dataclass
+class Threshold(Policy):
+    """Fast-dLLM's threshold (arXiv 2505.22618): all positions with p >= tau, at least the best."""
+
+    tau: float = 0.9
+
+    def __post_init__(self) -> None:
+        checks.unit_interval("tau", self.tau)
+
+    def select(self, state: StepState) -> Tensor:
+        passing = state.masked & (state.confidence >= self.tau)
+        return passing | _top(state.confidence, state.masked, 1)
+
+
+@dataclasses.dataclass
+class Factor(Policy):
+    """Fast-dLLM's factor (arXiv 2505.22618): the n most confident while (n + 1)(1 - p_n) < factor."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.non_negative("factor", self.factor)
+
+    def select(self, state: StepState) -> Tensor:
+        p, order = _ranked(state.confidence, state.masked)
+        n = torch.arange(1, p.shape[1] + 1, device=p.device)
+        return _prefix((n + 1) * (1.0 - p) < self.factor, order, state.masked)
+
+
+@dataclasses.dataclass
+class EBSampler(Policy):
+    """EB-Sampler (arXiv 2505.24857): entropy-bounded sets.
+
+    In ascending entropy, the largest prefix whose entropies, less the largest of them, sum to at most
+    ``gamma`` (nats).
+    """
+
+    metric: ClassVar[str] = "entropy"
+
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        checks.non_negative("gamma", self.gamma)
+
+    def select(self, state: StepState) -> Tensor:
+        negated, order = _ranked(state.confidence, state.masked)
+        entropy = -negated
+        # Ascending, so the last of a prefix is its largest. Undefined entropies stand at the end, and
+        # infinite ones beyond the masked positions.
+        defined = entropy < torch.finfo(entropy.dtype).max
+        bound = torch.where(defined, entropy, 0.0).cumsum(dim=1) - entropy
+        return _prefix(defined & (bound <= self.gamma), order, state.masked)
+
+
+@dataclasses.dataclass
+class KLASS(Policy):
+    """KLASS (arXiv 2511.05664): positions that are confident and whose distribution has settled.
+
+    Commits where p >= tau and KL(this step's distribution, the last step's) < ``kl``, at least the most
+    confident. The first step of a block has no last step. [Assumed: a history of one step.]
+    """
+
+    tau: float = 0.9
+    kl: float = 0.01
+
+    def __post_init__(self) -> None:
+        checks.unit_interval("tau", self.tau)
+        checks.non_negative("kl", self.kl)
+        self.reset()
+
+    def reset(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None  # (sequence [B], log p [B, C, V])
+
+    def select(self, state: StepState) -> Tensor:
+        logits = state.logits.to(torch.float32, copy=True)
+        logits[..., state.mask_token_id] = -torch.inf
+        log_p = torch.log_softmax(logits, dim=-1)
+        settled = torch.zeros_like(state.masked)
+        if self._last is not None:
+            sequence, last = self._last
+            # Rows that have finished since then are gone from the batch; the others keep their order.
+            still = torch.searchsorted(sequence, state.sequence)
+            last = last[still]
+            # p (log p - log p') is 0 where p is 0, and inf where only p' is.
+            terms = (log_p.exp() * (log_p - last)).masked_fill(log_p == -torch.inf, 0.0)
+            settled = terms.sum(dim=-1) < self.kl
+        self._last = (state.sequence, log_p)
+        passing = state.masked & (state.confidence >= self.tau) & settled
+        return passing | _top(state.confidence, state.masked & ~passing.any(dim=1)[:, None], 1)
+
+
+@dataclasses.dataclass
+class PARD(Policy):
+    """PARD (arXiv 2607.24306): the longest left prefix of masked positions with p >= tau, at least one."""
+
+    tau: float = 0.9
+
+    def __post_init__(self) -> None:
+        checks.unit_interval("tau", self.tau)
+
+    def select(self, state: StepState) -> Tensor:
+        failing = state.masked & ~(state.confidence >= self.tau)
+        prefix = state.masked & (failing.cumsum(dim=1) == 0)
+        return prefix | (state.masked & (state.masked.cumsum(dim=1) == 1))
+
+
+def _top(value: Tensor, masked: Tensor, count: int) -> Tensor:
+    """The ``count`` masked positions of the largest value; the lower position on ties, NaN last."""
+    _, order = _ranked(value, masked)
+    rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return masked & torch.zeros_like(masked).scatter(1, order, rank < count)
+
+
+def _ranked(value: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """Values of the masked positions in descending order, and the positions; -inf behind them."""
+    value = value.masked_fill(value.isnan(), torch.finfo(value.dtype).min)
+    return value.masked_fill(~masked, -torch.inf).sort(dim=1, descending=True, stable=True)
+
+
+def _prefix(passing: Tensor, order: Tensor, masked: Tensor) -> Tensor:
+    """The positions of the longest passing prefix of ``order``, at least its first one."""
+    chosen = (~passing).cumsum(dim=1) == 0
+    chosen[:, :1] = True
+    return masked & torch.zeros_like(masked).scatter(1, order, chosen)
+
+
+#: The policies by name: a factory, or the name of another policy.
+POLICIES: dict[str, Callable[..., Policy] | str] = {
+    "attn": AttnSampler,
+    "attn-parallel": "attn",
+    "attn-sequential": lambda **options: AttnSampler(mode="sequential", **options),
+    "random": RandomOrder,
+    "left-to-right": LeftToRight,
+    "confidence": Confidence,
+    "margin": Margin,
+    "entropy": Entropy,
+    "threshold": Threshold,
+    "factor": Factor,
+    "eb": EBSampler,
+    "klass": KLASS,
+    "pard": PARD,
+}
+
+
+def register_policy(name: str, policy: Callable[..., Policy] | str) -> None:
+    """Add a policy, or another name for one.
+
+    Raises
+    ------
+    ValueError
+        The name is taken, the policy it stands for is unknown, or the names would run in a circle.
+    """
+    if name in POLICIES:
+        raise ValueError(f"policy: {name!r} is registered already")
+    if isinstance(policy, str):
+        _resolve(policy, {**POLICIES, name: policy})
+    POLICIES[name] = policy
+
+
+def make_policy(policy: str | Policy, **options: Any) -> Policy:
+    """The policy of that name with these options; a Policy is returned as it is.
+
+    Raises
+    ------
+    ValueError, TypeError
+        An unknown name, a name whose aliases run in a circle, or options that the policy does not take.
+    """
+    if isinstance(policy, Policy):
+        if options:
+            raise TypeError(f"policy: options {sorted(options)} go with a name, not with an object")
+        return policy
+    if not isinstance(policy, str):
+        raise TypeError(f"policy: expected a name or a Policy, got {type(policy).__name__}")
+    factory = _resolve(policy, POLICIES)
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise TypeError(f"policy {policy!r}: {error}") from None
+
+
+def _resolve(
+    name: str, policies: dict[str, Callable[..., Policy] | str]
+) -> Callable[..., Policy]:
+    seen = [name]
+    while True:
+        if seen[-1] not in policies:
+            raise ValueError(
+                f"policy: expected one of {', '.join(sorted(POLICIES))}, got {seen[-1]!r}"
+            )
+        target = policies[seen[-1]]
+        if not isinstance(target, str):
+            return target
+        if target in seen:
+            raise ValueError(f"policy: the names run in a circle: {' -> '.join([*seen, target])}")
+        seen.append(target)

@@ -1,0 +1,244 @@
+/* attn_sampler: attention-guided decoding of masked-diffusion language models.
+ *
+ * C API of the compiled core. It needs neither Python nor torch: tensors are plain views (pointer,
+ * shape, strides in elements), every function returns a status, and attn_sampler_last_error() says in
+ * words what was wrong. No function allocates or frees what the caller passes; on any status other
+ * than ATTN_SAMPLER_OK nothing has been written to an output.
+ *
+ * Shapes: B sequences, Hq query heads, Hkv key heads (Hq a multiple of Hkv; query head h reads key
+ * head h / (Hq / Hkv)), M query rows, N keys, D head dimension, C candidate columns, V vocabulary.
+ *
+ * Results do not depend on the number of threads: the same input gives the same bits.
+ */
+#ifndef ATTN_SAMPLER_H_
+#define ATTN_SAMPLER_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define ATTN_SAMPLER_API __declspec(dllexport)
+#else
+#define ATTN_SAMPLER_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum attn_sampler_status {
+    ATTN_SAMPLER_OK = 0,
+    ATTN_SAMPLER_INVALID_ARGUMENT = 1, /* an argument breaks the contract below */
+    ATTN_SAMPLER_UNSUPPORTED = 2,      /* valid, but not served by this build or device */
+    ATTN_SAMPLER_OUT_OF_MEMORY = 3,
+    ATTN_SAMPLER_INTERNAL_ERROR = 4
+} attn_sampler_status;
+
+typedef enum attn_sampler_dtype {
+    ATTN_SAMPLER_FLOAT32 = 0,
+    ATTN_SAMPLER_FLOAT16 = 1,
+    ATTN_SAMPLER_BFLOAT16 = 2,
+    ATTN_SAMPLER_INT64 = 3,
+    ATTN_SAMPLER_BOOL = 4 /* one byte, 0 or 1 */
+} attn_sampler_dtype;
+
+typedef enum attn_sampler_device { ATTN_SAMPLER_CPU = 0, ATTN_SAMPLER_CUDA = 1 } attn_sampler_device;
+
+/* Base of the logarithm in softmax_lse. */
+typedef enum attn_sampler_lse_base {
+    ATTN_SAMPLER_LSE_BASE_E = 0,
+    ATTN_SAMPLER_LSE_BASE_2 = 1
+} attn_sampler_lse_base;
+
+/* Over which keys a row's softmax is normalised. */
+typedef enum attn_sampler_scope {
+    ATTN_SAMPLER_SCOPE_SEQUENCE = 0, /* all visible keys */
+    ATTN_SAMPLER_SCOPE_BLOCK = 1     /* the visible keys of the columns; only rows of the block count */
+} attn_sampler_scope;
+
+/* How a column's attention is reduced over its rows. */
+typedef enum attn_sampler_reduction {
+    ATTN_SAMPLER_REDUCTION_SUM = 0,
+    ATTN_SAMPLER_REDUCTION_MEAN = 1, /* over the rows that may see the column */
+    ATTN_SAMPLER_REDUCTION_MAX = 2
+} attn_sampler_reduction;
+
+typedef enum attn_sampler_metric {
+    ATTN_SAMPLER_METRIC_PROBABILITY = 0,
+    ATTN_SAMPLER_METRIC_MARGIN = 1,
+    ATTN_SAMPLER_METRIC_ENTROPY = 2
+} attn_sampler_metric;
+
+typedef enum attn_sampler_policy {
+    ATTN_SAMPLER_POLICY_SEQUENTIAL = 0,
+    ATTN_SAMPLER_POLICY_PARALLEL = 1
+} attn_sampler_policy;
+
+typedef enum attn_sampler_fallback {
+    ATTN_SAMPLER_FALLBACK_CONFIDENCE = 0,
+    ATTN_SAMPLER_FALLBACK_SCORE = 1
+} attn_sampler_fallback;
+
+/* A strided view. Entries of shape and stride beyond ndim are not read. */
+typedef struct attn_sampler_tensor {
+    void *data;
+    int64_t shape[4];
+    int64_t stride[4]; /* in elements */
+    int32_t ndim;
+    int32_t dtype; /* attn_sampler_dtype */
+} attn_sampler_tensor;
+
+/* Where and how to run. */
+typedef struct attn_sampler_exec {
+    int32_t device;       /* attn_sampler_device */
+    int32_t device_index; /* CUDA ordinal; not read on the CPU */
+    void *stream;         /* cudaStream_t; not read on the CPU */
+    int32_t num_threads;  /* CPU threads, at least 1; not read on CUDA */
+} attn_sampler_exec;
+
+/* The attention matrix that column_scores and attention_map read:
+ *
+ *   A[b,h,i,j] = exp(softmax_scale * q[b,h,i] . k[b,h/G,j] - lse[b,h,i])   where row i may see key j
+ *              = 0                                                        elsewhere
+ *
+ * Row i stands at key position query_start + i. It may see key j if key_mask[b,j] (or no key_mask),
+ * query_mask[b,i] (or no query_mask), and, where causal, j <= query_start + i. In block scope a row
+ * counts only if its position lies in the columns, and it sees the keys of the columns alone.
+ * Without a given softmax_lse, lse is computed over the visible keys. A row that sees nothing, or whose
+ * lse is -inf, contributes exactly 0, whatever its q, k and lse hold; masked entries are never NaN.
+ * Without `diagonal`, the entry whose key position is the row's own is left out after the softmax.
+ */
+typedef struct attn_sampler_attention_params {
+    double softmax_scale;
+    int64_t column_start, column_stop; /* key positions [start, stop), 0 <= start < stop <= N */
+    int64_t row_start, row_stop;       /* query rows [start, stop); attention_map only */
+    int64_t query_start;               /* key position of query row 0; any integer */
+    int32_t lse_base;                  /* attn_sampler_lse_base */
+    int32_t causal;                    /* 0 or 1 */
+    int32_t softmax_scope;             /* attn_sampler_scope */
+    int32_t diagonal;                  /* 1 keeps A[i, own position], 0 drops it */
+    int32_t reduction;                 /* attn_sampler_reduction; column_scores only */
+    int32_t per_head;                  /* 1 keeps the heads apart, 0 adds them up */
+    int32_t accumulate;                /* 1 adds to out, 0 overwrites it */
+} attn_sampler_attention_params;
+
+/* out[b,(h),c] (+)= reduce over rows i of A[b,h,i,column_start + c], added up over heads unless per_head.
+ * The mean divides by the number of rows that may see the column (its dropped diagonal entry not
+ * counted), and is 0 where there is none; so is the maximum. A NaN entry makes the result NaN.
+ *
+ * q [B,Hq,M,D], k [B,Hkv,N,D]: one dtype of float32 | float16 | bfloat16, last stride 1.
+ * softmax_lse [B,Hq,M] float32 or NULL (NULL in block scope). key_mask [B,N], query_mask [B,M] bool or
+ * NULL. out [B,C] or, per head, [B,Hq,C], float32. B and M may be 0.
+ */
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_column_scores(
+    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
+    const attn_sampler_exec *exec);
+
+/* out[b,(h),r,c] (+)= A[b,h,row_start + r,column_start + c], added up over heads unless per_head.
+ * out [B,R,C] or, per head, [B,Hq,R,C], float32. The rest as column_scores.
+ */
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map(
+    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
+    const attn_sampler_exec *exec);
+
+/* One token and its confidence for each position.
+ *
+ * Greedy (temperature 0): token = arg max of the logits; sampled: arg max of
+ * fl(fl(x * inv_temperature) + gumbel(seed_b, c, v)) in float32, inv_temperature = fl(1 / temperature).
+ * The lowest token wins ties; NaN counts as -inf. gumbel() is fixed to the last bit: see
+ * csrc/include/attn_sampler_random.h. Its stream depends on the row's seed, the position c
+ * and the token v, not on the batch.
+ *
+ * Confidence is of softmax(logits) at temperature 1: the token's probability; its margin over the
+ * most probable other token; or the negated entropy in nats. It is NaN where the softmax is undefined (a
+ * NaN or +inf logit, or all -inf).
+ */
+typedef struct attn_sampler_confidence_params {
+    int32_t metric;           /* attn_sampler_metric */
+    double temperature;       /* 0 is greedy */
+    uint64_t seed;            /* of every row, unless `seeds` is given */
+    int64_t exclude_token_id; /* a token treated as absent; negative for none */
+} attn_sampler_confidence_params;
+
+/* logits [B,C,V] float32 | float16 | bfloat16, last stride 1. seeds [B] int64 or NULL: one stream per row.
+ * token_ids [B,C] int64, confidence [B,C] float32.
+ */
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence(
+    const attn_sampler_tensor *logits, const attn_sampler_tensor *seeds,
+    const attn_sampler_confidence_params *params, const attn_sampler_tensor *token_ids,
+    const attn_sampler_tensor *confidence, const attn_sampler_exec *exec);
+
+/* Which masked positions to commit.
+ *
+ * parallel:   high = masked with confidence >= tau, low = the other masked ones (NaN is low);
+ *             theta = max of scores over low, NaN as -inf; commit the positions of high with score > theta.
+ *             Where none passes, commit one: the largest confidence or score (`fallback`).
+ * sequential: commit the one masked position of the largest score.
+ *
+ * The lowest position wins ties. A position whose score is NaN is never committed; a NaN confidence ranks
+ * last in the fallback. A row with no masked position commits nothing.
+ */
+typedef struct attn_sampler_select_params {
+    int32_t policy;   /* attn_sampler_policy */
+    int32_t fallback; /* attn_sampler_fallback */
+    double tau;       /* in [0, 1]; compared in float32 */
+} attn_sampler_select_params;
+
+/* scores, confidence [B,C] float32; masked, selected [B,C] bool. */
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens(
+    const attn_sampler_tensor *scores, const attn_sampler_tensor *confidence,
+    const attn_sampler_tensor *masked, const attn_sampler_select_params *params,
+    const attn_sampler_tensor *selected, const attn_sampler_exec *exec);
+
+/* One layer's captured attention inputs. softmax_lse may be NULL. */
+typedef struct attn_sampler_layer {
+    const attn_sampler_tensor *q, *k, *softmax_lse;
+} attn_sampler_layer;
+
+/* A whole step: column scores of all layers, token confidence, selection, commit.
+ *
+ * masked = (tokens[:, block] == mask_token_id). With layers, scores is overwritten by their sum (the
+ * attention's columns are the block's key positions); with none, it is read. The mask token itself is never
+ * predicted. Selected positions of tokens receive their token. attention.accumulate, per_head and the
+ * rows are not read. With masked_rows_only a query row counts only if it stands at a masked token: row i at
+ * tokens[:, query_start + i - column_start + block_start].
+ */
+typedef struct attn_sampler_decode_step_params {
+    int64_t block_start, block_stop; /* positions of the block in tokens; stop - start = C */
+    int64_t mask_token_id;           /* in [0, V) */
+    int32_t masked_rows_only;        /* 0 or 1 */
+    attn_sampler_attention_params attention;
+    attn_sampler_confidence_params confidence; /* exclude_token_id is not read */
+    attn_sampler_select_params select;
+} attn_sampler_decode_step_params;
+
+/* tokens [B,T] int64, in place. logits [B,C,V]. scores, confidence [B,C] float32, token_ids [B,C] int64,
+ * selected [B,C] bool: outputs (scores an input where num_layers is 0). */
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_decode_step(
+    const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits,
+    const attn_sampler_layer *layers, int64_t num_layers, const attn_sampler_tensor *key_mask,
+    const attn_sampler_tensor *query_mask, const attn_sampler_tensor *seeds,
+    const attn_sampler_decode_step_params *params, const attn_sampler_tensor *scores,
+    const attn_sampler_tensor *token_ids, const attn_sampler_tensor *confidence,
+    const attn_sampler_tensor *selected, const attn_sampler_exec *exec);
+
+/* The message of the last failure on this thread; "" if there was none. Valid until the next call. */
+ATTN_SAMPLER_API const char *attn_sampler_last_error(void);
+
+/* The library's version, e.g. "0.1.0". */
+ATTN_SAMPLER_API const char *attn_sampler_version(void);
+
+/* The instruction set that the CPU kernels run with here: "avx512", "avx2" or "portable". */
+ATTN_SAMPLER_API const char *attn_sampler_cpu_isa(void);
+
+/* NULL if this build has CUDA kernels and a usable device; else the reason why not. */
+ATTN_SAMPLER_API const char *attn_sampler_cuda_unavailable(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* ATTN_SAMPLER_H_ */
