@@ -1,25 +1,31 @@
 """Which backend can serve which problem, and if not, why.
 
-``"auto"`` takes the first backend of ``AUTO_ORDER`` that serves the problem. A backend asked for by name
-either runs or raises ``BackendUnavailableError`` with the reason; there is no silent fallback.
+``"auto"`` takes the first backend of ``AUTO_ORDER`` that serves the problem, or else the reference. A backend
+asked for by name either runs or raises ``BackendUnavailableError`` with the reason.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from attn_sampler import _core
+from attn_sampler import _core, checks
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 OPS = ("column_scores", "attention_map", "token_confidence", "select_tokens", "decode_step")
 
-#: What "auto" tries, in order, by the device that the tensors are on. The reference serves everything.
-AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+#: What "auto" tries, in order, by the device that the tensors are on; then the reference, which serves all.
+AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+
+#: Where the Triton kernels live, imported when first asked for: the functions of a backend, and
+#: ``problem(op, tensors) -> str | None``, which says why they do not serve a problem.
+TRITON_MODULE = "attn_sampler.kernels"
 
 
 class BackendUnavailableError(RuntimeError):
@@ -39,32 +45,51 @@ def installation_problem(backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        return "this version has no Triton kernels yet"
+        return _triton_problem()
     if _core.UNAVAILABLE is not None:
         return _core.UNAVAILABLE
     return _core.cuda_unavailable() if backend == "cuda" else None
 
 
+def _triton_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module(TRITON_MODULE)
+    except ImportError as error:
+        if error.name == TRITON_MODULE:
+            return "this installation has no Triton kernels"
+        return f"the Triton kernels cannot be imported ({error})"
+    if device_type("triton") == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU (TRITON_INTERPRET=1 would run the kernels on CPU tensors)"
+    return None
+
+
+def device_type(backend: str) -> str:
+    """The type of device whose tensors the backend takes; the reference takes any."""
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    return "cpu" if backend == "cpu" else "cuda"
+
+
 def _problem(backend: str, op: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why the backend cannot run op on these tensors; None where it can."""
-    if op not in OPS:
-        raise ValueError(f"op: expected one of {', '.join(OPS)}, got {op!r}")
     reason = installation_problem(backend)
     if reason is not None or backend == "reference":
         return reason
-    device = "cpu" if backend == "cpu" else "cuda"
+    device = device_type(backend)
     for tensor in tensors:
         if tensor.device.type != device:
-            return f"it takes {device} tensors, and these are on {tensor.device}"
+            return f"it takes {device} tensors, and one here is on {tensor.device}"
         if tensor.dtype == torch.float64:
             return "it does not serve float64 (the reference does)"
-        if op not in ("select_tokens",) and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if op != "select_tokens" and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return (
                 "it reads tensors whose last dimension is contiguous, "
                 f"and one here has strides {tuple(tensor.stride())} (call .contiguous())"
             )
+    if backend == "triton":
+        return importlib.import_module(TRITON_MODULE).problem(op, tensors)
     return None
 
 
@@ -86,8 +111,8 @@ def is_backend_supported(op: str, backend: str, *tensors: Tensor) -> Support:
     Support
         ``(supported, reason)``; the reason is empty where supported.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    checks.choice("op", op, OPS)
+    checks.choice("backend", backend, BACKENDS)
     reason = _problem(backend, op, tensors)
     return Support(reason is None, reason or "")
 
@@ -95,11 +120,11 @@ def is_backend_supported(op: str, backend: str, *tensors: Tensor) -> Support:
 def choose_backend(op: str, backend: str, *tensors: Tensor) -> str:
     """The backend that will run, or BackendUnavailableError."""
     if backend == "auto":
-        for candidate in AUTO_ORDER.get(tensors[0].device.type, ("reference",)):
+        for candidate in AUTO_ORDER.get(tensors[0].device.type, ()):
             if _problem(candidate, op, tensors) is None:
                 return candidate
         return "reference"
     reason = _problem(backend, op, tensors)
     if reason is not None:
-        raise BackendUnavailableError(f"backend {backend!r} cannot run {op} here: {reason}")
+        raise BackendUnavailableError(f"backend: {backend!r} cannot run {op} here: {reason}")
     return backend

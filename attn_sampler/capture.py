@@ -1,14 +1,16 @@
 """Column scores of any model that calls ``torch.nn.functional.scaled_dot_product_attention``.
 
 The model is neither edited nor patched: a ``TorchFunctionMode`` sees its attention calls while the context is
-open, runs the same fused attention that the model would have run, and keeps the row log-sum-exp which that
-kernel computes and normally throws away. With it, scoring the candidate columns costs a small fraction of
-the attention itself.
+open, and a ``TorchDispatchMode`` around each of them reads the row log-sum-exp that the fused kernel computes
+and normally throws away. PyTorch still chooses and runs the kernel, so the model's output keeps its bits, and
+scoring the candidate columns costs a small fraction of the attention itself.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from attn_sampler import checks
+from attn_sampler.backends import BACKENDS
 from attn_sampler.functional import column_scores
 
 
@@ -38,29 +43,39 @@ class AttentionCapture(TorchFunctionMode):
     Parameters
     ----------
     columns
-        Slice of key positions (of ``key`` as the model passes it). Default: all.
+        Slice of key positions (of ``key`` as the model passes it), C of them. Default: all.
     layers
         Which attention calls of the forward pass count, by their order: ``"all"``, a slice, or a
         sequence of indices. Negative ones count from the end.
     keep
-        False: each layer is reduced at once, and the extra memory is one [B, C] buffer. True: ``layers`` keeps
-        (q, k of the columns, softmax_lse), for one reduction of all layers by
-        ``decode_step(tokens, logits, capture.layers, ..., **capture.step_options)``.
+        False: each layer is reduced at once, and the extra memory is one [B, C] buffer (and, with negative
+        ``layers``, the queries of those). True: ``layers`` keeps (q, k of the columns, softmax_lse), for one
+        reduction by ``decode_step(tokens, logits, capture.layers, ..., **capture.step_options)``.
     query_mask
         Boolean [B, M]: the query rows that count. Default: all (pass the attention mask of a padded
         batch, so that padding rows do not vote).
     query_start
-        Key position of query row 0. Default: N - M.
+        Key position of query row 0. Default: N - M, or 0 for a call with ``is_causal``, as PyTorch aligns it.
     softmax_scope, diagonal, reduction, backend
         As in ``column_scores``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+
     Notes
     -----
-    Enter the context anew (or call ``reset``) for each forward pass. It is thread-local, as all
-    ``TorchFunctionMode``s are, and does not see ``nn.MultiheadAttention`` or attention written out by hand.
-    A boolean ``attn_mask`` that is the same for all heads and rows ([B, 1, 1, N]) and ``is_causal`` are handed to
-    the kernels; any other mask or bias is served by plain PyTorch over the candidate columns, and cannot be
-    kept.
+    Entering the context forgets the last forward pass, so one object serves a whole decoding run; ``columns``
+    and ``query_mask`` may be assigned in between. Contexts nest, and are thread-local, as all
+    ``TorchFunctionMode``s are. A model under ``torch.compile`` is served without a graph break and without
+    recompilation from step to step, without gradients.
+
+    ``nn.MultiheadAttention``, ``flex_attention``, other libraries' kernels and attention written out by hand
+    are not seen. A boolean ``attn_mask`` that is the same for all heads and rows ([B, 1, 1, N], or expanded
+    from it) and ``is_causal`` are handed to the kernels; any other mask or bias is served by plain PyTorch over
+    the candidate columns, and cannot be kept. A bias of -inf, or of the lowest finite value of its dtype,
+    masks; a row that is masked everywhere contributes 0. Dropout is not applied to the scores.
     """
 
     def __init__(
@@ -77,57 +92,61 @@ class AttentionCapture(TorchFunctionMode):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(layers, str) and layers != "all":
-            raise ValueError(f"layers: expected 'all', a slice or indices, got {layers!r}")
-        if not isinstance(layers, (str, slice)):
-            layers = tuple(layers)
-            if not layers:
-                raise ValueError("layers: expected at least one index, got none")
+        checks.flag("keep", keep)
+        checks.choice("softmax_scope", softmax_scope, ("sequence", "block"))
+        checks.flag("diagonal", diagonal)
+        checks.choice("reduction", reduction, ("sum", "mean", "max"))
+        checks.choice("backend", backend, ("auto", *BACKENDS))
+        if query_start is not None:
+            checks.integer("query_start", query_start)
         self.columns = columns
         self.keep = keep
-        self._selection = layers
-        # Which of the last layers a negative index means is known only when the forward pass is over.
-        ends = (layers.start, layers.stop) if isinstance(layers, slice) else layers
-        self._from_end = layers != "all" and any(isinstance(i, int) and i < 0 for i in ends)
-        self._query_mask = query_mask
+        self.query_mask = query_mask
+        self._selection = _check_selection(layers)
+        self._lookback = _lookback(self._selection)
         self._query_start = query_start
-        self._options: dict[str, Any] = {
-            "softmax_scope": softmax_scope,
-            "diagonal": diagonal,
-            "reduction": reduction,
-        }
+        self._options: dict[str, Any] = {"softmax_scope": softmax_scope, "diagonal": diagonal}
+        self._options["reduction"] = reduction
         self._backend = backend
         self.reset()
 
     def reset(self) -> None:
-        """Forget the last forward pass."""
+        """Forget the last forward pass; entering the context does so too."""
         self.num_calls = 0
         self._records: list[tuple[int, _Record]] = []
         self._sum: Tensor | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> AttentionCapture:
+        self.reset()
+        _active_captures().append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _active_captures().remove(self)
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _compiled_attention(*args, **kwargs)
+        if not self._wants(self.num_calls):
+            self.num_calls += 1
+            return func(*args, **kwargs)
+        output, softmax_lse = attention_with_lse(*args, **kwargs)
+        self._record(softmax_lse, *args, **kwargs)
+        return output
 
     @property
     def scores(self) -> Tensor:
         """float32 [B, C]: attention received by each column, added up over heads and chosen layers."""
-        if self.num_calls == 0:
-            raise RuntimeError(
-                "AttentionCapture saw no call of torch.nn.functional.scaled_dot_product_attention: the "
-                "model may use nn.MultiheadAttention, a fused custom operator or attention "
-                "written out by hand, or no forward pass ran inside the context"
-            )
+        records = self._chosen_records()
         total = None if self._sum is None else self._sum.clone()
-        for record in self._chosen_records():
+        for record in records:
             total = self._reduce(record, total)
-        if total is None:
-            raise RuntimeError(
-                f"layers: {self._selection} chooses none of the {self.num_calls} attention calls"
-            )
+        assert total is not None
         return total
 
     @property
@@ -135,46 +154,67 @@ class AttentionCapture(TorchFunctionMode):
         """The chosen layers' tensors (with ``keep=True``)."""
         if not self.keep:
             raise RuntimeError("AttentionCapture keeps no layers: create it with keep=True")
-        for record in self._chosen_records():
-            if record.bias is not None:
-                raise NotImplementedError(
-                    "a layer's attn_mask is neither a key mask [B, 1, 1, N] nor is_causal and cannot be "
-                    "handed to decode_step: use keep=False and pass capture.scores"
-                )
+        records = self._chosen_records()
+        if any(record.bias is not None for record in records):
+            raise NotImplementedError(
+                "a layer's attn_mask is neither a key mask [B, 1, 1, N] nor is_causal and cannot be "
+                "handed to decode_step: use keep=False, or pass capture.scores"
+            )
         block_scope = self._options["softmax_scope"] == "block"
-        return [
-            CapturedLayer(r.q, r.k, None if block_scope else r.softmax_lse)
-            for r in self._chosen_records()
-        ]
+        return [CapturedLayer(r.q, r.k, None if block_scope else r.softmax_lse) for r in records]
 
     @property
     def step_options(self) -> dict[str, Any]:
         """The keywords with which ``decode_step`` reads ``layers``."""
         first, *others = self._chosen_records()
-        for other in others:
-            if not _same_geometry(first, other):
-                raise NotImplementedError(
-                    "the layers differ in mask, scale or positions and cannot be reduced in one "
-                    "call: use keep=False and pass capture.scores"
-                )
+        if any(other.geometry != first.geometry for other in others):
+            raise NotImplementedError(
+                "the layers differ in mask, scale, shape or positions and cannot be reduced in one "
+                "call: use keep=False, or pass capture.scores"
+            )
         return {
             "columns": slice(0, first.k.shape[2]),
             "query_start": first.query_start,
             "softmax_scale": first.softmax_scale,
             "causal": first.causal,
             "key_mask": first.key_mask,
-            "query_mask": self._query_mask,
+            "query_mask": self.query_mask,
             **self._options,
         }
 
+    def step_input(self) -> tuple[Tensor | list[CapturedLayer], dict[str, Any]]:
+        """The third argument and the keywords of ``decode_step``.
+
+        The kept layers where they can be reduced in one call; else ``scores``, which needs no keywords.
+        """
+        if self.keep:
+            records = self._chosen_records()
+            if all(r.bias is None and r.geometry == records[0].geometry for r in records):
+                return self.layers, self.step_options
+        return self.scores, {}
+
+    def _wants(self, index: int) -> bool:
+        """Whether the attention call of this index counts, or may."""
+        return self._lookback > 0 or index in _choose(self._selection, index + 1)
+
     def _chosen_records(self) -> list[_Record]:
-        if not self._from_end:
-            return [record for _, record in self._records]
+        """The records that count and are not reduced yet."""
+        if self.num_calls == 0:
+            raise RuntimeError(
+                "AttentionCapture saw no call of torch.nn.functional.scaled_dot_product_attention: the "
+                "model may use nn.MultiheadAttention, a fused custom operator or attention "
+                "written out by hand, or no forward pass ran inside the context"
+            )
         chosen = _choose(self._selection, self.num_calls)
+        if not chosen or min(chosen) < 0 or max(chosen) >= self.num_calls:
+            raise RuntimeError(
+                f"layers: {self._selection} does not fit the {self.num_calls} attention calls of the model"
+            )
         return [record for index, record in self._records if index in chosen]
 
-    def _attend(
+    def _record(
         self,
+        softmax_lse: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -183,118 +223,113 @@ class AttentionCapture(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
+    ) -> None:
+        """Reduce one attention call, or put it aside."""
         index = self.num_calls
-        self.num_calls += 1
-        if not (self._from_end or index in _choose(self._selection, index + 1)):
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=attn_mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
         if query.dim() != 4:
             raise ValueError(
                 f"AttentionCapture: expected attention inputs [B, H, M, D], got {list(query.shape)}"
             )
-        output, lse = attention_with_lse(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-        record = self._record(query.detach(), key.detach(), lse.detach(), attn_mask, is_causal, scale)
-        if self.keep or self._from_end:
-            self._records.append((index, record))
-        else:
-            self._sum = self._reduce(record, self._sum)
-        return output
-
-    def _record(
-        self,
-        q: Tensor,
-        k: Tensor,
-        softmax_lse: Tensor,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> _Record:
-        n_rows, n_keys = q.shape[2], k.shape[2]
-        lo, hi, _ = (self.columns or slice(None)).indices(n_keys)
-        # F.scaled_dot_product_attention aligns a causal mask at the top left.
-        aligned = 0 if is_causal else n_keys - n_rows
-        start = aligned if self._query_start is None else self._query_start
+        q, k = _autocast(query.detach()), _autocast(key.detach())
+        (batch, _, n_rows, _), n_keys = q.shape, k.shape[2]
+        lo, hi = checks.span("columns", self.columns, n_keys, "key positions (N)")
+        checks.optional("query_mask", self.query_mask, "[B, M]", (batch, n_rows), (torch.bool,), q)
+        start = 0 if is_causal else n_keys - n_rows
+        if self._query_start is not None:
+            start = self._query_start
+        if is_causal and start != 0:  # the kernels' causal mask moves with the rows' positions
+            attn_mask = torch.ones(n_rows, n_keys, dtype=torch.bool, device=q.device).tril()
+            is_causal = False
         key_mask = bias = None
         if attn_mask is not None:
             mask = attn_mask.detach()
-            mask = mask[(None,) * (4 - mask.dim())].expand(-1, -1, -1, n_keys)
-            if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
-                key_mask = mask[:, 0, 0, lo:hi].expand(q.shape[0], hi - lo)
+            mask = mask[(None,) * (4 - mask.dim())]
+            same_for_all = all(mask.shape[axis] == 1 or mask.stride(axis) == 0 for axis in (1, 2))
+            mask = mask.expand(batch, -1, n_rows, n_keys)[..., lo:hi]
+            if mask.dtype == torch.bool and same_for_all:
+                key_mask = mask[:, 0, 0]
             else:
-                bias = mask[..., lo:hi]
-        if hi - lo < n_keys:  # the columns alone: a view would keep all keys alive
-            k = k[:, :, lo:hi].clone()
-        return _Record(q, k, softmax_lse, start - lo, key_mask, bias, is_causal, scale)
+                bias = mask
+        k = k[:, :, lo:hi]
+        record = _Record(q, k, softmax_lse.detach(), start - lo, key_mask, bias, is_causal, scale)
+        self.num_calls += 1
+        if not (self.keep or self._lookback):
+            self._sum = self._reduce(record, self._sum)
+            return
+        # A view would keep all keys alive.
+        self._records.append((index, record._replace(k=k.clone() if hi - lo < n_keys else k)))
+        if self._lookback:
+            fixed = () if isinstance(self._selection, (str, slice)) else self._selection
+            oldest = self.num_calls - self._lookback
+            self._records = [(i, r) for i, r in self._records if i >= oldest or i in fixed]
 
     def _reduce(self, record: _Record, total: Tensor | None) -> Tensor:
-        options = dict(self._options)
-        if record.bias is not None:
-            scores = _biased_column_scores(record, self._query_mask, **options)
-            return scores if total is None else total.add_(scores)
-        block_scope = options["softmax_scope"] == "block"
-        return column_scores(
-            record.q,
-            record.k,
-            softmax_lse=None if block_scope else record.softmax_lse,
-            softmax_scale=record.softmax_scale,
-            causal=record.causal,
-            key_mask=record.key_mask,
-            query_mask=self._query_mask,
-            query_start=record.query_start,
-            backend=self._backend,
-            out=total,
-            **options,
-        )
+        with torch.autocast(record.q.device.type, enabled=False):  # scores are float32 to the end
+            if record.bias is not None:
+                scores = _biased_column_scores(record, self.query_mask, **self._options)
+                return scores if total is None else total.add_(scores)
+            block_scope = self._options["softmax_scope"] == "block"
+            return column_scores(
+                record.q,
+                record.k,
+                softmax_lse=None if block_scope else record.softmax_lse,
+                softmax_scale=record.softmax_scale,
+                causal=record.causal,
+                key_mask=record.key_mask,
+                query_mask=self.query_mask,
+                query_start=record.query_start,
+                backend=self._backend,
+                out=total,
+                **self._options,
+            )
 
 
 class _Record(NamedTuple):
     """One attention call, with the key axis reduced to the candidate columns."""
 
-    q: Tensor
+    q: Tensor  # [B, Hq, M, D]
     k: Tensor  # [B, Hkv, C, D]
-    softmax_lse: Tensor
+    softmax_lse: Tensor  # [B, Hq, M]
     query_start: int  # column (may be negative or beyond C) at which row 0 stands
     key_mask: Tensor | None  # [B, C] bool
-    bias: Tensor | None  # [B | 1, Hq | 1, M | 1, C], boolean or added to the logits
+    bias: Tensor | None  # [B, Hq | 1, M, C], boolean or added to the logits
     causal: bool
     softmax_scale: float | None
 
+    @property
+    def geometry(self) -> tuple:
+        """What layers that are reduced in one call have in common."""
+        (batch, _, n_rows, headdim), mask = self.q.shape, self.key_mask
+        memory = None if mask is None else (mask.data_ptr(), mask.stride())
+        shape = (batch, n_rows, headdim, self.k.shape[2], self.q.dtype)
+        return (*shape, memory, self.query_start, self.causal, self.softmax_scale)
 
-def _same_geometry(a: _Record, b: _Record) -> bool:
-    same_mask = a.key_mask is b.key_mask or (
-        a.key_mask is not None
-        and b.key_mask is not None
-        and a.key_mask.data_ptr() == b.key_mask.data_ptr()
-        and a.key_mask.stride() == b.key_mask.stride()
-    )
-    return (
-        same_mask
-        and a.query_start == b.query_start
-        and a.causal == b.causal
-        and a.softmax_scale == b.softmax_scale
-    )
+
+def _check_selection(layers: Any) -> str | slice | tuple[int, ...]:
+    if isinstance(layers, str):
+        checks.choice("layers", layers, ("all",))
+        return layers
+    if isinstance(layers, slice):
+        return layers
+    if not isinstance(layers, Sequence):
+        raise TypeError(f"layers: expected 'all', a slice or a sequence of indices, got {layers!r}")
+    if not layers:
+        raise ValueError("layers: expected at least one index, got none")
+    return tuple(checks.integer("layers", index) for index in layers)
+
+
+def _lookback(selection: str | slice | Sequence[int]) -> int:
+    """How many of the last calls a negative index may turn out to mean; 0 where there is none."""
+    if isinstance(selection, str):
+        return 0
+    if isinstance(selection, slice):
+        start, stop = selection.start or 0, selection.stop or 0
+        return sys.maxsize if stop < 0 else max(-start, 0)
+    return max(-min(selection), 0)
 
 
 def _choose(selection: str | slice | Sequence[int], count: int) -> set[int]:
-    """The chosen indices among ``count`` calls."""
+    """The chosen indices among ``count`` calls; those of a sequence may lie outside."""
     if isinstance(selection, slice):
         return set(range(*selection.indices(count)))
     if isinstance(selection, str):
@@ -302,102 +337,195 @@ def _choose(selection: str | slice | Sequence[int], count: int) -> set[int]:
     return {i + count if i < 0 else i for i in selection}
 
 
-def attention_with_lse(
+class _LogSumExpTap(TorchDispatchMode):
+    """Reads the log-sum-exp off whatever operators an attention call runs."""
+
+    # The fused operators return (output, logsumexp, ...). Some compute it on demand only: at this argument.
+    _FUSED = {  # noqa: RUF012
+        operator: [a.name for a in operator._schema.arguments].index("compute_log_sumexp")
+        if "compute_log_sumexp" in str(operator._schema)
+        else None
+        for operator in (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+            torch.ops.aten._scaled_dot_product_flash_attention.default,
+            torch.ops.aten._scaled_dot_product_efficient_attention.default,
+            torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+            torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+        )
+    }
+    _SOFTMAX = (torch.ops.aten._safe_softmax.default, torch.ops.aten._softmax.default)
+    _COMPOSITE = torch.ops.aten.scaled_dot_product_attention.default
+
+    softmax_lse: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is self._COMPOSITE:  # arrives whole under inference_mode
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func in self._SOFTMAX:  # the math path: these are the biased and masked logits
+            logits = args[0] if args[0].dtype == torch.float64 else args[0].float()
+            self.softmax_lse = torch.logsumexp(logits, dim=-1)
+        if func not in self._FUSED:
+            return func(*args, **kwargs)
+        on_demand = self._FUSED[func]
+        if on_demand is not None:
+            args = (*args[:on_demand], True, *args[on_demand + 1 :])
+        result = func(*args, **kwargs)
+        self.softmax_lse = result[1]
+        return result
+
+
+def attention_with_lse(query: Tensor, key: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
+    """``F.scaled_dot_product_attention`` and the row log-sum-exp that it computes inside.
+
+    Parameters
+    ----------
+    query, key, ...
+        As in ``F.scaled_dot_product_attention``.
+
+    Returns
+    -------
+    output, softmax_lse
+        The very output of the call, and [B, Hq, M], natural logarithm, float32 (float64 for float64).
+
+    Raises
+    ------
+    NotImplementedError
+        The device's attention returns no log-sum-exp.
+    """
+    with _LogSumExpTap() as tap:
+        output = F.scaled_dot_product_attention(query, key, *arguments, **keywords)
+    if tap.softmax_lse is None:
+        raise NotImplementedError(f"scaled_dot_product_attention gives no log-sum-exp on {query.device}")
+    # Some kernels pad the rows, or add a last axis of 1.
+    shape = query.shape[:-1]
+    return output, tap.softmax_lse.narrow(len(shape) - 1, 0, shape[-1]).view(shape)
+
+
+_THREAD = threading.local()
+
+
+def _active_captures() -> list[AttentionCapture]:
+    """The open captures of this thread, outermost first."""
+    if not hasattr(_THREAD, "captures"):
+        _THREAD.captures = []
+    return _THREAD.captures
+
+
+def _compiled_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """``F.scaled_dot_product_attention`` and the row log-sum-exp [B, Hq, M] that it computes inside.
+) -> Tensor:
+    """What an attention call becomes in a graph that is compiled while a capture is open."""
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    attn_mask = None if attn_mask is None else _autocast(attn_mask)
+    return torch.ops.attn_sampler.captured_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    )
 
-    The output has the bits of the call it replaces. Where PyTorch would pick a kernel without a log-sum-exp
-    (the math path), the output is that path's and the log-sum-exp is computed beside it.
-    """
-    arguments = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
-    arguments |= {"scale": scale, "enable_gqa": enable_gqa}
-    aten = torch.ops.aten
-    flash, efficient = 1, 2  # values of at::SDPBackend
-    choice = torch._fused_sdp_choice(query, key, value, **arguments)
-    if query.device.type == "cpu" and choice == flash:
-        output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query), scale=scale
+
+def _autocast(x: Tensor) -> Tensor:
+    """The tensor as ``F.scaled_dot_product_attention`` sees it under ``torch.autocast``."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.float64, torch.bool):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _captured_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """The operator: the graph knows nothing of the captures, which it finds open when it runs."""
+    keywords = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    keywords |= {"scale": scale, "enable_gqa": enable_gqa}
+    with torch._C.DisableTorchFunction():  # the captures' own mode is still on
+        output, softmax_lse = attention_with_lse(query, key, value, **keywords)
+        for capture in _active_captures():
+            if capture._wants(capture.num_calls):
+                capture._record(softmax_lse, query, key, value, **keywords)  # type: ignore[arg-type]
+            else:
+                capture.num_calls += 1
+    return output
+
+
+def _captured_attention_autograd(*arguments: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        raise RuntimeError(
+            "AttentionCapture carries no gradient through a model under torch.compile: run it under "
+            "torch.no_grad()"
         )
-        return output, lse
-    if query.device.type == "cuda" and choice == flash and query.shape[-1] % 8 == 0:
-        output, lse, *_ = aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )
-        return output, lse
-    if query.device.type == "cuda" and choice == efficient and not enable_gqa:
-        bias = _additive(attn_mask, query)
-        if bias is not None:
-            bias = bias.expand(*query.shape[:3], key.shape[2])
-        if bias is None or bias.shape[-1] % 8 == 0:
-            output, lse, *_ = aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, True, dropout_p, is_causal, scale=scale
-            )
-            return output, lse[:, :, : query.shape[2]]  # its rows are padded
-    output = F.scaled_dot_product_attention(query, key, value, **arguments)  # type: ignore[arg-type]
-    logits = _logits(query, key, attn_mask, scale)
-    if is_causal:
-        n_rows, n_keys = logits.shape[-2:]
-        above = torch.ones(n_rows, n_keys, dtype=torch.bool, device=query.device).triu(1)
-        logits = logits.masked_fill(above, -math.inf)
-    return output, torch.logsumexp(logits, dim=-1)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attn_sampler.captured_attention(*arguments)
 
 
-def _logits(q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Scaled and biased attention logits, float32 (float64 for float64), [B, Hq, M, N]."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).to(dtype)
-    logits = (q.shape[-1] ** -0.5 if scale is None else scale) * (q.to(dtype) @ k.transpose(-1, -2))
-    bias = _additive(mask, logits)
-    return logits if bias is None else logits + bias
+_LIBRARY = torch.library.Library("attn_sampler", "FRAGMENT")
+_LIBRARY.define(
+    "captured_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
+    "bool is_causal, float? scale, bool enable_gqa) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else (),
+)
+_LIBRARY.impl("captured_attention", _captured_attention_autograd, "Autograd")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("captured_attention", _captured_attention, _key)
 
 
-def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A boolean mask as the bias that fused attention takes."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    bias = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -math.inf)
-    return bias[(None,) * (4 - bias.dim())]
+@torch.library.register_fake("attn_sampler::captured_attention", lib=_LIBRARY)
+def _captured_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _biased_column_scores(
-    record: _Record,
-    query_mask: Tensor | None,
-    *,
-    softmax_scope: str,
-    diagonal: bool,
-    reduction: str,
+    record: _Record, query_mask: Tensor | None, *, softmax_scope: str, diagonal: bool, reduction: str
 ) -> Tensor:
     """Column scores under an arbitrary mask or bias, in plain PyTorch over the candidate columns."""
     q, k, bias = record.q, record.k, record.bias
+    assert bias is not None
     n_rows, n_columns = q.shape[2], k.shape[2]
     row = record.query_start + torch.arange(n_rows, device=q.device)[:, None]
     column = torch.arange(n_columns, device=q.device)[None, :]
-    logits = _logits(q, k, bias, record.softmax_scale)
-    counts = logits != -math.inf
-    if record.causal:
-        counts = counts & (column <= row)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if record.softmax_scale is None else record.softmax_scale
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))
+    if bias.dtype == torch.bool:
+        counts = bias
+    else:
+        counts = ~(bias <= torch.finfo(bias.dtype).min)
+        logits = logits + bias
     if query_mask is not None:
         counts = counts & query_mask[:, None, :, None]
-    lse = record.softmax_lse
+    lse = record.softmax_lse.to(dtype)
     if softmax_scope == "block":
         counts = counts & (row >= 0) & (row < n_columns)
         lse = torch.logsumexp(logits.masked_fill(~counts, -math.inf), dim=-1)
     if not diagonal:
         counts = counts & (column != row)
-    weights = torch.exp(logits - lse[..., None].to(logits.dtype)).masked_fill(~counts, 0.0)
-    if reduction == "max":
-        scores = weights.amax(dim=2)
-    else:
-        scores = weights.sum(dim=2)
+    weights = torch.exp(logits - lse[..., None]).masked_fill(~counts, 0.0)
+    scores = weights.amax(dim=2) if reduction == "max" else weights.sum(dim=2)
     if reduction == "mean":
         scores = scores / counts.sum(dim=2).clamp(min=1)
-    return scores.sum(dim=1, dtype=torch.float32)
+    return scores.sum(dim=1).to(torch.float32)

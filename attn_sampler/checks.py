@@ -7,7 +7,7 @@ written. Shapes are checked with plain comparisons so that torch.compile can tra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,12 +43,8 @@ def tensor(
 
 def shape(name: str, value: Tensor, axes: str, expected: Sequence[int]) -> None:
     """The exact shape, whose axes are spelled as in "[B, C]"."""
-    if len(value.shape) != len(expected) or any(
-        a != b for a, b in zip(value.shape, expected, strict=True)
-    ):
-        raise ValueError(
-            f"{name}: expected shape {axes} = {list(expected)}, got {list(value.shape)}"
-        )
+    if len(value.shape) != len(expected) or any(a != b for a, b in zip(value.shape, expected, strict=True)):
+        raise ValueError(f"{name}: expected shape {axes} = {list(expected)}, got {list(value.shape)}")
 
 
 def optional(
@@ -86,34 +82,37 @@ def span(name: str, value: slice | None, length: int, what: str) -> tuple[int, i
     elif value.step not in (None, 1):
         raise ValueError(f"{name}: expected a slice of step 1, got step {value.step}")
     else:
-        start = 0 if value.start is None else value.start
-        stop = length if value.stop is None else value.stop
+        start = 0 if value.start is None else integer(f"{name}.start", value.start)
+        stop = length if value.stop is None else integer(f"{name}.stop", value.stop)
         start = start + length if start < 0 else start
         stop = stop + length if stop < 0 else stop
         if start < 0 or stop > length:
             raise ValueError(f"{name}: {value} reaches outside the {length} {what}")
     if start >= stop:
-        raise ValueError(
-            f"{name}: expected at least one of the {length} {what}, got an empty range {value}"
-        )
+        raise ValueError(f"{name}: expected at least one of the {length} {what}, got an empty range {value}")
     return start, stop
 
 
 def unit_interval(name: str, value: object) -> float:
     """A number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
-    return float(value)
+    return _number(name, value, "a number in [0, 1]", lambda x: 0.0 <= x <= 1.0)
 
 
 def non_negative(name: str, value: object) -> float:
     """A finite number, zero or more."""
+    return _number(name, value, "a finite number >= 0", lambda x: 0.0 <= x < math.inf)
+
+
+def finite(name: str, value: object) -> float:
+    """A finite number."""
+    return _number(name, value, "a finite number", lambda x: -math.inf < x < math.inf)
+
+
+def _number(name: str, value: object, what: str, accepted: Callable[[float], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
-    if not (value >= 0.0 and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+    if not accepted(value):
+        raise ValueError(f"{name}: expected {what}, got {value}")
     return float(value)
 
 
@@ -128,10 +127,8 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
     return value  # type: ignore[return-value]
 
 
-def accumulator(name: str, value: Tensor, axes: str, expected: Sequence[int], like: Tensor) -> None:
-    """A float32 tensor that results can be added into."""
-    tensor(name, value, axes, (torch.float32,), like=like)
-    shape(name, value, axes, expected)
+def writable(name: str, value: Tensor) -> None:
+    """A tensor that can be updated in place."""
     if any(n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)):
         raise ValueError(
             f"{name}: expected a tensor whose elements are apart in memory, "

@@ -22,7 +22,9 @@ from attn_sampler.reference import StepResult
 _BACKEND_CHOICES = ("auto", *BACKENDS)
 _OPS = torch.ops.attn_sampler
 
+_REDUCTIONS = ("sum", "mean", "max")
 _INT64_MIN, _UINT64_END = -(1 << 63), 1 << 64
+_MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
 
 
 def column_scores(
@@ -98,32 +100,19 @@ def column_scores(
     BackendUnavailableError
         The backend asked for cannot run this problem.
     """
-    lo, hi, start, scale = _check_attention(
-        q,
-        k,
-        columns,
-        softmax_lse,
-        lse_base,
-        softmax_scale,
-        causal,
-        key_mask,
-        query_mask,
-        query_start,
-        softmax_scope,
-        diagonal,
-        per_head,
-        backend,
-    )
-    checks.choice("reduction", reduction, ("sum", "mean", "max"))
-    batch, heads = q.shape[:2]
-    shape = (batch, heads, hi - lo) if per_head else (batch, hi - lo)
-    accumulate = out is not None
-    if out is None:
-        out = q.new_empty(shape, dtype=torch.float32)
+    _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
+    checks.flag("per_head", per_head)
+    _check_layer("", q, k, softmax_lse, softmax_scope)
+    _check_masks(q, k, key_mask, query_mask)
+    (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
+    lo, hi = checks.span("columns", columns, n_keys, "key positions (N)")
+    checks.choice("reduction", reduction, _REDUCTIONS)
+    if per_head:
+        result = _output(out, q, "[B, Hq, C]", (batch, heads, hi - lo))
     else:
-        checks.accumulator("out", out, "[B, Hq, C]" if per_head else "[B, C]", shape, q)
+        result = _output(out, q, "[B, C]", (batch, hi - lo))
     _OPS.column_scores(
-        out,
+        result,
         q,
         k,
         softmax_lse,
@@ -131,18 +120,18 @@ def column_scores(
         query_mask,
         lo,
         hi,
-        start,
-        scale,
+        n_keys - n_rows if query_start is None else query_start,
+        headdim**-0.5 if softmax_scale is None else float(softmax_scale),
         lse_base,
         causal,
         softmax_scope,
         diagonal,
         reduction,
         per_head,
-        accumulate,
+        out is not None,
         backend,
     )
-    return out
+    return result
 
 
 def attention_map(
@@ -187,32 +176,19 @@ def attention_map(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
-    lo, hi, start, scale = _check_attention(
-        q,
-        k,
-        columns,
-        softmax_lse,
-        lse_base,
-        softmax_scale,
-        causal,
-        key_mask,
-        query_mask,
-        query_start,
-        softmax_scope,
-        diagonal,
-        per_head,
-        backend,
-    )
-    batch, heads, n_rows = q.shape[:3]
+    _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
+    checks.flag("per_head", per_head)
+    _check_layer("", q, k, softmax_lse, softmax_scope)
+    _check_masks(q, k, key_mask, query_mask)
+    (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
+    lo, hi = checks.span("columns", columns, n_keys, "key positions (N)")
     first, last = checks.span("rows", rows, n_rows, "query rows (M)")
-    shape = (batch, heads, last - first, hi - lo) if per_head else (batch, last - first, hi - lo)
-    accumulate = out is not None
-    if out is None:
-        out = q.new_empty(shape, dtype=torch.float32)
+    if per_head:
+        result = _output(out, q, "[B, Hq, R, C]", (batch, heads, last - first, hi - lo))
     else:
-        checks.accumulator("out", out, "[B, Hq, R, C]" if per_head else "[B, R, C]", shape, q)
+        result = _output(out, q, "[B, R, C]", (batch, last - first, hi - lo))
     _OPS.attention_map(
-        out,
+        result,
         q,
         k,
         softmax_lse,
@@ -222,17 +198,17 @@ def attention_map(
         last,
         lo,
         hi,
-        start,
-        scale,
+        n_keys - n_rows if query_start is None else query_start,
+        headdim**-0.5 if softmax_scale is None else float(softmax_scale),
         lse_base,
         causal,
         softmax_scope,
         diagonal,
         per_head,
-        accumulate,
+        out is not None,
         backend,
     )
-    return out
+    return result
 
 
 def token_confidence(
@@ -312,9 +288,9 @@ def select_tokens(
     """Which masked positions to commit in this step.
 
     ``"parallel"`` (arXiv 2604.08564, dynamic attention threshold): of the masked positions, ``high`` are
-    those with ``confidence >= tau`` and ``low`` the others; with ``theta`` the largest score in ``low`` (-inf if
-    there is none), commit the ``high`` positions with ``score > theta``. Where none passes, exactly one is
-    committed, so that every step makes progress. ``"sequential"``: the one masked position of the
+    those with ``confidence >= tau`` and ``low`` the others; with ``theta`` the largest score in ``low`` (-inf
+    if there is none), commit the ``high`` positions with ``score > theta``. Where none passes, exactly one
+    is committed, so that every step makes progress. ``"sequential"``: the one masked position of the
     largest score.
 
     Parameters
@@ -337,8 +313,8 @@ def select_tokens(
     -------
     Tensor
         bool ``[B, C]``. Ties go to the lowest position. A NaN score is never selected and ranks below all
-        others; a NaN confidence is not confident and ranks last in the fallback. A row with no masked
-        position (or only NaN scores) commits nothing.
+        others; a NaN confidence is not confident and counts as -inf in the fallback. A row with no
+        masked position (or only NaN scores) commits nothing.
 
     Raises
     ------
@@ -352,9 +328,7 @@ def select_tokens(
     checks.tensor("confidence", confidence, "[B, C]", dtypes, like=scores)
     checks.shape("confidence", confidence, "[B, C]", scores.shape)
     if confidence.dtype != scores.dtype:
-        raise ValueError(
-            f"confidence: expected the dtype of scores, {scores.dtype}, got {confidence.dtype}"
-        )
+        raise ValueError(f"confidence: expected the dtype of scores, {scores.dtype}, got {confidence.dtype}")
     checks.tensor("masked", masked, "[B, C]", (torch.bool,), like=scores)
     checks.shape("masked", masked, "[B, C]", scores.shape)
     return _OPS.select_tokens(scores, confidence, masked, policy, tau, fallback, backend)
@@ -399,9 +373,10 @@ def decode_step(
         ``[B, C, V]``: the predictions for the C positions of the block, already shifted for models
         that predict position j from row j - 1. The mask token is never predicted.
     layers
-        A sequence of ``(q, k, softmax_lse)``, one for each layer that counts, in ``column_scores``' shapes; or
-        an accumulated score buffer, float32 ``[B, C]``. The layers share B, M, N, D and dtype; softmax_lse
-        is given for all of them or (None, or left out) for none.
+        A sequence of ``(q, k, softmax_lse)``, one for each layer that counts, in the shapes of
+        ``column_scores``; or an accumulated score buffer, float32 ``[B, C]``, which is read as it is: what
+        follows from ``rows`` to ``reduction`` then changes nothing. The layers share B, M, N, D and dtype;
+        softmax_lse is given for all of them or (None, or left out) for none.
     block
         Slice of the T token positions, C of them.
     mask_token_id
@@ -430,9 +405,12 @@ def decode_step(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``. ``tokens`` is untouched then.
     """
-    checks.choice("backend", backend, _BACKEND_CHOICES)
+    _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
+    checks.choice("rows", rows, ("all", "masked"))
+    checks.choice("reduction", reduction, _REDUCTIONS)
     tau = _check_selection(policy, tau, fallback)
     checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
+    checks.writable("tokens", tokens)
     lo, hi = checks.span("block", block, tokens.shape[1], "token positions (T)")
     checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES, like=tokens)
     batch, count = tokens.shape[0], hi - lo
@@ -441,53 +419,34 @@ def decode_step(
     if logits.shape[2] == 1:
         raise ValueError("logits: expected a vocabulary with more than the mask token, got V = 1")
     seed, seeds, temperature = _check_sampling(logits, metric, temperature, seed)
-    checks.choice("rows", rows, ("all", "masked"))
-    checks.choice("reduction", reduction, ("sum", "mean", "max"))
 
     q: list[Tensor] = []
     k: list[Tensor] = []
     lse: list[Tensor] = []
     column_start, column_stop, start = lo, hi, 0
     if isinstance(layers, Tensor):
-        scores = layers
-        checks.accumulator("layers", scores, "[B, C]", (batch, count), tokens)
+        scores = _output(layers, tokens, "[B, C]", (batch, count), name="layers")
+        key_mask = query_mask = None  # the scores are made: there is nothing left to mask
     else:
-        q, k, lse = _split_layers(layers)
-        column_start, column_stop, start, _ = _check_attention(
-            q[0],
-            k[0],
-            block if columns is None else columns,
-            lse[0] if lse else None,
-            lse_base,
-            softmax_scale,
-            causal,
-            key_mask,
-            query_mask,
-            query_start,
-            softmax_scope,
-            diagonal,
-            False,
-            backend,
+        q, k, lse = _check_layers(layers, tokens, softmax_scope)
+        _check_masks(q[0], k[0], key_mask, query_mask)
+        n_rows, n_keys = q[0].shape[2], k[0].shape[2]
+        column_start, column_stop = checks.span(
+            "columns", block if columns is None else columns, n_keys, "key positions (N)"
         )
-        checks.shape("layers[0] q", q[0], "[B, Hq, M, D]", (batch, *q[0].shape[1:]))
-        if q[0].device != tokens.device:
-            raise ValueError(
-                f"layers: expected tensors on {tokens.device} as tokens, got {q[0].device}"
-            )
         if column_stop - column_start != count:
             raise ValueError(
                 f"columns: expected as many key positions as the block has tokens, {count}, "
                 f"got {column_stop - column_start}"
             )
-        _check_layers_alike(q, k, lse)
+        start = n_keys - n_rows if query_start is None else query_start
         first_row = start - column_start + lo
-        if rows == "masked" and (first_row < 0 or first_row + q[0].shape[2] > tokens.shape[1]):
+        if rows == "masked" and (first_row < 0 or first_row + n_rows > tokens.shape[1]):
             raise ValueError(
-                f"rows: with 'masked', every query row must stand at one of the "
-                f"{tokens.shape[1]} tokens; rows are at {first_row} to "
-                f"{first_row + q[0].shape[2] - 1} (query_start, columns)"
+                f"rows: with 'masked', every query row must stand at one of the {tokens.shape[1]} tokens; "
+                f"rows are at {first_row} to {first_row + n_rows - 1} (query_start, columns)"
             )
-        scores = logits.new_empty((batch, count), dtype=torch.float32)
+        scores = _output(None, tokens, "[B, C]", (batch, count))
     token_ids, confidence, selected = _OPS.decode_step(
         tokens,
         scores,
@@ -522,67 +481,107 @@ def decode_step(
     return StepResult(tokens, token_ids, confidence, scores, selected)
 
 
-def _check_attention(
-    q: Tensor,
-    k: Tensor,
-    columns: slice | None,
-    softmax_lse: Tensor | None,
+def _output(
+    out: Tensor | None, like: Tensor, axes: str, shape: tuple[int, ...], *, name: str = "out"
+) -> Tensor:
+    """A float32 tensor of this shape, on the device of ``like``: the one given, or a new one."""
+    if out is None:
+        return like.new_empty(shape, dtype=torch.float32)
+    checks.tensor(name, out, axes, (torch.float32,), like=like)
+    checks.shape(name, out, axes, shape)
+    checks.writable(name, out)
+    return out
+
+
+def _check_options(
     lse_base: str,
     softmax_scale: float | None,
     causal: bool,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
     query_start: int | None,
     softmax_scope: str,
     diagonal: bool,
-    per_head: bool,
     backend: str,
-) -> tuple[int, int, int, float]:
-    """Column bounds, key position of row 0 and softmax scale of a valid problem."""
+) -> None:
     checks.choice("backend", backend, _BACKEND_CHOICES)
-    checks.tensor("q", q, "[B, Hq, M, D]", checks.FLOAT_DTYPES)
-    checks.tensor("k", k, "[B, Hkv, N, D]", checks.FLOAT_DTYPES, like=q)
-    batch, heads, n_rows, headdim = q.shape
-    kv_heads, n_keys = k.shape[1:3]
-    if k.dtype != q.dtype:
-        raise ValueError(f"k: expected the dtype of q, {q.dtype}, got {k.dtype}")
-    if k.shape[0] != batch:
-        raise ValueError(f"k: expected the batch size of q, {batch}, got {k.shape[0]}")
-    if headdim < 1 or k.shape[3] != headdim:
-        raise ValueError(
-            f"k: expected q and k of one head dimension D >= 1, got {headdim} and {k.shape[3]}"
-        )
-    if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
-        raise ValueError(
-            f"k: expected a number of heads that divides the {heads} heads of q, got {kv_heads}"
-        )
-    lo, hi = checks.span("columns", columns, n_keys, "key positions (N)")
     checks.choice("lse_base", lse_base, ("e", "2"))
     checks.choice("softmax_scope", softmax_scope, ("sequence", "block"))
-    for name, value in (("causal", causal), ("diagonal", diagonal), ("per_head", per_head)):
-        checks.flag(name, value)
-    if softmax_lse is not None and softmax_scope == "block":
-        raise ValueError(
-            "softmax_lse: not accepted with softmax_scope='block', whose softmax is over the "
-            "block's keys alone"
-        )
-    lse_dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
-    rows_shape = (batch, heads, n_rows)
-    checks.optional("softmax_lse", softmax_lse, "[B, Hq, M]", rows_shape, lse_dtypes, q)
-    checks.optional("key_mask", key_mask, "[B, N]", (batch, n_keys), (torch.bool,), q)
-    checks.optional("query_mask", query_mask, "[B, M]", (batch, n_rows), (torch.bool,), q)
-    start = n_keys - n_rows
+    checks.flag("causal", causal)
+    checks.flag("diagonal", diagonal)
+    if softmax_scale is not None:
+        checks.finite("softmax_scale", softmax_scale)
     if query_start is not None:
-        start = checks.integer("query_start", query_start)
-    if softmax_scale is None:
-        return lo, hi, start, headdim**-0.5
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-        raise TypeError(
-            f"softmax_scale: expected a number, got {type(softmax_scale).__name__}"
+        checks.integer("query_start", query_start, -_MAX_POSITION, _MAX_POSITION)
+
+
+def _check_layer(
+    prefix: str,
+    q: Tensor,
+    k: Tensor,
+    softmax_lse: Tensor | None,
+    softmax_scope: str,
+    *,
+    dtypes: Sequence[torch.dtype] = checks.FLOAT_DTYPES,
+    like: Tensor | None = None,
+) -> None:
+    """q, k and softmax_lse are valid and fit together."""
+    checks.tensor(f"{prefix}q", q, "[B, Hq, M, D]", dtypes, like=like)
+    checks.tensor(f"{prefix}k", k, "[B, Hkv, N, D]", (q.dtype,), like=q)
+    batch, heads, n_rows, headdim = q.shape
+    kv_heads, n_keys = k.shape[1:3]
+    if headdim < 1:
+        raise ValueError(f"{prefix}q: expected a head dimension D >= 1, got shape {list(q.shape)}")
+    if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
+        raise ValueError(
+            f"{prefix}k: expected a number of heads that divides the {heads} heads of q, got {kv_heads}"
         )
-    if not abs(softmax_scale) < float("inf"):
-        raise ValueError(f"softmax_scale: expected a finite number, got {softmax_scale}")
-    return lo, hi, start, float(softmax_scale)
+    checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, kv_heads, n_keys, headdim))
+    if softmax_lse is not None:
+        if softmax_scope == "block":
+            raise ValueError(
+                f"{prefix}softmax_lse: not accepted with softmax_scope='block', whose softmax is over the "
+                "block's keys alone"
+            )
+        dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+        checks.optional(f"{prefix}softmax_lse", softmax_lse, "[B, Hq, M]", (batch, heads, n_rows), dtypes, q)
+
+
+def _check_masks(q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> None:
+    checks.optional("key_mask", key_mask, "[B, N]", (q.shape[0], k.shape[2]), (torch.bool,), q)
+    checks.optional("query_mask", query_mask, "[B, M]", (q.shape[0], q.shape[2]), (torch.bool,), q)
+
+
+def _check_layers(
+    layers: Sequence[Sequence[Tensor | None]], tokens: Tensor, softmax_scope: str
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The layers' q, k and (for all of them, or for none) softmax_lse, of one batch, M, N, D and dtype."""
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise TypeError(
+            "layers: expected a score buffer [B, C] or a non-empty sequence of (q, k, softmax_lse), "
+            f"got {'an empty one' if isinstance(layers, (list, tuple)) else type(layers).__name__}"
+        )
+    all_q: list[Tensor] = []
+    all_k: list[Tensor] = []
+    all_lse: list[Tensor] = []
+    dtypes: Sequence[torch.dtype] = checks.FLOAT_DTYPES
+    for index, layer in enumerate(layers):
+        prefix = f"layers[{index}] "
+        if not isinstance(layer, (list, tuple)) or len(layer) not in (2, 3):
+            raise TypeError(f"layers[{index}]: expected (q, k, softmax_lse) or (q, k)")
+        q, k, lse = (*layer, None)[:3]
+        _check_layer(prefix, q, k, lse, softmax_scope, dtypes=dtypes, like=tokens)
+        all_q.append(q)
+        all_k.append(k)
+        if lse is not None:
+            all_lse.append(lse)
+        dtypes = (q.dtype,)
+        batch, (n_rows, headdim), n_keys = tokens.shape[0], all_q[0].shape[2:], all_k[0].shape[2]
+        checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], n_rows, headdim))
+        checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
+    if all_lse and len(all_lse) != len(all_q):
+        raise ValueError(
+            f"layers: expected softmax_lse for all layers or for none, got {len(all_lse)} of {len(all_q)}"
+        )
+    return all_q, all_k, all_lse
 
 
 def _check_sampling(
@@ -593,9 +592,7 @@ def _check_sampling(
     temperature = checks.non_negative("temperature", temperature)
     if seed is None:
         if temperature > 0.0:
-            raise ValueError(
-                "seed: needed where temperature > 0 (an integer, or an int64 tensor [B])"
-            )
+            raise ValueError("seed: needed where temperature > 0 (an integer, or an int64 tensor [B])")
         return 0, None, temperature
     if isinstance(seed, Tensor):
         checks.tensor("seed", seed, "[B]", (torch.int64,), like=logits)
@@ -610,59 +607,3 @@ def _check_selection(policy: str, tau: float, fallback: str) -> float:
     checks.choice("policy", policy, ("parallel", "sequential"))
     checks.choice("fallback", fallback, ("confidence", "score"))
     return checks.unit_interval("tau", tau)
-
-
-def _split_layers(
-    layers: Sequence[Sequence[Tensor | None]],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The layers' q, k and (for all of them, or for none) softmax_lse."""
-    if not isinstance(layers, (list, tuple)) or not layers:
-        raise ValueError(
-            "layers: expected a score buffer [B, C] or a non-empty sequence of "
-            f"(q, k, softmax_lse), got {layers if layers else type(layers).__name__!r}"
-        )
-    q: list[Tensor] = []
-    k: list[Tensor] = []
-    lse: list[Tensor] = []
-    for index, layer in enumerate(layers):
-        if not isinstance(layer, (list, tuple)) or len(layer) not in (2, 3):
-            raise ValueError(f"layers[{index}]: expected (q, k, softmax_lse) or (q, k)")
-        for name, value in zip(("q", "k"), layer, strict=False):
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"layers[{index}] {name}: expected a tensor, got {type(value).__name__}"
-                )
-        q.append(layer[0])  # type: ignore[arg-type]
-        k.append(layer[1])  # type: ignore[arg-type]
-        if len(layer) == 3 and layer[2] is not None:
-            lse.append(layer[2])
-    if lse and len(lse) != len(q):
-        raise ValueError(
-            f"layers: expected softmax_lse for all layers or for none, got {len(lse)} of {len(q)}"
-        )
-    return q, k, lse
-
-
-def _check_layers_alike(q: list[Tensor], k: list[Tensor], lse: list[Tensor]) -> None:
-    """Every layer has the batch, rows, keys, head dimension, dtype and device of the first."""
-    (batch, _, n_rows, headdim), n_keys = q[0].shape, k[0].shape[2]
-    for index in range(1, len(q)):
-        heads, kv_heads = q[index].shape[1], k[index].shape[1]
-        expected = {
-            "q": (q[index], (batch, heads, n_rows, headdim), q[0].dtype),
-            "k": (k[index], (batch, kv_heads, n_keys, headdim), q[0].dtype),
-        }
-        if lse:
-            expected["softmax_lse"] = (lse[index], (batch, heads, n_rows), lse[0].dtype)
-        for name, (value, shape, dtype) in expected.items():
-            if value.shape != shape or value.dtype != dtype or value.device != q[0].device:
-                raise ValueError(
-                    f"layers[{index}] {name}: expected shape {list(shape)}, {dtype} on "
-                    f"{q[0].device} as in layer 0, got {list(value.shape)}, {value.dtype} on "
-                    f"{value.device}"
-                )
-        if kv_heads < 1 or heads % kv_heads != 0:
-            raise ValueError(
-                f"layers[{index}] k: expected a number of heads that divides the {heads} heads "
-                f"of q, got {kv_heads}"
-            )

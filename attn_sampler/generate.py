@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
+from attn_sampler.backends import choose_backend
 from attn_sampler.capture import AttentionCapture
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
@@ -27,8 +29,8 @@ class Generation:
     tokens: Tensor  # [B, T] int64, prompts (left-padded) and their continuations
     attention_mask: Tensor  # [B, T] bool, False at padding
     num_forward_passes: Tensor  # [B] int64, the passes that each sequence took
-    forward_seconds: float  # host time in the model, attention capture included
-    sampling_seconds: float  # host time in scores, confidence, selection and commit
+    forward_seconds: float  # in the model, attention capture included
+    sampling_seconds: float  # in scores, confidence, selection and commit
     trace: DecodeTrace | None  # where asked for
 
 
@@ -71,16 +73,17 @@ def generate(
 
     Every masked position is filled: those in the prompt (infilling) and ``gen_length`` more appended to it.
     Blocks of ``block_length`` positions are decoded from left to right; inside a block the policy chooses the
-    order. The same call gives the same tokens, alone or in a batch.
+    order. A sequence gets the same tokens alone and in a batch, as far as the model's logits are the same.
 
     Parameters
     ----------
     model
-        Any callable ``model(tokens [B, T]) -> logits [B, T, V]`` (or an object with ``.logits``). A padded batch
-        is passed as ``model(tokens, attention_mask=mask)`` with a boolean [B, T] mask. Policies that read
-        attention need it to call ``F.scaled_dot_product_attention``.
+        Any callable ``model(tokens [B, T]) -> logits [B, T, V]`` (or an object with ``.logits``). A padded
+        batch is passed as ``model(tokens, attention_mask=mask)`` with a boolean [B, T] mask. Policies that
+        read attention need it to call ``F.scaled_dot_product_attention``.
     prompt_ids
-        int64 [B, T], or a sequence of B prompts of any lengths, which are padded on the left.
+        int64 [B, T], or a sequence of B prompts of any lengths, which are padded on the left and put on the
+        device of the model's parameters.
     mask_token_id
         The id of ``[MASK]``.
     gen_length
@@ -91,158 +94,168 @@ def generate(
         A name of ``sampler.POLICIES`` or a Policy; tau goes with names that take one.
     temperature, seed
         As in ``token_confidence``. An integer seed gives sequence i the stream ``seed + i``; a sequence
-        of integers gives each its own.
+        of integers gives each its own. Noise follows a position's place in its block: masks in the first,
+        incomplete block of a prompt draw other noise where padding makes that block longer.
     attention_mask
-        Boolean [B, T] for a padded ``prompt_ids`` tensor: False at padding.
+        Boolean [B, T] for a left-padded ``prompt_ids`` tensor: False at padding.
     eos_token_id
         A sequence that has committed this token and everything before it stops at the end of the
         block; its later masked positions become this token.
     pad_token_id
-        What ragged prompts are padded with. Default: eos_token_id, or 0. It is masked from attention.
+        What ragged prompts are padded with, not mask_token_id. Default: eos_token_id, or else 0 (or 1). It is
+        masked from attention.
     logit_shift
         True for models that predict position j from hidden row j - 1 (Dream, Fast-dLLM v2).
     layers, rows, softmax_scope, diagonal
-        Which attention counts: the calls by their order; the query rows, ``"all"`` or ``"masked"`` (those still
-        masked); ``"sequence"`` or ``"block"``; whether attention to oneself does.
+        Which attention counts: the calls by their order; the query rows, ``"all"`` or ``"masked"`` (those
+        still masked); ``"sequence"`` or ``"block"``; whether attention to oneself does.
     keep_layers
-        True reduces all layers in one call at the end of the forward pass; False each layer in the pass,
-        which needs no memory for them.
+        True reduces all layers in one call at the end of the forward pass, where their masks allow it; False
+        each layer in the pass, which needs no memory for them.
     backend
         As in ``column_scores``.
     progress, trace, on_step
-        A progress bar; a ``DecodeTrace`` in the result; a function called with a ``StepEvent`` after each step.
+        A progress bar; a ``DecodeTrace`` in the result; a function that each step calls with a ``StepEvent``.
 
     Returns
     -------
     Generation
+        Times are the host's: on an accelerator, which works behind the host, the wait for the model
+        counts as sampling.
 
     Raises
     ------
-    TypeError, ValueError
-        Naming the argument; nothing has run then.
+    TypeError, ValueError, BackendUnavailableError
+        Naming the argument, before the model has run; or the model's output, of a wrong shape, dtype or device.
     RuntimeError
-        The model's logits are undefined (NaN) at every masked position of a sequence.
+        The logits of a chosen position are undefined (NaN, +inf or all -inf), or the attention scores are NaN
+        at every masked position of a sequence.
     """
+    if not callable(model):
+        raise TypeError(f"model: expected a callable, got {type(model).__name__}")
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
-    checks.integer("gen_length", gen_length, 0)
-    checks.integer("block_length", block_length, 1)
     checks.integer("mask_token_id", mask_token_id, 0)
+    checks.integer("block_length", block_length, 1)
     checks.non_negative("temperature", temperature)
     checks.choice("rows", rows, ("all", "masked"))
-    if eos_token_id is not None and eos_token_id == mask_token_id:
-        raise ValueError("eos_token_id: expected another token than mask_token_id")
-    pad = pad_token_id if pad_token_id is not None else (eos_token_id or 0)
-    tokens, visible = _pad_left(prompt_ids, attention_mask, pad)
+    for name, flag in (("logit_shift", logit_shift), ("progress", progress), ("trace", trace)):
+        checks.flag(name, flag)
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step: expected a callable, got {type(on_step).__name__}")
+    checks.flag("keep_layers", keep_layers)
+    capture = AttentionCapture(
+        layers=layers, keep=keep_layers, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
+    )
+    tokens, visible = _prompts(model, prompt_ids, attention_mask, mask_token_id, eos_token_id, pad_token_id)
     prompt_length = tokens.shape[1]
-    if gen_length:
-        extra = (tokens.shape[0], gen_length)
-        tokens = torch.cat([tokens, tokens.new_full(extra, mask_token_id)], dim=1)
-        visible = torch.cat([visible, visible.new_ones(extra)], dim=1)
-    to_fill = (tokens == mask_token_id) & visible
-    if tokens.shape[0] and not to_fill.any():
-        raise ValueError(
-            "prompt_ids: expected masked positions to fill, got none and gen_length = 0"
-        )
+    tokens, visible = _append(tokens, visible, gen_length, mask_token_id)
     seeds = _sequence_seeds(seed, tokens)
+    choose_backend("decode_step", backend, tokens)
+
+    to_fill = tokens == mask_token_id
+    if len(tokens) and not to_fill.any():
+        raise ValueError("prompt_ids: expected masked positions to fill, got none and gen_length = 0")
     padded = not bool(visible.all())
-    passes = torch.zeros(tokens.shape[0], dtype=torch.int64, device=tokens.device)
+    passes = torch.zeros_like(seeds)
+    finished = torch.zeros_like(seeds, dtype=torch.bool)
     record = None
     if trace:
-        name = policy if isinstance(policy, str) else type(policy).__name__
-        record = DecodeTrace(tokens.tolist(), mask_token_id, name)
-    clock = {"forward": 0.0, "sampling": 0.0}
-    finished = ~to_fill.any(dim=1)
-    capture_options = {
-        "layers": layers,
-        "keep": keep_layers,
-        "softmax_scope": softmax_scope,
-        "diagonal": diagonal,
-        "backend": backend,
-    }
+        name = policy if isinstance(policy, str) else repr(policy)
+        record = DecodeTrace(tokens.tolist(), mask_token_id, name, padding=(~visible).sum(dim=1).tolist())
+    num_steps, forward_seconds, sampling_seconds = 0, 0.0, 0.0
 
     with _progress_bar(progress, int(to_fill.sum())) as advance:
         for block in _blocks(prompt_length, tokens.shape[1], block_length):
             chosen.reset()
-            while True:
-                open_rows = (to_fill[:, block] & (tokens[:, block] == mask_token_id)).any(dim=1)
-                sequence = (open_rows & ~finished).nonzero().squeeze(1)
-                if sequence.numel() == 0:
-                    break
-                batch, mask = tokens[sequence], visible[sequence]
+            active = (to_fill[:, block].any(dim=1) & ~finished).nonzero().squeeze(1)
+            while len(active):
                 began = time.perf_counter()
-                with contextlib.ExitStack() as stack:
-                    capture = None
-                    if chosen.needs_scores:
-                        voting = mask if rows == "all" else mask & (batch == mask_token_id)
-                        query_mask = voting if padded or rows == "masked" else None
-                        capture = AttentionCapture(block, query_mask=query_mask, **capture_options)
-                        stack.enter_context(capture)
+                batch, mask = tokens[active], visible[active]
+                if chosen.needs_scores:
+                    voting = mask & (batch == mask_token_id) if rows == "masked" else mask
+                    capture.columns = block
+                    capture.query_mask = voting if padded or rows == "masked" else None
+                with capture if chosen.needs_scores else contextlib.nullcontext():
                     output = model(batch, attention_mask=mask) if padded else model(batch)
-                logits = _block_logits(output, batch, block, logit_shift, mask_token_id)
                 between = time.perf_counter()
-                options: dict[str, Any] = {}
-                attention: Any = None
-                if capture is not None and keep_layers:
-                    attention, options = capture.layers, capture.step_options
-                elif capture is not None:
-                    attention = capture.scores
+                attention, score_options = capture.step_input() if chosen.needs_scores else (None, {})
                 result = chosen.step(
                     batch,
-                    logits,
+                    _block_logits(output, batch, block, logit_shift, mask_token_id),
                     attention,
                     block=block,
                     mask_token_id=mask_token_id,
+                    sequence=active,
+                    seeds=seeds[active] + passes[active] * _STEP_STRIDE,
                     temperature=temperature,
-                    seeds=seeds[sequence] + passes[sequence] * _STEP_STRIDE,
-                    sequence=sequence,
                     backend=backend,
-                    **options,
+                    **score_options,
                 )
-                tokens[sequence] = batch
-                clock["forward"] += between - began
-                clock["sampling"] += time.perf_counter() - between
-                committed = result.selected.sum(dim=1)
-                if not bool((committed > 0).all()):
-                    stuck = sequence[committed == 0].tolist()
-                    raise RuntimeError(
-                        f"nothing could be committed in sequences {stuck}: the model's logits or "
-                        "attention scores are NaN at every masked position"
-                    )
+                committed, open_rows = _check_progress(result, active, block, mask_token_id)
+                tokens[active] = batch
+                forward_seconds += between - began
+                sampling_seconds += time.perf_counter() - between
+                num_steps += 1
                 if record is not None:
-                    record.commits += _commits(result, sequence, passes, block)
-                passes[sequence] += 1
-                advance(int(committed.sum()))
+                    record.commits += _commits(result, active, passes, block)
+                passes[active] += 1
+                advance(committed)
                 if on_step is not None:
-                    on_step(StepEvent(int(passes.max()), block, sequence, result))
+                    on_step(StepEvent(num_steps, block, active, result))
+                active = active[open_rows]
             if eos_token_id is not None:
-                ended = (tokens[:, : block.stop] == eos_token_id) & to_fill[:, : block.stop]
-                finished |= ended.any(dim=1)
+                filled = to_fill[:, : block.stop] & (tokens[:, : block.stop] == eos_token_id)
+                finished |= filled.any(dim=1)
     if eos_token_id is not None:
-        after_end = ((tokens == eos_token_id) & to_fill).cumsum(dim=1) > 0
-        tokens = tokens.masked_fill(after_end & to_fill, eos_token_id)
-    return Generation(tokens, visible, passes, clock["forward"], clock["sampling"], record)
+        ended = to_fill & (((tokens == eos_token_id) & to_fill).cumsum(dim=1) > 0) & (tokens != eos_token_id)
+        tokens = tokens.masked_fill(ended, eos_token_id)
+        if record is not None:
+            record.commits += [
+                Commit(sequence, int(passes[sequence]), position, eos_token_id, float("nan"), float("nan"))
+                for sequence, position in ended.nonzero().tolist()
+            ]
+    return Generation(tokens, visible, passes, forward_seconds, sampling_seconds, record)
 
 
-def _pad_left(
+def _prompts(
+    model: Callable[..., Any],
     prompt_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
     attention_mask: Tensor | None,
-    pad_token_id: int,
+    mask_token_id: int,
+    eos_token_id: int | None,
+    pad_token_id: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, T], a copy, and which of them are not padding."""
+    for name, token_id in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
+        if token_id is not None:
+            checks.integer(name, token_id, 0)
+            if token_id == mask_token_id:
+                raise ValueError(f"{name}: expected another token than mask_token_id, got {token_id}")
     if isinstance(prompt_ids, Tensor):
         checks.tensor("prompt_ids", prompt_ids, "[B, T]", (torch.int64,))
         if attention_mask is None:
             return prompt_ids.clone(), torch.ones_like(prompt_ids, dtype=torch.bool)
         shape = prompt_ids.shape
-        checks.optional("attention_mask", attention_mask, "[B, T]", shape, (torch.bool,), prompt_ids)
+        checks.tensor("attention_mask", attention_mask, "[B, T]", (torch.bool,), like=prompt_ids)
+        checks.shape("attention_mask", attention_mask, "[B, T]", shape)
+        if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
+            raise ValueError("attention_mask: expected padding on the left: False, then True, in each row")
+        if ((prompt_ids == mask_token_id) & ~attention_mask).any():
+            raise ValueError("prompt_ids: expected no mask_token_id at the padding of attention_mask")
         return prompt_ids.clone(), attention_mask.clone()
     if attention_mask is not None:
         raise ValueError("attention_mask: goes with a prompt_ids tensor, not with a list of prompts")
-    rows = [torch.as_tensor(row, dtype=torch.int64) for row in prompt_ids]
-    if not rows or any(row.dim() != 1 for row in rows):
-        raise ValueError("prompt_ids: expected [B, T], or a non-empty sequence of 1-dimensional prompts")
-    length = max(len(row) for row in rows)
-    tokens = rows[0].new_full((len(rows), length), pad_token_id)
+    if isinstance(prompt_ids, str) or not isinstance(prompt_ids, Sequence):
+        raise TypeError(f"prompt_ids: expected a tensor or a sequence, got {type(prompt_ids).__name__}")
+    rows = [torch.as_tensor(row) for row in prompt_ids]
+    if any(row.dim() != 1 or (len(row) and row.dtype != torch.int64) for row in rows):
+        raise ValueError("prompt_ids: expected [B, T], or a sequence of 1-dimensional int64 prompts")
+    if pad_token_id is None:
+        pad_token_id = int(mask_token_id == 0) if eos_token_id is None else eos_token_id
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    device = rows[0].device if parameter is None and rows else getattr(parameter, "device", None)
+    length = max(map(len, rows), default=0)
+    tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.int64, device=device)
     visible = torch.zeros_like(tokens, dtype=torch.bool)
     for i, row in enumerate(rows):
         tokens[i, length - len(row) :] = row
@@ -250,30 +263,37 @@ def _pad_left(
     return tokens, visible
 
 
+def _append(tokens: Tensor, visible: Tensor, count: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    """The prompts with ``count`` masked positions behind each."""
+    checks.integer("gen_length", count, 0)
+    shape = (len(tokens), count)
+    masked = tokens.new_full(shape, mask_token_id)
+    return torch.cat([tokens, masked], dim=1), torch.cat([visible, visible.new_ones(shape)], dim=1)
+
+
 def _sequence_seeds(seed: int | Sequence[int], tokens: Tensor) -> Tensor:
     """One int64 seed a sequence."""
-    batch = tokens.shape[0]
-    if isinstance(seed, int):
-        return seed + torch.arange(batch, dtype=torch.int64, device=tokens.device)
-    if len(seed) != batch:
-        raise ValueError(f"seed: expected an integer or {batch} of them, got {len(seed)}")
-    return torch.tensor(list(seed), dtype=torch.int64, device=tokens.device)
+    batch = len(tokens)
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        values = [checks.integer("seed", s) for s in seed]
+        if len(values) != batch:
+            raise ValueError(f"seed: expected an integer or {batch} of them, got {len(values)}")
+    else:
+        first = checks.integer("seed", seed)
+        values = [first + i for i in range(batch)]
+    wrapped = [(value + (1 << 63)) % (1 << 64) - (1 << 63) for value in values]
+    return torch.tensor(wrapped, dtype=torch.int64, device=tokens.device)
 
 
 def _blocks(prompt_length: int, length: int, block_length: int) -> Iterator[slice]:
     """Windows from left to right, counted from the prompt's end so that left padding moves none of them."""
     first = prompt_length % block_length
-    bounds = [*range(first, prompt_length, block_length)]
-    bounds += [*range(prompt_length, length, block_length), length]
-    if first:
-        bounds.insert(0, 0)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    bounds = [0] * (first > 0) + [*range(first, length, block_length), length]
+    for start, stop in itertools.pairwise(bounds):
         yield slice(start, stop)
 
 
-def _block_logits(
-    output: Any, tokens: Tensor, block: slice, logit_shift: bool, mask_token_id: int
-) -> Tensor:
+def _block_logits(output: Any, tokens: Tensor, block: slice, logit_shift: bool, mask_token_id: int) -> Tensor:
     """The predictions [B, C, V] for the block's positions."""
     logits = getattr(output, "logits", output)
     checks.tensor("model output", logits, "[B, T, V]", checks.FLOAT_DTYPES, like=tokens)
@@ -286,22 +306,41 @@ def _block_logits(
     return torch.cat([logits[:, :1], logits[:, : block.stop - 1]], dim=1)  # nothing precedes row 0
 
 
-def _commits(
-    result: StepResult, sequence: Tensor, passes: Tensor, block: slice
-) -> list[Commit]:
-    row, column = result.selected.nonzero(as_tuple=True)
-    return [
-        Commit(*fields)
-        for fields in zip(
-            sequence[row].tolist(),
-            passes[sequence[row]].tolist(),
-            (column + block.start).tolist(),
-            result.token_ids[row, column].tolist(),
-            result.scores[row, column].tolist(),
-            result.confidence[row, column].tolist(),
-            strict=True,
+def _check_progress(
+    result: StepResult, active: Tensor, block: slice, mask_token_id: int
+) -> tuple[int, Tensor]:
+    """How many tokens the step committed, and which of its rows have more to fill, after one host sync."""
+    undefined = result.selected & result.confidence.isnan()
+    stuck = ~result.selected.any(dim=1)
+    count, any_undefined, any_stuck = torch.stack(
+        [result.selected.sum(), undefined.any(), stuck.any()]
+    ).tolist()
+    if any_undefined:
+        row, column = undefined.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"the model's logits at position {block.start + column} of sequence {int(active[row])} are "
+            "undefined (NaN, +inf or all -inf), and the policy chose it"
         )
-    ]
+    if any_stuck:
+        raise RuntimeError(
+            f"nothing could be committed in sequences {active[stuck].tolist()}: the attention scores "
+            "are NaN at every masked position"
+        )
+    return count, (result.tokens[:, block] == mask_token_id).any(dim=1)
+
+
+def _commits(result: StepResult, active: Tensor, passes: Tensor, block: slice) -> list[Commit]:
+    row, column = result.selected.nonzero(as_tuple=True)
+    sequence = active[row]
+    fields = (
+        sequence,
+        passes[sequence],
+        column + block.start,
+        result.token_ids[row, column],
+        result.scores[row, column],
+        result.confidence[row, column],
+    )
+    return [Commit(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
 
 
 @contextlib.contextmanager

@@ -7,11 +7,14 @@ class) with the same functions, writing into tensors that are allocated here.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attn_sampler import _core, reference
-from attn_sampler.backends import choose_backend
+from attn_sampler.backends import TRITON_MODULE, choose_backend
 
 _ATTENTION = (
     "Tensor q, Tensor k, Tensor? softmax_lse, Tensor? key_mask, Tensor? query_mask, "
@@ -19,35 +22,34 @@ _ATTENTION = (
     "str lse_base, bool causal, str softmax_scope, bool diagonal, {reduction}bool per_head, "
     "bool accumulate, str backend"
 )
+_COLUMN_SCORES = _ATTENTION.format(rows="", reduction="str reduction, ")
+_ATTENTION_MAP = _ATTENTION.format(rows="SymInt row_start, SymInt row_stop, ", reduction="")
 
 _LIBRARY = torch.library.Library("attn_sampler", "DEF")
-_LIBRARY.define(
-    "column_scores(Tensor(a!) out, "
-    + _ATTENTION.format(rows="", reduction="str reduction, ")
-    + ") -> ()"
-)
-_LIBRARY.define(
-    "attention_map(Tensor(a!) out, "
-    + _ATTENTION.format(rows="SymInt row_start, SymInt row_stop, ", reduction="")
-    + ") -> ()"
-)
-_LIBRARY.define(
+for _schema in (
+    f"column_scores(Tensor(a!) out, {_COLUMN_SCORES}) -> ()",
+    f"attention_map(Tensor(a!) out, {_ATTENTION_MAP}) -> ()",
     "token_confidence(Tensor logits, Tensor? seeds, str metric, float temperature, SymInt seed, "
-    "SymInt exclude_token_id, str backend) -> (Tensor token_ids, Tensor confidence)"
-)
-_LIBRARY.define(
+    "SymInt exclude_token_id, str backend) -> (Tensor token_ids, Tensor confidence)",
     "select_tokens(Tensor scores, Tensor confidence, Tensor masked, str policy, float tau, "
-    "str fallback, str backend) -> Tensor"
-)
-_LIBRARY.define(
+    "str fallback, str backend) -> Tensor",
     "decode_step(Tensor(a!) tokens, Tensor(b!) scores, Tensor logits, Tensor[] q, Tensor[] k, "
     "Tensor[] softmax_lse, Tensor? key_mask, Tensor? query_mask, Tensor? seeds, "
     "SymInt block_start, SymInt block_stop, SymInt mask_token_id, bool masked_rows_only, "
     "SymInt column_start, SymInt column_stop, SymInt query_start, float? softmax_scale, "
     "str lse_base, bool causal, str softmax_scope, bool diagonal, str reduction, str metric, "
     "float temperature, SymInt seed, str policy, float tau, str fallback, str backend) "
-    "-> (Tensor token_ids, Tensor confidence, Tensor selected)"
-)
+    "-> (Tensor token_ids, Tensor confidence, Tensor selected)",
+):
+    # Compiled graphs hand over tensors in the memory layout that eager code would.
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+
+def _store(out: Tensor, result: Tensor, accumulate: bool) -> None:
+    if accumulate:
+        out.add_(result)
+    else:
+        out.copy_(result)
 
 
 class _Reference:
@@ -73,7 +75,7 @@ class _Reference:
         per_head: bool,
         accumulate: bool,
     ) -> None:
-        scores = reference.column_scores(
+        result = reference.column_scores(
             q,
             k,
             columns=slice(column_start, column_stop),
@@ -89,7 +91,7 @@ class _Reference:
             reduction=reduction,
             per_head=per_head,
         )
-        out.add_(scores) if accumulate else out.copy_(scores)
+        _store(out, result, accumulate)
 
     @staticmethod
     def attention_map(
@@ -112,7 +114,7 @@ class _Reference:
         per_head: bool,
         accumulate: bool,
     ) -> None:
-        weights = reference.attention_map(
+        result = reference.attention_map(
             q,
             k,
             rows=slice(row_start, row_stop),
@@ -128,7 +130,7 @@ class _Reference:
             diagonal=diagonal,
             per_head=per_head,
         )
-        out.add_(weights) if accumulate else out.copy_(weights)
+        _store(out, result, accumulate)
 
     @staticmethod
     def token_confidence(
@@ -162,9 +164,7 @@ class _Reference:
         fallback: str,
     ) -> None:
         selected.copy_(
-            reference.select_tokens(
-                scores, confidence, masked, policy=policy, tau=tau, fallback=fallback
-            )
+            reference.select_tokens(scores, confidence, masked, policy=policy, tau=tau, fallback=fallback)
         )
 
     @staticmethod
@@ -201,11 +201,11 @@ class _Reference:
         tau: float,
         fallback: str,
     ) -> None:
-        lse = softmax_lse or [None] * len(q)
+        layers = list(zip(q, k, softmax_lse, strict=True) if softmax_lse else zip(q, k, strict=True))
         result = reference.decode_step(
             tokens,
             logits,
-            list(zip(q, k, lse, strict=True)) if q else scores,
+            layers or scores,
             block=slice(block_start, block_stop),
             mask_token_id=mask_token_id,
             policy=policy,
@@ -226,100 +226,70 @@ class _Reference:
             diagonal=diagonal,
             reduction=reduction,
         )
-        for buffer, value in (
-            (token_ids, result.token_ids),
-            (confidence, result.confidence),
-            (selected, result.selected),
-        ):
-            buffer.copy_(value)
-        if q:
+        token_ids.copy_(result.token_ids)
+        confidence.copy_(result.confidence)
+        selected.copy_(result.selected)
+        if layers:
             scores.copy_(result.scores)
 
 
-_BACKENDS = {"cpu": _core, "reference": _Reference}
+def implementation(backend: str) -> Any:
+    """The module or class whose functions write a backend's results into tensors they are given."""
+    if backend == "triton":
+        return importlib.import_module(TRITON_MODULE)
+    return _Reference if backend == "reference" else _core
 
 
-def _backend(op: str, name: str, *tensors: Tensor):  # type: ignore[no-untyped-def]
-    return _BACKENDS[choose_backend(op, name, *tensors)]
+def _chosen(op: str, backend: str, *tensors: Tensor) -> Any:
+    return getattr(implementation(choose_backend(op, backend, *tensors)), op)
 
 
-def _column_scores(out: Tensor, q: Tensor, k: Tensor, *arguments: object) -> None:
+def _column_scores(out: Tensor, q: Tensor, k: Tensor, *arguments: Any) -> None:
     *rest, backend = arguments
-    _backend("column_scores", backend, q, k).column_scores(out, q, k, *rest)
+    _chosen("column_scores", backend, q, k)(out, q, k, *rest)
 
 
-def _attention_map(out: Tensor, q: Tensor, k: Tensor, *arguments: object) -> None:
+def _attention_map(out: Tensor, q: Tensor, k: Tensor, *arguments: Any) -> None:
     *rest, backend = arguments
-    _backend("attention_map", backend, q, k).attention_map(out, q, k, *rest)
+    _chosen("attention_map", backend, q, k)(out, q, k, *rest)
 
 
-def _token_confidence(
-    logits: Tensor,
-    seeds: Tensor | None,
-    metric: str,
-    temperature: float,
-    seed: int,
-    exclude_token_id: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    token_ids, confidence = _token_confidence_outputs(logits)
-    _backend("token_confidence", backend, logits).token_confidence(
-        token_ids, confidence, logits, seeds, metric, temperature, seed, exclude_token_id
-    )
-    return token_ids, confidence
+def _token_confidence(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *rest, backend = arguments
+    outputs = _token_confidence_outputs(logits)
+    _chosen("token_confidence", backend, logits)(*outputs, logits, *rest)
+    return outputs
 
 
-def _token_confidence_outputs(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _token_confidence_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     shape = logits.shape[:2]
-    return (
-        logits.new_empty(shape, dtype=torch.int64),
-        logits.new_empty(shape, dtype=torch.float32),
-    )
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
 
-def _select_tokens(
-    scores: Tensor,
-    confidence: Tensor,
-    masked: Tensor,
-    policy: str,
-    tau: float,
-    fallback: str,
-    backend: str,
-) -> Tensor:
+def _select_tokens(scores: Tensor, confidence: Tensor, masked: Tensor, *arguments: Any) -> Tensor:
+    *rest, backend = arguments
     selected = _select_tokens_output(scores, confidence, masked)
-    _backend("select_tokens", backend, scores, confidence).select_tokens(
-        selected, scores, confidence, masked, policy, tau, fallback
-    )
+    _chosen("select_tokens", backend, scores, confidence)(selected, scores, confidence, masked, *rest)
     return selected
 
 
-def _select_tokens_output(scores: Tensor, confidence: Tensor, masked: Tensor, *_: object) -> Tensor:
+def _select_tokens_output(scores: Tensor, confidence: Tensor, masked: Tensor, *_: Any) -> Tensor:
     return masked.new_empty(masked.shape)
 
 
 def _decode_step(
-    tokens: Tensor,
-    scores: Tensor,
-    logits: Tensor,
-    q: list[Tensor],
-    k: list[Tensor],
-    *arguments: object,
+    tokens: Tensor, scores: Tensor, logits: Tensor, q: list[Tensor], k: list[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = arguments
-    token_ids, confidence, selected = _decode_step_outputs(tokens, scores, logits)
-    _backend("decode_step", backend, logits, *q, *k).decode_step(
-        tokens, scores, token_ids, confidence, selected, logits, q, k, *rest
-    )
-    return token_ids, confidence, selected
+    outputs = _decode_step_outputs(tokens, scores, logits)
+    _chosen("decode_step", backend, logits, *q, *k)(tokens, scores, *outputs, logits, q, k, *rest)
+    return outputs
 
 
 def _decode_step_outputs(
-    tokens: Tensor, scores: Tensor, logits: Tensor, *_: object
+    tokens: Tensor, scores: Tensor, logits: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        *_token_confidence_outputs(logits),
-        logits.new_empty(logits.shape[:2], dtype=torch.bool),
-    )
+    return (*_token_confidence_outputs(logits), logits.new_empty(logits.shape[:2], dtype=torch.bool))
 
 
 for _name, _run, _fake in (
@@ -329,6 +299,7 @@ for _name, _run, _fake in (
     ("select_tokens", _select_tokens, _select_tokens_output),
     ("decode_step", _decode_step, _decode_step_outputs),
 ):
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _run, _key)
+    # No gradient: without no_grad the reference would tie the outputs to an autograd graph.
+    _LIBRARY.impl(_name, torch.no_grad()(_run), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"attn_sampler::{_name}", _fake, lib=_LIBRARY)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,10 +90,10 @@ def column_scores(
     reduction: str = "sum",
     per_head: bool = False,
     out: Tensor | None = None,
-    **attention_options: object,
+    **attention_options: Any,
 ) -> Tensor:
     """Attention received by each column: [B, C], or [B, Hq, C] per head."""
-    weights, counts = attention(q, k, **attention_options)  # type: ignore[arg-type]
+    weights, counts = attention(q, k, **attention_options)
     if reduction == "max":  # the appended zero row is the maximum over no rows
         scores = torch.nn.functional.pad(weights, (0, 0, 0, 1)).amax(dim=2)
     else:
@@ -112,10 +112,10 @@ def attention_map(
     rows: slice | None = None,
     per_head: bool = False,
     out: Tensor | None = None,
-    **attention_options: object,
+    **attention_options: Any,
 ) -> Tensor:
     """Attention among rows and columns: [B, R, C], or [B, Hq, R, C] per head."""
-    weights, _ = attention(q, k, **attention_options)  # type: ignore[arg-type]
+    weights, _ = attention(q, k, **attention_options)
     weights = weights[:, :, rows or slice(None)]
     if not per_head:
         weights = weights.sum(dim=1)
@@ -140,9 +140,9 @@ def token_confidence(
     key = x
     if temperature > 0.0:
         assert seed is not None
-        inverse = torch.tensor(1.0 / temperature, dtype=torch.float32, device=x.device)
-        key = x.to(torch.float32) * inverse + gumbel_noise(logits.shape, seed, logits.device)
-    key = key.masked_fill(key.isnan() | ~present, -_INF)
+        # In float32 for every dtype, the inverse too: the product and the sum are each rounded once.
+        key = x.to(torch.float32) * (1.0 / temperature) + gumbel_noise(logits.shape, seed, logits.device)
+    key = key.masked_fill(key.isnan(), -_INF)
     best = (key == key.amax(dim=-1, keepdim=True)) & present
     token_ids = vocab.where(best, logits.shape[-1]).amin(dim=-1)  # the lowest token wins ties
 
@@ -152,7 +152,6 @@ def token_confidence(
     chosen = p.gather(-1, token_ids[..., None]).squeeze(-1)
     if metric == "margin":
         chosen = chosen - p.scatter(-1, token_ids[..., None], 0.0).amax(dim=-1)
-        chosen = chosen.where(~p.isnan().any(dim=-1), math.nan)
     return token_ids, chosen
 
 
@@ -180,7 +179,7 @@ def select_tokens(
 
 
 def _first_largest(value: Tensor, candidates: Tensor) -> Tensor:
-    """One-hot of the largest value among the candidates, lowest index on ties, NaN last."""
+    """One-hot of the largest value among the candidates: lowest index on ties, NaN as -inf."""
     if value.shape[-1] == 0:
         return candidates.clone()
     value = value.masked_fill(~candidates | value.isnan(), -_INF)
@@ -191,7 +190,7 @@ def _first_largest(value: Tensor, candidates: Tensor) -> Tensor:
 def decode_step(
     tokens: Tensor,  # [B, T] int64, updated in place
     logits: Tensor,  # [B, C, V], the predictions for the block
-    layers: Tensor | Sequence[Sequence[Tensor | None]],  # scores [B, C], or (q, k, softmax_lse)
+    layers: Tensor | Sequence[Sequence[Any]],  # scores [B, C], or (q, k, softmax_lse or None)
     *,
     block: slice,
     mask_token_id: int,
@@ -205,7 +204,7 @@ def decode_step(
     columns: slice | None = None,
     query_mask: Tensor | None = None,
     query_start: int | None = None,
-    **score_options: object,
+    **score_options: Any,
 ) -> StepResult:
     """Column scores, token confidence, selection and commit of one step."""
     block_tokens = tokens[:, block]
@@ -214,21 +213,15 @@ def decode_step(
         scores = layers
     else:
         columns = columns or block
-        first_q, first_k = layers[0][0], layers[0][1]
-        assert first_q is not None
-        assert first_k is not None
-        n_rows, n_keys = first_q.shape[2], first_k.shape[2]
+        n_rows, n_keys = layers[0][0].shape[2], layers[0][1].shape[2]
         start = n_keys - n_rows if query_start is None else query_start
         if rows == "masked":
-            # Row i stands at this token: key positions may be offset from token positions.
-            at = start - columns.start + block.start
-            masked_rows = tokens[:, at : at + n_rows] == mask_token_id
+            # Row 0 stands at this token: key positions may be offset from token positions.
+            first = start - columns.indices(n_keys)[0] + block.indices(tokens.shape[1])[0]
+            masked_rows = tokens[:, first : first + n_rows] == mask_token_id
             query_mask = masked_rows if query_mask is None else masked_rows & query_mask
-        dtype = _compute_dtype(first_q)
-        scores = torch.zeros(masked.shape, dtype=dtype, device=tokens.device)
+        scores = torch.zeros(masked.shape, dtype=_compute_dtype(layers[0][0]), device=tokens.device)
         for q, k, *lse in layers:
-            assert q is not None
-            assert k is not None
             column_scores(
                 q,
                 k,
@@ -237,7 +230,7 @@ def decode_step(
                 query_mask=query_mask,
                 query_start=start,
                 out=scores,
-                **score_options,  # type: ignore[arg-type]
+                **score_options,
             )
     token_ids, confidence = token_confidence(
         logits,
@@ -246,9 +239,7 @@ def decode_step(
         seed=seed,
         exclude_token_id=mask_token_id,
     )
-    selected = select_tokens(
-        scores, confidence, masked, policy=policy, tau=tau, fallback=fallback
-    )
+    selected = select_tokens(scores, confidence, masked, policy=policy, tau=tau, fallback=fallback)
     block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
     return StepResult(tokens, token_ids, confidence, scores, selected)
 
@@ -262,8 +253,8 @@ def gumbel_noise(shape: Sequence[int], seed: int | Tensor, device: torch.device)
     batch, positions, vocab = shape
     groups = -(-vocab // 4)
     if not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], dtype=torch.int64, device=device).expand(batch)
-    key = seed.to(device)[:, None, None]
+        seed = torch.full((batch,), seed, dtype=torch.int64, device=device)
+    key = seed[:, None, None]
     group = torch.arange(groups, device=device)[None, None, :]
     position = torch.arange(positions, device=device)[None, :, None]
     words = torch.stack(philox(key, group, position), dim=-1)  # [B, C, groups, 4]

@@ -1,8 +1,9 @@
 """Decoding policies: which masked positions of the block a step commits.
 
-A policy is a small object with ``select``, which sees one step's state and answers a boolean [B, C]. All of them
-are vectorised over the batch and the block and stay on the device. ``POLICIES`` names them;
-``make_policy("threshold", tau=0.95)`` builds one; ``register_policy`` adds another.
+A policy is a small object with ``select``, which sees one step's state and answers a boolean [B, C]. All of
+them are vectorised over the batch and the block and stay on the device. ``POLICIES`` names them;
+``make_policy("threshold", tau=0.95)`` builds one; ``register_policy`` adds another. One of your own is a
+subclass of ``Policy`` with ``select`` (and ``needs_scores = True`` where it reads the attention received).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class StepState:
     mask_token_id: int
     sequence: Tensor  # [B] int64, which sequence of the whole batch each row is
     seeds: Tensor  # [B] int64, a fresh random stream for each row in each step
+    backend: str = "auto"  # what library functions called by the policy should run on
 
 
 class Policy(abc.ABC):
@@ -57,28 +59,44 @@ class Policy(abc.ABC):
         self,
         tokens: Tensor,
         logits: Tensor,
-        layers: Tensor | Sequence[CapturedLayer] | None,
+        attention: Tensor | Sequence[CapturedLayer] | None = None,
         *,
         block: slice,
         mask_token_id: int,
-        temperature: float,
-        seeds: Tensor,
         sequence: Tensor,
-        backend: str,
+        seeds: Tensor,
+        temperature: float = 0.0,
+        backend: str = "auto",
         **score_options: Any,
     ) -> StepResult:
         """Predict, select and commit into ``tokens``, in place.
 
-        ``layers`` is an accumulated score buffer [B, C] or captured layers; ``score_options`` are
-        ``AttentionCapture.step_options``.
+        Parameters
+        ----------
+        tokens
+            int64 ``[B, T]``; **updated in place**.
+        logits
+            ``[B, C, V]``, the predictions for the C positions of ``block``.
+        attention
+            Column scores, float32 ``[B, C]``, or captured layers with their ``score_options``, as
+            ``AttentionCapture.step_input`` gives them; None for a policy that needs no scores.
+        block, mask_token_id, temperature, backend
+            As in ``decode_step``.
+        sequence
+            int64 ``[B]``, ascending: which sequence of the whole run each row is.
+        seeds
+            int64 ``[B]``: a fresh random stream for each row.
+
+        Returns
+        -------
+        StepResult
+            Its ``scores`` are NaN where no attention was given.
         """
         block_tokens = tokens[:, block]
         masked = block_tokens == mask_token_id
-        scores = None
-        if isinstance(layers, Tensor):
-            scores = layers
-        elif layers is not None:
-            for q, k, softmax_lse in layers:
+        scores = attention if isinstance(attention, Tensor) else None
+        if scores is None:
+            for q, k, softmax_lse in attention or ():
                 scores = column_scores(
                     q, k, softmax_lse=softmax_lse, out=scores, backend=backend, **score_options
                 )
@@ -90,11 +108,10 @@ class Policy(abc.ABC):
             exclude_token_id=mask_token_id,
             backend=backend,
         )
-        selected = self.select(
-            StepState(
-                masked, token_ids, confidence, scores, logits, mask_token_id, sequence, seeds
-            )
+        state = StepState(
+            masked, token_ids, confidence, scores, logits, mask_token_id, sequence, seeds, backend
         )
+        selected = masked & self.select(state)
         block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
         if scores is None:
             scores = torch.full_like(confidence, torch.nan)
@@ -130,36 +147,31 @@ class AttnSampler(Policy):
             policy=self.mode,
             tau=self.tau,
             fallback=self.fallback,
+            backend=state.backend,
         )
 
     def step(
         self,
         tokens: Tensor,
         logits: Tensor,
-        layers: Tensor | Sequence[CapturedLayer] | None,
+        attention: Tensor | Sequence[CapturedLayer] | None = None,
         *,
-        block: slice,
-        mask_token_id: int,
-        temperature: float,
-        seeds: Tensor,
         sequence: Tensor,
-        backend: str,
-        **score_options: Any,
+        seeds: Tensor,
+        **options: Any,
     ) -> StepResult:
-        assert layers is not None
+        """As ``Policy.step``, in one ``decode_step`` call."""
+        if attention is None:
+            raise ValueError("attention: expected column scores or captured layers, got None")
         return decode_step(
             tokens,
             logits,
-            layers,
-            block=block,
-            mask_token_id=mask_token_id,
+            attention,
             policy=self.mode,
             tau=self.tau,
             fallback=self.fallback,
-            temperature=temperature,
             seed=seeds,
-            backend=backend,
-            **score_options,
+            **options,
         )
 
 
@@ -226,7 +238,10 @@ class Threshold(Policy):
 
 @dataclasses.dataclass
 class Factor(Policy):
-    """Fast-dLLM's factor (arXiv 2505.22618): the n most confident while (n + 1)(1 - p_n) < factor."""
+    """Fast-dLLM's factor (arXiv 2505.22618): the n-th most confident needs p >= 1 - factor / (n + 1).
+
+    The first that falls short ends the commit; the most confident needs nothing.
+    """
 
     factor: float = 1.0
 
@@ -236,7 +251,7 @@ class Factor(Policy):
     def select(self, state: StepState) -> Tensor:
         p, order = _ranked(state.confidence, state.masked)
         n = torch.arange(1, p.shape[1] + 1, device=p.device)
-        return _prefix((n + 1) * (1.0 - p) < self.factor, order, state.masked)
+        return _prefix(p >= 1.0 - self.factor / (n + 1).to(torch.float64), order, state.masked)
 
 
 @dataclasses.dataclass
@@ -256,48 +271,50 @@ class EBSampler(Policy):
 
     def select(self, state: StepState) -> Tensor:
         negated, order = _ranked(state.confidence, state.masked)
-        entropy = -negated
-        # Ascending, so the last of a prefix is its largest. Undefined entropies stand at the end, and
-        # infinite ones beyond the masked positions.
-        defined = entropy < torch.finfo(entropy.dtype).max
-        bound = torch.where(defined, entropy, 0.0).cumsum(dim=1) - entropy
-        return _prefix(defined & (bound <= self.gamma), order, state.masked)
+        # Undefined entropies stand at the end of the masked positions, and infinite ones beyond.
+        defined = negated > torch.finfo(negated.dtype).min
+        entropy = torch.where(defined, -negated, 0.0).to(torch.float64)
+        # Ascending, so the largest of a prefix is its last: what is left is the sum before that one.
+        before = torch.nn.functional.pad(entropy.cumsum(dim=1)[:, :-1], (1, 0))
+        return _prefix(defined & (before <= self.gamma), order, state.masked)
 
 
 @dataclasses.dataclass
 class KLASS(Policy):
     """KLASS (arXiv 2511.05664): positions that are confident and whose distribution has settled.
 
-    Commits where p >= tau and KL(this step's distribution, the last step's) < ``kl``, at least the most
-    confident. The first step of a block has no last step. [Assumed: a history of one step.]
+    Commits where p >= tau and KL(this step's distribution, the step's before) < ``kl`` (nats) in each of the
+    last ``history`` steps of the block; where there is no such position, the most confident one.
     """
 
     tau: float = 0.9
     kl: float = 0.01
+    history: int = 2
 
     def __post_init__(self) -> None:
         checks.unit_interval("tau", self.tau)
         checks.non_negative("kl", self.kl)
+        checks.integer("history", self.history, 1)
         self.reset()
 
     def reset(self) -> None:
-        self._last: tuple[Tensor, Tensor] | None = None  # (sequence [B], log p [B, C, V])
+        # Of the last step: sequence [B], log p [B, C, V], for how many steps it has been settled [B, C].
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def select(self, state: StepState) -> Tensor:
         logits = state.logits.to(torch.float32, copy=True)
         logits[..., state.mask_token_id] = -torch.inf
         log_p = torch.log_softmax(logits, dim=-1)
-        settled = torch.zeros_like(state.masked)
+        settled = torch.zeros_like(state.masked, dtype=torch.int64)
         if self._last is not None:
-            sequence, last = self._last
+            sequence, last_log_p, last_settled = self._last
             # Rows that have finished since then are gone from the batch; the others keep their order.
             still = torch.searchsorted(sequence, state.sequence)
-            last = last[still]
             # p (log p - log p') is 0 where p is 0, and inf where only p' is.
-            terms = (log_p.exp() * (log_p - last)).masked_fill(log_p == -torch.inf, 0.0)
-            settled = terms.sum(dim=-1) < self.kl
-        self._last = (state.sequence, log_p)
-        passing = state.masked & (state.confidence >= self.tau) & settled
+            terms = (log_p.exp() * (log_p - last_log_p[still])).masked_fill(log_p == -torch.inf, 0.0)
+            settled = torch.where(terms.sum(dim=-1) < self.kl, last_settled[still] + 1, 0)
+        self._last = (state.sequence, log_p, settled)
+        passing = state.masked & (state.confidence >= self.tau) & (settled >= self.history)
         return passing | _top(state.confidence, state.masked & ~passing.any(dim=1)[:, None], 1)
 
 
@@ -359,13 +376,15 @@ def register_policy(name: str, policy: Callable[..., Policy] | str) -> None:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         The name is taken, the policy it stands for is unknown, or the names would run in a circle.
     """
     if name in POLICIES:
-        raise ValueError(f"policy: {name!r} is registered already")
+        raise ValueError(f"name: {name!r} is registered already")
     if isinstance(policy, str):
         _resolve(policy, {**POLICIES, name: policy})
+    elif not callable(policy):
+        raise TypeError(f"policy: expected a factory or a name, got {type(policy).__name__}")
     POLICIES[name] = policy
 
 
@@ -390,15 +409,11 @@ def make_policy(policy: str | Policy, **options: Any) -> Policy:
         raise TypeError(f"policy {policy!r}: {error}") from None
 
 
-def _resolve(
-    name: str, policies: dict[str, Callable[..., Policy] | str]
-) -> Callable[..., Policy]:
+def _resolve(name: str, policies: dict[str, Callable[..., Policy] | str]) -> Callable[..., Policy]:
     seen = [name]
     while True:
         if seen[-1] not in policies:
-            raise ValueError(
-                f"policy: expected one of {', '.join(sorted(POLICIES))}, got {seen[-1]!r}"
-            )
+            raise ValueError(f"policy: expected one of {', '.join(sorted(policies))}, got {seen[-1]!r}")
         target = policies[seen[-1]]
         if not isinstance(target, str):
             return target

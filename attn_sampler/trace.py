@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from rich.text import Text
 
+_FORMAT = 1
+
 
 class Commit(NamedTuple):
     """One token written."""
@@ -28,16 +30,19 @@ class Commit(NamedTuple):
 class DecodeTrace:
     """Every commit of a decoding run, in order of time.
 
-    ``prompt`` holds the tokens before decoding, [B, T], ``mask_token_id`` where they were masked.
+    Replaying the commits over ``prompt`` gives the tokens that ``generate`` returned. What an end-of-text
+    token overwrote behind itself comes last: with the number of passes as its step, and NaN as score and
+    confidence.
     """
 
-    prompt: list[list[int]]
+    prompt: list[list[int]]  # [B, T], the tokens before decoding, mask_token_id where they were masked
     mask_token_id: int
     policy: str
     commits: list[Commit] = dataclasses.field(default_factory=list)
+    padding: list[int] = dataclasses.field(default_factory=list)  # [B] positions at the left, or empty: none
 
     def steps(self, sequence: int) -> list[int | None]:
-        """The step that committed each position of a sequence; None for given positions."""
+        """The (last) step that committed each position of a sequence; None for given positions."""
         steps: list[int | None] = [None] * len(self.prompt[sequence])
         for commit in self.commits:
             if commit.sequence == sequence:
@@ -53,25 +58,32 @@ class DecodeTrace:
         return tokens
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON (a NaN score as null)."""
-        data = dataclasses.asdict(self)
+        """Write as JSON (a NaN or infinite score or confidence as null)."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["commits"] = [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in c._asdict().items()}
-            for c in self.commits
+            {name: value if math.isfinite(value) else None for name, value in commit._asdict().items()}
+            for commit in self.commits
         ]
-        Path(path).write_text(json.dumps({"format": 1, **data}), encoding="utf-8")
+        text = json.dumps({"format": _FORMAT, **data}, allow_nan=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> DecodeTrace:
-        """Read what ``save`` wrote."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data.pop("format", None) != 1:
-            raise ValueError(f"path: {path} is not a decode trace of format 1")
-        data["commits"] = [
-            Commit(**{k: math.nan if v is None else v for k, v in c.items()})
-            for c in data["commits"]
-        ]
-        return cls(**data)
+        """Read what ``save`` wrote, null as NaN.
+
+        Raises
+        ------
+        ValueError
+            The file is no decode trace, or one of another format.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data.pop("format") != _FORMAT:
+                raise ValueError(f"expected format {_FORMAT}")
+            data["commits"] = [_read_commit(**commit) for commit in data["commits"]]
+            return cls(**data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"path: {path} is not a decode trace ({error})") from error
 
     def render(
         self,
@@ -81,14 +93,17 @@ class DecodeTrace:
         width: int | None = None,
         until_step: int | None = None,
     ) -> Text:
-        """The sequence as a coloured block: given tokens plain, committed ones from blue (first) to red (last).
+        """The sequence, without its padding, as a coloured block.
+
+        Given tokens are dim, committed ones go from blue (first) to red (last), and those still to come are
+        grey.
 
         Parameters
         ----------
         symbols
             What to print for each token id: a table, or a function such as a tokenizer's ``decode``.
         width
-            Positions a line. Default: all on one.
+            Positions a line, set apart by spaces. Default: all on one, as they are.
         until_step
             Draw the state after this step. Default: the end.
         """
@@ -97,19 +112,29 @@ class DecodeTrace:
         symbol = symbols if callable(symbols) else symbols.__getitem__
         steps = self.steps(sequence)
         last = max((s for s in steps if s is not None), default=0)
+        tokens = self.tokens(sequence, until_step)
+        start = self.padding[sequence] if self.padding else 0
         text = Text()
-        for position, token in enumerate(self.tokens(sequence, until_step)):
-            if width and position and position % width == 0:
-                text.append("\n")
-            step = steps[position]
+        for index, (token, step) in enumerate(zip(tokens[start:], steps[start:], strict=True)):
+            if width and index:
+                text.append("\n" if index % width == 0 else " ")
             if step is None:
                 style = "dim"
-            elif until_step is not None and step > until_step:
+            elif until_step is not None and token == self.mask_token_id:
                 style = "grey50"
             else:
                 style = f"bold {step_colour(step, last)}"
-            text.append(symbol(token) + (" " if width else ""), style=style)
+            text.append(symbol(token), style=style)
         return text
+
+
+def _read_commit(*, score: float | None, confidence: float | None, **place: int) -> Commit:
+    undefined = math.nan
+    return Commit(
+        score=undefined if score is None else score,
+        confidence=undefined if confidence is None else confidence,
+        **place,
+    )
 
 
 def step_colour(step: int, last: int) -> str:

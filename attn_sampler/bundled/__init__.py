@@ -1,9 +1,9 @@
 """Two small trained models and their tasks, for demonstrations, tests and benchmarks without a download.
 
-`load_model` gives a LLaDA-like masked-diffusion language model of about 0.4 million parameters, `load_task`
-the problems that it was trained on with their rules. Both import what they need when called; importing
-this package costs nothing. `MODEL_CARD.md` beside this file says how the models were made and how good
-they are.
+``load_model`` gives a LLaDA-like masked-diffusion language model of 0.37 million parameters, and
+``load_task`` the problems that it was trained on, with their rules. Both import what they need when called;
+importing this package costs nothing. ``MODEL_CARD.md`` beside this file says how the models were made and how
+good they are.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load_task(task: str) -> Task:
     Raises
     ------
     ValueError
-        If `task` is not one of `TASKS`.
+        If ``task`` is not one of ``TASKS``.
     """
     _require_known(task)
     from .tasks import Addition, Sudoku
@@ -45,7 +45,7 @@ def load_model(task: str) -> TinyMaskedLM:
     Raises
     ------
     ValueError
-        If `task` is not one of `TASKS`.
+        If ``task`` is not one of ``TASKS``.
     """
     _require_known(task)
     from .model import load_weights

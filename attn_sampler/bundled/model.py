@@ -23,7 +23,7 @@ __all__ = ["TinyMaskedLM", "TinyMaskedLMConfig", "load_weights", "save_weights"]
 
 @dataclasses.dataclass(frozen=True)
 class TinyMaskedLMConfig:
-    """Sizes of a `TinyMaskedLM`.
+    """Sizes of a ``TinyMaskedLM``.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class TinyMaskedLMConfig:
     mask_token_id
         The id that stands for "not yet decided". It is read, never predicted.
     hidden_size, num_layers, num_heads, ffn_size
-        Width, depth, attention heads (each `hidden_size / num_heads` wide) and SwiGLU width.
+        Width, depth, attention heads (each ``hidden_size / num_heads`` wide) and SwiGLU width.
     rope_base
         Base of the geometric ladder of rotary frequencies.
     norm_eps
@@ -103,7 +103,7 @@ class _Attention(nn.Module):
         # Looked up on the module at every call: attention capture replaces this very attribute.
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         if attn_mask is not None:
-            # A sequence without a single real key: some backends answer NaN, the house answers 0.
+            # A sequence that is padding only attends to nothing; some attention backends answer NaN there.
             y = y.masked_fill(~attn_mask.any(dim=-1, keepdim=True), 0.0)
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
@@ -138,11 +138,11 @@ class TinyMaskedLM(nn.Module):
     Parameters
     ----------
     config
-        Sizes; kept as the attribute `config`. `mask_token_id` is repeated as an attribute.
+        Sizes; kept as the attribute ``config``. ``mask_token_id`` is repeated as an attribute.
 
     Notes
     -----
-    Logits are not shifted: row `j` predicts the token at position `j`. Positions enter only through
+    Logits are not shifted: row ``j`` predicts the token at position ``j``. Positions enter only through
     rotary differences, so padding on either side leaves the logits of the real tokens as they are
     (up to rounding).
     """
@@ -185,7 +185,7 @@ class TinyMaskedLM(nn.Module):
         Parameters
         ----------
         tokens
-            Token ids, `mask_token_id` where nothing is decided yet.
+            Token ids, ``mask_token_id`` where nothing is decided yet.
         attention_mask
             True at real tokens, False at padding; None where there is no padding. Padding is never
             attended to. The logits at padding positions, and in sequences that are padding only, are
@@ -208,12 +208,10 @@ class TinyMaskedLM(nn.Module):
         return logits.masked_fill(self.is_mask_token, float("-inf"))
 
 
-def save_weights(
-    model: TinyMaskedLM, path: str | Path, notes: Mapping[str, str] | None = None
-) -> None:
-    """Write the model to `path` as float16 safetensors.
+def save_weights(model: TinyMaskedLM, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+    """Write the model to ``path`` as float16 safetensors.
 
-    The configuration goes into the file's metadata as JSON under `config`; `notes` adds free text
+    The configuration goes into the file's metadata as JSON under ``config``; ``notes`` adds free text
     entries beside it.
     """
     from safetensors.torch import save_file
@@ -227,12 +225,12 @@ def save_weights(
 
 
 def load_weights(path: str | Path) -> TinyMaskedLM:
-    """Read a model that `save_weights` wrote: float32 parameters, evaluation mode.
+    """Read a model that ``save_weights`` wrote: float32 parameters, evaluation mode.
 
     Raises
     ------
     ValueError
-        If the file has no `config` entry in its metadata.
+        If the file has no ``config`` entry in its metadata.
     """
     from safetensors import safe_open
 
@@ -241,5 +239,6 @@ def load_weights(path: str | Path) -> TinyMaskedLM:
         if "config" not in metadata:
             raise ValueError(f"{path} holds no 'config' metadata: not written by save_weights")
         model = TinyMaskedLM(TinyMaskedLMConfig(**json.loads(metadata["config"])))
-        model.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})
+        names = file.keys()
+        model.load_state_dict({name: file.get_tensor(name).float() for name in names})
     return model.eval()

@@ -5,13 +5,15 @@ by comparison with a stored solution, so that any valid fill counts.
 
 **The split.** A full sequence (no blanks) is held out when the top five bits of its hash are zero, which
 happens to one sequence in 32. The hash is 64-bit FNV-1a over the token ids, one byte each, followed by
-one xor-shift-multiply round: `h ^= h >> 32; h *= 0x9E3779B97F4A7C15` (all modulo 2**64). `sample` with
-`held_out=False` returns no such sequence; `problems` returns only such sequences.
+one xor-shift-multiply round: ``h ^= h >> 32; h *= 0x9E3779B97F4A7C15`` (all modulo 2**64). ``sample`` with
+``held_out=False`` returns no such sequence; ``problems`` returns only such sequences.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     BoolArray = NDArray[np.bool_]
     IntArray = NDArray[np.int64]
 
-__all__ = ["Addition", "Sudoku", "Task", "is_held_out"]
+__all__ = ["Addition", "Score", "Sudoku", "Task", "is_held_out"]
 
 HELD_OUT_ONE_IN = 32
 SUDOKU_PUZZLES = Path(__file__).with_name("sudoku_heldout.txt")
@@ -45,13 +47,43 @@ def is_held_out(tokens: ArrayLike) -> BoolArray:  # [n, L] -> [n]
     return hashed >> np.uint64(59) == 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Solved problems out of all, with Wilson's 95 % interval of the rate."""
+
+    solved: int
+    total: int
+
+    @classmethod
+    def of(cls, right: BoolArray) -> Score:  # [n]
+        """Count what ``Task.check`` returned."""
+        return cls(int(right.sum()), len(right))
+
+    @property
+    def rate(self) -> float:
+        """Solved part, 0 to 1."""
+        return self.solved / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's score interval at 95 %."""
+        z, n, p = 1.959964, self.total, self.rate
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, centre - half), min(1.0, centre + half)  # rounding would leave [0, 1]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.solved}/{self.total} = {self.rate:.1%} (95 % interval {low:.1%} to {high:.1%})"
+
+
 class Task(abc.ABC):
     """What a bundled model was trained on.
 
     Attributes
     ----------
     name
-        The name under which `load_task` knows it.
+        The name under which ``load_task`` knows it.
     vocab_size, mask_token_id
         Number of token ids, and the id that stands for a blank (the last one).
     length
@@ -72,9 +104,7 @@ class Task(abc.ABC):
     grid_width: int
     cell_separator: str
 
-    def sample(
-        self, n: int, rng: np.random.Generator, held_out: bool = False
-    ) -> tuple[IntArray, BoolArray]:
+    def sample(self, n: int, rng: np.random.Generator, held_out: bool = False) -> tuple[IntArray, BoolArray]:
         """Draw full sequences from one side of the split.
 
         Parameters
@@ -106,11 +136,11 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def _draw(self, n: int, rng: np.random.Generator) -> IntArray:
-        """Draw `n` valid sequences, whichever side of the split they fall on."""
+        """Draw ``n`` valid sequences, whichever side of the split they fall on."""
 
     @abc.abstractmethod
     def _answer_positions(self, n: int, rng: np.random.Generator) -> BoolArray:
-        """Choose for each of `n` training sequences the positions that may be blanked."""
+        """Choose for each of ``n`` training sequences the positions that may be blanked."""
 
     @abc.abstractmethod
     def problems(self, n: int, seed: int = 0) -> tuple[IntArray, IntArray]:
@@ -119,7 +149,7 @@ class Task(abc.ABC):
         Returns
         -------
         prompt : int64 [n, L]
-            Sequences with `mask_token_id` at the blanks.
+            Sequences with ``mask_token_id`` at the blanks.
         solution : int64 [n, L]
             A valid fill of each.
         """
@@ -150,12 +180,10 @@ class Task(abc.ABC):
         return kept & self._obeys_rules(answers)
 
     def format(self, tokens_row: ArrayLike) -> str:
-        """Render one sequence as text, `grid_width` cells to a line."""
+        """Render one sequence as text, ``grid_width`` cells to a line."""
         cells = [self.symbols[int(token)] for token in np.asarray(tokens_row)]
         starts = range(0, len(cells), self.grid_width)
-        return "\n".join(
-            self.cell_separator.join(cells[start : start + self.grid_width]) for start in starts
-        )
+        return "\n".join(self.cell_separator.join(cells[start : start + self.grid_width]) for start in starts)
 
 
 def _sudoku_box(cell: int) -> int:
@@ -265,15 +293,15 @@ class Sudoku(Task):
         return np.ones((n, self.length), bool)
 
     def problems(self, n: int, seed: int = 0) -> tuple[IntArray, IntArray]:
-        """Choose `n` of the 500 packaged puzzles without repetition, in an order that `seed` decides.
+        """Choose ``n`` of the 500 packaged puzzles without repetition, in an order that ``seed`` decides.
 
         Every puzzle has exactly one solution, and no clue can be taken away without losing that.
-        Returns `(prompt, solution)`, both int64 [n, 36].
+        Returns ``(prompt, solution)``, both int64 [n, 36].
 
         Raises
         ------
         ValueError
-            If `n` exceeds the number of packaged puzzles.
+            If ``n`` exceeds the number of packaged puzzles.
         """
         prompts, solutions = read_sudoku_puzzles(SUDOKU_PUZZLES)
         if not 0 <= n <= len(prompts):
@@ -294,7 +322,7 @@ def make_sudoku_puzzles(n: int, seed: int) -> tuple[IntArray, IntArray]:
     """Make held-out puzzles with one solution and locally minimal clues.
 
     From a held-out board the cells are visited once in random order, and a clue is taken away whenever
-    the puzzle keeps its only solution. Puzzle `i` depends on `(seed, i)` alone. Returns `(prompt,
+    the puzzle keeps its only solution. Puzzle ``i`` depends on ``(seed, i)`` alone. Returns `(prompt,
     solution)`, both int64 [n, 36].
     """
     sudoku = Sudoku()
@@ -315,7 +343,7 @@ def make_sudoku_puzzles(n: int, seed: int) -> tuple[IntArray, IntArray]:
 def write_sudoku_puzzles(
     path: str | Path, n: int = SUDOKU_PUZZLES_COUNT, seed: int = SUDOKU_PUZZLES_SEED
 ) -> None:
-    """Write `n` puzzles of `make_sudoku_puzzles`, one `puzzle solution` line each, `.` for a blank."""
+    """Write puzzles of ``make_sudoku_puzzles``, one ``puzzle solution`` line each, ``.`` for a blank."""
     symbols = "123456."
     with open(path, "w", encoding="ascii") as file:
         for pair in zip(*make_sudoku_puzzles(n, seed), strict=True):
@@ -323,7 +351,7 @@ def write_sudoku_puzzles(
 
 
 def read_sudoku_puzzles(path: str | Path) -> tuple[IntArray, IntArray]:
-    """Read the file that `write_sudoku_puzzles` wrote; returns `(prompt, solution)`, int64 [n, 36]."""
+    """Read the file that ``write_sudoku_puzzles`` wrote; returns ``(prompt, solution)``, int64 [n, 36]."""
     lines = Path(path).read_text(encoding="ascii").split("\n")
     pairs = [line.split() for line in lines if line]
     tokens = np.array([[["123456.".index(c) for c in text] for text in pair] for pair in pairs])
@@ -331,9 +359,9 @@ def read_sudoku_puzzles(path: str | Path) -> tuple[IntArray, IntArray]:
 
 
 class Addition(Task):
-    """Addition of two numbers of `digits` digits: `a + b = c`, most significant digit first.
+    """Addition of two numbers of ``digits`` digits: ``a + b = c``, most significant digit first.
 
-    Token ids 0 to 9 are the digits, 10 is `+`, 11 is `=`. The sum has one digit more than the terms, and
+    Token ids 0 to 9 are the digits, 10 is ``+``, 11 is ``=``. The sum has one digit more than the terms, and
     leading zeros are written. In half of the sequences seven digit pairs in ten are made to add up to
     nine, which lets a carry run far.
 
@@ -385,22 +413,20 @@ class Addition(Task):
         answer[:, self._sum] = (kind < 6)[:, None]
         return answer
 
-    def problems(
-        self, n: int, seed: int = 0, blank: str = "sum"
-    ) -> tuple[IntArray, IntArray]:
-        """Draw `n` held-out problems with one of the three numbers blank.
+    def problems(self, n: int, seed: int = 0, blank: str = "sum") -> tuple[IntArray, IntArray]:
+        """Draw ``n`` held-out problems with one of the three numbers blank.
 
         Parameters
         ----------
         n, seed
             How many, and which.
         blank
-            `"sum"`, or `"first"` or `"second"` for a missing term (a subtraction).
+            ``"sum"``, or ``"first"`` or ``"second"`` for a missing term (a subtraction).
 
         Returns
         -------
         prompt, solution : int64 [n, L]
-            The problem with `mask_token_id` at the blanks, and its only answer.
+            The problem with ``mask_token_id`` at the blanks, and its only answer.
         """
         parts = {"sum": self._sum, "first": self._first, "second": self._second}
         if blank not in parts:

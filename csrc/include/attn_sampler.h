@@ -3,7 +3,8 @@
  * C API of the compiled core. It needs neither Python nor torch: tensors are plain views (pointer,
  * shape, strides in elements), every function returns a status, and attn_sampler_last_error() says in
  * words what was wrong. No function allocates or frees what the caller passes; on any status other
- * than ATTN_SAMPLER_OK nothing has been written to an output.
+ * than ATTN_SAMPLER_OK and ATTN_SAMPLER_OUT_OF_MEMORY nothing has been written to an output, and tokens are
+ * written only by a step that succeeds.
  *
  * Shapes: B sequences, Hq query heads, Hkv key heads (Hq a multiple of Hkv; query head h reads key
  * head h / (Hq / Hkv)), M query rows, N keys, D head dimension, C candidate columns, V vocabulary.
@@ -129,20 +130,20 @@ typedef struct attn_sampler_attention_params {
  * softmax_lse [B,Hq,M] float32 or NULL (NULL in block scope). key_mask [B,N], query_mask [B,M] bool or
  * NULL. out [B,C] or, per head, [B,Hq,C], float32. B and M may be 0.
  */
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_column_scores(
-    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
-    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
-    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
-    const attn_sampler_exec *exec);
+ATTN_SAMPLER_API attn_sampler_status
+attn_sampler_column_scores(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
+                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *key_mask,
+                           const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
+                           const attn_sampler_tensor *out, const attn_sampler_exec *exec);
 
 /* out[b,(h),r,c] (+)= A[b,h,row_start + r,column_start + c], added up over heads unless per_head.
  * out [B,R,C] or, per head, [B,Hq,R,C], float32. The rest as column_scores.
  */
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map(
-    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
-    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
-    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
-    const attn_sampler_exec *exec);
+ATTN_SAMPLER_API attn_sampler_status
+attn_sampler_attention_map(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
+                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *key_mask,
+                           const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
+                           const attn_sampler_tensor *out, const attn_sampler_exec *exec);
 
 /* One token and its confidence for each position.
  *
@@ -188,10 +189,12 @@ typedef struct attn_sampler_select_params {
 } attn_sampler_select_params;
 
 /* scores, confidence [B,C] float32; masked, selected [B,C] bool. */
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens(
-    const attn_sampler_tensor *scores, const attn_sampler_tensor *confidence,
-    const attn_sampler_tensor *masked, const attn_sampler_select_params *params,
-    const attn_sampler_tensor *selected, const attn_sampler_exec *exec);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens(const attn_sampler_tensor *scores,
+                                                                const attn_sampler_tensor *confidence,
+                                                                const attn_sampler_tensor *masked,
+                                                                const attn_sampler_select_params *params,
+                                                                const attn_sampler_tensor *selected,
+                                                                const attn_sampler_exec *exec);
 
 /* One layer's captured attention inputs. softmax_lse may be NULL. */
 typedef struct attn_sampler_layer {
@@ -218,12 +221,12 @@ typedef struct attn_sampler_decode_step_params {
 /* tokens [B,T] int64, in place. logits [B,C,V]. scores, confidence [B,C] float32, token_ids [B,C] int64,
  * selected [B,C] bool: outputs (scores an input where num_layers is 0). */
 ATTN_SAMPLER_API attn_sampler_status attn_sampler_decode_step(
-    const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits,
-    const attn_sampler_layer *layers, int64_t num_layers, const attn_sampler_tensor *key_mask,
-    const attn_sampler_tensor *query_mask, const attn_sampler_tensor *seeds,
-    const attn_sampler_decode_step_params *params, const attn_sampler_tensor *scores,
-    const attn_sampler_tensor *token_ids, const attn_sampler_tensor *confidence,
-    const attn_sampler_tensor *selected, const attn_sampler_exec *exec);
+    const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits, const attn_sampler_layer *layers,
+    int64_t num_layers, const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_tensor *seeds, const attn_sampler_decode_step_params *params,
+    const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
+    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected,
+    const attn_sampler_exec *exec);
 
 /* The message of the last failure on this thread; "" if there was none. Valid until the next call. */
 ATTN_SAMPLER_API const char *attn_sampler_last_error(void);

@@ -3,8 +3,8 @@
  * Philox4x32-10 (Salmon et al., SC 2011) with the row's seed as key and (token / 4, position, 0, 0) as
  * counter gives one 32-bit word for each token; gumbel() turns it into standard Gumbel noise using
  * nothing but float32 additions, subtractions and multiplications, each rounded once. No library
- * logarithm takes part, and no multiply-add may be fused: compile with -ffp-contract=off (nvcc: -fmad=false or
- * the _rn intrinsics). The PyTorch twin is attn_sampler/reference.py.
+ * logarithm takes part, and no multiply-add may be fused: compile with -ffp-contract=off (nvcc: -fmad=false
+ * or the _rn intrinsics). The PyTorch twin is attn_sampler/reference.py.
  */
 #ifndef ATTN_SAMPLER_RANDOM_H_
 #define ATTN_SAMPLER_RANDOM_H_
@@ -25,7 +25,7 @@ struct PhiloxWords {
 };
 
 /* The four words of the tokens 4 * group .. 4 * group + 3 at one position. */
-ATTN_SAMPLER_HD inline PhiloxWords philox(uint64_t seed, uint32_t group, uint32_t position) {
+ATTN_SAMPLER_HD static inline PhiloxWords philox(uint64_t seed, uint32_t group, uint32_t position) {
     uint32_t c0 = group, c1 = position, c2 = 0, c3 = 0;
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
@@ -44,7 +44,7 @@ ATTN_SAMPLER_HD inline PhiloxWords philox(uint64_t seed, uint32_t group, uint32_
 }
 
 /* -log(x) for a normal positive float; within 2 ulp, the same bits everywhere. */
-ATTN_SAMPLER_HD inline float exact_neg_log(float x) {
+ATTN_SAMPLER_HD static inline float exact_neg_log(float x) {
     int32_t bits;
     memcpy(&bits, &x, sizeof(bits));
     const int32_t exponent = (bits - 0x3f3504f3) >> 23; /* x = 2^exponent * m, m in [sqrt(1/2), sqrt(2)) */
@@ -70,11 +70,12 @@ ATTN_SAMPLER_HD inline float exact_neg_log(float x) {
 }
 
 /* Standard Gumbel noise from a random word: -log(-log(1 - w)), w uniform on (0, 1). */
-ATTN_SAMPLER_HD inline float gumbel(uint32_t word) {
+ATTN_SAMPLER_HD static inline float gumbel(uint32_t word) {
     float w = static_cast<float>(word) * 0x1p-32f + 0x1p-33f;
     w = w < 0x1.fffffep-1f ? w : 0x1.fffffep-1f;
     const float u = 1.0f - w;
-    const float exponential = (w - (1.0f - u)) + exact_neg_log(u); /* what rounding took off 1 - w, put back */
+    const float exponential =
+        (w - (1.0f - u)) + exact_neg_log(u); /* what rounding took off 1 - w, put back */
     return exact_neg_log(exponential);
 }
 

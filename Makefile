@@ -1,0 +1,51 @@
+# Everything a newcomer needs. TORCH chooses the torch to install ("system" uses the interpreter's own);
+# TORCH_INDEX adds a package index to take it from, such as https://download.pytorch.org/whl/cpu for the CPU
+# build where the default index would send the CUDA one.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip install --quiet --disable-pip-version-check
+sources := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+help: ## List the verbs
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-7s %s\n", $$1, $$2}'
+
+demo: $(VENV)/installed ## Decode held-out problems with every rule, live (options: ARGS="--task sudoku --tau 0.95")
+	$(bin)/attn-sampler demo $(ARGS)
+
+test: $(VENV)/tests ## Run the tests (options for pytest: ARGS="-k sampler")
+	$(bin)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev ## Check style, types and formatting
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+bench: $(VENV)/tests ## Measure the kernels on this machine
+	$(bin)/python -m bench $(ARGS)
+
+clean: ## Remove what the other verbs made
+	rm -rf $(VENV) build dist *.egg-info attn_sampler/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
+	$(if $(filter system,$(TORCH)),,$(pip) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)")
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(sources)
+	$(pip) --editable .
+	touch $@
+
+$(VENV)/tests: $(VENV)/installed
+	$(pip) --editable '.[test,triton]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/installed
+	$(pip) --editable '.[dev]'
+	touch $@
+
+.PHONY: help demo test lint bench clean

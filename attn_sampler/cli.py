@@ -1,0 +1,186 @@
+"""The command ``attn-sampler``: ``demo`` with the bundled models, and ``info``, the environment report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attn_sampler import __version__, collect_env
+from attn_sampler.backends import BACKENDS, is_backend_supported
+from attn_sampler.bundled import TASKS, load_model
+from attn_sampler.sampler import POLICIES
+
+_MAX_PROBLEMS = 500  # as many sudoku puzzles are packaged
+_DEFAULT_PROBLEMS = 100
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Parameters
+    ----------
+    arguments
+        The words after the command's name. Default: those of this process.
+
+    Returns
+    -------
+    int
+        The exit status: 0, or 1 where a file could not be written. Bad arguments exit with status 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog="attn-sampler", description="Attention-guided decoding of masked-diffusion language models."
+    )
+    parser.add_argument("--version", action="version", version=f"attn-sampler {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="versions, and which backends run here and why others do not")
+    collect_env.add_arguments(info)
+    demo = commands.add_parser("demo", help="decode with the bundled models, all rules side by side")
+    _add_demo_arguments(demo)
+    options = parser.parse_args(arguments)
+    if options.command == "info":
+        return collect_env.run(options)
+    return _demo(demo, options)
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=(*TASKS, "both"), default="both", help="default: both")
+    parser.add_argument(
+        "--policy",
+        nargs="+",
+        choices=sorted(POLICIES),
+        metavar="NAME",
+        help=f"rules to compare, of {', '.join(sorted(POLICIES))} (default: all)",
+    )
+    parser.add_argument(
+        "--tau", type=_unit_interval, help="confidence threshold of the rules that read one (default: 0.9)"
+    )
+    parser.add_argument(
+        "--problems",
+        type=_problems,
+        default=_DEFAULT_PROBLEMS,
+        metavar="N",
+        help=f"held-out problems for each task, 1 to {_MAX_PROBLEMS} (default: {_DEFAULT_PROBLEMS})",
+    )
+    parser.add_argument(
+        "--temperature", type=_non_negative, default=0.0, help="0 takes the most probable token (default)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of the problems and of sampling (default: 0)")
+    parser.add_argument(
+        "--layers",
+        type=_layers,
+        default="all",
+        help="whose attention counts: all (default), last, or indices such as 0,1,-1",
+    )
+    parser.add_argument(
+        "--backend", choices=("auto", *BACKENDS), default="auto", help="of the sampling step (default: auto)"
+    )
+    parser.add_argument("--no-live", dest="live", action="store_false", help="no animation")
+    parser.add_argument(
+        "--trace",
+        type=_writable,
+        metavar="FILE",
+        help="write every commit as JSON; with several tasks or rules, one FILE-TASK-RULE.json for each",
+    )
+    parser.add_argument(
+        "--svg", type=_writable, metavar="FILE", help="write the drawn orders of commitment as a picture"
+    )
+
+
+def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from attn_sampler.demo import RULES, default_tau, run_demo
+
+    tasks = TASKS if options.task == "both" else (options.task,)
+    policies = tuple(dict.fromkeys(options.policy or RULES))
+    if options.tau is not None and all(default_tau(policy) is None for policy in policies):
+        parser.error(f"argument --tau: none of the chosen rules reads it ({', '.join(policies)})")
+    support = is_backend_supported("decode_step", options.backend) if options.backend != "auto" else None
+    if support is not None and not support.supported:
+        parser.error(f"argument --backend: {options.backend} cannot run here: {support.reason}")
+    if options.layers != "all":
+        depth = min(load_model(task).config.num_layers for task in tasks)
+        for layer in options.layers:
+            if not -depth <= layer < depth:
+                parser.error(f"argument --layers: the models have layers 0 to {depth - 1}, got {layer}")
+
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without the middle dot gets "?"
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 100))
+    runs = run_demo(
+        console,
+        tasks=tasks,
+        policies=policies,
+        tau=options.tau,
+        problems=options.problems,
+        temperature=options.temperature,
+        seed=options.seed,
+        layers=options.layers,
+        backend=options.backend,
+        live=options.live,
+        svg=options.svg,
+    )
+    if options.trace is not None:
+        for run in runs:
+            path = options.trace
+            if len(runs) > 1:
+                path = path.with_name(f"{path.stem}-{run.task.name}-{run.policy}{path.suffix}")
+            run.trace.save(path)
+            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _unit_interval(text: str) -> float:
+    return _number(text, 0.0, 1.0, "a number in [0, 1]")
+
+
+def _non_negative(text: str) -> float:
+    return _number(text, 0.0, sys.float_info.max, "a finite number >= 0")
+
+
+def _number(text: str, low: float, high: float, accepted: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}")
+    return value
+
+
+def _problems(text: str) -> int:
+    return _integer(text, 1, _MAX_PROBLEMS)
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0, 2**62)
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}, got {text!r}")
+    return value
+
+
+def _layers(text: str) -> str | tuple[int, ...]:
+    if text == "all":
+        return text
+    try:
+        return (-1,) if text == "last" else tuple(int(index) for index in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected all, last or indices such as 0,1, got {text!r}") from None
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a directory that exists, got {text!r}")
+    return path

@@ -1,0 +1,126 @@
+"""What attn_sampler finds on this machine: versions, processor, and each backend with its reason.
+
+``python -m attn_sampler.collect_env`` and ``attn-sampler info`` print it; ``--json`` for programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attn_sampler import _core
+from attn_sampler._version import __version__
+from attn_sampler.backends import BACKENDS, installation_problem
+
+
+def collect_env() -> dict[str, Any]:
+    """The report as plain JSON values.
+
+    Returns
+    -------
+    dict
+        ``attn_sampler``, ``python``, ``platform``, ``torch``, ``torch_cuda`` (the CUDA version that torch was
+        built with) and ``triton``: versions, None where absent. ``cpu``: ``{"isa", "cores",
+        "torch_threads"}``, the instruction set as torch sees it. ``extension``: ``{"installed", "reason",
+        "cpu_isa"}``, the compiled part and the instruction set that it runs with. ``gpus``: for each
+        ``{"name", "compute_capability", "memory_gib"}``. ``backends``: for each name
+        ``{"available", "reason"}``.
+    """
+    installed = _core.UNAVAILABLE is None
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        gpus.append(
+            {
+                "name": gpu.name,
+                "compute_capability": f"{gpu.major}.{gpu.minor}",
+                "memory_gib": round(gpu.total_memory / 2**30, 1),
+            }
+        )
+    problems = {name: installation_problem(name) for name in BACKENDS}
+    return {
+        "attn_sampler": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": _version("triton") or _version("pytorch-triton"),
+        "cpu": {
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "extension": {
+            "installed": installed,
+            "reason": _core.UNAVAILABLE or "",
+            "cpu_isa": _core.cpu_isa() if installed else None,
+        },
+        "gpus": gpus,
+        "backends": {
+            name: {"available": problem is None, "reason": problem or ""}
+            for name, problem in problems.items()
+        },
+    }
+
+
+def format_env(env: dict[str, Any]) -> str:
+    """The report as lines of text."""
+    cpu, extension = env["cpu"], env["extension"]
+    built = f"built with CUDA {env['torch_cuda']}" if env["torch_cuda"] else "built without CUDA"
+    gpus = [
+        f"{g['name']}, compute capability {g['compute_capability']}, {g['memory_gib']} GiB"
+        for g in env["gpus"]
+    ]
+    rows = [
+        ("attn_sampler", env["attn_sampler"]),
+        ("python", f"{env['python']} on {env['platform']}"),
+        ("torch", f"{env['torch']}, {built}"),
+        ("triton", env["triton"] or "not installed"),
+        ("cpu", f"{cpu['isa']}, {cpu['cores']} cores, {cpu['torch_threads']} torch threads"),
+        ("gpu", "; ".join(gpus) or "none that torch can use"),
+        ("extension", f"runs {extension['cpu_isa']}" if extension["installed"] else extension["reason"]),
+    ]
+    lines = [f"{name:<13} {value}" for name, value in rows]
+    lines.append("backends")
+    for name, state in env["backends"].items():
+        lines.append(f"  {name:<11} {'on' if state['available'] else 'off: ' + state['reason']}")
+    return "\n".join(lines)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report."""
+    env = collect_env()
+    print(json.dumps(env, indent=2) if options.json else format_env(env))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``python -m attn_sampler.collect_env``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m attn_sampler.collect_env", description="Print versions and backends, with reasons."
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

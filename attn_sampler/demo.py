@@ -1,0 +1,315 @@
+"""The demonstration: the bundled models decode held-out problems by every rule, side by side.
+
+For each task: the boards fill in live, each cell coloured by the step that committed it; then the order of
+commitment on one problem, and a table of what each rule costs and how often it is right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from attn_sampler._version import __version__
+from attn_sampler.backends import choose_backend
+from attn_sampler.bundled import load_model, load_task
+from attn_sampler.bundled.model import TinyMaskedLM
+from attn_sampler.bundled.tasks import Score, Task
+from attn_sampler.generate import Generation, StepEvent, generate
+from attn_sampler.sampler import make_policy
+from attn_sampler.trace import Commit, DecodeTrace, step_colour
+
+#: The rules that are compared by default; the first four are also drawn.
+RULES = (
+    "attn-parallel",
+    "attn-sequential",
+    "confidence",
+    "left-to-right",
+    "random",
+    "margin",
+    "entropy",
+    "threshold",
+    "factor",
+    "eb",
+    "klass",
+    "pard",
+)
+_DRAWN_RULES = 4
+_LIVE_PROBLEMS = 4
+_FRAME_SECONDS = 0.05
+
+
+@dataclasses.dataclass
+class Run:
+    """One task decoded by one rule."""
+
+    task: Task
+    policy: str
+    label: str
+    score: Score
+    right: list[bool]  # for each problem
+    generation: Generation
+
+    @property
+    def trace(self) -> DecodeTrace:
+        """Every commit of the run."""
+        assert self.generation.trace is not None
+        return self.generation.trace
+
+    @property
+    def passes(self) -> float:
+        """Forward passes per answer."""
+        return self.generation.num_forward_passes.double().mean().item()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Committed tokens of the whole batch by time in the model and the sampling step."""
+        return len(self.trace.commits) / (self.generation.forward_seconds + self.generation.sampling_seconds)
+
+    @property
+    def sampling_share(self) -> float:
+        """Part of that time spent in the sampling step."""
+        sampling = self.generation.sampling_seconds
+        return sampling / (self.generation.forward_seconds + sampling)
+
+
+def default_tau(policy: str) -> float | None:
+    """The confidence threshold of the rule of that name; None where it reads none."""
+    rule = make_policy(policy)
+    return None if getattr(rule, "mode", None) == "sequential" else getattr(rule, "tau", None)
+
+
+def run_demo(
+    console: Console,
+    *,
+    tasks: Sequence[str],
+    policies: Sequence[str] = RULES,
+    tau: float | None = None,
+    problems: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    layers: str | Sequence[int] = "all",
+    backend: str = "auto",
+    live: bool = True,
+    svg: Path | None = None,
+) -> list[Run]:
+    """Decode, draw and compare.
+
+    Parameters
+    ----------
+    console
+        Where to print. Without a terminal nothing is animated.
+    tasks, policies
+        Names of ``bundled.TASKS`` and ``sampler.POLICIES``.
+    tau
+        Confidence threshold of the rules that read one. Default: each rule's own.
+    problems
+        Held-out problems for each task, decoded in one batch.
+    temperature, seed, layers, backend
+        As in ``generate``; the seed also chooses the problems.
+    live
+        Animate while decoding.
+    svg
+        Where to write a picture of the orders of commitment. Default: nowhere.
+
+    Returns
+    -------
+    list of Run
+        Task by task, rule by rule.
+    """
+    device = torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
+    chosen = choose_backend("decode_step", backend, torch.empty(0, device=device))
+    threads = torch.get_num_threads()
+    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen}, {threads} CPU threads")
+    runs: list[Run] = []
+    drawings: list[RenderableType] = []
+    for name in tasks:
+        task, model = load_task(name), load_model(name).to(device)
+        prompt = torch.from_numpy(task.problems(problems, seed=seed)[0])
+        options = {"tau": tau, "temperature": temperature, "seed": seed, "layers": layers, "backend": backend}
+        _decode(
+            model, task, prompt[:2], policies[0], options, None
+        )  # the first call of all pays for start-up
+        blanks = int((prompt == task.mask_token_id).sum())
+        console.print(f"\n[bold]{name}[/]: {problems} held-out problems, {blanks / problems:.1f} blanks each")
+        with _live_view(console if live else None, task, prompt, blanks * len(policies)) as watch:
+            task_runs = [_decode(model, task, prompt, rule, options, watch(rule)) for rule in policies]
+        drawings.append(_draw_orders(task_runs[:_DRAWN_RULES]))
+        console.print(drawings[-1], _tabulate(task_runs), sep="\n")
+        verdict = _verdict(task_runs)
+        if verdict:
+            console.print(verdict)
+        runs += task_runs
+    if svg is not None:
+        _save_svg(svg, drawings)
+    return runs
+
+
+def _decode(
+    model: TinyMaskedLM,
+    task: Task,
+    prompt: torch.Tensor,  # [n, L]
+    policy: str,
+    options: dict[str, Any],
+    on_step: Callable[[StepEvent], None] | None,
+) -> Run:
+    tau = default_tau(policy)
+    label = policy
+    if tau is not None:
+        tau = tau if options["tau"] is None else options["tau"]
+        label = f"{policy}, tau {tau:g}"
+    generation = generate(
+        model,
+        prompt.to(model.is_mask_token.device),
+        mask_token_id=task.mask_token_id,
+        block_length=task.length,
+        policy=policy,
+        trace=True,
+        on_step=on_step,
+        **{**options, "tau": tau},
+    )
+    right = task.check(generation.tokens.cpu().numpy(), prompt.numpy())
+    return Run(task, policy, label, Score.of(right), right.tolist(), generation)
+
+
+@contextlib.contextmanager
+def _live_view(
+    console: Console | None, task: Task, prompt: torch.Tensor, total: int
+) -> Iterator[Callable[[str], Callable[[StepEvent], None] | None]]:
+    """Boards that fill in above a progress bar; ``watch(policy)`` gives the callback for one run."""
+    if console is None or not console.is_terminal or console.is_dumb_terminal:
+        yield lambda policy: None
+        return
+    progress = Progress(
+        BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn(), auto_refresh=False
+    )
+    bar = progress.add_task("", total=total)
+    # Drawn from the callback alone: a refreshing thread would compete with the decoder that is timed.
+    with Live(console=console, auto_refresh=False, transient=True) as screen:
+
+        def watch(policy: str) -> Callable[[StepEvent], None]:
+            trace = DecodeTrace(prompt[:_LIVE_PROBLEMS].tolist(), task.mask_token_id, policy)
+            drawn = 0.0
+
+            def on_step(event: StepEvent) -> None:
+                nonlocal drawn
+                progress.advance(bar, int(event.result.selected.sum()))
+                for row, sequence in enumerate(event.sequence.tolist()):
+                    if sequence < len(trace.prompt):
+                        for position in event.result.selected[row].nonzero().squeeze(1).tolist():
+                            token = int(event.result.token_ids[row, position])
+                            trace.commits.append(
+                                Commit(sequence, event.step - 1, position, token, math.nan, math.nan)
+                            )
+                if time.perf_counter() - drawn > _FRAME_SECONDS:
+                    drawn = time.perf_counter()
+                    boards = [_board(task, trace, i) for i in range(len(trace.prompt))]
+                    screen.update(
+                        Group(Text(policy), Columns(boards, padding=(1, 4)), progress), refresh=True
+                    )
+
+            return on_step
+
+        yield watch
+
+
+def _board(task: Task, trace: DecodeTrace, sequence: int) -> Text:
+    return trace.render(sequence, task.symbols, width=task.grid_width if task.cell_separator else None)
+
+
+def _step_numbers(task: Task, trace: DecodeTrace, sequence: int) -> Text:
+    """The step, from 1, that committed each position, under the same colours as the board."""
+    steps = trace.steps(sequence)
+    last = max(step for step in steps if step is not None)
+    width = len(str(trace.prompt[sequence].count(task.mask_token_id)))
+    text = Text()
+    for position, step in enumerate(steps):
+        if position and position % task.grid_width == 0:
+            text.append("\n")
+        label = ("·" if task.cell_separator else " ") if step is None else str(step + 1)
+        style = "dim" if step is None else step_colour(step, last)
+        text.append(label.rjust(width) + task.cell_separator, style=style)
+    return text
+
+
+def _draw_orders(runs: Sequence[Run]) -> Group:
+    """The first problem: its answer by each rule, and the step that committed each position."""
+    task = runs[0].task
+    gap = "\n\n" if task.cell_separator else "\n"
+    cells = [
+        (
+            Text(run.policy, style="bold"),
+            Text.assemble(_board(task, run.trace, 0), gap, _step_numbers(task, run.trace, 0)),
+            Text(
+                f"{'solved' if run.right[0] else 'wrong'}, {int(run.generation.num_forward_passes[0])} passes"
+            ),
+        )
+        for run in runs
+    ]
+    grid = Table.grid(padding=(0, 3, 1, 0))
+    # Square boards stand side by side, one-line problems below each other.
+    for row in zip(*cells, strict=True) if task.cell_separator else cells:
+        grid.add_row(*row)
+    caption = (
+        f"One {task.name} problem; below each answer the step that committed each cell, blue first, red last"
+    )
+    return Group(Text(caption, style="dim"), Text(), grid)
+
+
+def _tabulate(runs: Sequence[Run]) -> Table:
+    table = Table(
+        caption="tokens/s: of the whole batch, in the model and the sampling step", caption_justify="left"
+    )
+    table.add_column("rule")
+    for heading in ("solved", "95% interval", "passes per answer", "tokens/s", "sampling step"):
+        table.add_column(heading, justify="right")
+    for run in runs:
+        low, high = run.score.interval
+        table.add_row(
+            run.label,
+            f"{run.score.rate:.1%}",
+            f"{low:.1%} to {high:.1%}",
+            f"{run.passes:.1f}",
+            f"{run.tokens_per_second:,.0f}",
+            f"{run.sampling_share:.0%} of time",
+        )
+    return table
+
+
+def _verdict(runs: Sequence[Run]) -> str:
+    """What the table says about attention as the only guide, in one line."""
+    by_policy = {run.policy: run.score for run in runs}
+    if not {"attn-sequential", "confidence"} <= by_policy.keys():
+        return ""
+    attention, confidence = by_policy["attn-sequential"], by_policy["confidence"]
+    line = f"Attention alone (attn-sequential) solves {attention.rate:.1%}, confidence {confidence.rate:.1%}"
+    if attention.interval[1] < confidence.interval[0]:
+        line += ": so small a model attends most to cells that it is unsure of"
+    return line + "."
+
+
+def _save_svg(path: Path, drawings: Sequence[RenderableType]) -> None:
+    console = Console(
+        record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200
+    )
+    drawing = Group(*[part for drawing in drawings for part in (drawing, Text())][:-1])
+    console.width = Measurement.get(console, console.options, drawing).maximum
+    console.print(drawing)
+    picture = console.export_svg(title="attn-sampler demo")
+    # Self-contained: rich links a font from the network, and any monospaced one does.
+    path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")

@@ -1,0 +1,22 @@
+/* Threads for the CPU kernels: a small pool of our own.
+ *
+ * Not OpenMP: torch's wheels carry a private copy of its run-time, and a second one in the process would
+ * keep its threads spinning beside torch's.
+ */
+#ifndef ATTN_SAMPLER_CPU_PARALLEL_H_
+#define ATTN_SAMPLER_CPU_PARALLEL_H_
+
+#include <cstdint>
+
+namespace attn_sampler {
+
+/* Calls task(context, index, worker) for every index in [0, count), in any order, on up to num_threads
+ * threads (this one among them); worker is in [0, num_threads) and never at two tasks at once. Tasks must
+ * not throw. Safe to call from several threads, from inside a task, and after a fork: where the pool
+ * is not free, the calling thread does all the work. */
+void parallel_for(int num_threads, int64_t count, void (*task)(void *context, int64_t index, int worker),
+                  void *context);
+
+} // namespace attn_sampler
+
+#endif /* ATTN_SAMPLER_CPU_PARALLEL_H_ */

@@ -1,0 +1,126 @@
+/* Vectors of the instruction set that a file is compiled for, in the compiler's own vector types (GCC,
+ * Clang).
+ *
+ * The files that include this are compiled once for each instruction set. Everything here has internal
+ * linkage: a shared inline function would let the linker keep the copy with instructions that an older
+ * processor lacks.
+ */
+#ifndef ATTN_SAMPLER_CPU_SIMD_H_
+#define ATTN_SAMPLER_CPU_SIMD_H_
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "attn_sampler.h"
+
+namespace attn_sampler {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kInf = __builtin_inff();
+
+inline VecF splat(float x) { return x - VecF{}; }
+inline VecI splat(int32_t x) { return x - VecI{}; }
+
+template <typename V, typename T>
+inline V load(const T *p) {
+    V v;
+    memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+template <typename V, typename T>
+inline void store(T *p, V v) {
+    memcpy(p, &v, sizeof(V));
+}
+
+inline VecI lane_index() {
+    VecI v;
+    for (int i = 0; i < kLanes; ++i)
+        v[i] = i;
+    return v;
+}
+
+/* 2^x with relative error below 2e-7; 0 below 2^-126.5, inf above 2^127.5; NaN stays NaN. */
+inline VecF exp2_vec(VecF x) {
+    x = x < -127.0f ? splat(-127.0f) : x; /* never into the slow denormals */
+    x = x > 128.0f ? splat(128.0f) : x;
+    /* Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. */
+    const VecF shifted = x + 0x1.8p23f;
+    const VecF f = x - (shifted - 0x1.8p23f); /* in [-1/2, 1/2] */
+    /* Minimax fit of 2^f. */
+    VecF p = splat(0x1.5bba14p-10f);
+    p = p * f + 0x1.3cea88p-7f;
+    p = p * f + 0x1.c6b752p-5f;
+    p = p * f + 0x1.ebf9bcp-3f;
+    p = p * f + 0x1.62e42ap-1f;
+    p = p * f + 1.0f;
+    const VecU power = ((VecU)shifted + (127u - 0x4B400000u)) << 23;
+    return p * (VecF)power;
+}
+
+inline VecF bf16_to_float(VecH h) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
+
+inline VecF fp16_to_float(VecH h) {
+#if defined(__AVX512F__)
+    /* The form without a mask makes GCC 12 warn of its own uninitialised variable. */
+    return (VecF)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)h);
+#elif defined(__F16C__)
+    return (VecF)_mm256_cvtph_ps((__m128i)h);
+#else
+    const VecU u = __builtin_convertvector(h, VecU);
+    const VecU sign = (u & 0x8000u) << 16;
+    /* Exponent and fraction moved into place; the product rebases the exponent, subnormals included. */
+    const VecF magnitude = (VecF)((u & 0x7FFFu) << 13) * 0x1p112f;
+    const VecU special = (VecU)(magnitude >= 65536.0f) & 0x7F800000u;
+    return (VecF)((VecU)magnitude | special | sign);
+#endif
+}
+
+/* x[0 .. n) as float32. */
+inline void convert_to_float(const void *x, int dtype, int64_t n, float *out) {
+    if (dtype == ATTN_SAMPLER_FLOAT32) {
+        memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
+        return;
+    }
+    const uint16_t *halves = static_cast<const uint16_t *>(x);
+    const bool is_fp16 = dtype == ATTN_SAMPLER_FLOAT16;
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const VecH h = load<VecH>(halves + i);
+        store(out + i, is_fp16 ? fp16_to_float(h) : bf16_to_float(h));
+    }
+    if (i < n) {
+        uint16_t rest[kLanes] = {};
+        float wide[kLanes];
+        memcpy(rest, halves + i, static_cast<size_t>(n - i) * sizeof(uint16_t));
+        const VecH h = load<VecH>(rest);
+        store(wide, is_fp16 ? fp16_to_float(h) : bf16_to_float(h));
+        memcpy(out + i, wide, static_cast<size_t>(n - i) * sizeof(float));
+    }
+}
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+} // namespace
+} // namespace attn_sampler
+
+#endif /* ATTN_SAMPLER_CPU_SIMD_H_ */

@@ -1,0 +1,124 @@
+"""How the kernels are launched: the device's class and size, and the static table of launch parameters.
+
+Nothing is tuned at run time. ``TABLE`` holds one ``Config`` for each kernel, architecture class and shape class;
+``bench/tune_triton.py`` measures the candidates of a device and prints the entries to put here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+#: True where kernels are interpreted on CPU tensors (TRITON_INTERPRET=1 when triton was imported).
+INTERPRET: bool = triton.knobs.runtime.interpret
+
+# The interpreter runs programs one after the other: few of them, but more than one of everything.
+_INTERPRETER_PROCESSORS = 4
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch parameters of one kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+#: (kernel, architecture class or "any", shape class) -> Config. A device's own class goes before "any".
+TABLE: dict[tuple[str, str, str], Config] = {
+    # Keys resident, query rows streamed. Shape class: columns up to 32 | more, by element size.
+    ("column_scores", "any", "narrow16"): Config(64, 32, 4, 3),
+    ("column_scores", "any", "wide16"): Config(64, 64, 4, 3),
+    ("column_scores", "sm90", "wide16"): Config(64, 128, 4, 3),
+    ("column_scores", "sm100", "wide16"): Config(64, 128, 4, 3),
+    ("column_scores", "any", "narrow32"): Config(32, 32, 4, 2),
+    ("column_scores", "any", "wide32"): Config(32, 32, 4, 2),
+    # Query rows resident, keys streamed. Shape class: packed rows up to 32 | more.
+    ("row_lse", "any", "narrow16"): Config(32, 64, 4, 3),
+    ("row_lse", "any", "wide16"): Config(64, 64, 4, 3),
+    ("row_lse", "sm90", "wide16"): Config(128, 64, 8, 3),
+    ("row_lse", "sm100", "wide16"): Config(128, 64, 8, 3),
+    ("row_lse", "any", "narrow32"): Config(32, 32, 4, 2),
+    ("row_lse", "any", "wide32"): Config(32, 32, 4, 2),
+    # One tile of the map for each program.
+    ("attention_map", "any", "narrow16"): Config(32, 32, 4, 2),
+    ("attention_map", "any", "wide16"): Config(64, 64, 4, 2),
+    ("attention_map", "any", "narrow32"): Config(32, 32, 4, 2),
+    ("attention_map", "any", "wide32"): Config(32, 32, 4, 2),
+    # block_n lanes, block_m tokens for each of them in one iteration.
+    ("token_confidence", "any", "16"): Config(4, 1024, 4, 2),
+    ("token_confidence", "any", "32"): Config(4, 512, 4, 2),
+}
+
+
+def config(kernel: str, shape_class: str, device: torch.device) -> Config:
+    """The table's entry for a kernel on a device."""
+    own = TABLE.get((kernel, architecture(device), shape_class))
+    return own or TABLE[kernel, "any", shape_class]
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Architecture class: "sm80" (8.x), "sm90", "sm100" (10.x), "sm120" (12.x), "hip", or "other"."""
+    if device.type != "cuda":
+        return "other"
+    if torch.version.hip is not None:
+        return "hip"
+    major, _ = torch.cuda.get_device_capability(device)
+    return f"sm{major}0"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Number of multiprocessors (compute units) of the device."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def block_d(headdim: int, element_size: int) -> int:
+    """Size of the chunks that the head dimension is cut in: a power of two, from 16 to 128.
+
+    Chosen for the least padded work, each chunk costing about as much as 8 elements of padding: 96 is 3 x 32
+    and 192 is 3 x 64, but 100 is 1 x 128.
+    """
+    sizes = (128, 64, 32, 16) if element_size == 2 else (32, 16)
+    return min(sizes, key=lambda size: triton.cdiv(headdim, size) * (size + 8))
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    arguments: Sequence[object],
+    constants: Mapping[str, object],
+    parameters: Config,
+    *,
+    device: torch.device,
+    fuse_multiply_add: bool = True,
+) -> None:
+    """Start ``programs`` programs of a kernel on the device's current stream."""
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[(programs,)](
+            *arguments,
+            **constants,
+            num_warps=parameters.num_warps,
+            num_stages=parameters.num_stages,
+            enable_fp_fusion=fuse_multiply_add,
+        )
+
+
+def workspace(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uninitialised memory for partial results.
+
+    It comes from torch's caching allocator on the current stream, so under CUDA graph capture it belongs to the
+    graph, and nothing outlives or outruns the launches that use it.
+    """
+    return torch.empty(shape, dtype=dtype, device=like.device)

@@ -1,0 +1,263 @@
+"""Predicted tokens, bit for bit, and their confidence in float64, of every backend."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from problems import DTYPES, assert_accurate, normal
+from torch import Tensor
+
+from attn_sampler import ops, reference, token_confidence
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+METRICS = ("probability", "margin", "entropy")
+INF, NAN = torch.inf, torch.nan
+
+
+def judge(backend: str, logits: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """Tokens equal to the reference's, confidence as near to float64 as PyTorch's."""
+    token_ids, confidence = token_confidence(logits, backend=backend, **options)
+    expected_ids, same_precision = reference.token_confidence(logits, **options)
+    true_ids, truth = reference.token_confidence(logits.double(), **options)
+    assert token_ids.dtype == torch.int64
+    assert torch.equal(token_ids, expected_ids)
+    assert torch.equal(token_ids, true_ids)  # exact arithmetic finds the same ties
+    assert_accurate(confidence, same_precision, truth)
+    return token_ids, confidence
+
+
+def random_logits(seed: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """[3, 5, V], every other position of a wider tensor; few distinct values in some, specials in others."""
+    rng = random.Random(seed)
+    storage = torch.full((3, 10, vocab + 3), NAN, dtype=dtype)
+    logits = storage[:, ::2, 2 : 2 + vocab]
+    logits.copy_(normal(seed, 3, 5, vocab) * rng.choice((0.1, 3.0, 10.0)))
+    if rng.random() < 0.4:
+        logits.round_()
+    specials = rng.choice(([], [], [-INF], [NAN], [INF], [-INF, NAN, INF]))
+    for row in range(15):
+        for value in specials:
+            for _ in range(rng.randint(0, max(1, vocab // 2))):
+                logits[row // 5, row % 5, rng.randrange(vocab)] = value
+    if rng.random() < 0.3:
+        logits[1] = -INF
+    return logits
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 63, 1000, 4097])
+@pytest.mark.parametrize("seed", range(12))
+def test_random_problems(backend, device, vocab, seed):
+    logits = random_logits(seed, vocab, DTYPES[seed % 3]).to(device)
+    options = {"metric": METRICS[(seed // 3) % 3], "temperature": (0.0, 0.7, 0.0, 1.0, 30.0)[seed % 5]}
+    if options["temperature"]:
+        rows = torch.tensor([5, -1, 1 << 62], device=device)
+        options["seed"] = (3, rows, -(1 << 63), (1 << 63) - 1)[seed % 4]
+    if vocab > 1 and seed % 2:
+        options["exclude_token_id"] = (0, vocab - 1, vocab // 2)[seed % 3]
+    judge(backend, logits, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_vocabulary_of_a_real_model(backend, device, dtype, temperature):
+    logits = normal(0, 1, 3, 126464, dtype=dtype).mul(4).to(device)
+    for metric in METRICS:
+        judge(backend, logits, metric=metric, temperature=temperature, seed=11, exclude_token_id=126336)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_known_values(backend, device, metric):
+    p = torch.tensor([[[0.2, 0.5, 0.3], [0.25, 0.25, 0.5], [1.0, 0.0, 0.0]]], device=device)
+    token_ids, confidence = token_confidence(p.log(), metric=metric, backend=backend)
+    assert token_ids.tolist() == [[1, 2, 0]]
+    expected = {
+        "probability": [0.5, 0.5, 1.0],
+        "margin": [0.2, 0.25, 1.0],
+        "entropy": [-1.0296530140645737, -1.0397207708399179, 0.0],
+    }[metric]
+    assert confidence[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row", "excluded", "token", "defined"),
+    [
+        ([1.0, 3.0, 3.0, 3.0], None, 1, True),
+        ([3.0, 1.0, 3.0, 3.0], 0, 2, True),
+        ([-0.0, 0.0, -1.0, -2.0], None, 0, True),
+        ([NAN, 1.0, 2.0, 0.0], None, 2, False),
+        ([NAN, NAN, NAN, NAN], None, 0, False),
+        ([NAN, NAN, NAN, NAN], 0, 1, False),
+        ([0.0, INF, 1.0, INF], None, 1, False),
+        ([0.0, INF, NAN, 1.0], None, 1, False),
+        ([-INF, -INF, -INF, -INF], None, 0, False),
+        ([-INF, -INF, -INF, -INF], 0, 1, False),
+        ([-INF, -INF, -5.0, -INF], None, 2, True),
+        ([-INF, NAN, -INF, -INF], None, 0, False),
+        ([INF, 1.0, 2.0, 0.0], 0, 2, True),
+        ([NAN, 1.0, 2.0, 2.0], 0, 2, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_and_specials(backend, device, row, excluded, token, defined, dtype):
+    logits = torch.tensor([[row]], dtype=dtype, device=device)
+    for metric in METRICS:
+        token_ids, confidence = token_confidence(
+            logits, metric=metric, exclude_token_id=excluded, backend=backend
+        )
+        assert token_ids.item() == token
+        assert confidence.isnan().item() is not defined
+    # The rest of the vocabulary of a real model beside it, far below.
+    wide = torch.full((1, 1, 5000), -INF, dtype=dtype, device=device)
+    wide[..., 4321:4325] = logits
+    wide_excluded = None if excluded is None else 4321 + excluded
+    token_ids, confidence = token_confidence(wide, exclude_token_id=wide_excluded, backend=backend)
+    highest_is_finite = any(x == x and x > -INF for i, x in enumerate(row) if i != excluded)
+    assert token_ids.item() == (4321 + token if highest_is_finite else 0)
+    assert confidence.isnan().item() is not defined
+
+
+def test_excluding_a_token_is_leaving_it_out(backend, device):
+    logits = normal(3, 2, 4, 50).to(device)
+    without = torch.cat([logits[..., :20], logits[..., 21:]], dim=-1)
+    for metric in METRICS:
+        ids, confidence = token_confidence(logits, metric=metric, exclude_token_id=20, backend=backend)
+        expected_ids, expected = token_confidence(without, metric=metric, backend=backend)
+        assert torch.equal(ids, expected_ids + (expected_ids >= 20))
+        torch.testing.assert_close(confidence, expected)
+
+
+def test_margin_of_a_sampled_token_can_be_negative(backend, device):
+    logits = normal(4, 1, 64, 5).to(device)
+    greedy, _ = token_confidence(logits, backend=backend)
+    ids, margin = token_confidence(logits, metric="margin", temperature=2.0, seed=0, backend=backend)
+    changed = ids != greedy
+    assert 10 < changed.sum() < 60
+    assert torch.equal(margin < 0.0, changed)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_samples_follow_the_softmax(backend, device, temperature):
+    """A chi-square test of 4096 draws of 7 tokens; one honest seed in a million would exceed the threshold."""
+    row = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0, -INF, 0.3], device=device)
+    seeds = torch.arange(512, device=device) * 7919
+    token_ids, _ = token_confidence(
+        row.expand(512, 8, 7).contiguous(), temperature=temperature, seed=seeds, backend=backend
+    )
+    counts = torch.bincount(token_ids.flatten().cpu(), minlength=7).double()
+    expected = 4096 * torch.softmax(row.cpu().double() / temperature, dim=0)
+    assert counts[5] == 0
+    present = expected > 0
+    statistic = ((counts - expected)[present] ** 2 / expected[present]).sum()
+    assert statistic < 35.9  # 5 degrees of freedom
+    assert statistic > 0.05  # not too good to be true either
+
+
+def test_seeds_are_streams(backend, device):
+    logits = normal(5, 3, 16, 40).to(device)
+
+    def sample(seed, x=logits):
+        return token_confidence(x, temperature=1.0, seed=seed, backend=backend)[0]
+
+    def rows(*seeds):
+        return torch.tensor(seeds, dtype=torch.int64, device=device)
+
+    assert torch.equal(sample(7), sample(rows(7, 7, 7)))
+    assert torch.equal(sample((1 << 64) - 1), sample(-1))  # 64 bits, signed or not
+    assert torch.equal(sample(1 << 63), sample(-(1 << 63)))
+    both = sample(rows(7, 8, 7 + (1 << 32)))
+    assert torch.equal(both[:1], sample(7)[:1])
+    same = logits[:1].expand(3, 16, 40).contiguous()
+    drawn = sample(rows(7, 8, 7 + (1 << 32)), same)
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])  # the upper half of the seed counts
+    assert torch.equal(sample(7, same)[0], sample(7, same)[2])
+    one_position = logits[:1, :1].expand(1, 16, 40).contiguous()
+    assert sample(7, one_position).unique().numel() > 4  # each position has its own noise
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_splitting_the_batch_changes_nothing(backend, device, temperature):
+    logits = normal(6, 6, 5, 1000, dtype=torch.bfloat16).to(device)
+    seeds = torch.arange(6, device=device)
+    for seed in (9, seeds):
+        ids, confidence = token_confidence(logits, temperature=temperature, seed=seed, backend=backend)
+        for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
+            part_seed = seed[part] if isinstance(seed, Tensor) else seed
+            part_ids, part_confidence = token_confidence(
+                logits[part], temperature=temperature, seed=part_seed, backend=backend
+            )
+            assert torch.equal(part_ids, ids[part])
+            assert torch.equal(part_confidence, confidence[part])
+
+
+def test_every_element_of_the_outputs_is_written(backend, device):
+    for vocab in (1, 7, 4097):
+        logits = normal(7, 3, 5, vocab).to(device)
+        # Outputs as strided views.
+        token_ids = torch.full((3, 10), -7, device=device)
+        confidence = torch.full((3, 10), NAN, device=device)
+        ops.implementation(backend).token_confidence(
+            token_ids[:, ::2], confidence[:, ::2], logits, None, "probability", 0.0, 0, -1
+        )
+        expected_ids, expected = token_confidence(logits, backend=backend)
+        assert torch.equal(token_ids[:, ::2], expected_ids)
+        assert torch.equal(confidence[:, ::2], expected)
+        assert (token_ids[:, 1::2] == -7).all()
+        assert confidence[:, 1::2].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7)])
+def test_empty(backend, device, shape):
+    token_ids, confidence = token_confidence(torch.zeros(shape, device=device), backend=backend)
+    assert token_ids.shape == confidence.shape == shape[:2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_twenty_reruns_give_the_same_bits(backend, device, dtype):
+    logits = normal(8, 2, 8, 4097, dtype=dtype).to(device)
+    for options in ({"metric": "entropy"}, {"temperature": 0.9, "seed": 1, "metric": "margin"}):
+        first = token_confidence(logits, backend=backend, **options)
+        for _ in range(20):
+            again = token_confidence(logits, backend=backend, **options)
+            assert torch.equal(again[0], first[0])
+            assert torch.equal(again[1], first[1])
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads(backend, device):
+    logits = normal(9, 2, 3, 40000).to(device)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(token_confidence(logits, metric="entropy", backend=backend))
+    finally:
+        torch.set_num_threads(threads)
+    for ids, confidence in results:
+        assert torch.equal(ids, results[0][0])
+        if backend != "reference":  # whose sums are PyTorch's, which make no such promise
+            assert torch.equal(confidence, results[0][1])
+
+
+def test_philox_known_answer():
+    """The published test vectors of Philox4x32-10 whose upper counter words are 0."""
+    words = reference.philox(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]))
+    assert [hex(w.item()) for w in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+def test_noise_is_gumbel():
+    """Kolmogorov-Smirnov at a fixed seed, and the logarithm against float64."""
+    noise = reference.gumbel_noise((4, 8, 1000), 3, torch.device("cpu")).double().flatten().sort().values
+    assert noise.dtype == torch.float64
+    assert noise.isfinite().all()
+    cdf = torch.exp(-torch.exp(-noise))
+    n = cdf.numel()
+    distance = (cdf - (torch.arange(n) + 0.5) / n).abs().max() + 0.5 / n
+    # An integer seed gives all 4 sequences one stream, so there are 8000 different draws.
+    assert distance * 8000**0.5 < 2.7
+    x = torch.cat([torch.logspace(-37, 37, 20001), 1.0 + torch.linspace(-0.01, 0.01, 2001)])
+    relative = (reference._exact_neg_log(x).double() + x.double().log()).abs() / x.double().log().abs()
+    assert relative[x != 1.0].max() < 2.0**-22
