@@ -1,10 +1,13 @@
 """The compiled extension ``attn_sampler._C`` behind the signatures of a backend.
 
-The extension knows nothing of torch: it is handed addresses, shapes and strides. Everything here is called
-with validated tensors by ``attn_sampler.ops``.
+The extension knows nothing of torch: it is handed addresses, shapes and strides, and on CUDA the stream and a
+workspace. Everything here is called with validated tensors by ``attn_sampler.ops``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +46,28 @@ def cpu_isa() -> str:
     return _C.cpu_isa()
 
 
+#: Zero-filled device memory for what the kernels pass on to one another, by device and stream.
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def _run(function: Callable[..., int], like: Tensor, *arguments: Any) -> None:
+    """Run a function of the extension on the device of ``like``, on CUDA on torch's current stream."""
+    if like.device.type == "cpu":
+        function(*arguments, (0, torch.get_num_threads(), 0, 0, 0, 0))
+        return
+    index = like.device.index
+    stream = torch.cuda.current_stream(index).cuda_stream
+    # A captured graph outlives this call, and may be replayed beside others: it gets memory of its own, from its pool.
+    capturing = torch.cuda.is_current_stream_capturing()
+    workspace = None if capturing else _workspaces.get((index, stream))
+    address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
+    while needed := function(*arguments, (1, 1, index, stream, address, size)):
+        workspace = torch.zeros(needed, dtype=torch.uint8, device=like.device)
+        if not capturing:
+            _workspaces[index, stream] = workspace
+        address, size = workspace.data_ptr(), needed
+
+
 def _view(x: Tensor | None) -> tuple | None:
     """What the extension reads a tensor from."""
     return None if x is None else (x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride())
@@ -67,7 +92,9 @@ def column_scores(
     per_head: bool,
     accumulate: bool,
 ) -> None:
-    _C.column_scores(
+    _run(
+        _C.column_scores,
+        q,
         _view(out),
         _view(q),
         _view(k),
@@ -85,7 +112,6 @@ def column_scores(
         _REDUCTION[reduction],
         per_head,
         accumulate,
-        torch.get_num_threads(),
     )
 
 
@@ -109,7 +135,9 @@ def attention_map(
     per_head: bool,
     accumulate: bool,
 ) -> None:
-    _C.attention_map(
+    _run(
+        _C.attention_map,
+        q,
         _view(out),
         _view(q),
         _view(k),
@@ -128,7 +156,6 @@ def attention_map(
         diagonal,
         per_head,
         accumulate,
-        torch.get_num_threads(),
     )
 
 
@@ -142,7 +169,9 @@ def token_confidence(
     seed: int,
     exclude_token_id: int,
 ) -> None:
-    _C.token_confidence(
+    _run(
+        _C.token_confidence,
+        logits,
         _view(token_ids),
         _view(confidence),
         _view(logits),
@@ -151,7 +180,6 @@ def token_confidence(
         temperature,
         seed,
         exclude_token_id,
-        torch.get_num_threads(),
     )
 
 
@@ -164,7 +192,9 @@ def select_tokens(
     tau: float,
     fallback: str,
 ) -> None:
-    _C.select_tokens(
+    _run(
+        _C.select_tokens,
+        scores,
         _view(selected),
         _view(scores),
         _view(confidence),
@@ -172,7 +202,6 @@ def select_tokens(
         _POLICY[policy],
         tau,
         _FALLBACK[fallback],
-        torch.get_num_threads(),
     )
 
 
@@ -211,7 +240,9 @@ def decode_step(
 ) -> None:
     if softmax_scale is None:  # None also where scores are given, and no layer has a head dimension
         softmax_scale = q[0].shape[-1] ** -0.5 if q else 1.0
-    _C.decode_step(
+    _run(
+        _C.decode_step,
+        logits,
         _view(tokens),
         _view(scores),
         _view(token_ids),
@@ -243,5 +274,4 @@ def decode_step(
         _POLICY[policy],
         tau,
         _FALLBACK[fallback],
-        torch.get_num_threads(),
     )

@@ -10,10 +10,8 @@
 #include "attn_sampler.h"
 #include "cpu/kernels.h"
 #include "cpu/select.h"
+#include "cuda/kernels.h"
 #include "version.h"
-#if defined(ATTN_SAMPLER_WITH_CUDA)
-#include "cuda/device.h"
-#endif
 
 namespace attn_sampler {
 namespace {
@@ -45,6 +43,9 @@ attn_sampler_status guarded(Body body) {
     } catch (const std::bad_alloc &) {
         snprintf(last_error, sizeof(last_error), "out of memory");
         return ATTN_SAMPLER_OUT_OF_MEMORY;
+    } catch (const cuda::Error &error) {
+        snprintf(last_error, sizeof(last_error), "%s", error.what());
+        return error.status();
     } catch (const std::exception &error) {
         snprintf(last_error, sizeof(last_error), "%s", error.what());
         return ATTN_SAMPLER_INTERNAL_ERROR;
@@ -134,18 +135,29 @@ void check_params(const Params *params) {
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "params: expected an address, got NULL");
 }
 
+/* The CPU threads to use. */
 int check_exec(const attn_sampler_exec *exec) {
     if (exec == nullptr)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "exec: expected an address, got NULL");
     check_choice("exec.device", exec->device, 2);
     if (exec->device == ATTN_SAMPLER_CUDA) {
-        const char *const reason = attn_sampler_cuda_unavailable();
-        fail(ATTN_SAMPLER_UNSUPPORTED, "exec.device: %s", reason);
+        if (const char *const reason = attn_sampler_cuda_unavailable())
+            fail(ATTN_SAMPLER_UNSUPPORTED, "exec.device: %s", reason);
+        if (exec->workspace_size < 0 || (exec->workspace == nullptr && exec->workspace_size > 0))
+            fail(ATTN_SAMPLER_INVALID_ARGUMENT, "exec.workspace: expected an address and a size >= 0");
+        if (reinterpret_cast<uintptr_t>(exec->workspace) % 256 != 0)
+            fail(ATTN_SAMPLER_INVALID_ARGUMENT, "exec.workspace: expected an address aligned to 256 bytes");
+        return 1;
     }
     if (exec->num_threads < 1)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "exec.num_threads: expected at least 1, got %d",
              exec->num_threads);
     return exec->num_threads;
+}
+
+void check_workspace_answer(const int64_t *bytes) {
+    if (bytes == nullptr)
+        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "bytes: expected an address, got NULL");
 }
 
 template <typename To>
@@ -268,9 +280,39 @@ void check_select_params(const attn_sampler_select_params &params) {
 /* ---- The entry points' bodies
  * ------------------------------------------------------------------------------ */
 
+cuda::SelectProblem select_problem(const Tensor *scores, const Tensor *confidence, const Tensor *selected,
+                                   const attn_sampler_select_params &params) {
+    cuda::SelectProblem p{};
+    p.batch = scores->shape[0];
+    p.columns = scores->shape[1];
+    p.scores = static_cast<const float *>(scores->data);
+    p.confidence = static_cast<const float *>(confidence->data);
+    p.selected = static_cast<uint8_t *>(selected->data);
+    copy_strides(scores, p.scores_stride, 2);
+    copy_strides(confidence, p.confidence_stride, 2);
+    copy_strides(selected, p.selected_stride, 2);
+    p.params = params;
+    return p;
+}
+
+/* Runs a validated problem on its device or, where `workspace` is not null, only tells how much of it that
+ * takes. */
+template <typename Problem, typename OnCpu>
+void dispatch(const attn_sampler_exec *exec, int64_t *workspace,
+              int64_t (*on_cuda)(const Problem &, const attn_sampler_exec &, bool), const Problem &problem,
+              OnCpu on_cpu) {
+    int64_t bytes = 0;
+    if (exec->device == ATTN_SAMPLER_CUDA)
+        bytes = on_cuda(problem, *exec, workspace == nullptr);
+    else if (workspace == nullptr)
+        on_cpu();
+    if (workspace != nullptr)
+        *workspace = bytes;
+}
+
 void column_scores(const Tensor *q, const Tensor *k, const Tensor *lse, const Tensor *key_mask,
                    const Tensor *query_mask, const attn_sampler_attention_params *params, const Tensor *out,
-                   const attn_sampler_exec *exec) {
+                   const attn_sampler_exec *exec, int64_t *workspace) {
     check_params(params);
     AttentionProblem p = check_attention(q, k, lse, key_mask, query_mask, *params, check_exec(exec));
     const int64_t columns = params->column_stop - params->column_start;
@@ -283,12 +325,13 @@ void column_scores(const Tensor *q, const Tensor *k, const Tensor *lse, const Te
     p.out = static_cast<float *>(out->data);
     p.out_stride[0] = out->stride[0];
     p.out_stride[3] = out->stride[out->ndim - 1];
-    require_memory(cpu_kernels().column_scores(p));
+    dispatch(exec, workspace, cuda::column_scores, p,
+             [&] { require_memory(cpu_kernels().column_scores(p)); });
 }
 
 void attention_map(const Tensor *q, const Tensor *k, const Tensor *lse, const Tensor *key_mask,
                    const Tensor *query_mask, const attn_sampler_attention_params *params, const Tensor *out,
-                   const attn_sampler_exec *exec) {
+                   const attn_sampler_exec *exec, int64_t *workspace) {
     check_params(params);
     AttentionProblem p = check_attention(q, k, lse, key_mask, query_mask, *params, check_exec(exec));
     check_range("params.rows", params->row_start, params->row_stop, p.n_rows);
@@ -304,19 +347,23 @@ void attention_map(const Tensor *q, const Tensor *k, const Tensor *lse, const Te
     p.out_stride[0] = out->stride[0];
     p.out_stride[2] = out->stride[out->ndim - 2];
     p.out_stride[3] = out->stride[out->ndim - 1];
-    require_memory(cpu_kernels().attention_map(p));
+    dispatch(exec, workspace, cuda::attention_map, p,
+             [&] { require_memory(cpu_kernels().attention_map(p)); });
 }
 
 void token_confidence(const Tensor *logits, const Tensor *seeds, const attn_sampler_confidence_params *params,
-                      const Tensor *token_ids, const Tensor *confidence, const attn_sampler_exec *exec) {
+                      const Tensor *token_ids, const Tensor *confidence, const attn_sampler_exec *exec,
+                      int64_t *workspace) {
     check_params(params);
     const int num_threads = check_exec(exec);
     const ConfidenceProblem p = check_confidence(logits, seeds, *params, token_ids, confidence, num_threads);
-    require_memory(cpu_kernels().token_confidence(p));
+    dispatch(exec, workspace, cuda::token_confidence, p,
+             [&] { require_memory(cpu_kernels().token_confidence(p)); });
 }
 
 void select(const Tensor *scores, const Tensor *confidence, const Tensor *masked,
-            const attn_sampler_select_params *params, const Tensor *selected, const attn_sampler_exec *exec) {
+            const attn_sampler_select_params *params, const Tensor *selected, const attn_sampler_exec *exec,
+            int64_t *workspace) {
     check_params(params);
     check_exec(exec);
     check_select_params(*params);
@@ -326,14 +373,20 @@ void select(const Tensor *scores, const Tensor *confidence, const Tensor *masked
     check_like("confidence", confidence, ATTN_SAMPLER_FLOAT32, {batch, columns});
     check_like("masked", masked, ATTN_SAMPLER_BOOL, {batch, columns});
     check_like("selected", selected, ATTN_SAMPLER_BOOL, {batch, columns});
-    for (int64_t b = 0; b < batch; ++b)
-        select_row(*scores, *confidence, *masked, b, *params, *selected);
+    cuda::SelectProblem p = select_problem(scores, confidence, selected, *params);
+    p.masked = static_cast<const uint8_t *>(masked->data);
+    copy_strides(masked, p.masked_stride, 2);
+    dispatch(exec, workspace, cuda::select_tokens, p, [&] {
+        for (int64_t b = 0; b < batch; ++b)
+            select_row(*scores, *confidence, *masked, b, *params, *selected);
+    });
 }
 
 void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_layer *layers,
                  int64_t num_layers, const Tensor *key_mask, const Tensor *query_mask, const Tensor *seeds,
                  const attn_sampler_decode_step_params *params, const Tensor *scores, const Tensor *token_ids,
-                 const Tensor *confidence, const Tensor *selected, const attn_sampler_exec *exec) {
+                 const Tensor *confidence, const Tensor *selected, const attn_sampler_exec *exec,
+                 int64_t *workspace) {
     check_params(params);
     const int num_threads = check_exec(exec);
     check_tensor("tokens", tokens, 2);
@@ -376,53 +429,69 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
         p.out_stride[3] = scores->stride[1];
     }
 
-    std::vector<uint8_t> masked_rows;
-    if (params->masked_rows_only && num_layers > 0) {
+    const bool masked_rows_only = params->masked_rows_only && num_layers > 0;
+    const int64_t first_row = attention.query_start - attention.column_start + params->block_start;
+    if (masked_rows_only) {
         const int64_t rows = problems[0].n_rows;
-        const int64_t first = attention.query_start - attention.column_start + params->block_start;
         for (const AttentionProblem &p : problems)
             if (p.n_rows != rows)
                 fail(ATTN_SAMPLER_INVALID_ARGUMENT, "layers: expected one number of rows in all of them");
-        if (first < 0 || first + rows > tokens->shape[1])
+        if (first_row < 0 || first_row + rows > tokens->shape[1])
             fail(ATTN_SAMPLER_INVALID_ARGUMENT,
                  "params.masked_rows_only: expected every row at one of the tokens, got rows at %lld to %lld",
-                 static_cast<long long>(first), static_cast<long long>(first + rows - 1));
-        masked_rows.resize(static_cast<size_t>(batch * rows));
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t m = 0; m < rows; ++m)
-                masked_rows[static_cast<size_t>(b * rows + m)] =
-                    element<int64_t>(*tokens, b, first + m) == params->mask_token_id &&
-                    (query_mask == nullptr || element<uint8_t>(*query_mask, b, m) != 0);
-        for (AttentionProblem &p : problems) {
-            p.query_mask = masked_rows.data();
-            p.query_mask_stride[0] = rows;
-            p.query_mask_stride[1] = 1;
-        }
+                 static_cast<long long>(first_row), static_cast<long long>(first_row + rows - 1));
     }
-
-    const CpuKernels &kernels = cpu_kernels();
-    std::vector<uint8_t> masked(static_cast<size_t>(batch * block));
-    /* Outputs are written from here on; the token tensor last. */
-    require_memory(kernels.token_confidence(predict));
-    if (num_layers > 0)
-        for (int64_t b = 0; b < batch; ++b)
-            for (int64_t c = 0; c < block; ++c)
-                element<float>(*scores, b, c) = 0.0f;
-    for (const AttentionProblem &p : problems)
-        require_memory(kernels.column_scores(p));
     Tensor block_tokens = *tokens;
     if (batch > 0)
         block_tokens.data = &element<int64_t>(*tokens, 0, params->block_start);
-    const Tensor masked_view = {masked.data(), {batch, block}, {block, 1}, 2, ATTN_SAMPLER_BOOL};
-    for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t c = 0; c < block; ++c)
-            element<uint8_t>(masked_view, b, c) =
-                element<int64_t>(block_tokens, b, c) == params->mask_token_id;
-        select_row(*scores, *confidence, masked_view, b, params->select, *selected);
-        for (int64_t c = 0; c < block; ++c)
-            if (element<uint8_t>(*selected, b, c) != 0)
-                element<int64_t>(block_tokens, b, c) = element<int64_t>(*token_ids, b, c);
-    }
+
+    cuda::StepProblem step{};
+    step.layers = problems.data();
+    step.num_layers = num_layers;
+    step.predict = predict;
+    step.select = select_problem(scores, confidence, selected, params->select);
+    step.tokens = static_cast<int64_t *>(block_tokens.data);
+    copy_strides(tokens, step.tokens_stride, 2);
+    step.mask_token_id = params->mask_token_id;
+    if (masked_rows_only && batch > 0)
+        step.row_tokens = &element<int64_t>(*tokens, 0, first_row);
+    dispatch(exec, workspace, cuda::decode_step, step, [&] {
+        std::vector<uint8_t> masked_rows;
+        if (masked_rows_only) {
+            const int64_t rows = problems[0].n_rows;
+            masked_rows.resize(static_cast<size_t>(batch * rows));
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t m = 0; m < rows; ++m)
+                    masked_rows[static_cast<size_t>(b * rows + m)] =
+                        element<int64_t>(*tokens, b, first_row + m) == params->mask_token_id &&
+                        (query_mask == nullptr || element<uint8_t>(*query_mask, b, m) != 0);
+            for (AttentionProblem &p : problems) {
+                p.query_mask = masked_rows.data();
+                p.query_mask_stride[0] = rows;
+                p.query_mask_stride[1] = 1;
+            }
+        }
+        const CpuKernels &kernels = cpu_kernels();
+        std::vector<uint8_t> masked(static_cast<size_t>(batch * block));
+        /* Outputs are written from here on; the token tensor last. */
+        require_memory(kernels.token_confidence(predict));
+        if (num_layers > 0)
+            for (int64_t b = 0; b < batch; ++b)
+                for (int64_t c = 0; c < block; ++c)
+                    element<float>(*scores, b, c) = 0.0f;
+        for (const AttentionProblem &p : problems)
+            require_memory(kernels.column_scores(p));
+        const Tensor masked_view = {masked.data(), {batch, block}, {block, 1}, 2, ATTN_SAMPLER_BOOL};
+        for (int64_t b = 0; b < batch; ++b) {
+            for (int64_t c = 0; c < block; ++c)
+                element<uint8_t>(masked_view, b, c) =
+                    element<int64_t>(block_tokens, b, c) == params->mask_token_id;
+            select_row(*scores, *confidence, masked_view, b, params->select, *selected);
+            for (int64_t c = 0; c < block; ++c)
+                if (element<uint8_t>(*selected, b, c) != 0)
+                    element<int64_t>(block_tokens, b, c) = element<int64_t>(*token_ids, b, c);
+        }
+    });
 }
 
 } // namespace
@@ -435,8 +504,20 @@ attn_sampler_column_scores(const attn_sampler_tensor *q, const attn_sampler_tens
                            const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *key_mask,
                            const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
                            const attn_sampler_tensor *out, const attn_sampler_exec *exec) {
-    return attn_sampler::guarded(
-        [&] { attn_sampler::column_scores(q, k, softmax_lse, key_mask, query_mask, params, out, exec); });
+    return attn_sampler::guarded([&] {
+        attn_sampler::column_scores(q, k, softmax_lse, key_mask, query_mask, params, out, exec, nullptr);
+    });
+}
+
+attn_sampler_status attn_sampler_column_scores_workspace(
+    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
+    const attn_sampler_exec *exec, int64_t *bytes) {
+    return attn_sampler::guarded([&] {
+        attn_sampler::check_workspace_answer(bytes);
+        attn_sampler::column_scores(q, k, softmax_lse, key_mask, query_mask, params, out, exec, bytes);
+    });
 }
 
 attn_sampler_status
@@ -444,8 +525,20 @@ attn_sampler_attention_map(const attn_sampler_tensor *q, const attn_sampler_tens
                            const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *key_mask,
                            const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
                            const attn_sampler_tensor *out, const attn_sampler_exec *exec) {
-    return attn_sampler::guarded(
-        [&] { attn_sampler::attention_map(q, k, softmax_lse, key_mask, query_mask, params, out, exec); });
+    return attn_sampler::guarded([&] {
+        attn_sampler::attention_map(q, k, softmax_lse, key_mask, query_mask, params, out, exec, nullptr);
+    });
+}
+
+attn_sampler_status attn_sampler_attention_map_workspace(
+    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
+    const attn_sampler_exec *exec, int64_t *bytes) {
+    return attn_sampler::guarded([&] {
+        attn_sampler::check_workspace_answer(bytes);
+        attn_sampler::attention_map(q, k, softmax_lse, key_mask, query_mask, params, out, exec, bytes);
+    });
 }
 
 attn_sampler_status attn_sampler_token_confidence(const attn_sampler_tensor *logits,
@@ -455,7 +548,19 @@ attn_sampler_status attn_sampler_token_confidence(const attn_sampler_tensor *log
                                                   const attn_sampler_tensor *confidence,
                                                   const attn_sampler_exec *exec) {
     return attn_sampler::guarded(
-        [&] { attn_sampler::token_confidence(logits, seeds, params, token_ids, confidence, exec); });
+        [&] { attn_sampler::token_confidence(logits, seeds, params, token_ids, confidence, exec, nullptr); });
+}
+
+attn_sampler_status attn_sampler_token_confidence_workspace(const attn_sampler_tensor *logits,
+                                                            const attn_sampler_tensor *seeds,
+                                                            const attn_sampler_confidence_params *params,
+                                                            const attn_sampler_tensor *token_ids,
+                                                            const attn_sampler_tensor *confidence,
+                                                            const attn_sampler_exec *exec, int64_t *bytes) {
+    return attn_sampler::guarded([&] {
+        attn_sampler::check_workspace_answer(bytes);
+        attn_sampler::token_confidence(logits, seeds, params, token_ids, confidence, exec, bytes);
+    });
 }
 
 attn_sampler_status
@@ -463,7 +568,19 @@ attn_sampler_select_tokens(const attn_sampler_tensor *scores, const attn_sampler
                            const attn_sampler_tensor *masked, const attn_sampler_select_params *params,
                            const attn_sampler_tensor *selected, const attn_sampler_exec *exec) {
     return attn_sampler::guarded(
-        [&] { attn_sampler::select(scores, confidence, masked, params, selected, exec); });
+        [&] { attn_sampler::select(scores, confidence, masked, params, selected, exec, nullptr); });
+}
+
+attn_sampler_status attn_sampler_select_tokens_workspace(const attn_sampler_tensor *scores,
+                                                         const attn_sampler_tensor *confidence,
+                                                         const attn_sampler_tensor *masked,
+                                                         const attn_sampler_select_params *params,
+                                                         const attn_sampler_tensor *selected,
+                                                         const attn_sampler_exec *exec, int64_t *bytes) {
+    return attn_sampler::guarded([&] {
+        attn_sampler::check_workspace_answer(bytes);
+        attn_sampler::select(scores, confidence, masked, params, selected, exec, bytes);
+    });
 }
 
 attn_sampler_status
@@ -476,7 +593,21 @@ attn_sampler_decode_step(const attn_sampler_tensor *tokens, const attn_sampler_t
                          const attn_sampler_exec *exec) {
     return attn_sampler::guarded([&] {
         attn_sampler::decode_step(tokens, logits, layers, num_layers, key_mask, query_mask, seeds, params,
-                                  scores, token_ids, confidence, selected, exec);
+                                  scores, token_ids, confidence, selected, exec, nullptr);
+    });
+}
+
+attn_sampler_status attn_sampler_decode_step_workspace(
+    const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits, const attn_sampler_layer *layers,
+    int64_t num_layers, const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_tensor *seeds, const attn_sampler_decode_step_params *params,
+    const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
+    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected, const attn_sampler_exec *exec,
+    int64_t *bytes) {
+    return attn_sampler::guarded([&] {
+        attn_sampler::check_workspace_answer(bytes);
+        attn_sampler::decode_step(tokens, logits, layers, num_layers, key_mask, query_mask, seeds, params,
+                                  scores, token_ids, confidence, selected, exec, bytes);
     });
 }
 
@@ -486,12 +617,6 @@ const char *attn_sampler_version(void) { return ATTN_SAMPLER_VERSION; }
 
 const char *attn_sampler_cpu_isa(void) { return attn_sampler::cpu_kernels().name; }
 
-const char *attn_sampler_cuda_unavailable(void) {
-#if defined(ATTN_SAMPLER_WITH_CUDA)
-    return attn_sampler::cuda_device_problem();
-#else
-    return "this build has no CUDA part (nvcc was not found, or ATTN_SAMPLER_CUDA=0 was set)";
-#endif
-}
+const char *attn_sampler_cuda_unavailable(void) { return attn_sampler::cuda::device_problem(); }
 
 } /* extern "C" */

@@ -4,7 +4,8 @@
  * shape, strides in elements), every function returns a status, and attn_sampler_last_error() says in
  * words what was wrong. No function allocates or frees what the caller passes; on any status other
  * than ATTN_SAMPLER_OK and ATTN_SAMPLER_OUT_OF_MEMORY nothing has been written to an output, and tokens are
- * written only by a step that succeeds.
+ * written only by a step that succeeds. (ATTN_SAMPLER_INTERNAL_ERROR from CUDA: a launch failed, and those
+ * before it in the same call may have run.)
  *
  * Shapes: B sequences, Hq query heads, Hkv key heads (Hq a multiple of Hkv; query head h reads key
  * head h / (Hq / Hkv)), M query rows, N keys, D head dimension, C candidate columns, V vocabulary.
@@ -31,7 +32,8 @@ typedef enum attn_sampler_status {
     ATTN_SAMPLER_INVALID_ARGUMENT = 1, /* an argument breaks the contract below */
     ATTN_SAMPLER_UNSUPPORTED = 2,      /* valid, but not served by this build or device */
     ATTN_SAMPLER_OUT_OF_MEMORY = 3,
-    ATTN_SAMPLER_INTERNAL_ERROR = 4
+    ATTN_SAMPLER_INTERNAL_ERROR = 4,
+    ATTN_SAMPLER_WORKSPACE_TOO_SMALL = 5 /* CUDA: nothing was launched; see attn_sampler_exec */
 } attn_sampler_status;
 
 typedef enum attn_sampler_dtype {
@@ -88,12 +90,21 @@ typedef struct attn_sampler_tensor {
     int32_t dtype; /* attn_sampler_dtype */
 } attn_sampler_tensor;
 
-/* Where and how to run. */
+/* Where and how to run.
+ *
+ * On CUDA a call only launches kernels, on `stream` of the device, which is current during the call; it
+ * allocates nothing, waits for nothing and may be captured in a graph. What the kernels pass on to one
+ * another lies in the workspace: device memory of the caller's, at least as large as the function's
+ * _workspace twin says and aligned to 256 bytes. It must be zero-filled before its first use; each call
+ * leaves it ready for the next, of any function and shape. Calls that may run at the same time need one each.
+ */
 typedef struct attn_sampler_exec {
-    int32_t device;       /* attn_sampler_device */
-    int32_t device_index; /* CUDA ordinal; not read on the CPU */
-    void *stream;         /* cudaStream_t; not read on the CPU */
-    int32_t num_threads;  /* CPU threads, at least 1; not read on CUDA */
+    int32_t device;         /* attn_sampler_device */
+    int32_t num_threads;    /* CPU threads, at least 1; not read on CUDA, and what follows not on the CPU */
+    int32_t device_index;   /* CUDA ordinal */
+    void *stream;           /* cudaStream_t */
+    void *workspace;        /* may be NULL where its size is 0 */
+    int64_t workspace_size; /* in bytes */
 } attn_sampler_exec;
 
 /* The attention matrix that column_scores and attention_map read:
@@ -227,6 +238,34 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_decode_step(
     const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
     const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected,
     const attn_sampler_exec *exec);
+
+/* The workspace that the call of the same arguments needs on the device of exec, in bytes: 0 on the CPU. The
+ * addresses in the tensors and in exec are not read. */
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_column_scores_workspace(
+    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
+    const attn_sampler_exec *exec, int64_t *bytes);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map_workspace(
+    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
+    const attn_sampler_exec *exec, int64_t *bytes);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence_workspace(
+    const attn_sampler_tensor *logits, const attn_sampler_tensor *seeds,
+    const attn_sampler_confidence_params *params, const attn_sampler_tensor *token_ids,
+    const attn_sampler_tensor *confidence, const attn_sampler_exec *exec, int64_t *bytes);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens_workspace(
+    const attn_sampler_tensor *scores, const attn_sampler_tensor *confidence,
+    const attn_sampler_tensor *masked, const attn_sampler_select_params *params,
+    const attn_sampler_tensor *selected, const attn_sampler_exec *exec, int64_t *bytes);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_decode_step_workspace(
+    const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits, const attn_sampler_layer *layers,
+    int64_t num_layers, const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
+    const attn_sampler_tensor *seeds, const attn_sampler_decode_step_params *params,
+    const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
+    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected, const attn_sampler_exec *exec,
+    int64_t *bytes);
 
 /* The message of the last failure on this thread; "" if there was none. Valid until the next call. */
 ATTN_SAMPLER_API const char *attn_sampler_last_error(void);

@@ -1,0 +1,293 @@
+/* The tile of attention weights: 16 query rows of each warp times a tile of keys, shared by column scores,
+ * the attention map and the row log-sum-exp.
+ *
+ * The ladder of ideas:
+ * 1. A dot product does not care in which order its terms come. So a lane may hold *any* 8 elements of its
+ * row, as long as the keys are cut the same way: it takes 16 contiguous bytes, straight from global memory
+ * into the registers in which mma.sync wants them. Queries need no shared memory, no ldmatrix and no barrier,
+ * and many loads are in flight.
+ * 2. Keys are read by all warps: cp.async brings them into shared memory, vector by vector in the order in
+ * which lanes consume them, so that every access is 16 bytes wide and free of bank conflicts.
+ * 3. Lane 4g + t holds rows g and g + 8 of operand and result alike: what is known of a row (its address,
+ * log-sum-exp, position) stays in the registers of the lanes that need it.
+ * 4. Query heads that share a key head are one long list of rows.
+ */
+#ifndef ATTN_SAMPLER_CUDA_ATTENTION_CUH_
+#define ATTN_SAMPLER_CUDA_ATTENTION_CUH_
+
+#include "cuda/block.cuh"
+
+namespace attn_sampler {
+namespace cuda {
+
+constexpr int kMaxLayers = 64; /* of one launch: their addresses fit its parameters */
+constexpr int kWarpRows = 16;
+constexpr int kBlockRows = kWarps * kWarpRows;
+
+/* Layers of one shape. Rows are counted from row_start, the first that can count. */
+struct AttentionArgs {
+    const void *q[kMaxLayers], *k[kMaxLayers];
+    const float *lse[kMaxLayers]; /* null where computed_lse is read */
+    float2 *computed_lse;         /* [layers, B, Hq, rows], base 2; the sum of both parts */
+    int64_t q_stride[3], k_stride[3], lse_stride[3];
+    const uint8_t *key_mask, *query_mask; /* may be null */
+    int64_t key_mask_stride[2], query_mask_stride[2];
+    const int64_t *row_tokens; /* null, or rows count only where this is mask_token_id */
+    int64_t row_tokens_stride[2], mask_token_id;
+    int64_t query_start, key_start, column_start; /* key positions of row 0, softmax key 0 and column 0 */
+    int32_t layers, batch, heads, kv_heads, group, headdim;
+    int32_t row_start, rows, keys, columns;
+    float scale; /* to base-2 logits */
+    bool causal, diagonal, lse_is_base2;
+    bool aligned; /* every row starts on 16 bytes and is a multiple of them long */
+};
+
+/* Elements in 16 bytes, and in the 64 bytes of four lanes that are one chunk of a row. */
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+template <typename T>
+constexpr int kChunk = 4 * kVector<T>;
+constexpr int kSliceChunks = 4; /* of a row that are in registers at a time */
+
+template <typename T>
+__device__ inline int chunks(const AttentionArgs &a) {
+    return (a.headdim + kChunk<T> - 1) / kChunk<T>;
+}
+
+__device__ inline uint32_t bits(float x) { return __float_as_uint(x); }
+template <typename T>
+__device__ inline uint32_t bits(T x) {
+    return x.bits;
+}
+
+/* Elements d ... of a row, zeros beyond its end. */
+template <typename T>
+__device__ inline uint4 load_vector(const T *row, int d, const AttentionArgs &a) {
+    if (a.aligned)
+        return d < a.headdim ? load_streaming(row + d) : uint4{0, 0, 0, 0};
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+    uint32_t word[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+        if (d + i < a.headdim)
+            word[i / kPerWord] |= bits(row[d + i]) << (16 * (i % kPerWord));
+    return uint4{word[0], word[1], word[2], word[3]};
+}
+
+__device__ inline bool key_counts(const AttentionArgs &a, int b, int64_t n) {
+    return a.key_mask == nullptr || a.key_mask[b * a.key_mask_stride[0] + n * a.key_mask_stride[1]] != 0;
+}
+
+__device__ inline bool row_counts(const AttentionArgs &a, int b, int m) {
+    const int64_t row = static_cast<int64_t>(a.row_start) + m;
+    if (a.query_mask != nullptr &&
+        a.query_mask[b * a.query_mask_stride[0] + row * a.query_mask_stride[1]] == 0)
+        return false;
+    return a.row_tokens == nullptr ||
+           a.row_tokens[b * a.row_tokens_stride[0] + row * a.row_tokens_stride[1]] == a.mask_token_id;
+}
+
+/* A row that counts, or one whose address is null. */
+template <typename T>
+struct Row {
+    const T *q;
+    float lse_high, lse_low; /* base 2 */
+    int32_t position;        /* counted from the tile's first key, bounded so that it fits */
+
+    __device__ void clear() {
+        q = nullptr;
+        lse_high = lse_low = 0.0f;
+        position = -1;
+    }
+
+    /* Row m of a head, for a tile whose first key stands at `origin`. */
+    __device__ void find(const AttentionArgs &a, int layer, int b, int head, int m, int64_t origin,
+                         bool with_lse) {
+        clear();
+        if (!row_counts(a, b, m))
+            return;
+        const int64_t from_origin = a.query_start + m - origin;
+        position = static_cast<int32_t>(from_origin < -1        ? -1
+                                        : from_origin > 1 << 30 ? 1 << 30
+                                                                : from_origin);
+        if (a.causal && position < 0)
+            return;
+        const int64_t row = static_cast<int64_t>(a.row_start) + m;
+        if (with_lse) {
+            if (a.computed_lse != nullptr) {
+                const float2 lse =
+                    a.computed_lse[((static_cast<int64_t>(layer) * a.batch + b) * a.heads + head) * a.rows +
+                                   m];
+                lse_high = lse.x;
+                lse_low = lse.y;
+            } else {
+                const float lse =
+                    a.lse[layer][b * a.lse_stride[0] + head * a.lse_stride[1] + row * a.lse_stride[2]];
+                /* lse * log2(e) in two parts, as exact as a product of doubles. */
+                lse_high = a.lse_is_base2 ? lse : lse * kLog2e;
+                if (!a.lse_is_base2 && is_finite(lse_high))
+                    lse_low = fmaf(lse, 0x1.4ae0cp-26f, fmaf(lse, kLog2e, -lse_high));
+            }
+            if (lse_high + lse_low == -infinity())
+                return;
+        }
+        q = static_cast<const T *>(a.q[layer]) + b * a.q_stride[0] + head * a.q_stride[1] +
+            row * a.q_stride[2];
+    }
+};
+
+/* Starts loading kColumns keys of a key head from position `first` on, of which `count` exist, into
+ * keys[chunk][column][lane % 4]. Masked and absent ones are zeros. Ends with copy_commit(). */
+template <typename T, int kColumns>
+__device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int kv_head, int64_t first,
+                                 int count, uint4 *keys) {
+    const T *const base = static_cast<const T *>(a.k[layer]) + b * a.k_stride[0] + kv_head * a.k_stride[1];
+    const int vectors = chunks<T>(a) * kColumns * 4;
+    for (int v = threadIdx.x; v < vectors; v += kThreads) {
+        const int column = v / 4 % kColumns, d = (v / (4 * kColumns) * 4 + v % 4) * kVector<T>;
+        const bool counts = column < count && key_counts(a, b, first + column);
+        const T *const row = counts ? base + (first + column) * a.k_stride[2] : base;
+        if (a.aligned)
+            copy_async(keys + v, counts && d < a.headdim ? row + d : base, counts && d < a.headdim);
+        else
+            keys[v] = counts ? load_vector(row, d, a) : uint4{0, 0, 0, 0};
+    }
+    copy_commit();
+}
+
+/* 16 rows of a warp and their product with 8 * kTiles keys. */
+template <typename T, int kTiles>
+class WarpTile {
+  public:
+    Row<T> row[2]; /* g and g + 8 */
+
+    /* Starts loading the first slice of the rows. */
+    __device__ void load(const AttentionArgs &a) { load_slice(a, 0); }
+
+    /* logits[j][i]: row i / 2 at column 8 j + 2 t + i % 2, without the scale. `load` was called before. */
+    __device__ void multiply(const AttentionArgs &a, const uint4 *keys, float (&logits)[kTiles][4]) {
+        float sum[kTiles][kPartials];
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int i = 0; i < kPartials; ++i)
+                sum[j][i] = 0.0f;
+        const int n_chunks = chunks<T>(a);
+        for (int first = 0; first < n_chunks; first += kSliceChunks) {
+            if (first != slice_)
+                load_slice(a, first);
+#pragma unroll
+            for (int c = 0; c < kSliceChunks; ++c)
+                if (first + c < n_chunks)
+#pragma unroll
+                    for (int j = 0; j < kTiles; ++j)
+                        add_chunk(c, keys + ((first + c) * kTiles + j) * 32, sum[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+            finish(sum[j], logits[j]);
+    }
+
+    /* Turns logits into weights: exactly 0 where a row does not see a column or drops it. Bit 2 j + i of
+     * `seen` says that column 8 j + 2 t + i exists and is not masked. */
+    __device__ void weigh(const AttentionArgs &a, uint32_t seen, float (&x)[kTiles][4]) const {
+        const int t = threadIdx.x % 4;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const Row<T> &r = row[i / 2];
+                const int column = 8 * j + 2 * t + i % 2;
+                const bool visible = r.q != nullptr && (seen >> (2 * j + i % 2) & 1) != 0 &&
+                                     (!a.causal || column <= r.position) &&
+                                     (a.diagonal || column != r.position);
+                const float exponent = fmaf(x[j][i], a.scale, -r.lse_high) - r.lse_low;
+                x[j][i] = visible ? exp2_fast(exponent) : 0.0f;
+            }
+    }
+
+  private:
+    /* float32: 2 rows times 8 columns, each over this lane's own elements. 16 bits: what mma accumulates. */
+    static constexpr int kPartials = sizeof(T) == 4 ? 16 : 4;
+    uint4 q_[kSliceChunks][2];
+    int slice_;
+
+    __device__ void load_slice(const AttentionArgs &a, int first) {
+        const int t = threadIdx.x % 4;
+#pragma unroll
+        for (int c = 0; c < kSliceChunks; ++c)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                q_[c][r] = uint4{0, 0, 0, 0};
+                if (row[r].q != nullptr)
+                    q_[c][r] = load_vector(row[r].q, ((first + c) * 4 + t) * kVector<T>, a);
+            }
+        slice_ = first;
+    }
+
+    __device__ void add_chunk(int c, const uint4 *keys, float (&sum)[kPartials]) {
+        if constexpr (sizeof(T) == 2) {
+            const uint4 k = keys[threadIdx.x % 32];
+            const uint4 q0 = q_[c][0], q1 = q_[c][1];
+            mma(sum, {q0.x, q1.x, q0.y, q1.y}, k.x, k.y, T{});
+            mma(sum, {q0.z, q1.z, q0.w, q1.w}, k.z, k.w, T{});
+        } else {
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const uint4 k = keys[n * 4 + threadIdx.x % 4];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float &s = sum[r * 8 + n];
+                    s = fmaf(__uint_as_float(q_[c][r].x), __uint_as_float(k.x), s);
+                    s = fmaf(__uint_as_float(q_[c][r].y), __uint_as_float(k.y), s);
+                    s = fmaf(__uint_as_float(q_[c][r].z), __uint_as_float(k.z), s);
+                    s = fmaf(__uint_as_float(q_[c][r].w), __uint_as_float(k.w), s);
+                }
+            }
+        }
+    }
+
+    /* Adds the four lanes' parts; each lane keeps the two columns that are its own. */
+    __device__ static void finish(const float (&sum)[kPartials], float (&logits)[4]) {
+        if constexpr (sizeof(T) == 2) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                logits[i] = sum[i];
+        } else {
+            const bool upper = (threadIdx.x & 2) != 0, odd = (threadIdx.x & 1) != 0;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float half[4];
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    const float low = sum[r * 8 + n], high = sum[r * 8 + 4 + n];
+                    half[n] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, 2);
+                }
+#pragma unroll
+                for (int n = 0; n < 2; ++n)
+                    logits[r * 2 + n] = (odd ? half[2 + n] : half[n]) +
+                                        __shfl_xor_sync(kAllLanes, odd ? half[n] : half[2 + n], 1);
+            }
+        }
+    }
+};
+
+/* Bit 2 j + i: column 8 j + 2 t + i of the tile exists and its key is not masked. */
+template <int kTiles>
+__device__ inline uint32_t seen_columns(const AttentionArgs &a, int b, int64_t first, int count) {
+    uint32_t seen = 0;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int column = 8 * j + 2 * (threadIdx.x % 4) + i;
+            if (column < count && key_counts(a, b, first + column))
+                seen |= 1u << (2 * j + i);
+        }
+    return seen;
+}
+
+} // namespace cuda
+} // namespace attn_sampler
+
+#endif /* ATTN_SAMPLER_CUDA_ATTENTION_CUH_ */

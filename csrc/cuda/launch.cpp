@@ -1,0 +1,104 @@
+#include "cuda/launch.h"
+
+#include <atomic>
+#include <string>
+
+namespace attn_sampler {
+namespace cuda {
+namespace {
+
+constexpr int64_t kCounters = 1 << 14;
+constexpr int64_t kBlocksPerProcessor = 4;
+
+void check(cudaError_t status, const char *call) {
+    if (status == cudaSuccess)
+        return;
+    cudaGetLastError(); /* so that no later call is blamed */
+    throw Error(ATTN_SAMPLER_INTERNAL_ERROR, std::string(call) + ": " + cudaGetErrorString(status));
+}
+
+int64_t processors(int device) {
+    static std::atomic<int> known[64] = {};
+    std::atomic<int> *const slot = device < 64 ? &known[device] : nullptr;
+    int count = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
+    if (count == 0) {
+        check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+              "cudaDeviceGetAttribute");
+        if (slot != nullptr)
+            slot->store(count, std::memory_order_relaxed);
+    }
+    return count;
+}
+
+} // namespace
+
+const char *device_problem() {
+    static const std::string problem = [] {
+        int count = 0;
+        const cudaError_t status = cudaGetDeviceCount(&count);
+        if (status != cudaSuccess) {
+            cudaGetLastError();
+            return std::string("the CUDA driver answers: ") + cudaGetErrorString(status);
+        }
+        return std::string(count == 0 ? "there is no CUDA device" : "");
+    }();
+    return problem.empty() ? nullptr : problem.c_str();
+}
+
+DeviceGuard::DeviceGuard(int device) : former_(0), changed_(false) {
+    check(cudaGetDevice(&former_), "cudaGetDevice");
+    if (former_ != device) {
+        check(cudaSetDevice(device), "cudaSetDevice");
+        changed_ = true;
+    }
+}
+
+DeviceGuard::~DeviceGuard() {
+    if (changed_)
+        cudaSetDevice(former_);
+}
+
+Launcher::Launcher(const attn_sampler_exec &exec, bool launch)
+    : launch_(launch), stream_(static_cast<cudaStream_t>(exec.stream)),
+      memory_(static_cast<char *>(exec.workspace)), used_(kCounters * 4), counters_used_(0),
+      target_blocks_(processors(exec.device_index) * kBlocksPerProcessor) {}
+
+void *Launcher::take_bytes(int64_t bytes) {
+    asked_ = true;
+    char *const taken = launch_ ? memory_ + used_ : nullptr;
+    used_ += ceil_div(bytes, 256) * 256;
+    return taken;
+}
+
+uint32_t *Launcher::counters(int64_t count) {
+    asked_ = true;
+    if (counters_used_ + count <= kCounters) {
+        uint32_t *const counters = launch_ ? reinterpret_cast<uint32_t *>(memory_) + counters_used_ : nullptr;
+        counters_used_ += count;
+        return counters;
+    }
+    /* More than are kept at 0: a rare shape pays for one more node in its graph. */
+    uint32_t *const counters = take<uint32_t>(count);
+    if (launch_)
+        check(cudaMemsetAsync(counters, 0, static_cast<size_t>(count) * 4, stream_), "cudaMemsetAsync");
+    return counters;
+}
+
+void Launcher::check_blocks(const char *name, int64_t blocks) {
+    if (blocks > INT32_MAX)
+        throw Error(ATTN_SAMPLER_UNSUPPORTED, std::string(name) + ": the problem takes " +
+                                                  std::to_string(blocks) +
+                                                  " blocks, more than one launch may have (2^31 - 1)");
+}
+
+void Launcher::check_launch(cudaError_t status, const char *name, int64_t blocks, int64_t shared_bytes) {
+    if (status == cudaSuccess)
+        return;
+    cudaGetLastError();
+    throw Error(ATTN_SAMPLER_INTERNAL_ERROR, std::string(name) + "<<<" + std::to_string(blocks) +
+                                                 " blocks, 128 threads, " + std::to_string(shared_bytes) +
+                                                 " bytes of shared memory>>>: " + cudaGetErrorString(status));
+}
+
+} // namespace cuda
+} // namespace attn_sampler

@@ -1,0 +1,60 @@
+/* From validated problems to kernel arguments. */
+#ifndef ATTN_SAMPLER_CUDA_PLAN_H_
+#define ATTN_SAMPLER_CUDA_PLAN_H_
+
+#include "cuda/attention.cuh"
+#include "cuda/confidence.cuh"
+#include "cuda/launch.h"
+#include "cuda/select.cuh"
+
+namespace attn_sampler {
+namespace cuda {
+
+template <typename From, typename To>
+void copy_strides(const From *from, To *to, int count) {
+    for (int i = 0; i < count; ++i)
+        to[i] = from[i];
+}
+
+/* Whether two layers can share a launch: everything equal but the addresses. */
+bool same_shape(const AttentionProblem &a, const AttentionProblem &b);
+
+/* Arguments of up to kMaxLayers layers of one shape; computed_lse and row_tokens are left null. */
+AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers);
+
+ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher);
+inline int64_t confidence_blocks(const ConfidenceArgs &a) {
+    return static_cast<int64_t>(a.batch) * a.positions * a.splits;
+}
+
+/* Launches the confidence of all rows and, where select asks for it, the selection by the last of a
+ * sequence's. */
+void launch_confidence(const char *name, const ConfidenceArgs &confidence, const SelectArgs &select,
+                       Launcher &launcher);
+
+SelectArgs select_args(const SelectProblem &p);
+
+/* Launches the row log-sum-exp, where it is not given, and lets args read it. */
+void compute_row_lse(AttentionArgs &args, int dtype, Launcher &launcher);
+
+/* Calls f(T{}) with the element type of dtype. */
+template <typename Function>
+void dispatch_type(int dtype, Function f) {
+    if (dtype == ATTN_SAMPLER_FLOAT32)
+        f(float{});
+    else if (dtype == ATTN_SAMPLER_FLOAT16)
+        f(Half{});
+    else
+        f(BFloat16{});
+}
+
+/* Bytes of a tile of keys in shared memory. */
+template <typename T>
+int64_t tile_bytes(const AttentionArgs &a, int64_t columns) {
+    return ceil_div(a.headdim, kChunk<T>) * columns * 4 * 16;
+}
+
+} // namespace cuda
+} // namespace attn_sampler
+
+#endif /* ATTN_SAMPLER_CUDA_PLAN_H_ */

@@ -1,0 +1,195 @@
+/* The rows' log-sum-exp, where the caller has none: 64 rows of a key head's list stay in registers, keys
+ * stream through two stages of shared memory. Each lane keeps the running maximum and sum of its own columns;
+ * lanes, and the blocks among which the keys are cut where rows are few, are merged once at the end, in a
+ * fixed order. */
+#include "cuda/plan.h"
+
+namespace attn_sampler {
+namespace cuda {
+namespace {
+
+struct LseArgs {
+    AttentionArgs attention;
+    float2 *partial;   /* [units, splits, rows of a block] */
+    uint32_t *arrived; /* [units] */
+    int32_t row_tiles; /* of a list */
+    int32_t splits, tiles_per_split;
+};
+
+/* Maximum and sum of 2^(x - maximum) of a part of a row; a maximum that is not finite counts as 0 there. */
+struct PartialLse {
+    float max, sum;
+
+    __device__ float shift() const { return is_finite(max) ? max : 0.0f; }
+    __device__ void raise(float higher) {
+        const float before = shift();
+        max = higher;
+        if (sum != 0.0f)
+            sum *= exp2_fast(before - shift());
+    }
+};
+
+__device__ inline PartialLse merge(PartialLse x, PartialLse y) {
+    const float higher = fmaxf(x.max, y.max);
+    x.raise(higher);
+    y.raise(higher);
+    x.sum += y.sum;
+    return x;
+}
+
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kThreads, 3) row_lse_kernel(const __grid_constant__ LseArgs args) {
+    constexpr int kColumns = 8 * kTiles;
+    const AttentionArgs &a = args.attention;
+    const int split = static_cast<int>(blockIdx.x) % args.splits,
+              unit = static_cast<int>(blockIdx.x) / args.splits;
+    const int row_tile = unit % args.row_tiles, list = unit / args.row_tiles;
+    const int kv_head = list % a.kv_heads, b = list / a.kv_heads % a.batch,
+              layer = list / a.kv_heads / a.batch;
+    const int n_rows = a.group * a.rows, first_row = row_tile * kBlockRows;
+
+    const int warp = threadIdx.x / 32;
+    WarpTile<T, kTiles> rows;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int f = first_row + warp * kWarpRows + r * 8 + threadIdx.x % 32 / 4;
+        if (f < n_rows)
+            rows.row[r].find(a, layer, b, kv_head * a.group + f / a.rows, f % a.rows, a.key_start, false);
+        else
+            rows.row[r].clear();
+    }
+    rows.load(a);
+
+    int keys = a.keys;
+    if (a.causal) { /* as far as the block's last row sees */
+        const int last_row = min(first_row + kBlockRows, n_rows) - 1;
+        const int furthest = first_row / a.rows == last_row / a.rows ? last_row % a.rows : a.rows - 1;
+        keys =
+            static_cast<int>(min(max(a.query_start + furthest + 1 - a.key_start, int64_t{0}), int64_t{keys}));
+    }
+    const int first_tile = split * args.tiles_per_split;
+    const int last_tile = min(first_tile + args.tiles_per_split, (keys + kColumns - 1) / kColumns);
+
+    uint4 *const stages = reinterpret_cast<uint4 *>(dynamic_shared() + sizeof(Shared));
+    const int stage_vectors = chunks<T>(a) * kColumns * 4;
+    auto start = [&](int tile) {
+        load_keys<T, kColumns>(a, layer, b, kv_head, a.key_start + tile * kColumns,
+                               min(kColumns, keys - tile * kColumns), stages + tile % 2 * stage_vectors);
+    };
+    PartialLse state[2] = {{-infinity(), 0.0f}, {-infinity(), 0.0f}};
+    if (first_tile < last_tile)
+        start(first_tile);
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+        if (tile + 1 < last_tile) {
+            start(tile + 1);
+            copy_wait<1>();
+        } else {
+            copy_wait<0>();
+        }
+        __syncthreads();
+        const int first = tile * kColumns;
+        const uint32_t seen = seen_columns<kTiles>(a, b, a.key_start + first, min(kColumns, keys - first));
+        float x[kTiles][4];
+        rows.multiply(a, stages + tile % 2 * stage_vectors, x);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float max = state[r].max;
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int column = first + 8 * j + 2 * (threadIdx.x % 4) + i;
+                    const bool visible = rows.row[r].q != nullptr && (seen >> (2 * j + i) & 1) != 0 &&
+                                         (!a.causal || column <= rows.row[r].position);
+                    float &logit = x[j][2 * r + i];
+                    logit = visible ? logit * a.scale : -infinity();
+                    max = fmaxf(max, logit);
+                }
+            if (max > state[r].max)
+                state[r].raise(max);
+            const float shift = state[r].shift();
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    state[r].sum += exp2_fast(x[j][2 * r + i] - shift);
+        }
+        __syncthreads(); /* the stage is free again */
+    }
+
+    PartialLse *const of_row = scratch<PartialLse>();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int distance = 1; distance < 4; distance *= 2)
+            state[r] = merge(state[r], PartialLse{__shfl_xor_sync(kAllLanes, state[r].max, distance),
+                                                  __shfl_xor_sync(kAllLanes, state[r].sum, distance)});
+        if (threadIdx.x % 4 == 0)
+            of_row[warp * kWarpRows + r * 8 + threadIdx.x % 32 / 4] = state[r];
+    }
+    __syncthreads();
+    const int own = threadIdx.x;
+    PartialLse result = {-infinity(), 0.0f};
+    if (own < kBlockRows)
+        result = of_row[own];
+    if (args.splits > 1) {
+        float2 *const partial = args.partial + static_cast<int64_t>(unit) * args.splits * kBlockRows + own;
+        if (own < kBlockRows)
+            partial[split * kBlockRows] = make_float2(result.max, result.sum);
+        if (!last_to_arrive(args.arrived + unit, static_cast<uint32_t>(args.splits)))
+            return;
+        result = {-infinity(), 0.0f};
+        for (int i = 0; own < kBlockRows && i < args.splits; ++i) {
+            const float2 part = __ldcg(partial + i * kBlockRows);
+            result = merge(result, PartialLse{part.x, part.y});
+        }
+    }
+    const int f = first_row + own;
+    if (own < kBlockRows && f < n_rows) {
+        const int64_t head =
+            (static_cast<int64_t>(layer) * a.batch + b) * a.heads + kv_head * a.group + f / a.rows;
+        a.computed_lse[head * a.rows + f % a.rows] = make_float2(result.shift(), log2f(result.sum));
+    }
+}
+
+template <typename T, int kTiles>
+void launch(LseArgs &args, Launcher &launcher) {
+    constexpr int kColumns = 8 * kTiles;
+    const AttentionArgs &a = args.attention;
+    const int64_t n_rows = static_cast<int64_t>(a.group) * a.rows;
+    const int64_t lists = static_cast<int64_t>(a.layers) * a.batch * a.kv_heads;
+    args.row_tiles = static_cast<int32_t>(ceil_div(n_rows, kBlockRows));
+    const int64_t units = lists * args.row_tiles, key_tiles = ceil_div(a.keys, kColumns);
+    /* A split is worth at least four tiles of keys. */
+    const int64_t wanted = clamp(launcher.target_blocks() / clamp(units, 1, INT32_MAX), 1, INT32_MAX);
+    const int64_t splits = clamp(wanted, 1, clamp(key_tiles / 4, 1, INT32_MAX));
+    args.tiles_per_split = static_cast<int32_t>(ceil_div(key_tiles, splits));
+    args.splits = static_cast<int32_t>(ceil_div(key_tiles, args.tiles_per_split));
+    if (args.splits > 1) {
+        args.partial = launcher.take<float2>(units * args.splits * kBlockRows);
+        args.arrived = launcher.counters(units);
+    }
+    launcher.launch("row_lse", row_lse_kernel<T, kTiles>, args, units * args.splits,
+                    static_cast<int64_t>(sizeof(Shared)) + 2 * tile_bytes<T>(a, kColumns));
+}
+
+} // namespace
+
+void compute_row_lse(AttentionArgs &a, int dtype, Launcher &launcher) {
+    if (a.lse[0] != nullptr)
+        return;
+    a.computed_lse = launcher.take<float2>(static_cast<int64_t>(a.layers) * a.batch * a.heads * a.rows);
+    LseArgs args{};
+    args.attention = a;
+    dispatch_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        constexpr bool is_wide = sizeof(T) == 4;
+        if (a.headdim <= 256)
+            launch<T, is_wide ? 4 : 8>(args, launcher);
+        else
+            launch<T, is_wide ? 1 : 4>(args, launcher);
+    });
+}
+
+} // namespace cuda
+} // namespace attn_sampler

@@ -1,0 +1,69 @@
+/* For tests: csrc/cuda/ptx.cuh on the CPU, fragment layouts included. */
+#ifndef ATTN_SAMPLER_CUDA_PTX_CUH_
+#define ATTN_SAMPLER_CUDA_PTX_CUH_
+
+#include <cuda_runtime.h>
+
+namespace attn_sampler {
+namespace cuda {
+
+struct Half {
+    uint16_t bits;
+};
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Half x) {
+    /* Exponent and fraction moved into place; the product rebases the exponent, subnormals included. */
+    const float magnitude = __uint_as_float((x.bits & 0x7FFFu) << 13) * 0x1p112f;
+    const uint32_t special = magnitude >= 65536.0f ? 0x7F800000u : 0u;
+    return __uint_as_float(__float_as_uint(magnitude) | special | (x.bits & 0x8000u) << 16);
+}
+
+inline unsigned char *dynamic_shared() { return cuda_host::shared_memory(); }
+
+inline float exp2_fast(float x) {
+    const float y = std::exp2(x);
+    return y < 0x1p-126f ? 0.0f : y;
+}
+
+/* Aligned, as the sanitizer checks. */
+inline uint4 load_streaming(const void *p) { return *static_cast<const uint4 *>(p); }
+
+/* The bytes arrive at once; only waiting makes them visible on a GPU, which shuffled threads stand in for. */
+inline void copy_async(uint4 *shared, const void *global, bool valid) {
+    *shared = valid ? *static_cast<const uint4 *>(global) : uint4{0, 0, 0, 0};
+}
+inline void copy_commit() {}
+template <int kPending>
+void copy_wait() {}
+
+struct MmaOperands {
+    uint32_t a[4], b[2];
+};
+
+template <typename T>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T, CUDA_HOST_CALLER) {
+    const MmaOperands *const lanes =
+        cuda_host::meet_warp(MmaOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, file, line);
+    auto element = [](uint32_t pair, int k) {
+        return to_float(T{static_cast<uint16_t>(pair >> (16 * (k % 2)))});
+    };
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row_half = i / 2, column = 2 * t + i % 2; /* row g + 8 row_half */
+        for (int k = 0; k < 16; ++k) {
+            const uint32_t of_row = lanes[g * 4 + k % 8 / 2].a[row_half + 2 * (k / 8)];
+            const uint32_t of_column = lanes[column * 4 + k % 8 / 2].b[k / 8];
+            c[i] += element(of_row, k) * element(of_column, k);
+        }
+    }
+}
+
+} // namespace cuda
+} // namespace attn_sampler
+
+#endif /* ATTN_SAMPLER_CUDA_PTX_CUH_ */

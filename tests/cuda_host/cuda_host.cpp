@@ -1,0 +1,324 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace cuda_host {
+
+Index thread_index, block_index;
+
+namespace {
+
+constexpr size_t kStack = 128 * 1024;
+constexpr size_t kGuard = 128;            /* bytes before and after the shared memory */
+constexpr int kLargestShared = 99 * 1024; /* of a block, on the smallest device served (sm_120) */
+constexpr int kWithoutAsking = 48 * 1024;
+constexpr unsigned char kGuardByte = 0xA5, kUnwritten = 0xFF; /* floats of the latter are NaN */
+
+/* Where a set of threads waits for the last of them. */
+struct Meeting {
+    const char *file = nullptr;
+    int line = 0;
+    unsigned arrived = 0;
+    uint64_t generation = 0;
+};
+
+struct Warp {
+    Meeting meeting;
+    alignas(16) unsigned char slot[2][32 * 64]; /* of two operations in turn: a lane may be one ahead */
+};
+
+struct Thread {
+    unsigned index = 0;
+    ucontext_t context{};
+    unsigned char *stack = nullptr; /* kStack bytes */
+    Warp *warp = nullptr;
+    int warp_turn = 0, block_turn = 0;
+    const Meeting *waits_for = nullptr;
+    uint64_t until = 0;
+    bool done = false;
+    void *fake_stack = nullptr;
+};
+
+struct Block {
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    Meeting barrier;
+    bool votes[2] = {};
+    unsigned char *shared = nullptr;
+    void (*call)(AnyKernel, void *) = nullptr;
+    AnyKernel kernel = nullptr;
+    void *argument = nullptr;
+    ucontext_t scheduler{};
+    const void *scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    std::string failure;
+};
+
+std::mutex mutex; /* one launch at a time */
+Block *block = nullptr;
+Thread *thread = nullptr;
+std::map<AnyKernel, int> shared_limit;
+std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of a block's threads, kept */
+std::string last_failure;
+int device = 0, processors = 2, launches = 0, launch_device = -1;
+std::mt19937_64 random_order(0);
+
+void enter_scheduler(bool forever) {
+    (void)forever;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(forever ? nullptr : &thread->fake_stack, block->scheduler_stack,
+                                   block->scheduler_stack_size);
+#endif
+    swapcontext(&thread->context, &block->scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(thread->fake_stack, nullptr, nullptr);
+#endif
+}
+
+void fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_size);
+#endif
+    block->call(block->kernel, block->argument);
+    thread->done = true;
+    enter_scheduler(true);
+}
+
+void enter_fiber(Thread &t) {
+    thread = &t;
+    thread_index.x = t.index;
+#if defined(__SANITIZE_ADDRESS__)
+    void *fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, t.stack, kStack);
+#endif
+    swapcontext(&block->scheduler, &t.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#endif
+}
+
+std::string at(const Meeting &m) {
+    const std::string path = m.file;
+    return path.substr(path.rfind('/') + 1) + ":" + std::to_string(m.line);
+}
+
+/* A failed block's threads are left where they are. */
+void fail(const std::string &what) {
+    if (block->failure.empty())
+        block->failure = what;
+    enter_scheduler(false);
+}
+
+void meet(Meeting &m, unsigned expected, const char *kind, const char *file, int line) {
+    if (m.arrived == 0) {
+        m.file = file;
+        m.line = line;
+    } else if (m.line != line || strcmp(m.file, file) != 0) {
+        Meeting here;
+        here.file = file;
+        here.line = line;
+        fail("thread " + std::to_string(thread->index) + " is at " + kind + " " + at(here) +
+             " while others are at " + at(m));
+    }
+    if (++m.arrived == expected) {
+        m.arrived = 0;
+        ++m.generation;
+        return;
+    }
+    thread->waits_for = &m;
+    thread->until = m.generation + 1;
+    enter_scheduler(false);
+    thread->waits_for = nullptr;
+}
+
+bool is_waiting(const Thread &t) { return t.waits_for != nullptr && t.waits_for->generation < t.until; }
+
+void describe_deadlock() {
+    size_t ended = 0;
+    std::string waiting;
+    for (const Thread &t : block->threads) {
+        ended += t.done;
+        if (!t.done && waiting.empty())
+            waiting = "thread " + std::to_string(t.index) + " waits at " + at(*t.waits_for);
+    }
+    block->failure = waiting + " for threads that never come (" + std::to_string(ended) + " of " +
+                     std::to_string(block->threads.size()) + " have ended)";
+}
+
+void run_block(size_t shared_bytes) {
+    unsigned char *const memory =
+        static_cast<unsigned char *>(std::aligned_alloc(128, (shared_bytes + 2 * kGuard + 127) / 128 * 128));
+    unsigned char *const shared = memory + kGuard;
+    memset(memory, kGuardByte, kGuard);
+    memset(shared, kUnwritten, shared_bytes);
+    memset(shared + shared_bytes, kGuardByte, kGuard);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_poison_memory_region(memory, kGuard);
+    __asan_poison_memory_region(shared + shared_bytes, kGuard);
+#endif
+    block->shared = shared;
+    block->barrier = Meeting{};
+    for (Warp &w : block->warps)
+        w.meeting = Meeting{};
+    std::vector<Thread *> order;
+    for (Thread &t : block->threads) {
+        t.warp_turn = t.block_turn = 0;
+        t.waits_for = nullptr;
+        t.done = false;
+        getcontext(&t.context);
+        t.context.uc_stack.ss_sp = t.stack;
+        t.context.uc_stack.ss_size = kStack;
+        t.context.uc_link = nullptr;
+        makecontext(&t.context, fiber, 0);
+        order.push_back(&t);
+    }
+    std::shuffle(order.begin(), order.end(), random_order);
+    for (size_t left = order.size(); left > 0 && block->failure.empty();) {
+        bool progress = false;
+        for (Thread *t : order) {
+            if (t->done || is_waiting(*t))
+                continue;
+            progress = true;
+            enter_fiber(*t);
+            left -= t->done;
+            if (!block->failure.empty())
+                break;
+        }
+        if (!progress)
+            describe_deadlock();
+    }
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(memory, kGuard);
+    __asan_unpoison_memory_region(shared + shared_bytes, kGuard);
+#endif
+    auto untouched = [](const unsigned char *guard) {
+        return std::all_of(guard, guard + kGuard, [](unsigned char byte) { return byte == kGuardByte; });
+    };
+    if (block->failure.empty() && !(untouched(memory) && untouched(shared + shared_bytes)))
+        block->failure = "a write beyond the " + std::to_string(shared_bytes) + " bytes of shared memory";
+    std::free(memory);
+}
+
+} // namespace
+
+unsigned char *shared_memory() { return block->shared; }
+
+bool meet_block(bool vote, const char *file, int line) {
+    const int turn = thread->block_turn;
+    thread->block_turn ^= 1;
+    block->votes[turn] = (block->barrier.arrived > 0 && block->votes[turn]) || vote;
+    meet(block->barrier, static_cast<unsigned>(block->threads.size()), "the barrier", file, line);
+    return block->votes[turn];
+}
+
+const void *meet_warp(const void *value, size_t size, const char *file, int line) {
+    if (size > 64)
+        fail("a warp-wide operation on more than 64 bytes");
+    unsigned char *const slot = thread->warp->slot[thread->warp_turn];
+    thread->warp_turn ^= 1;
+    memcpy(slot + thread->index % 32 * size, value, size);
+    meet(thread->warp->meeting, 32, "the warp-wide operation", file, line);
+    return slot;
+}
+
+cudaError_t set_shared_limit(AnyKernel kernel, int bytes) {
+    if (bytes > kLargestShared) {
+        last_failure = std::to_string(bytes) + " bytes of shared memory are more than some devices have";
+        return cudaErrorInvalidValue;
+    }
+    shared_limit[kernel] = bytes;
+    return cudaSuccess;
+}
+
+cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argument, unsigned blocks,
+                   unsigned threads, size_t shared_bytes) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto limit = shared_limit.find(kernel);
+    if (blocks == 0 || threads == 0 || threads % 32 != 0 ||
+        static_cast<int>(shared_bytes) > (limit == shared_limit.end() ? kWithoutAsking : limit->second)) {
+        last_failure = "invalid launch configuration";
+        return cudaErrorInvalidValue;
+    }
+    ++launches;
+    launch_device = device;
+    Block fresh;
+    fresh.threads.resize(threads);
+    fresh.warps.resize(threads / 32);
+    for (unsigned i = 0; i < threads; ++i) {
+        fresh.threads[i].index = i;
+        fresh.threads[i].warp = &fresh.warps[i / 32];
+        if (stacks.size() <= i)
+            stacks.emplace_back(new unsigned char[kStack]);
+        fresh.threads[i].stack = stacks[i].get();
+    }
+    fresh.call = call;
+    fresh.kernel = kernel;
+    fresh.argument = argument;
+    block = &fresh;
+    std::vector<unsigned> order(blocks);
+    for (unsigned i = 0; i < blocks; ++i)
+        order[i] = i;
+    std::shuffle(order.begin(), order.end(), random_order);
+    for (const unsigned index : order) {
+        block_index.x = index;
+        run_block(shared_bytes);
+        if (!fresh.failure.empty()) {
+            last_failure = "block " + std::to_string(index) + ": " + fresh.failure;
+            break;
+        }
+    }
+    block = nullptr;
+    return fresh.failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+} // namespace cuda_host
+
+cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 2;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int *device) {
+    *device = cuda_host::device;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device > 1) {
+        cuda_host::last_failure = "invalid device ordinal";
+        return cudaErrorInvalidDevice;
+    }
+    cuda_host::device = device;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
+    *value = cuda_host::processors;
+    return cudaSuccess;
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char *cudaGetErrorString(cudaError_t) { return cuda_host::last_failure.c_str(); }
+cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t) {
+    memset(memory, value, size);
+    return cudaSuccess;
+}
+
+/* Seeds the orders of blocks and threads. */
+EXPORT void cuda_host_shuffle(uint64_t seed) { cuda_host::random_order.seed(seed); }
+EXPORT int cuda_host_launches() { return cuda_host::launches; }
+/* The device that was current at the latest launch, and the one that is now. */
+EXPORT int cuda_host_launch_device() { return cuda_host::launch_device; }
+EXPORT int cuda_host_current_device() { return cuda_host::device; }

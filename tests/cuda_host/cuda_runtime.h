@@ -1,0 +1,150 @@
+/* For tests: enough of the CUDA runtime and language to compile csrc/cuda as C++ and run it on the CPU.
+ *
+ * A block's threads are fibers. One runs until it meets others, at a barrier or in a warp-wide operation;
+ * blocks run one after the other. The order of both is shuffled. What a GPU would answer with wrong results
+ * or a hang is an error here: threads that wait at different barriers, a barrier that not all threads reach,
+ * a warp-wide operation that not all lanes reach, a write beyond the launch's shared memory, more shared
+ * memory than a device has or was asked for.
+ */
+#ifndef ATTN_SAMPLER_TESTS_CUDA_RUNTIME_H_
+#define ATTN_SAMPLER_TESTS_CUDA_RUNTIME_H_
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    explicit dim3(unsigned x_) : x(x_) {}
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+namespace cuda_host {
+
+struct Index {
+    unsigned x;
+};
+/* The running thread and its block. */
+extern Index thread_index, block_index;
+unsigned char *shared_memory();
+
+/* Waits for all threads of the block; true if any of them passed true. `file` and `line` say where. */
+bool meet_block(bool vote, const char *file, int line);
+
+/* Waits for all lanes of the warp, and returns what each of them brought: 32 values. */
+const void *meet_warp(const void *value, size_t size, const char *file, int line);
+template <typename T>
+const T *meet_warp(const T &value, const char *file, int line) {
+    return static_cast<const T *>(meet_warp(&value, sizeof(T), file, line));
+}
+
+} // namespace cuda_host
+
+#define threadIdx (::cuda_host::thread_index)
+#define blockIdx (::cuda_host::block_index)
+
+#define CUDA_HOST_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(CUDA_HOST_CALLER) { cuda_host::meet_block(false, file, line); }
+inline int __syncthreads_or(int vote, CUDA_HOST_CALLER) {
+    return cuda_host::meet_block(vote != 0, file, line);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance, CUDA_HOST_CALLER) {
+    return cuda_host::meet_warp(value, file, line)[(threadIdx.x % 32) ^ static_cast<unsigned>(distance)];
+}
+inline int __any_sync(unsigned, int vote, CUDA_HOST_CALLER) {
+    const int *const votes = cuda_host::meet_warp(vote, file, line);
+    int any = 0;
+    for (int i = 0; i < 32; ++i)
+        any |= votes[i] != 0;
+    return any;
+}
+inline void __threadfence() {}
+inline uint32_t atomicInc(uint32_t *address, uint32_t limit) {
+    const uint32_t old = *address;
+    *address = old >= limit ? 0 : old + 1;
+    return old;
+}
+template <typename T>
+T __ldcg(const T *p) {
+    return *p;
+}
+
+inline float __uint_as_float(uint32_t x) {
+    float y;
+    memcpy(&y, &x, sizeof(y));
+    return y;
+}
+inline uint32_t __float_as_uint(float x) {
+    uint32_t y;
+    memcpy(&y, &x, sizeof(y));
+    return y;
+}
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+template <typename T>
+T min(T x, T y) {
+    return y < x ? y : x;
+}
+template <typename T>
+T max(T x, T y) {
+    return x < y ? y : x;
+}
+
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorLaunchFailure = 719
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+typedef struct CUstream_st *cudaStream_t;
+
+cudaError_t cudaGetDeviceCount(int *count);
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaGetLastError();
+/* Of the latest launch that failed, in full. */
+const char *cudaGetErrorString(cudaError_t error);
+cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t stream);
+
+namespace cuda_host {
+
+typedef void (*AnyKernel)();
+cudaError_t set_shared_limit(AnyKernel kernel, int bytes);
+cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argument, unsigned blocks,
+                   unsigned threads, size_t shared_bytes);
+
+} // namespace cuda_host
+
+template <typename Args>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Args), cudaFuncAttribute, int bytes) {
+    return cuda_host::set_shared_limit(reinterpret_cast<cuda_host::AnyKernel>(kernel), bytes);
+}
+template <typename Args>
+cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void **arguments,
+                             size_t shared_bytes, cudaStream_t) {
+    return cuda_host::launch(
+        reinterpret_cast<cuda_host::AnyKernel>(kernel),
+        [](cuda_host::AnyKernel any, void *argument) {
+            reinterpret_cast<void (*)(Args)>(any)(*static_cast<const Args *>(argument));
+        },
+        arguments[0], grid.x, block.x, shared_bytes);
+}
+
+#endif /* ATTN_SAMPLER_TESTS_CUDA_RUNTIME_H_ */
