@@ -22,7 +22,7 @@ struct MapArgs {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     attention_map_kernel(const __grid_constant__ MapArgs args) {
     const AttentionArgs &a = args.attention;
     const int index = static_cast<int>(blockIdx.x), member = index % args.members,

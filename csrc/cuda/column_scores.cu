@@ -191,8 +191,19 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
     return true;
 }
 
+/* Blocks on a multiprocessor for which the registers suffice without spills. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kResidentWide = 2;
+#else
+constexpr int kResidentWide = 3;
+#endif
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads, kTiles == 8 || sizeof(T) == 4 ? 3 : 4)
+constexpr int kResidentBlocks = sizeof(T) == 4 ? 2
+                                : kTiles == 8  ? kResidentWide
+                                               : 4;
+
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kTiles>)
     decode_step_kernel(const __grid_constant__ StepArgs args) {
     const int block = static_cast<int>(blockIdx.x);
     if (block < args.confidence_blocks) {

@@ -15,7 +15,7 @@ namespace attn_sampler {
 namespace cuda {
 
 constexpr int kGroup = 8;  /* tokens */
-constexpr int kFlight = 4; /* groups in flight for each thread */
+constexpr int kFlight = 4; /* groups in flight for each thread, unless sampling keeps it busy */
 
 /* What is known of a part of a row. */
 struct Confidence {
@@ -117,6 +117,7 @@ struct LogitRow {
 };
 
 /* Takes in eight tokens from v on. */
+template <bool kSample>
 __device__ inline void add_group(const ConfidenceArgs &a, uint64_t seed, int position, int v,
                                  float (&x)[kGroup], Confidence &s) {
     if (static_cast<uint32_t>(a.excluded - v) < kGroup)
@@ -155,7 +156,7 @@ __device__ inline void add_group(const ConfidenceArgs &a, uint64_t seed, int pos
             s.sum += exp_fast(x[i] - shift);
     }
     /* Strictly larger, so that the lowest token wins. */
-    if (a.sample) {
+    if constexpr (kSample) {
         decltype(philox(seed, 0, 0)) words;
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
@@ -194,6 +195,39 @@ __device__ inline float confidence_of(const ConfidenceArgs &a, const Confidence 
     return chosen - exp_fast(other - s.max) / s.sum;
 }
 
+/* What this thread makes of its groups of a split, kGroups of them in flight. */
+template <bool kSample, int kGroups>
+__device__ inline Confidence scan(const ConfidenceArgs &a, const LogitRow &row, uint64_t seed, int position,
+                                  int split) {
+    Confidence s = {-infinity(), -infinity(), 0.0f, 0.0f, -infinity(), INT32_MAX};
+    const int before = row.misalignment(), groups = (a.vocab + before + kGroup - 1) / kGroup;
+    const int first = split * a.groups_per_split, last = min(first + a.groups_per_split, groups);
+    for (int g = first + threadIdx.x; g < last; g += kThreads * kGroups) {
+        uint4 raw[kGroups][2];
+        int v[kGroups];
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            v[i] = (g + i * kThreads) * kGroup - before;
+            if (g + i * kThreads < last && v[i] >= 0 && v[i] + kGroup <= a.vocab)
+                row.load(v[i], raw[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            if (g + i * kThreads >= last)
+                continue;
+            float x[kGroup];
+            if (v[i] >= 0 && v[i] + kGroup <= a.vocab)
+                row.widen(raw[i], x);
+            else
+#pragma unroll
+                for (int n = 0; n < kGroup; ++n)
+                    x[n] = v[i] + n >= 0 && v[i] + n < a.vocab ? row.at(v[i] + n) : -infinity();
+            add_group<kSample>(a, seed, position, v[i], x, s);
+        }
+    }
+    return s;
+}
+
 /* Block `index` of batch * positions * splits. True in the one block of a row that has written its results.
  */
 __device__ inline bool confidence_block(const ConfidenceArgs &a, int index) {
@@ -204,32 +238,8 @@ __device__ inline bool confidence_block(const ConfidenceArgs &a, int index) {
                (b * a.logits_stride[0] + c * a.logits_stride[1]) * row.element_size();
     const uint64_t seed = a.seeds == nullptr ? a.seed : static_cast<uint64_t>(a.seeds[b * a.seeds_stride]);
 
-    Confidence s = {-infinity(), -infinity(), 0.0f, 0.0f, -infinity(), INT32_MAX};
-    const int before = row.misalignment(), groups = (a.vocab + before + kGroup - 1) / kGroup;
-    const int first = split * a.groups_per_split, last = min(first + a.groups_per_split, groups);
-    for (int g = first + threadIdx.x; g < last; g += kThreads * kFlight) {
-        uint4 raw[kFlight][2];
-        int v[kFlight];
-#pragma unroll
-        for (int i = 0; i < kFlight; ++i) {
-            v[i] = (g + i * kThreads) * kGroup - before;
-            if (g + i * kThreads < last && v[i] >= 0 && v[i] + kGroup <= a.vocab)
-                row.load(v[i], raw[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < kFlight; ++i) {
-            if (g + i * kThreads >= last)
-                continue;
-            float x[kGroup];
-            if (v[i] >= 0 && v[i] + kGroup <= a.vocab)
-                row.widen(raw[i], x);
-            else
-#pragma unroll
-                for (int n = 0; n < kGroup; ++n)
-                    x[n] = v[i] + n >= 0 && v[i] + n < a.vocab ? row.at(v[i] + n) : -infinity();
-            add_group(a, seed, c, v[i], x, s);
-        }
-    }
+    Confidence s =
+        a.sample ? scan<true, 1>(a, row, seed, c, split) : scan<false, kFlight>(a, row, seed, c, split);
     s = block_reduce(s, exchange, merge);
     if (a.splits > 1) {
         Confidence *const partial = a.partial + static_cast<int64_t>(row_index) * a.splits;

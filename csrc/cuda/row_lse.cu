@@ -38,7 +38,8 @@ __device__ inline PartialLse merge(PartialLse x, PartialLse y) {
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads, 3) row_lse_kernel(const __grid_constant__ LseArgs args) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
+    row_lse_kernel(const __grid_constant__ LseArgs args) {
     constexpr int kColumns = 8 * kTiles;
     const AttentionArgs &a = args.attention;
     const int split = static_cast<int>(blockIdx.x) % args.splits,

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -43,16 +44,31 @@ struct Warp {
     alignas(16) unsigned char slot[2][32 * 64]; /* of two operations in turn: a lane may be one ahead */
 };
 
+/* Where a stack was left. */
+struct Place {
+    ucontext_t context{};
+    void *jump[5];
+    bool entered = false;
+    void *fake_stack = nullptr;
+};
+
+struct Copy {
+    uint4 *to;
+    const uint4 *from; /* null: zeros */
+    int group;
+};
+
 struct Thread {
     unsigned index = 0;
-    ucontext_t context{};
+    Place place;
     unsigned char *stack = nullptr; /* kStack bytes */
     Warp *warp = nullptr;
     int warp_turn = 0, block_turn = 0;
     const Meeting *waits_for = nullptr;
     uint64_t until = 0;
     bool done = false;
-    void *fake_stack = nullptr;
+    std::vector<Copy> copies; /* that have not arrived, oldest first */
+    int open_group = 0;
 };
 
 struct Block {
@@ -64,10 +80,10 @@ struct Block {
     void (*call)(AnyKernel, void *) = nullptr;
     AnyKernel kernel = nullptr;
     void *argument = nullptr;
-    ucontext_t scheduler{};
+    Place scheduler;
     const void *scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
-    std::string failure;
+    char failure[256] = "";
 };
 
 std::mutex mutex; /* one launch at a time */
@@ -79,16 +95,27 @@ std::string last_failure;
 int device = 0, processors = 2, launches = 0, launch_device = -1;
 std::mt19937_64 random_order(0);
 
+/* Leaves a stack for another; returns when something leaves for this one. After a fiber's first entry no
+ * signal mask is saved, which would take a system call each time. */
+#if defined(__SANITIZE_ADDRESS__)
+void leave(Place &from, Place &to, const void *stack, size_t size, bool forever) {
+    __sanitizer_start_switch_fiber(forever ? nullptr : &from.fake_stack, stack, size);
+    swapcontext(&from.context, &to.context);
+    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+}
+#else
+__attribute__((noinline)) void leave(Place &from, Place &to, const void *, size_t, bool) {
+    if (__builtin_setjmp(from.jump) != 0)
+        return;
+    if (to.entered)
+        __builtin_longjmp(to.jump, 1);
+    to.entered = true;
+    setcontext(&to.context);
+}
+#endif
+
 void enter_scheduler(bool forever) {
-    (void)forever;
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(forever ? nullptr : &thread->fake_stack, block->scheduler_stack,
-                                   block->scheduler_stack_size);
-#endif
-    swapcontext(&thread->context, &block->scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(thread->fake_stack, nullptr, nullptr);
-#endif
+    leave(thread->place, block->scheduler, block->scheduler_stack, block->scheduler_stack_size, forever);
 }
 
 void fiber() {
@@ -103,25 +130,22 @@ void fiber() {
 void enter_fiber(Thread &t) {
     thread = &t;
     thread_index.x = t.index;
-#if defined(__SANITIZE_ADDRESS__)
-    void *fake_stack = nullptr;
-    __sanitizer_start_switch_fiber(&fake_stack, t.stack, kStack);
-#endif
-    swapcontext(&block->scheduler, &t.context);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
+    leave(block->scheduler, t.place, t.stack, kStack, false);
 }
 
-std::string at(const Meeting &m) {
-    const std::string path = m.file;
-    return path.substr(path.rfind('/') + 1) + ":" + std::to_string(m.line);
+const char *file_name(const char *path) {
+    const char *const slash = strrchr(path, '/');
+    return slash != nullptr ? slash + 1 : path;
 }
 
-/* A failed block's threads are left where they are. */
-void fail(const std::string &what) {
-    if (block->failure.empty())
-        block->failure = what;
+/* A failed block's threads are left where they are, so nothing on their stacks may own memory. */
+void fail(const char *format, ...) {
+    if (block->failure[0] == '\0') {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(block->failure, sizeof(block->failure), format, arguments);
+        va_end(arguments);
+    }
     enter_scheduler(false);
 }
 
@@ -130,11 +154,8 @@ void meet(Meeting &m, unsigned expected, const char *kind, const char *file, int
         m.file = file;
         m.line = line;
     } else if (m.line != line || strcmp(m.file, file) != 0) {
-        Meeting here;
-        here.file = file;
-        here.line = line;
-        fail("thread " + std::to_string(thread->index) + " is at " + kind + " " + at(here) +
-             " while others are at " + at(m));
+        fail("thread %u is at %s %s:%d while others are at %s:%d", thread->index, kind, file_name(file), line,
+             file_name(m.file), m.line);
     }
     if (++m.arrived == expected) {
         m.arrived = 0;
@@ -151,14 +172,15 @@ bool is_waiting(const Thread &t) { return t.waits_for != nullptr && t.waits_for-
 
 void describe_deadlock() {
     size_t ended = 0;
-    std::string waiting;
+    const Thread *waiting = nullptr;
     for (const Thread &t : block->threads) {
         ended += t.done;
-        if (!t.done && waiting.empty())
-            waiting = "thread " + std::to_string(t.index) + " waits at " + at(*t.waits_for);
+        if (!t.done && waiting == nullptr)
+            waiting = &t;
     }
-    block->failure = waiting + " for threads that never come (" + std::to_string(ended) + " of " +
-                     std::to_string(block->threads.size()) + " have ended)";
+    snprintf(block->failure, sizeof(block->failure),
+             "thread %u waits at %s:%d for threads that never come (%zu of %zu have ended)", waiting->index,
+             file_name(waiting->waits_for->file), waiting->waits_for->line, ended, block->threads.size());
 }
 
 void run_block(size_t shared_bytes) {
@@ -174,6 +196,7 @@ void run_block(size_t shared_bytes) {
 #endif
     block->shared = shared;
     block->barrier = Meeting{};
+    block->scheduler.entered = true;
     for (Warp &w : block->warps)
         w.meeting = Meeting{};
     std::vector<Thread *> order;
@@ -181,15 +204,19 @@ void run_block(size_t shared_bytes) {
         t.warp_turn = t.block_turn = 0;
         t.waits_for = nullptr;
         t.done = false;
-        getcontext(&t.context);
-        t.context.uc_stack.ss_sp = t.stack;
-        t.context.uc_stack.ss_size = kStack;
-        t.context.uc_link = nullptr;
-        makecontext(&t.context, fiber, 0);
+        t.copies.clear();
+        t.open_group = 0;
+        ucontext_t &context = t.place.context;
+        getcontext(&context);
+        context.uc_stack.ss_sp = t.stack;
+        context.uc_stack.ss_size = kStack;
+        context.uc_link = nullptr;
+        makecontext(&context, fiber, 0);
+        t.place.entered = false;
         order.push_back(&t);
     }
     std::shuffle(order.begin(), order.end(), random_order);
-    for (size_t left = order.size(); left > 0 && block->failure.empty();) {
+    for (size_t left = order.size(); left > 0 && block->failure[0] == '\0';) {
         bool progress = false;
         for (Thread *t : order) {
             if (t->done || is_waiting(*t))
@@ -197,7 +224,7 @@ void run_block(size_t shared_bytes) {
             progress = true;
             enter_fiber(*t);
             left -= t->done;
-            if (!block->failure.empty())
+            if (block->failure[0] != '\0')
                 break;
         }
         if (!progress)
@@ -210,8 +237,9 @@ void run_block(size_t shared_bytes) {
     auto untouched = [](const unsigned char *guard) {
         return std::all_of(guard, guard + kGuard, [](unsigned char byte) { return byte == kGuardByte; });
     };
-    if (block->failure.empty() && !(untouched(memory) && untouched(shared + shared_bytes)))
-        block->failure = "a write beyond the " + std::to_string(shared_bytes) + " bytes of shared memory";
+    if (block->failure[0] == '\0' && !(untouched(memory) && untouched(shared + shared_bytes)))
+        snprintf(block->failure, sizeof(block->failure), "a write beyond the %zu bytes of shared memory",
+                 shared_bytes);
     std::free(memory);
 }
 
@@ -235,6 +263,20 @@ const void *meet_warp(const void *value, size_t size, const char *file, int line
     memcpy(slot + thread->index % 32 * size, value, size);
     meet(thread->warp->meeting, 32, "the warp-wide operation", file, line);
     return slot;
+}
+
+void copy_later(uint4 *to, const void *from) {
+    thread->copies.push_back({to, static_cast<const uint4 *>(from), thread->open_group});
+}
+
+void close_copy_group() { ++thread->open_group; }
+
+void await_copies(int pending_groups) {
+    std::vector<Copy> &copies = thread->copies;
+    size_t n = 0;
+    for (; n < copies.size() && copies[n].group < thread->open_group - pending_groups; ++n)
+        *copies[n].to = copies[n].from != nullptr ? *copies[n].from : uint4{0, 0, 0, 0};
+    copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(n));
 }
 
 cudaError_t set_shared_limit(AnyKernel kernel, int bytes) {
@@ -278,13 +320,13 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
     for (const unsigned index : order) {
         block_index.x = index;
         run_block(shared_bytes);
-        if (!fresh.failure.empty()) {
+        if (fresh.failure[0] != '\0') {
             last_failure = "block " + std::to_string(index) + ": " + fresh.failure;
             break;
         }
     }
     block = nullptr;
-    return fresh.failure.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+    return fresh.failure[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 } // namespace cuda_host

@@ -50,6 +50,12 @@ const T *meet_warp(const T &value, const char *file, int line) {
     return static_cast<const T *>(meet_warp(&value, sizeof(T), file, line));
 }
 
+/* Asynchronous copies of 16 bytes (zeros where `from` is null) that arrive no earlier than they are waited
+ * for. */
+void copy_later(uint4 *to, const void *from);
+void close_copy_group();
+void await_copies(int pending_groups);
+
 } // namespace cuda_host
 
 #define threadIdx (::cuda_host::thread_index)

@@ -33,13 +33,14 @@ inline float exp2_fast(float x) {
 /* Aligned, as the sanitizer checks. */
 inline uint4 load_streaming(const void *p) { return *static_cast<const uint4 *>(p); }
 
-/* The bytes arrive at once; only waiting makes them visible on a GPU, which shuffled threads stand in for. */
 inline void copy_async(uint4 *shared, const void *global, bool valid) {
-    *shared = valid ? *static_cast<const uint4 *>(global) : uint4{0, 0, 0, 0};
+    cuda_host::copy_later(shared, valid ? global : nullptr);
 }
-inline void copy_commit() {}
+inline void copy_commit() { cuda_host::close_copy_group(); }
 template <int kPending>
-void copy_wait() {}
+void copy_wait() {
+    cuda_host::await_copies(kPending);
+}
 
 struct MmaOperands {
     uint32_t a[4], b[2];

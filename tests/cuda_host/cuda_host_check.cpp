@@ -1,0 +1,230 @@
+/* Runs the CUDA kernels on the host over random small problems, in heap buffers of exact size so that a
+ * sanitizer sees every stray access, and compares them with the CPU kernels. Then breaks the rules on
+ * purpose. */
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "attn_sampler.h"
+#include "problem.h"
+
+extern "C" void cuda_host_shuffle(uint64_t seed);
+
+namespace {
+
+std::mt19937 rng(1);
+
+int pick(std::initializer_list<int> choices) { return choices.begin()[rng() % choices.size()]; }
+float normal() { return std::normal_distribution<float>()(rng); }
+
+/* A dense tensor of its own, the last dimensions inner. */
+struct Array {
+    std::vector<unsigned char> bytes;
+    attn_sampler_tensor tensor{};
+
+    Array(int dtype, std::vector<int64_t> shape) {
+        static const int sizes[] = {4, 2, 2, 8, 1};
+        int64_t count = 1;
+        tensor.ndim = static_cast<int32_t>(shape.size());
+        tensor.dtype = dtype;
+        for (size_t i = shape.size(); i-- > 0;) {
+            tensor.shape[i] = shape[i];
+            tensor.stride[i] = count;
+            count *= shape[i];
+        }
+        bytes.resize(static_cast<size_t>(count * sizes[dtype]));
+        bytes.shrink_to_fit();
+        tensor.data = bytes.data();
+    }
+    template <typename T>
+    T *data() {
+        return reinterpret_cast<T *>(bytes.data());
+    }
+    template <typename T>
+    size_t size() const {
+        return bytes.size() / sizeof(T);
+    }
+    Array &fill_normal(float spread) {
+        for (size_t i = 0; i < bytes.size() / (tensor.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2); ++i) {
+            const float x = spread * normal();
+            uint32_t bits;
+            memcpy(&bits, &x, 4);
+            if (tensor.dtype == ATTN_SAMPLER_FLOAT32)
+                data<float>()[i] = x;
+            else if (tensor.dtype == ATTN_SAMPLER_BFLOAT16)
+                data<uint16_t>()[i] = static_cast<uint16_t>(bits >> 16);
+            else /* magnitudes from 2^-14 on */
+                data<uint16_t>()[i] =
+                    std::fabs(x) < 1e-4f ? 0
+                                         : static_cast<uint16_t>((bits >> 16 & 0x8000u) |
+                                                                 ((bits & 0x7FFFFFFFu) - (112u << 23)) >> 13);
+        }
+        return *this;
+    }
+    /* Rewraps as a view whose memory is the caller's own copy; a vector moves with its object. */
+    const attn_sampler_tensor *view() {
+        tensor.data = bytes.data();
+        return &tensor;
+    }
+};
+
+void require(attn_sampler_status status) {
+    if (status != ATTN_SAMPLER_OK) {
+        printf("failed: %s\n", attn_sampler_last_error());
+        exit(1);
+    }
+}
+
+/* Calls f(exec) on the CPU, then with CUDA in a workspace of exact size. */
+template <typename Call, typename Workspace>
+void on_both(Call call, Workspace workspace, Array &cpu, Array &cuda) {
+    attn_sampler_exec exec{};
+    exec.num_threads = 1;
+    require(call(cpu, exec));
+    exec.device = ATTN_SAMPLER_CUDA;
+    int64_t bytes = 0;
+    require(workspace(cuda, exec, &bytes));
+    void *memory = nullptr;
+    if (posix_memalign(&memory, 256, static_cast<size_t>(bytes > 0 ? bytes : 1)) != 0)
+        exit(1);
+    memset(memory, 0, static_cast<size_t>(bytes));
+    exec.workspace = memory;
+    exec.workspace_size = bytes;
+    require(call(cuda, exec));
+    free(memory);
+    float largest = 0.0f;
+    for (size_t i = 0; i < cpu.size<float>(); ++i)
+        largest = std::fmax(largest, std::fabs(cpu.data<float>()[i]));
+    for (size_t i = 0; i < cpu.size<float>(); ++i)
+        if (!(std::fabs(cpu.data<float>()[i] - cuda.data<float>()[i]) <= 2e-5f * largest)) {
+            printf("element %zu: %g on the CPU, %g with CUDA\n", i, static_cast<double>(cpu.data<float>()[i]),
+                   static_cast<double>(cuda.data<float>()[i]));
+            exit(1);
+        }
+}
+
+void attention_problem(int index) {
+    const int dtype = index % 3;
+    const int64_t batch = pick({1, 2}), kv_heads = pick({1, 2}), heads = kv_heads * pick({1, 3}),
+                  rows = pick({1, 5, 20, 70}), keys = pick({1, 9, 40, 130}),
+                  headdim = pick({16, 24, 33, 64, 136});
+    Array q(dtype, {batch, heads, rows, headdim}), k(dtype, {batch, kv_heads, keys, headdim});
+    q.fill_normal(1.0f);
+    k.fill_normal(1.0f);
+    Array key_mask(ATTN_SAMPLER_BOOL, {batch, keys}), query_mask(ATTN_SAMPLER_BOOL, {batch, rows});
+    for (Array *mask : {&key_mask, &query_mask})
+        for (unsigned char &x : mask->bytes)
+            x = rng() % 4 != 0;
+    const bool masked = rng() % 2 != 0;
+    attn_sampler_attention_params params{};
+    params.softmax_scale = 1.0 / std::sqrt(static_cast<double>(headdim));
+    params.column_start = static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
+    params.column_stop = params.column_start + 1 +
+                         static_cast<int64_t>(rng() % static_cast<unsigned>(keys - params.column_start));
+    params.row_stop = rows;
+    params.query_start = keys - rows + pick({-2, 0, 3});
+    params.causal = rng() % 2 != 0;
+    params.softmax_scope = rng() % 4 == 0;
+    params.diagonal = rng() % 3 != 0;
+    params.reduction = static_cast<int32_t>(rng() % 3);
+    params.per_head = rng() % 2 != 0;
+    const int64_t columns = params.column_stop - params.column_start;
+    auto run = [&](auto call, auto workspace, std::vector<int64_t> shape) {
+        Array cpu(ATTN_SAMPLER_FLOAT32, shape), cuda(ATTN_SAMPLER_FLOAT32, shape);
+        auto with = [&](auto function, Array &out, const attn_sampler_exec &exec, auto... more) {
+            return function(q.view(), k.view(), nullptr, masked ? key_mask.view() : nullptr,
+                            masked ? query_mask.view() : nullptr, &params, out.view(), &exec, more...);
+        };
+        on_both([&](Array &out, const attn_sampler_exec &exec) { return with(call, out, exec); },
+                [&](Array &out, const attn_sampler_exec &exec, int64_t *bytes) {
+                    return with(workspace, out, exec, bytes);
+                },
+                cpu, cuda);
+    };
+    if (index % 2 == 0)
+        run(attn_sampler_column_scores, attn_sampler_column_scores_workspace,
+            params.per_head ? std::vector<int64_t>{batch, heads, columns}
+                            : std::vector<int64_t>{batch, columns});
+    else
+        run(attn_sampler_attention_map, attn_sampler_attention_map_workspace,
+            params.per_head ? std::vector<int64_t>{batch, heads, rows, columns}
+                            : std::vector<int64_t>{batch, rows, columns});
+}
+
+void confidence_problem(int index) {
+    const int64_t batch = 2, positions = pick({1, 3}), vocab = pick({2, 31, 1000, 5003});
+    Array logits(index % 3, {batch, positions, vocab});
+    logits.fill_normal(2.0f);
+    attn_sampler_confidence_params params{};
+    params.metric = static_cast<int32_t>(rng() % 3);
+    params.temperature = pick({0, 1});
+    params.seed = rng();
+    params.exclude_token_id = static_cast<int64_t>(rng() % static_cast<unsigned>(vocab + 1)) - 1;
+    Array ids(ATTN_SAMPLER_INT64, {batch, positions}), other(ATTN_SAMPLER_INT64, {batch, positions});
+    Array cpu(ATTN_SAMPLER_FLOAT32, {batch, positions}), cuda(ATTN_SAMPLER_FLOAT32, {batch, positions});
+    on_both(
+        [&](Array &out, const attn_sampler_exec &exec) {
+            Array &tokens = exec.device == ATTN_SAMPLER_CPU ? ids : other;
+            return attn_sampler_token_confidence(logits.view(), nullptr, &params, tokens.view(), out.view(),
+                                                 &exec);
+        },
+        [&](Array &out, const attn_sampler_exec &exec, int64_t *bytes) {
+            return attn_sampler_token_confidence_workspace(logits.view(), nullptr, &params, other.view(),
+                                                           out.view(), &exec, bytes);
+        },
+        cpu, cuda);
+    if (ids.bytes != other.bytes) {
+        printf("different tokens\n");
+        exit(1);
+    }
+}
+
+void two_barriers(int) {
+    if (threadIdx.x < 40)
+        __syncthreads();
+    else
+        __syncthreads();
+}
+void missing_threads(int) {
+    if (threadIdx.x < 64)
+        __syncthreads();
+}
+void missing_lanes(int) {
+    if (threadIdx.x % 32 < 31)
+        __shfl_xor_sync(0xFFFFFFFFu, 1, 1);
+}
+/* Where a sanitizer would stop the program, the write goes unseen by it and is found afterwards. */
+#if defined(__SANITIZE_ADDRESS__)
+__attribute__((no_sanitize("address")))
+#endif
+void stray_write(int) {
+    cuda_host::shared_memory()[1024 + threadIdx.x % 8] = 1;
+}
+
+void must_fail(void (*kernel)(int)) {
+    int argument = 0;
+    void *arguments[] = {&argument};
+    if (cudaLaunchKernel(kernel, dim3(1), dim3(128), arguments, 1024, nullptr) == cudaSuccess) {
+        printf("a broken kernel passed\n");
+        exit(1);
+    }
+    printf("reported: %s\n", cudaGetErrorString(cudaErrorLaunchFailure));
+}
+
+} // namespace
+
+int main() {
+    for (int i = 0; i < 90; ++i) {
+        cuda_host_shuffle(static_cast<uint64_t>(i));
+        attention_problem(i);
+        confidence_problem(i);
+    }
+    for (void (*kernel)(int) : {two_barriers, missing_threads, missing_lanes, stray_write})
+        must_fail(kernel);
+    printf("all agree\n");
+    return 0;
+}
