@@ -87,16 +87,17 @@ __device__ inline bool row_counts(const AttentionArgs &a, int b, int m) {
            a.row_tokens[b * a.row_tokens_stride[0] + row * a.row_tokens_stride[1]] == a.mask_token_id;
 }
 
-/* A row that counts, or one whose address is null. */
+/* A row that counts, or one whose address is null. Nothing here waits for its log-sum-exp, so that its
+ * elements are asked for at the same time. */
 template <typename T>
 struct Row {
     const T *q;
-    float lse_high, lse_low; /* base 2 */
-    int32_t position;        /* counted from the tile's first key, bounded so that it fits */
+    float2 lse;       /* as it is in memory: one number, or a sum of two */
+    int32_t position; /* counted from the tile's first key, bounded so that it fits */
 
     __device__ void clear() {
         q = nullptr;
-        lse_high = lse_low = 0.0f;
+        lse = make_float2(0.0f, 0.0f);
         position = -1;
     }
 
@@ -113,26 +114,24 @@ struct Row {
         if (a.causal && position < 0)
             return;
         const int64_t row = static_cast<int64_t>(a.row_start) + m;
-        if (with_lse) {
-            if (a.computed_lse != nullptr) {
-                const float2 lse =
-                    a.computed_lse[((static_cast<int64_t>(layer) * a.batch + b) * a.heads + head) * a.rows +
-                                   m];
-                lse_high = lse.x;
-                lse_low = lse.y;
-            } else {
-                const float lse =
-                    a.lse[layer][b * a.lse_stride[0] + head * a.lse_stride[1] + row * a.lse_stride[2]];
-                /* lse * log2(e) in two parts, as exact as a product of doubles. */
-                lse_high = a.lse_is_base2 ? lse : lse * kLog2e;
-                if (!a.lse_is_base2 && is_finite(lse_high))
-                    lse_low = fmaf(lse, 0x1.4ae0cp-26f, fmaf(lse, kLog2e, -lse_high));
-            }
-            if (lse_high + lse_low == -infinity())
-                return;
-        }
         q = static_cast<const T *>(a.q[layer]) + b * a.q_stride[0] + head * a.q_stride[1] +
             row * a.q_stride[2];
+        if (!with_lse)
+            return;
+        if (a.computed_lse != nullptr)
+            lse = a.computed_lse[((static_cast<int64_t>(layer) * a.batch + b) * a.heads + head) * a.rows + m];
+        else
+            lse.x = a.lse[layer][b * a.lse_stride[0] + head * a.lse_stride[1] + row * a.lse_stride[2]];
+    }
+
+    /* The log-sum-exp in base 2, in two parts. */
+    __device__ float2 base2_lse(const AttentionArgs &a) const {
+        if (a.computed_lse != nullptr || a.lse_is_base2)
+            return lse;
+        const float high = lse.x * kLog2e;
+        /* What the product lost, and what log2(e) has beyond float32. */
+        const float low = fmaf(lse.x, 0x1.4ae0cp-26f, fmaf(lse.x, kLog2e, -high));
+        return make_float2(high, is_finite(high) ? low : 0.0f);
     }
 };
 
@@ -193,17 +192,23 @@ class WarpTile {
     __device__ void weigh(const AttentionArgs &a, uint32_t seen, float (&x)[kTiles][4]) const {
         const int t = threadIdx.x % 4;
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j)
+        for (int r = 0; r < 2; ++r) {
+            const float2 lse = row[r].base2_lse(a);
+            /* A row that saw nothing has no weight, whatever else it holds. */
+            const bool counts = row[r].q != nullptr && lse.x + lse.y != -infinity();
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const Row<T> &r = row[i / 2];
-                const int column = 8 * j + 2 * t + i % 2;
-                const bool visible = r.q != nullptr && (seen >> (2 * j + i % 2) & 1) != 0 &&
-                                     (!a.causal || column <= r.position) &&
-                                     (a.diagonal || column != r.position);
-                const float exponent = fmaf(x[j][i], a.scale, -r.lse_high) - r.lse_low;
-                x[j][i] = visible ? exp2_fast(exponent) : 0.0f;
-            }
+            for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float &weight = x[j][2 * r + i];
+                    const int column = 8 * j + 2 * t + i;
+                    const bool visible = counts && (seen >> (2 * j + i) & 1) != 0 &&
+                                         (!a.causal || column <= row[r].position) &&
+                                         (a.diagonal || column != row[r].position);
+                    const float exponent = fmaf(weight, a.scale, -lse.x) - lse.y;
+                    weight = visible ? exp2_fast(exponent) : 0.0f;
+                }
+        }
     }
 
   private:

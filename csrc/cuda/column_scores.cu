@@ -260,10 +260,10 @@ void plan_scores(ScoreArgs &s, const AttentionProblem &p, Launcher &launcher) {
         throw Error(ATTN_SAMPLER_UNSUPPORTED, "q: too many rows for one launch");
     s.steps = static_cast<int32_t>(steps);
     const int64_t outputs = static_cast<int64_t>(a.batch) * s.tiles * s.bins;
-    /* The maxima of heads are added up: one block for each. */
-    s.members = s.bins > 1 && !s.per_head
-                    ? 1
-                    : static_cast<int32_t>(clamp(launcher.target_blocks() / outputs, 1, s.steps));
+    /* As few blocks as finish together. The maxima of heads are added up: one block for each. */
+    const int64_t most =
+        s.bins > 1 && !s.per_head ? 1 : clamp(launcher.target_blocks() / outputs, 1, s.steps);
+    s.members = static_cast<int32_t>(ceil_div(s.steps, ceil_div(s.steps, most)));
     const int64_t groups = s.per_head ? outputs : static_cast<int64_t>(a.batch) * s.tiles;
     if (outputs * s.members > groups) {
         s.partial = launcher.take<float>(outputs * s.members * columns);
