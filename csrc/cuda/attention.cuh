@@ -60,16 +60,14 @@ __device__ inline uint32_t bits(T x) {
     return x.bits;
 }
 
-/* Elements d ... of a row, zeros beyond its end. */
+/* Elements d ... of a row that may start anywhere, zeros beyond its end. */
 template <typename T>
-__device__ inline uint4 load_vector(const T *row, int d, const AttentionArgs &a) {
-    if (a.aligned)
-        return d < a.headdim ? load_streaming(row + d) : uint4{0, 0, 0, 0};
+__device__ inline uint4 load_unaligned(const T *row, int d, int headdim) {
     constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
     uint32_t word[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i)
-        if (d + i < a.headdim)
+        if (d + i < headdim)
             word[i / kPerWord] |= bits(row[d + i]) << (16 * (i % kPerWord));
     return uint4{word[0], word[1], word[2], word[3]};
 }
@@ -141,15 +139,20 @@ template <typename T, int kColumns>
 __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int kv_head, int64_t first,
                                  int count, uint4 *keys) {
     const T *const base = static_cast<const T *>(a.k[layer]) + b * a.k_stride[0] + kv_head * a.k_stride[1];
-    const int vectors = chunks<T>(a) * kColumns * 4;
-    for (int v = threadIdx.x; v < vectors; v += kThreads) {
-        const int column = v / 4 % kColumns, d = (v / (4 * kColumns) * 4 + v % 4) * kVector<T>;
+    constexpr int kAtOnce = kColumns < kThreads / 4 ? kColumns : kThreads / 4;
+    const int n_chunks = chunks<T>(a), lane = threadIdx.x % 4, first_chunk = threadIdx.x / (4 * kAtOnce);
+    for (int column = threadIdx.x / 4 % kAtOnce; column < kColumns; column += kAtOnce) {
         const bool counts = column < count && key_counts(a, b, first + column);
         const T *const row = counts ? base + (first + column) * a.k_stride[2] : base;
-        if (a.aligned)
-            copy_async(keys + v, counts && d < a.headdim ? row + d : base, counts && d < a.headdim);
-        else
-            keys[v] = counts ? load_vector(row, d, a) : uint4{0, 0, 0, 0};
+        for (int chunk = first_chunk; chunk < n_chunks; chunk += kThreads / (4 * kAtOnce)) {
+            const int d = chunk * kChunk<T> + lane * kVector<T>;
+            const bool valid = counts && d < a.headdim;
+            uint4 *const to = keys + (chunk * kColumns + column) * 4 + lane;
+            if (a.aligned)
+                copy_async(to, valid ? row + d : base, valid);
+            else
+                *to = valid ? load_unaligned(row, d, a.headdim) : uint4{0, 0, 0, 0};
+        }
     }
     copy_commit();
 }
@@ -190,23 +193,23 @@ class WarpTile {
     /* Turns logits into weights: exactly 0 where a row does not see a column or drops it. Bit 2 j + i of
      * `seen` says that column 8 j + 2 t + i exists and is not masked. */
     __device__ void weigh(const AttentionArgs &a, uint32_t seen, float (&x)[kTiles][4]) const {
-        const int t = threadIdx.x % 4;
+        const int first = 2 * (threadIdx.x % 4); /* column of this lane */
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float2 lse = row[r].base2_lse(a);
             /* A row that saw nothing has no weight, whatever else it holds. */
             const bool counts = row[r].q != nullptr && lse.x + lse.y != -infinity();
+            const int last_seen = !counts ? -1 : (a.causal ? row[r].position : 8 * kTiles) - first;
+            const int dropped = (a.diagonal ? -1 : row[r].position) - first;
 #pragma unroll
             for (int j = 0; j < kTiles; ++j)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    float &weight = x[j][2 * r + i];
-                    const int column = 8 * j + 2 * t + i;
-                    const bool visible = counts && (seen >> (2 * j + i) & 1) != 0 &&
-                                         (!a.causal || column <= row[r].position) &&
-                                         (a.diagonal || column != row[r].position);
-                    const float exponent = fmaf(weight, a.scale, -lse.x) - lse.y;
-                    weight = visible ? exp2_fast(exponent) : 0.0f;
+                    const float weight = exp2_fast(fmaf(x[j][2 * r + i], a.scale, -lse.x) - lse.y);
+                    const int column = 8 * j + i; /* from the lane's first */
+                    const bool visible =
+                        (seen >> (2 * j + i) & 1) != 0 & column <= last_seen & column != dropped;
+                    x[j][2 * r + i] = visible ? weight : 0.0f;
                 }
         }
     }
@@ -218,15 +221,26 @@ class WarpTile {
     int slice_;
 
     __device__ void load_slice(const AttentionArgs &a, int first) {
-        const int t = threadIdx.x % 4;
+        const int d = (first * 4 + static_cast<int>(threadIdx.x) % 4) * kVector<T>;
+        if (a.aligned) {
 #pragma unroll
-        for (int c = 0; c < kSliceChunks; ++c)
+            for (int c = 0; c < kSliceChunks; ++c)
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                q_[c][r] = uint4{0, 0, 0, 0};
-                if (row[r].q != nullptr)
-                    q_[c][r] = load_vector(row[r].q, ((first + c) * 4 + t) * kVector<T>, a);
-            }
+                for (int r = 0; r < 2; ++r) {
+                    q_[c][r] = uint4{0, 0, 0, 0};
+                    if (row[r].q != nullptr && d + c * kChunk<T> < a.headdim)
+                        q_[c][r] = load_streaming(row[r].q + d + c * kChunk<T>);
+                }
+        } else {
+#pragma unroll
+            for (int c = 0; c < kSliceChunks; ++c)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    q_[c][r] = uint4{0, 0, 0, 0};
+                    if (row[r].q != nullptr)
+                        q_[c][r] = load_unaligned(row[r].q, d + c * kChunk<T>, a.headdim);
+                }
+        }
         slice_ = first;
     }
 

@@ -34,11 +34,8 @@ __device__ inline float max_or_nan(float a, float b) { return a > b || a != a ? 
 __device__ inline bool last_to_arrive(uint32_t *counter, uint32_t expected) {
     Shared *const shared = reinterpret_cast<Shared *>(dynamic_shared());
     __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        shared->is_last = atomicInc(counter, expected - 1) == expected - 1;
-        __threadfence();
-    }
+    if (threadIdx.x == 0)
+        shared->is_last = take_ticket(counter, expected - 1) == expected - 1;
     __syncthreads();
     return shared->is_last;
 }

@@ -36,6 +36,18 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 
+/* Adds one to a counter and returns what it was; at `limit` it starts again from 0. What this block wrote
+ * before a barrier is visible to whoever sees the new count, and what others wrote before theirs to this
+ * block after a barrier. */
+__device__ inline uint32_t take_ticket(uint32_t *counter, uint32_t limit) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(counter), "r"(limit)
+                 : "memory");
+    return old;
+}
+
 /* 16 bytes that this kernel reads once. */
 __device__ inline uint4 load_streaming(const void *p) {
     uint4 v;

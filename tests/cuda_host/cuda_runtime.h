@@ -78,12 +78,6 @@ inline int __any_sync(unsigned, int vote, CUDA_HOST_CALLER) {
         any |= votes[i] != 0;
     return any;
 }
-inline void __threadfence() {}
-inline uint32_t atomicInc(uint32_t *address, uint32_t limit) {
-    const uint32_t old = *address;
-    *address = old >= limit ? 0 : old + 1;
-    return old;
-}
 template <typename T>
 T __ldcg(const T *p) {
     return *p;

@@ -30,6 +30,12 @@ inline float exp2_fast(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
+inline uint32_t take_ticket(uint32_t *counter, uint32_t limit) {
+    const uint32_t old = *counter;
+    *counter = old >= limit ? 0 : old + 1;
+    return old;
+}
+
 /* Aligned, as the sanitizer checks. */
 inline uint4 load_streaming(const void *p) { return *static_cast<const uint4 *>(p); }
 
