@@ -208,7 +208,7 @@ class WarpTile {
                     const float weight = exp2_fast(fmaf(x[j][2 * r + i], a.scale, -lse.x) - lse.y);
                     const int column = 8 * j + i; /* from the lane's first */
                     const bool visible =
-                        (seen >> (2 * j + i) & 1) != 0 & column <= last_seen & column != dropped;
+                        ((seen >> (2 * j + i) & 1) != 0) & (column <= last_seen) & (column != dropped);
                     x[j][2 * r + i] = visible ? weight : 0.0f;
                 }
         }
