@@ -57,7 +57,7 @@ def _run(function: Callable[..., int], like: Tensor, *arguments: Any) -> None:
         return
     index = like.device.index
     stream = torch.cuda.current_stream(index).cuda_stream
-    # A captured graph outlives this call, and may be replayed beside others: it gets memory of its own, from its pool.
+    # A captured graph outlives this call and may be replayed beside others: it has memory of its own.
     capturing = torch.cuda.is_current_stream_capturing()
     workspace = None if capturing else _workspaces.get((index, stream))
     address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())

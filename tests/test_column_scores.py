@@ -58,6 +58,18 @@ def test_sizes_and_groups(backend, device, n_rows, n_keys):
         judge("column_scores", backend, AttentionProblem(q, k).to(device), reduction=reduction, causal=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_keys(backend, device, dtype, causal):
+    """More of them than any kernel holds at a time."""
+    q, k = normal(0, 1, 2, 70, 32, dtype=dtype), normal(1, 1, 1, 1500, 32, dtype=dtype)
+    judge(
+        "column_scores",
+        backend,
+        AttentionProblem(q, k, {"columns": slice(1300, 1500), "causal": causal}).to(device),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "n_rows", "n_keys", "count", "headdim"),

@@ -1,7 +1,7 @@
 """The CUDA kernels' own sources, compiled as C++ and run on the CPU, one fiber a thread (tests/cuda_host).
 
-The suite that judges every backend judges them too, in shuffled orders of blocks and threads; a program built with the
-sanitizers runs them on buffers of exact size, and shows that the host run-time reports what it should.
+The suite that judges every backend judges them too, in shuffled orders of blocks and threads. A program built
+with the sanitizers runs them on buffers of exact size, and shows that the host run-time reports what it should.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def test_a_small_workspace_runs_nothing(extension: Path) -> None:
     assert step.run((CUDA, 1, 0, 0, workspace.data_ptr(), needed - 1)) == needed
     assert step.host.cuda_host_launches() == before
     assert torch.equal(step.tokens, step.start)
-    with pytest.raises(ValueError, match="exec.workspace: expected an address aligned to 256 bytes"):
+    with pytest.raises(ValueError, match="workspace: expected an address aligned to 256 bytes"):
         step.run((CUDA, 1, 0, 0, workspace.data_ptr() + 16, needed))
 
 

@@ -29,6 +29,7 @@ constexpr size_t kStack = 128 * 1024;
 constexpr size_t kGuard = 128;            /* bytes before and after the shared memory */
 constexpr int kLargestShared = 99 * 1024; /* of a block, on the smallest device served (sm_120) */
 constexpr int kWithoutAsking = 48 * 1024;
+constexpr unsigned kResident = 3;                             /* blocks that run at the same time */
 constexpr unsigned char kGuardByte = 0xA5, kUnwritten = 0xFF; /* floats of the latter are NaN */
 
 /* Where a set of threads waits for the last of them. */
@@ -77,20 +78,28 @@ struct Block {
     Meeting barrier;
     bool votes[2] = {};
     unsigned char *shared = nullptr;
-    void (*call)(AnyKernel, void *) = nullptr;
-    AnyKernel kernel = nullptr;
-    void *argument = nullptr;
-    Place scheduler;
-    const void *scheduler_stack = nullptr;
-    size_t scheduler_stack_size = 0;
-    char failure[256] = "";
+    unsigned index = 0;
+    size_t running = 0; /* threads that have not ended */
+    std::vector<Thread *> order;
+};
+
+struct Launch {
+    void (*call)(AnyKernel, void *);
+    AnyKernel kernel;
+    void *argument;
+    size_t shared_bytes;
+    char failure[256];
 };
 
 std::mutex mutex; /* one launch at a time */
+Launch *current = nullptr;
 Block *block = nullptr;
 Thread *thread = nullptr;
+Place scheduler;
+const void *scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
 std::map<AnyKernel, int> shared_limit;
-std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of a block's threads, kept */
+std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of the resident blocks' threads, kept */
 std::string last_failure;
 int device = 0, processors = 2, launches = 0, launch_device = -1;
 std::mt19937_64 random_order(0);
@@ -115,14 +124,14 @@ __attribute__((noinline)) void leave(Place &from, Place &to, const void *, size_
 #endif
 
 void enter_scheduler(bool forever) {
-    leave(thread->place, block->scheduler, block->scheduler_stack, block->scheduler_stack_size, forever);
+    leave(thread->place, scheduler, scheduler_stack, scheduler_stack_size, forever);
 }
 
 void fiber() {
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_size);
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
-    block->call(block->kernel, block->argument);
+    current->call(current->kernel, current->argument);
     thread->done = true;
     enter_scheduler(true);
 }
@@ -130,7 +139,7 @@ void fiber() {
 void enter_fiber(Thread &t) {
     thread = &t;
     thread_index.x = t.index;
-    leave(block->scheduler, t.place, t.stack, kStack, false);
+    leave(scheduler, t.place, t.stack, kStack, false);
 }
 
 const char *file_name(const char *path) {
@@ -140,10 +149,10 @@ const char *file_name(const char *path) {
 
 /* A failed block's threads are left where they are, so nothing on their stacks may own memory. */
 void fail(const char *format, ...) {
-    if (block->failure[0] == '\0') {
+    if (current->failure[0] == '\0') {
         va_list arguments;
         va_start(arguments, format);
-        vsnprintf(block->failure, sizeof(block->failure), format, arguments);
+        vsnprintf(current->failure, sizeof(current->failure), format, arguments);
         va_end(arguments);
     }
     enter_scheduler(false);
@@ -178,29 +187,32 @@ void describe_deadlock() {
         if (!t.done && waiting == nullptr)
             waiting = &t;
     }
-    snprintf(block->failure, sizeof(block->failure),
+    snprintf(current->failure, sizeof(current->failure),
              "thread %u waits at %s:%d for threads that never come (%zu of %zu have ended)", waiting->index,
              file_name(waiting->waits_for->file), waiting->waits_for->line, ended, block->threads.size());
 }
 
-void run_block(size_t shared_bytes) {
+bool failed() { return current->failure[0] != '\0'; }
+
+void begin_block(Block &b, unsigned index) {
+    const size_t shared_bytes = current->shared_bytes;
     unsigned char *const memory =
         static_cast<unsigned char *>(std::aligned_alloc(128, (shared_bytes + 2 * kGuard + 127) / 128 * 128));
-    unsigned char *const shared = memory + kGuard;
+    b.shared = memory + kGuard;
     memset(memory, kGuardByte, kGuard);
-    memset(shared, kUnwritten, shared_bytes);
-    memset(shared + shared_bytes, kGuardByte, kGuard);
+    memset(b.shared, kUnwritten, shared_bytes);
+    memset(b.shared + shared_bytes, kGuardByte, kGuard);
 #if defined(__SANITIZE_ADDRESS__)
     __asan_poison_memory_region(memory, kGuard);
-    __asan_poison_memory_region(shared + shared_bytes, kGuard);
+    __asan_poison_memory_region(b.shared + shared_bytes, kGuard);
 #endif
-    block->shared = shared;
-    block->barrier = Meeting{};
-    block->scheduler.entered = true;
-    for (Warp &w : block->warps)
+    b.index = index;
+    b.running = b.threads.size();
+    b.barrier = Meeting{};
+    for (Warp &w : b.warps)
         w.meeting = Meeting{};
-    std::vector<Thread *> order;
-    for (Thread &t : block->threads) {
+    b.order.clear();
+    for (Thread &t : b.threads) {
         t.warp_turn = t.block_turn = 0;
         t.waits_for = nullptr;
         t.done = false;
@@ -213,34 +225,40 @@ void run_block(size_t shared_bytes) {
         context.uc_link = nullptr;
         makecontext(&context, fiber, 0);
         t.place.entered = false;
-        order.push_back(&t);
+        b.order.push_back(&t);
     }
-    std::shuffle(order.begin(), order.end(), random_order);
-    for (size_t left = order.size(); left > 0 && block->failure[0] == '\0';) {
-        bool progress = false;
-        for (Thread *t : order) {
-            if (t->done || is_waiting(*t))
-                continue;
-            progress = true;
-            enter_fiber(*t);
-            left -= t->done;
-            if (block->failure[0] != '\0')
-                break;
-        }
-        if (!progress)
-            describe_deadlock();
+    std::shuffle(b.order.begin(), b.order.end(), random_order);
+}
+
+/* Runs those threads of some of its warps that do not wait, each until it does. */
+bool run_warps(Block &b, uint64_t warps) {
+    bool progress = false;
+    for (Thread *t : b.order) {
+        if (t->done || is_waiting(*t) || (warps >> (t->index / 32) & 1) == 0)
+            continue;
+        progress = true;
+        enter_fiber(*t);
+        b.running -= t->done;
+        if (failed())
+            break;
     }
+    return progress;
+}
+
+void end_block(Block &b) {
+    unsigned char *const before = b.shared - kGuard, *const after = b.shared + current->shared_bytes;
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(memory, kGuard);
-    __asan_unpoison_memory_region(shared + shared_bytes, kGuard);
+    __asan_unpoison_memory_region(before, kGuard);
+    __asan_unpoison_memory_region(after, kGuard);
 #endif
     auto untouched = [](const unsigned char *guard) {
         return std::all_of(guard, guard + kGuard, [](unsigned char byte) { return byte == kGuardByte; });
     };
-    if (block->failure[0] == '\0' && !(untouched(memory) && untouched(shared + shared_bytes)))
-        snprintf(block->failure, sizeof(block->failure), "a write beyond the %zu bytes of shared memory",
-                 shared_bytes);
-    std::free(memory);
+    if (!failed() && !(untouched(before) && untouched(after)))
+        snprintf(current->failure, sizeof(current->failure), "a write beyond the %zu bytes of shared memory",
+                 current->shared_bytes);
+    std::free(before);
+    b.shared = nullptr;
 }
 
 } // namespace
@@ -265,8 +283,14 @@ const void *meet_warp(const void *value, size_t size, const char *file, int line
     return slot;
 }
 
+void arrive(const Copy &copy) { *copy.to = copy.from != nullptr ? *copy.from : uint4{0, 0, 0, 0}; }
+
 void copy_later(uint4 *to, const void *from) {
-    thread->copies.push_back({to, static_cast<const uint4 *>(from), thread->open_group});
+    const Copy copy = {to, static_cast<const uint4 *>(from), thread->open_group};
+    if (random_order() % 2 == 0)
+        arrive(copy);
+    else
+        thread->copies.push_back(copy);
 }
 
 void close_copy_group() { ++thread->open_group; }
@@ -275,7 +299,7 @@ void await_copies(int pending_groups) {
     std::vector<Copy> &copies = thread->copies;
     size_t n = 0;
     for (; n < copies.size() && copies[n].group < thread->open_group - pending_groups; ++n)
-        *copies[n].to = copies[n].from != nullptr ? *copies[n].from : uint4{0, 0, 0, 0};
+        arrive(copies[n]);
     copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(n));
 }
 
@@ -299,33 +323,52 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
     }
     ++launches;
     launch_device = device;
-    Block fresh;
-    fresh.threads.resize(threads);
-    fresh.warps.resize(threads / 32);
-    for (unsigned i = 0; i < threads; ++i) {
-        fresh.threads[i].index = i;
-        fresh.threads[i].warp = &fresh.warps[i / 32];
-        if (stacks.size() <= i)
-            stacks.emplace_back(new unsigned char[kStack]);
-        fresh.threads[i].stack = stacks[i].get();
-    }
-    fresh.call = call;
-    fresh.kernel = kernel;
-    fresh.argument = argument;
-    block = &fresh;
+    Launch fresh = {call, kernel, argument, shared_bytes, ""};
+    current = &fresh;
+    scheduler.entered = true;
     std::vector<unsigned> order(blocks);
     for (unsigned i = 0; i < blocks; ++i)
         order[i] = i;
     std::shuffle(order.begin(), order.end(), random_order);
-    for (const unsigned index : order) {
-        block_index.x = index;
-        run_block(shared_bytes);
-        if (fresh.failure[0] != '\0') {
-            last_failure = "block " + std::to_string(index) + ": " + fresh.failure;
-            break;
+    std::vector<Block> resident(std::min(blocks, kResident));
+    for (size_t r = 0; r < resident.size(); ++r) {
+        resident[r].threads.resize(threads);
+        resident[r].warps.resize(threads / 32);
+        for (unsigned i = 0; i < threads; ++i) {
+            Thread &t = resident[r].threads[i];
+            t.index = i;
+            t.warp = &resident[r].warps[i / 32];
+            if (stacks.size() <= r * threads + i)
+                stacks.emplace_back(new unsigned char[kStack]);
+            t.stack = stacks[r * threads + i].get();
         }
     }
-    block = nullptr;
+    size_t next = 0;
+    std::vector<Block *> running;
+    for (Block &b : resident) {
+        begin_block(b, order[next++]);
+        running.push_back(&b);
+    }
+    while (!running.empty() && !failed()) {
+        const auto turn = running.begin() + static_cast<std::ptrdiff_t>(random_order() % running.size());
+        block = *turn;
+        block_index.x = block->index;
+        if (!run_warps(*block, random_order()) && !run_warps(*block, ~uint64_t{0}))
+            describe_deadlock();
+        if (block->running > 0 || failed())
+            continue;
+        end_block(*block);
+        if (next < order.size())
+            begin_block(*block, order[next++]);
+        else
+            running.erase(turn);
+    }
+    if (failed())
+        last_failure = "block " + std::to_string(block->index) + ": " + fresh.failure;
+    for (Block &b : resident)
+        if (b.shared != nullptr)
+            end_block(b);
+    current = nullptr;
     return fresh.failure[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

@@ -1,10 +1,10 @@
 /* For tests: enough of the CUDA runtime and language to compile csrc/cuda as C++ and run it on the CPU.
  *
  * A block's threads are fibers. One runs until it meets others, at a barrier or in a warp-wide operation;
- * blocks run one after the other. The order of both is shuffled. What a GPU would answer with wrong results
- * or a hang is an error here: threads that wait at different barriers, a barrier that not all threads reach,
- * a warp-wide operation that not all lanes reach, a write beyond the launch's shared memory, more shared
- * memory than a device has or was asked for.
+ * warps, and a few resident blocks, take turns at random. What a GPU would answer with wrong results or a
+ * hang is an error here: threads that wait at different barriers, a barrier that not all threads reach, a
+ * warp-wide operation that not all lanes reach, a write beyond the launch's shared memory, more shared memory
+ * than a device has or was asked for.
  */
 #ifndef ATTN_SAMPLER_TESTS_CUDA_RUNTIME_H_
 #define ATTN_SAMPLER_TESTS_CUDA_RUNTIME_H_
@@ -50,8 +50,8 @@ const T *meet_warp(const T &value, const char *file, int line) {
     return static_cast<const T *>(meet_warp(&value, sizeof(T), file, line));
 }
 
-/* Asynchronous copies of 16 bytes (zeros where `from` is null) that arrive no earlier than they are waited
- * for. */
+/* Asynchronous copies of 16 bytes (zeros where `from` is null). They arrive at once or when they are waited
+ * for, at random. */
 void copy_later(uint4 *to, const void *from);
 void close_copy_group();
 void await_copies(int pending_groups);

@@ -1,4 +1,4 @@
-"""pytest plugin: the suite's "cpu" backend is the CUDA kernels, run on the CPU by the extension at --cuda-host.
+"""pytest plugin: the suite's "cpu" backend is the CUDA kernels, run by the extension at --cuda-host.
 
     pytest -p cuda_host.plugin --cuda-host build/_C.so --backend cpu tests/test_column_scores.py
 
