@@ -35,10 +35,20 @@ _METRIC = {"probability": 0, "margin": 1, "entropy": 2}
 _POLICY = {"sequential": 0, "parallel": 1}
 _FALLBACK = {"confidence": 0, "score": 1}
 
+_MAX_HEADDIM = 512  # of the CUDA kernels: a tile of keys has to fit the shared memory
+
 
 def cuda_unavailable() -> str | None:
     """Why the extension's CUDA kernels cannot run here; None where they can."""
     return _C.cuda_unavailable() if UNAVAILABLE is None else UNAVAILABLE
+
+
+def cuda_problem(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why the CUDA kernels do not serve ``op`` on these tensors; None where they do."""
+    attention = {"column_scores": tensors, "attention_map": tensors, "decode_step": tensors[1:]}.get(op, ())
+    if any(x.shape[-1] > _MAX_HEADDIM for x in attention):
+        return f"its kernels take head dimensions up to {_MAX_HEADDIM}"
+    return None
 
 
 def cpu_isa() -> str:

@@ -90,7 +90,7 @@ def _problem(backend: str, op: str, tensors: tuple[Tensor, ...]) -> str | None:
             )
     if backend == "triton":
         return importlib.import_module(TRITON_MODULE).problem(op, tensors)
-    return None
+    return _core.cuda_problem(op, tensors) if backend == "cuda" else None
 
 
 def is_backend_supported(op: str, backend: str, *tensors: Tensor) -> Support:

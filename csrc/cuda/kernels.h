@@ -2,24 +2,32 @@
 #ifndef ATTN_SAMPLER_CUDA_KERNELS_H_
 #define ATTN_SAMPLER_CUDA_KERNELS_H_
 
+#include <cstdarg>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
+#include <cstdio>
+#include <exception>
 
 #include "problem.h"
 
 namespace attn_sampler {
 namespace cuda {
 
-/* What a launch can fail with. */
-class Error : public std::runtime_error {
+/* What a launch can fail with; the message is formatted as by printf. */
+class Error : public std::exception {
   public:
-    Error(attn_sampler_status status, const std::string &message)
-        : std::runtime_error(message), status_(status) {}
+    __attribute__((format(printf, 3, 4))) Error(attn_sampler_status status, const char *format, ...)
+        : status_(status) {
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(message_, sizeof(message_), format, arguments);
+        va_end(arguments);
+    }
     attn_sampler_status status() const { return status_; }
+    const char *what() const noexcept override { return message_; }
 
   private:
     attn_sampler_status status_;
+    char message_[384];
 };
 
 /* Why no CUDA device can be used here; null where one can. The answer is found once. */

@@ -14,7 +14,7 @@ void check(cudaError_t status, const char *call) {
     if (status == cudaSuccess)
         return;
     cudaGetLastError(); /* so that no later call is blamed */
-    throw Error(ATTN_SAMPLER_INTERNAL_ERROR, std::string(call) + ": " + cudaGetErrorString(status));
+    throw Error(ATTN_SAMPLER_INTERNAL_ERROR, "%s: %s", call, cudaGetErrorString(status));
 }
 
 int64_t processors(int device) {
@@ -86,18 +86,19 @@ uint32_t *Launcher::counters(int64_t count) {
 
 void Launcher::check_blocks(const char *name, int64_t blocks) {
     if (blocks > INT32_MAX)
-        throw Error(ATTN_SAMPLER_UNSUPPORTED, std::string(name) + ": the problem takes " +
-                                                  std::to_string(blocks) +
-                                                  " blocks, more than one launch may have (2^31 - 1)");
+        throw Error(ATTN_SAMPLER_UNSUPPORTED,
+                    "%s: a launch takes at most 2^31 - 1 blocks, and this would be %lld", name,
+                    static_cast<long long>(blocks));
 }
 
 void Launcher::check_launch(cudaError_t status, const char *name, int64_t blocks, int64_t shared_bytes) {
     if (status == cudaSuccess)
         return;
     cudaGetLastError();
-    throw Error(ATTN_SAMPLER_INTERNAL_ERROR, std::string(name) + "<<<" + std::to_string(blocks) +
-                                                 " blocks, 128 threads, " + std::to_string(shared_bytes) +
-                                                 " bytes of shared memory>>>: " + cudaGetErrorString(status));
+    throw Error(ATTN_SAMPLER_INTERNAL_ERROR,
+                "%s<<<%lld blocks, 128 threads, %lld bytes of shared memory>>>: %s", name,
+                static_cast<long long>(blocks), static_cast<long long>(shared_bytes),
+                cudaGetErrorString(status));
 }
 
 } // namespace cuda

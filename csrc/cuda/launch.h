@@ -82,8 +82,8 @@ int64_t run(const attn_sampler_exec &exec, bool launch, Plan plan) {
     if (launch) {
         if (measure.bytes() > exec.workspace_size)
             throw Error(ATTN_SAMPLER_WORKSPACE_TOO_SMALL,
-                        "exec.workspace: expected at least " + std::to_string(measure.bytes()) +
-                            " bytes, got " + std::to_string(exec.workspace_size));
+                        "exec.workspace: expected at least %lld bytes, got %lld",
+                        static_cast<long long>(measure.bytes()), static_cast<long long>(exec.workspace_size));
         Launcher launcher(exec, true);
         plan(launcher);
     }

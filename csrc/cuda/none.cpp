@@ -5,7 +5,7 @@ namespace attn_sampler {
 namespace cuda {
 namespace {
 
-int64_t refuse() { throw Error(ATTN_SAMPLER_UNSUPPORTED, device_problem()); }
+int64_t refuse() { throw Error(ATTN_SAMPLER_UNSUPPORTED, "%s", device_problem()); }
 
 } // namespace
 

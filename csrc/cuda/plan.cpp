@@ -11,8 +11,8 @@ constexpr int64_t kMinSplitGroups = 256;   /* 2048 tokens: what a block reads of
 
 void check_extent(const char *name, int64_t extent, int64_t limit) {
     if (extent > limit)
-        throw Error(ATTN_SAMPLER_UNSUPPORTED, std::string(name) + ": the CUDA kernels take at most " +
-                                                  std::to_string(limit) + ", got " + std::to_string(extent));
+        throw Error(ATTN_SAMPLER_UNSUPPORTED, "%s: the CUDA kernels take at most %lld, got %lld", name,
+                    static_cast<long long>(limit), static_cast<long long>(extent));
 }
 
 bool equal(const int64_t *a, const int64_t *b, int count) {
