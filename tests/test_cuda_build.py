@@ -73,6 +73,15 @@ def test_the_library_loads_without_a_driver(build: tuple[Path, str]) -> None:
     assert all(name.startswith("attn_sampler_") for name in names), names
 
 
+def test_the_example_runs_or_says_why_not(build: tuple[Path, str]) -> None:
+    result = subprocess.run([str(build[0] / "decode_step_cuda")], capture_output=True, text=True)
+    if result.returncode == 77:
+        assert result.stdout.startswith("skipped: ")
+    else:
+        assert result.returncode == 0, result.stderr
+        assert "CPU and GPU committed the block" in result.stdout
+
+
 @pytest.mark.parametrize("source", ["column_scores", "row_lse", "attention_map", "token_confidence"])
 def test_instructions(tmp_path: Path, source: str) -> None:
     """Tensor cores and asynchronous copies in every kernel that should have them; no atomics on floats."""

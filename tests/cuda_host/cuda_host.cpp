@@ -396,6 +396,24 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char *cudaGetErrorString(cudaError_t) { return cuda_host::last_failure.c_str(); }
+cudaError_t cudaMalloc(void **memory, size_t size) {
+    *memory = std::aligned_alloc(256, (size + 255) / 256 * 256);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind) {
+    memcpy(to, from, size);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreate(cudaStream_t *stream) {
+    *stream = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void *memory) {
+    std::free(memory);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t) {
     memset(memory, value, size);
     return cudaSuccess;
