@@ -131,20 +131,23 @@ def run_demo(
     -------
     list of Run
         Task by task, rule by rule.
+
+    Raises
+    ------
+    BackendUnavailableError
+        The backend asked for by name cannot run here.
     """
     device = torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
     chosen = choose_backend("decode_step", backend, torch.empty(0, device=device))
     threads = torch.get_num_threads()
-    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen}, {threads} CPU threads")
+    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen}, CPU threads: {threads}")
     runs: list[Run] = []
     drawings: list[RenderableType] = []
     for name in tasks:
         task, model = load_task(name), load_model(name).to(device)
         prompt = torch.from_numpy(task.problems(problems, seed=seed)[0])
         options = {"tau": tau, "temperature": temperature, "seed": seed, "layers": layers, "backend": backend}
-        _decode(
-            model, task, prompt[:2], policies[0], options, None
-        )  # the first call of all pays for start-up
+        _decode(model, task, prompt[:2], policies[0], options, None)  # start-up costs stay out of the table
         blanks = int((prompt == task.mask_token_id).sum())
         console.print(f"\n[bold]{name}[/]: {problems} held-out problems, {blanks / problems:.1f} blanks each")
         with _live_view(console if live else None, task, prompt, blanks * len(policies)) as watch:
@@ -153,7 +156,7 @@ def run_demo(
         console.print(drawings[-1], _tabulate(task_runs), sep="\n")
         verdict = _verdict(task_runs)
         if verdict:
-            console.print(verdict)
+            console.print(verdict, soft_wrap=True)
         runs += task_runs
     if svg is not None:
         _save_svg(svg, drawings)
@@ -297,16 +300,14 @@ def _verdict(runs: Sequence[Run]) -> str:
     if not {"attn-sequential", "confidence"} <= by_policy.keys():
         return ""
     attention, confidence = by_policy["attn-sequential"], by_policy["confidence"]
-    line = f"Attention alone (attn-sequential) solves {attention.rate:.1%}, confidence {confidence.rate:.1%}"
+    line = f"attn-sequential solves {attention.rate:.1%}, confidence {confidence.rate:.1%}"
     if attention.interval[1] < confidence.interval[0]:
-        line += ": so small a model attends most to cells that it is unsure of"
+        line += ": attention alone is a weak guide in a model this small"
     return line + "."
 
 
 def _save_svg(path: Path, drawings: Sequence[RenderableType]) -> None:
-    console = Console(
-        record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200
-    )
+    console = Console(record=True, file=io.StringIO(), color_system="truecolor", width=200)
     drawing = Group(*[part for drawing in drawings for part in (drawing, Text())][:-1])
     console.width = Measurement.get(console, console.options, drawing).maximum
     console.print(drawing)

@@ -110,8 +110,8 @@ def generate(
         Which attention counts: the calls by their order; the query rows, ``"all"`` or ``"masked"`` (those
         still masked); ``"sequence"`` or ``"block"``; whether attention to oneself does.
     keep_layers
-        True reduces all layers in one call at the end of the forward pass, where their masks allow it; False
-        each layer in the pass, which needs no memory for them.
+        True reduces all layers in one call at the end of the forward pass, where their masks allow it, and
+        holds their queries until then; False reduces each layer in the pass, which needs no memory for them.
     backend
         As in ``column_scores``.
     progress, trace, on_step
@@ -126,7 +126,7 @@ def generate(
     Raises
     ------
     TypeError, ValueError, BackendUnavailableError
-        Naming the argument, before the model has run; or the model's output, of a wrong shape, dtype or device.
+        Naming the argument, before the model has run; or the model's output, of a wrong shape or dtype.
     RuntimeError
         The logits of a chosen position are undefined (NaN, +inf or all -inf), or the attention scores are NaN
         at every masked position of a sequence.

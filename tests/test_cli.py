@@ -42,9 +42,9 @@ def decode(task_name: str, policy: str, problems: int, seed: int = 0, **options:
 
 
 def commits(trace: DecodeTrace | None) -> list[tuple]:
-    """The commits in a form that compares: without scores, which are NaN where a rule reads none."""
+    """What was decided: without scores, NaN where a rule reads none, and with no last bits to differ."""
     assert trace is not None
-    return [(c.sequence, c.step, c.position, c.token, c.confidence) for c in trace.commits]
+    return [(c.sequence, c.step, c.position, c.token) for c in trace.commits]
 
 
 def table_rows(output: str) -> list[list[str]]:
@@ -137,7 +137,22 @@ def test_demo_prints_every_rule_with_the_numbers_of_its_decoding(capsys: pytest.
             right = task.check(generation.tokens.numpy(), task.problems(4)[0])
             assert solved == f"{right.mean():.1%}"
             assert passes == f"{generation.num_forward_passes.double().mean().item():.1f}"
-    assert output.count("Attention alone (attn-sequential) solves ") == 2
+    for first in (0, len(RULES)):
+        attention, confidence = rows[first + 1][1], rows[first + 2][1]
+        assert f"\nattn-sequential solves {attention}, confidence {confidence}" in output
+
+
+def test_the_verdict_calls_attention_weak_only_where_the_intervals_are_apart(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "attention alone is a weak guide"
+    rules = ["demo", "--task", "sudoku", "--policy", "attn-sequential", "confidence", "--problems"]
+    assert main([*rules, "1"]) == 0
+    assert words not in capsys.readouterr().out
+    assert main([*rules, "40"]) == 0
+    assert words in capsys.readouterr().out
+    assert main(["demo", "--policy", "confidence", "--problems", "1"]) == 0
+    assert "attn-sequential solves" not in capsys.readouterr().out
 
 
 def test_demo_draws_the_answer_above_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +165,7 @@ def test_demo_draws_the_answer_above_the_steps(capsys: pytest.CaptureFixture[str
     grid = [line.split() for line in output.splitlines()]
     at = grid.index(board[0].split())
     assert grid[at : at + 6] == [line.split() for line in board]
-    assert grid[at + 6 : at + 12] == [steps[i : i + 6] for i in range(0, 36, 6)]
+    assert grid[at + 7 : at + 13] == [steps[i : i + 6] for i in range(0, 36, 6)]
     assert "addition" not in output
     assert len(table_rows(output)) == 1
 
@@ -246,6 +261,14 @@ def test_live_view_animates_and_changes_no_result(monkeypatch: pytest.MonkeyPatc
     assert commits(runs[0][0].trace) == commits(runs[1][0].trace)
 
 
+def test_threads_are_used_and_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    for given, used in (([], 1), (["--threads", "2"], 2)):
+        assert main(["demo", "--policy", "confidence", "--problems", "1", *given]) == 0
+        assert f"CPU threads: {used}\n" in capsys.readouterr().out
+        assert torch.get_num_threads() == before
+
+
 def test_no_live_reaches_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr("attn_sampler.demo.run_demo", lambda console, **options: seen.append(options) or [])
@@ -284,6 +307,7 @@ def test_no_live_reaches_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
             "argument --temperature: expected a finite number >= 0, got 'inf'",
         ),
         (["demo", "--seed", "-1"], "argument --seed: expected an integer from 0"),
+        (["demo", "--threads", "0"], "argument --threads: expected an integer from 1 to 1024, got '0'"),
         (["demo", "--layers", "first"], "argument --layers: expected all, last or indices such as 0,1"),
         (["demo", "--layers", "0,4"], "argument --layers: the models have layers 0 to 3, got 4"),
         (["demo", "--layers=-5"], "argument --layers: the models have layers 0 to 3, got -5"),
@@ -327,3 +351,10 @@ def test_command_without_a_terminal_colour_or_unicode() -> None:
     assert "\x1b" not in result.stdout  # neither colours nor cursor moves
     assert result.stdout.isascii()
     assert result.stdout.count("95% interval") == 2
+
+
+def test_collect_env_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "attn_sampler.collect_env", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["attn_sampler"] == __version__

@@ -140,7 +140,7 @@ def test_margin_of_a_sampled_token_can_be_negative(backend, device):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_samples_follow_the_softmax(backend, device, temperature):
-    """A chi-square test of 4096 draws of 7 tokens; one honest seed in a million would exceed the threshold."""
+    """A chi-square test of 4096 draws of 7 tokens; one honest seed in a million exceeds the threshold."""
     row = torch.tensor([0.0, 1.0, -1.0, 0.5, 2.0, -INF, 0.3], device=device)
     seeds = torch.arange(512, device=device) * 7919
     token_ids, _ = token_confidence(

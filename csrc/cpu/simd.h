@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -31,6 +31,7 @@ constexpr int kLanes = 4;
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint64_t VecL __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 
 constexpr float kInf = __builtin_inff();
@@ -73,6 +74,19 @@ inline VecF exp2_vec(VecF x) {
     p = p * f + 1.0f;
     const VecU power = ((VecU)shifted + (127u - 0x4B400000u)) << 23;
     return p * (VecF)power;
+}
+
+/* The 64-bit products of the low halves. */
+inline VecL multiply_low_halves(VecL a, VecL b) {
+#if defined(__AVX512F__)
+    return (VecL)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (VecL)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (VecL)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
 }
 
 inline VecF bf16_to_float(VecH h) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }

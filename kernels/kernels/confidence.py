@@ -16,7 +16,6 @@ A partial of the tokens seen so far, NaN logits counting as -inf except in ``l``
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -210,25 +209,28 @@ def _token_partials_kernel(
             )
             keys = raw * inverse_temperature + _gumbel_noise(row_seed, position, group)
             keys = tl.where(present & (keys == keys), keys, -_INF)
+            tile_key = tl.max(keys, 0)
+            best = key
         else:
             keys = clean
-        tile_key = tl.max(keys, 0)
+            tile_key = tile_m
+            best = m
         tile_token = tl.min(tl.where(present & (keys == tile_key[None, :]), here, _NO_TOKEN), 0)
-        chosen = here == tile_token[None, :]
-        if SAMPLE:
-            tile_x = tl.max(tl.where(chosen, clean, -_INF), 0)
-        else:
-            tile_x = tile_key
         # Tokens are met in ascending order: a tie changes nothing, unless no token had been met.
-        take = (tile_key > key) | (token == _NO_TOKEN)
+        take = (tile_key > best) | (token == _NO_TOKEN)
+        chosen = here == tile_token[None, :]
         if METRIC == "margin":
             tile_other = tl.max(tl.where(chosen, -_INF, clean), 0)
             other = tl.where(take, tl.maximum(tile_other, m), tl.maximum(other, tile_m))
-        key = tl.where(take, tile_key, key)
+        if SAMPLE:
+            key = tl.where(take, tile_key, key)
+            x = tl.where(take, tl.max(tl.where(chosen, clean, -_INF), 0), x)
         token = tl.where(take, tile_token, token)
-        x = tl.where(take, tile_x, x)
         m = new_m
 
+    if not SAMPLE:
+        key = m
+        x = m
     m, l, t, key, token, x, other = _reduce_partials(m, l, t, key, token, x, other, 0)  # noqa: E741
     token = tl.where(token == _NO_TOKEN, token, token + vocab_start)
     p = partials + row.to(tl.int64) * n_splits + split
@@ -288,7 +290,9 @@ def token_partials(
     if vocab_start % 4 != 0:
         raise ValueError(f"vocab_start: expected a multiple of 4, got {vocab_start}")
     batch, positions, vocab = logits.shape
-    parameters = launch.config("token_confidence", str(8 * logits.element_size()), logits.device)
+    parameters = launch.config(
+        "token_confidence", "float32" if logits.element_size() == 4 else "narrow", logits.device
+    )
     tile = parameters.block_m * parameters.block_n
     rows = batch * positions
     tiles = triton.cdiv(vocab, tile)
