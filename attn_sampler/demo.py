@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -52,6 +53,9 @@ RULES = (
 _DRAWN_RULES = 4
 _LIVE_PROBLEMS = 4
 _FRAME_SECONDS = 0.05
+_COLUMNS = """\
+passes: forward passes per answer; tokens/s: committed tokens of the whole batch
+by the time of the model and the sampling step; sampling: the step's share of it."""
 
 
 @dataclasses.dataclass
@@ -153,11 +157,12 @@ def run_demo(
         with _live_view(console if live else None, task, prompt, blanks * len(policies)) as watch:
             task_runs = [_decode(model, task, prompt, rule, options, watch(rule)) for rule in policies]
         drawings.append(_draw_orders(task_runs[:_DRAWN_RULES]))
-        console.print(drawings[-1], _tabulate(task_runs), sep="\n")
+        console.print(drawings[-1], Text(), _tabulate(task_runs), Text(), sep="\n")
         verdict = _verdict(task_runs)
         if verdict:
             console.print(verdict, soft_wrap=True)
         runs += task_runs
+    console.print("\n" + _COLUMNS, style="dim")
     if svg is not None:
         _save_svg(svg, drawings)
     return runs
@@ -175,7 +180,7 @@ def _decode(
     label = policy
     if tau is not None:
         tau = tau if options["tau"] is None else options["tau"]
-        label = f"{policy}, tau {tau:g}"
+        label = f"{policy} tau={tau:g}"
     generation = generate(
         model,
         prompt.to(model.is_mask_token.device),
@@ -275,21 +280,19 @@ def _draw_orders(runs: Sequence[Run]) -> Group:
 
 
 def _tabulate(runs: Sequence[Run]) -> Table:
-    table = Table(
-        caption="tokens/s: of the whole batch, in the model and the sampling step", caption_justify="left"
-    )
-    table.add_column("rule")
-    for heading in ("solved", "95% interval", "passes per answer", "tokens/s", "sampling step"):
-        table.add_column(heading, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # as narrow as 80 columns
+    table.add_column("rule", no_wrap=True)
+    for heading in ("solved", "95% interval", "passes", "tokens/s", "sampling"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         low, high = run.score.interval
         table.add_row(
             run.label,
             f"{run.score.rate:.1%}",
-            f"{low:.1%} to {high:.1%}",
+            f"{100 * low:.1f} to {high:.1%}",
             f"{run.passes:.1f}",
             f"{run.tokens_per_second:,.0f}",
-            f"{run.sampling_share:.0%} of time",
+            f"{run.sampling_share:.0%}",
         )
     return table
 

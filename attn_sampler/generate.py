@@ -138,11 +138,11 @@ def generate(
     checks.integer("block_length", block_length, 1)
     checks.non_negative("temperature", temperature)
     checks.choice("rows", rows, ("all", "masked"))
-    for name, flag in (("logit_shift", logit_shift), ("progress", progress), ("trace", trace)):
+    flags = {"logit_shift": logit_shift, "keep_layers": keep_layers, "progress": progress, "trace": trace}
+    for name, flag in flags.items():
         checks.flag(name, flag)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step: expected a callable, got {type(on_step).__name__}")
-    checks.flag("keep_layers", keep_layers)
     capture = AttentionCapture(
         layers=layers, keep=keep_layers, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
     )

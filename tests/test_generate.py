@@ -572,6 +572,21 @@ def test_a_policy_object_carries_nothing_from_run_to_run() -> None:
     assert runs[0].trace.policy == "EBSampler(gamma=2.0)"
 
 
+def test_the_policy_knows_which_sequence_each_row_is() -> None:
+    class Recorder(LeftToRight):
+        def select(self, state: StepState) -> Tensor:
+            rows.append(state.sequence.tolist())
+            seeds.append(state.seeds.tolist())
+            return super().select(state)
+
+    rows: list[list[int]] = []
+    seeds: list[list[int]] = []
+    tokens = torch.tensor([[MASK, 1, 1, 1], [MASK, MASK, 1, MASK], [MASK, MASK, 1, 1]])
+    decode(ToyModel(), tokens, policy=Recorder())
+    assert rows == [[0, 1, 2], [1, 2], [1]]
+    assert len({seed for step in seeds for seed in step}) == 6  # a fresh stream for each row and step
+
+
 def never(*arguments: Any, **keywords: Any) -> Any:
     raise AssertionError("the model ran")
 

@@ -9,13 +9,12 @@ registers, shared memory and instructions to FOLDER.
 from __future__ import annotations
 
 import functools
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,8 +274,84 @@ def assembly(binary: Any) -> str:
 
 def instructions(text: str) -> dict[str, int]:
     """How many of the instructions that decide speed."""
-    wide = r"ld\.global\S*\.v[48]|cp\.async\.c[ag]\S* \[[^;]*, 0x10|cp\.async\.c[ag]\S* \[[^;]*16|global_load\S*_dwordx4|buffer_load_dwordx4"
+    wide = r"ld\.global\S*\.v[48]|cp\.async\.c[ag]\S* \[[^;]*, (?:0x10|16)|(?:global|buffer)_load\S*_dwordx[24]"
     return {
         "matrix": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma", text)),
         "wide loads": len(re.findall(wide, text)),
     }
+
+
+@functools.cache
+def compiled(name: str, target: str) -> list[Compiled]:
+    return compile_scenario(SCENARIOS[name], target)
+
+
+ATTENTION_KERNELS = ("column_scores_kernel", "_row_lse_kernel", "_attention_map_kernel")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_compiles_without_spills(name: str, target: str) -> None:
+    for kernel, _, binary, _ in compiled(name, target):
+        used = resources(binary)
+        assert used["local"] == 0, f"{kernel}: {used}"
+        assert used["shared"] <= SHARED_LIMIT[target], f"{kernel}: {used}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_products_run_on_the_matrix_units(name: str, target: str) -> None:
+    """Every product of 16-bit tiles; those of 64 rows and more on the wide units of sm90 and sm100."""
+    for kernel, _, binary, dtype in compiled(name, target):
+        products = re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x\w+> \*", binary.asm["ttir"])
+        assert bool(products) == (kernel in ATTENTION_KERNELS)
+        if not products or dtype == "torch.float32":
+            continue
+        wanted = MATRIX_INSTRUCTION[target]
+        if target in ("sm90", "sm100") and int(products[0]) < 64:
+            wanted = "mma.sync"
+        text = assembly(binary)
+        assert text.count(wanted) >= len(products), kernel
+        assert wanted == "mma.sync" or "mma.sync" not in text, kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_large_tensors_are_read_in_vectors(name: str, target: str) -> None:
+    """q, k and logits come 16 bytes at a time (8 at least on gfx942), and no element of them by itself."""
+    for kernel, _, binary, dtype in compiled(name, target):
+        if kernel not in (*ATTENTION_KERNELS, "_token_partials_kernel"):
+            continue
+        text = assembly(binary)
+        assert instructions(text)["wide loads"] >= 2, kernel
+        if dtype == "torch.bfloat16":
+            assert not re.search(r"ld\.global\S*\.[bu]16\b|global_load\S*_(ushort|short)", text), kernel
+
+
+def main(folder: Path) -> None:
+    """Write the table of what every scenario compiles to."""
+    lines = [
+        f"# What the Triton kernels compile to (Triton {triton.__version__})",
+        "",
+        "No GPU takes part: each row is a kernel as its launcher would launch it on the target. *Local* is local",
+        "memory in bytes, where spilled registers go. *Tile* is `block_m x block_n, warps, stages` of the launch table",
+        "(a launch with fewer rows or columns than that cuts it down).",
+        "",
+        "| scenario | target | kernel | tile | registers | local | shared, bytes | matrix instr. | wide loads |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in SCENARIOS:
+        for target in TARGETS:
+            for kernel, (block_m, block_n, warps, stages), binary, _ in compiled(name, target):
+                used, counts = resources(binary), instructions(assembly(binary))
+                lines.append(
+                    f"| {name} | {target} | `{kernel}` | {block_m} x {block_n}, {warps}, {stages} "
+                    f"| {used['registers']} | {used['local']} | {used['shared']} "
+                    f"| {counts['matrix']} | {counts['wide loads']} |"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "triton_compile.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

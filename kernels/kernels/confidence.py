@@ -177,6 +177,10 @@ def _token_partials_kernel(
         if seeds is not None:
             row_seed = tl.load(seeds + batch.to(tl.int64) * stride_seed)
 
+    # Sampling and the margin need the best token of every tile. Without them a lane only remembers the tile in
+    # which its maximum rose, and looks the token up there at the end: half the work for each logit.
+    KEYED: tl.constexpr = SAMPLE or METRIC == "margin"
+    excluded = exclude - vocab_start
     lane = tl.arange(0, BLOCK_K)[:, None] * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     m = tl.full([BLOCK_W], -_INF, tl.float32)
     l = tl.zeros([BLOCK_W], tl.float32)  # noqa: E741
@@ -188,12 +192,12 @@ def _token_partials_kernel(
     for start in range(first, last, BLOCK_K * BLOCK_W):
         here = start + lane
         raw = tl.load(base + here.to(tl.int64) * stride_v, mask=here < last, other=-_INF).to(tl.float32)
-        present = (here < last) & (here + vocab_start != exclude)
-        raw = tl.where(present, raw, -_INF)
-        clean = tl.where(raw == raw, raw, -_INF)
+        if (excluded >= start) & (excluded < start + BLOCK_K * BLOCK_W):
+            raw = tl.where(here == excluded, -_INF, raw)
 
-        tile_m = tl.max(clean, 0)
-        new_m = tl.maximum(m, tile_m)
+        tile_m = tl.max(raw, 0)  # passes over NaN
+        rises = tile_m > m
+        new_m = tl.where(rises, tile_m, m)
         shift = _finite_or_zero(new_m)
         rescale_by = tl.where(m == -_INF, 0.0, m - shift)
         rescale = tl.exp2(rescale_by * _LOG2E)
@@ -203,35 +207,44 @@ def _token_partials_kernel(
             t = rescale * (t + rescale_by * l) + tl.sum(terms, 0)
         l = rescale * l + tl.sum(weight, 0)  # noqa: E741
 
-        if SAMPLE:
-            group = (start + vocab_start) // 4 + (
-                tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4) + tl.arange(0, BLOCK_W // 4)[None, :]
-            )
-            keys = raw * inverse_temperature + _gumbel_noise(row_seed, position, group)
-            keys = tl.where(present & (keys == keys), keys, -_INF)
-            tile_key = tl.max(keys, 0)
-            best = key
-        else:
-            keys = clean
-            tile_key = tile_m
-            best = m
-        tile_token = tl.min(tl.where(present & (keys == tile_key[None, :]), here, _NO_TOKEN), 0)
-        # Tokens are met in ascending order: a tie changes nothing, unless no token had been met.
-        take = (tile_key > best) | (token == _NO_TOKEN)
-        chosen = here == tile_token[None, :]
-        if METRIC == "margin":
+        if KEYED:
+            present = (here < last) & (here != excluded)
+            clean = tl.where(raw == raw, raw, -_INF)
+            if SAMPLE:
+                group = (start + vocab_start) // 4 + (
+                    tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4) + tl.arange(0, BLOCK_W // 4)[None, :]
+                )
+                keys = raw * inverse_temperature + _gumbel_noise(row_seed, position, group)
+                keys = tl.where(keys == keys, keys, -_INF)
+            else:
+                keys = clean
+            tile_key = tl.max(tl.where(present, keys, -_INF), 0)
+            tile_token = tl.min(tl.where(present & (keys == tile_key[None, :]), here, _NO_TOKEN), 0)
+            # Tokens are met in ascending order: a tie changes nothing, unless no token had been met.
+            take = (tile_key > key) | (token == _NO_TOKEN)
+            chosen = here == tile_token[None, :]
             tile_other = tl.max(tl.where(chosen, -_INF, clean), 0)
-            other = tl.where(take, tl.maximum(tile_other, m), tl.maximum(other, tile_m))
-        if SAMPLE:
+            other = tl.where(take, tl.maximum(tile_other, m), tl.maximum(other, tl.max(clean, 0)))
             key = tl.where(take, tile_key, key)
             x = tl.where(take, tl.max(tl.where(chosen, clean, -_INF), 0), x)
-        token = tl.where(take, tile_token, token)
+            token = tl.where(take, tile_token, token)
+        else:
+            token = tl.where(rises, start, token)
         m = new_m
 
-    if not SAMPLE:
+    if not KEYED:
         key = m
         x = m
+        found = token != _NO_TOKEN
+        here = tl.where(found, token, first)[None, :] + lane
+        raw = tl.load(base + here.to(tl.int64) * stride_v, mask=here < last, other=-_INF).to(tl.float32)
+        hit = found[None, :] & (raw == m[None, :]) & (here != excluded)
+        token = tl.min(tl.where(hit, here, _NO_TOKEN), 0)
     m, l, t, key, token, x, other = _reduce_partials(m, l, t, key, token, x, other, 0)  # noqa: E741
+    if not KEYED:
+        # No logit above -inf: the first token there is.
+        lowest = first + (excluded == first).to(tl.int32)
+        token = tl.where((token == _NO_TOKEN) & (lowest < last), lowest, token)
     token = tl.where(token == _NO_TOKEN, token, token + vocab_start)
     p = partials + row.to(tl.int64) * n_splits + split
     tl.store(p, m)

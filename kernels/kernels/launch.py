@@ -34,10 +34,12 @@ class Config(NamedTuple):
 #: (kernel, architecture class or "any", shape class) -> Config. A device's own class goes before "any".
 TABLE: dict[tuple[str, str, str], Config] = {
     # block_n keys resident, query rows streamed.
-    ("column_scores", "any", "narrow"): Config(64, 32, 4, 3),
+    ("column_scores", "any", "narrow"): Config(32, 32, 4, 3),
+    ("column_scores", "sm90", "narrow"): Config(64, 32, 4, 3),
+    ("column_scores", "sm100", "narrow"): Config(64, 32, 4, 3),
     ("column_scores", "any", "wide"): Config(64, 64, 4, 3),
-    ("column_scores", "any", "deep"): Config(32, 32, 4, 2),
-    ("column_scores", "any", "float32"): Config(32, 32, 8, 1),
+    ("column_scores", "any", "deep"): Config(32, 32, 4, 1),
+    ("column_scores", "any", "float32"): Config(16, 32, 4, 1),
     # block_m query rows resident, keys streamed.
     ("row_lse", "any", "narrow"): Config(32, 64, 4, 3),
     ("row_lse", "any", "wide"): Config(64, 64, 4, 3),
