@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0, or 1 where a file could not be written. Bad arguments exit with status 2.
+        The exit status: 0; 1 where a file could not be read or written; 130 where the user interrupted. Bad
+        arguments exit with status 2.
     """
     parser = argparse.ArgumentParser(
         prog="attn-sampler", description="Attention-guided decoding of masked-diffusion language models."
@@ -43,7 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "info":
         return collect_env.run(options)
-    return _demo(demo, options)
+    try:
+        return _demo(demo, options)
+    except OSError as error:
+        print(f"attn-sampler: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:

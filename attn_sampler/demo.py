@@ -54,8 +54,8 @@ _DRAWN_RULES = 4
 _LIVE_PROBLEMS = 4
 _FRAME_SECONDS = 0.05
 _COLUMNS = """\
-passes: forward passes per answer; tokens/s: committed tokens of the whole batch
-by the time of the model and the sampling step; sampling: the step's share of it."""
+passes: forward passes per answer. tokens/s: committed by the whole batch.
+sampling: the share of the sampling step in the time of it and the model."""
 
 
 @dataclasses.dataclass
@@ -273,9 +273,7 @@ def _draw_orders(runs: Sequence[Run]) -> Group:
     # Square boards stand side by side, one-line problems below each other.
     for row in zip(*cells, strict=True) if task.cell_separator else cells:
         grid.add_row(*row)
-    caption = (
-        f"One {task.name} problem; below each answer the step that committed each cell, blue first, red last"
-    )
+    caption = f"One {task.name} problem, and the step of each commit (blue first, red last)"
     return Group(Text(caption, style="dim"), Text(), grid)
 
 

@@ -12,8 +12,6 @@ from problems import DTYPES, AttentionProblem, judge, normal, random_attention, 
 
 from attn_sampler import attention_map, column_scores, ops, reference
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 @pytest.mark.parametrize("seed", range(1000, 1050))
 def test_random_problems(backend, device, seed):

@@ -343,6 +343,28 @@ def test_a_backend_that_cannot_run_is_refused_with_its_reason(
     assert "argument --backend: cpu cannot run here: it was left at home" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(self: DecodeTrace, path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(DecodeTrace, "save", save)
+    path = tmp_path / "t.json"
+    assert (
+        main(["demo", "--task", "sudoku", "--policy", "pard", "--problems", "1", "--trace", str(path)]) == 1
+    )
+    assert capsys.readouterr().err == f"attn-sampler: [Errno 13] Permission denied: '{path}'\n"
+
+
+def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attn_sampler.demo.run_demo", interrupt)
+    assert main(["demo"]) == 130
+
+
 # --- as a process ---------------------------------------------------------------------------------------
 
 

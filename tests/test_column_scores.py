@@ -20,8 +20,6 @@ from problems import (
 
 from attn_sampler import column_scores, ops, reference
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def small_problem(device: torch.device, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options):
     """B 2, Hq 4, Hkv 2, M 9, N 21, D 40."""

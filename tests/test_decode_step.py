@@ -22,8 +22,6 @@ from attn_sampler import (
     token_confidence,
 )
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 VOCAB, MASK = 37, 5
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from attn_sampler import ops, select_tokens
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 INF, NAN = math.inf, math.nan
 CHOICES = [(p, f) for p in ("parallel", "sequential") for f in ("confidence", "score")]
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from attn_sampler import ops, reference, token_confidence
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 METRICS = ("probability", "margin", "entropy")
 INF, NAN = torch.inf, torch.nan
 

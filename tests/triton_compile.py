@@ -36,9 +36,21 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Bytes of shared memory that one program can have.
-SHARED_LIMIT = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10, "gfx942": 64 << 10}
+SHARED_LIMIT = {
+    "sm80": 163 << 10,
+    "sm90": 227 << 10,
+    "sm100": 227 << 10,
+    "sm120": 99 << 10,
+    "gfx942": 64 << 10,
+}
 PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "sm120": 170, "gfx942": 304}
-MATRIX_INSTRUCTION = {"sm80": "mma.sync", "sm90": "wgmma", "sm100": "tcgen05.mma", "sm120": "mma.sync", "gfx942": "v_mfma"}
+MATRIX_INSTRUCTION = {
+    "sm80": "mma.sync",
+    "sm90": "wgmma",
+    "sm100": "tcgen05.mma",
+    "sm120": "mma.sync",
+    "gfx942": "v_mfma",
+}
 
 
 def attention(
@@ -91,7 +103,10 @@ attention_map = functools.partial(attention, kernels.attention_map)
 
 
 def confidence(
-    metric: str = "probability", temperature: float = 0.0, dtype: torch.dtype = torch.bfloat16, vocab: int = 126464
+    metric: str = "probability",
+    temperature: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+    vocab: int = 126464,
 ) -> None:
     logits = torch.empty(1, 32, vocab, dtype=dtype)
     ids = torch.empty(1, 32, dtype=torch.int64)
@@ -100,7 +115,9 @@ def confidence(
 
 def select() -> None:
     scores, masked = torch.empty(8, 32), torch.empty(8, 32, dtype=torch.bool)
-    kernels.select_tokens(torch.empty_like(masked), scores, torch.empty(8, 32), masked, "parallel", 0.9, "score")
+    kernels.select_tokens(
+        torch.empty_like(masked), scores, torch.empty(8, 32), masked, "parallel", 0.9, "score"
+    )
 
 
 def step(
@@ -170,16 +187,21 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         columns, columns=1024, rows=1024, keys=1024, lse=False, per_head=True, dtype=torch.float16
     ),
     "all columns per head, no LSE, causal, few rows": functools.partial(
-        columns, columns=16384, rows=64, keys=16384, lse=False, per_head=True, causal=True, dtype=torch.float16
+        columns,
+        columns=16384,
+        rows=64,
+        keys=16384,
+        lse=False,
+        per_head=True,
+        causal=True,
+        dtype=torch.float16,
     ),
     "all columns, no LSE, D 512": functools.partial(
         columns, heads=(8, 4), columns=1280, lse=False, headdim=512
     ),
     "columns, float32, no LSE": functools.partial(columns, lse=False, dtype=torch.float32),
     "map, LSE given": attention_map,
-    "map, 256 columns, no LSE, D 192": functools.partial(
-        attention_map, columns=256, lse=False, headdim=192
-    ),
+    "map, 256 columns, no LSE, D 192": functools.partial(attention_map, columns=256, lse=False, headdim=192),
     "confidence": confidence,
     "confidence, margin, sampled": functools.partial(confidence, metric="margin", temperature=0.7),
     "confidence, entropy, float32": functools.partial(confidence, metric="entropy", dtype=torch.float32),
@@ -261,7 +283,9 @@ def resources(binary: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     assert found, text
     registers, stack, local = (int(group) for group in found.groups())
@@ -274,7 +298,9 @@ def assembly(binary: Any) -> str:
 
 def instructions(text: str) -> dict[str, int]:
     """How many of the instructions that decide speed."""
-    wide = r"ld\.global\S*\.v[48]|cp\.async\.c[ag]\S* \[[^;]*, (?:0x10|16)|(?:global|buffer)_load\S*_dwordx[24]"
+    wide = (
+        r"ld\.global\S*\.v[48]|cp\.async\.c[ag]\S* \[[^;]*, (?:0x10|16)|(?:global|buffer)_load\S*_dwordx[24]"
+    )
     return {
         "matrix": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma", text)),
         "wide loads": len(re.findall(wide, text)),

@@ -117,7 +117,9 @@ class Case:
             self.lo, self.hi = values["columns"]
         self.start = self.n_keys - self.n_rows if self.query_start is None else self.query_start
         self.scale = self.headdim**-0.5 if self.scale is None else self.scale
-        self.keys = (torch.rand(self.batch, self.n_keys, generator=g) < 0.7).to(DEVICE) if self.key_mask else None
+        self.keys = (
+            (torch.rand(self.batch, self.n_keys, generator=g) < 0.7).to(DEVICE) if self.key_mask else None
+        )
         self.rows = (
             (torch.rand(self.batch, 2 * self.n_rows, generator=g) < 0.6).to(DEVICE)[:, ::2]
             if self.query_mask
@@ -159,7 +161,9 @@ class Case:
         }
 
     def __repr__(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if not isinstance(v, (Tensor, random.Random)))
+        return ", ".join(
+            f"{k}={v}" for k, v in vars(self).items() if not isinstance(v, (Tensor, random.Random))
+        )
 
 
 def outputs(shape: tuple[int, ...], accumulate: bool) -> Tensor:
@@ -240,9 +244,7 @@ def check_attention_map(case: Case) -> Tensor:
     actual = attention_map(case, first, last)
     added = 0.5 if case.accumulate else 0.0
     plain = reference.attention_map(case.q, case.k, rows=slice(first, last), **case.options)
-    truth = reference.attention_map(
-        case.q.double(), case.k.double(), rows=slice(first, last), **case.options
-    )
+    truth = reference.attention_map(case.q.double(), case.k.double(), rows=slice(first, last), **case.options)
     assert_as_accurate(actual, plain + added, truth + added)
     return actual
 
@@ -261,7 +263,14 @@ SPLIT_CASES = {
     "rows": {"kv_heads": 1, "group": 1, "n_rows": 700, "n_keys": 720, "columns": (600, 613)},
     "rows of packed heads": {"kv_heads": 1, "group": 7, "n_rows": 65, "n_keys": 70, "columns": (3, 40)},
     "heads": {"kv_heads": 6, "group": 1, "n_rows": 20, "n_keys": 70, "columns": (3, 40)},
-    "keys": {"kv_heads": 2, "group": 1, "n_rows": 4, "n_keys": 600, "columns": (590, 600), "given_lse": False},
+    "keys": {
+        "kv_heads": 2,
+        "group": 1,
+        "n_rows": 4,
+        "n_keys": 600,
+        "columns": (590, 600),
+        "given_lse": False,
+    },
     "many columns": {"kv_heads": 1, "group": 2, "n_rows": 40, "n_keys": 200, "columns": (0, 200)},
     "block beyond one tile": {
         "kv_heads": 1,
@@ -423,7 +432,23 @@ def test_offsets_beyond_32_bits() -> None:
     for tensor in (near, x):
         out = torch.full((1, 3), NAN, device=DEVICE)
         kernels.column_scores(
-            out, tensor, tensor, None, None, None, 0, 3, 0, 0.2, "e", False, "sequence", True, "sum", False, False
+            out,
+            tensor,
+            tensor,
+            None,
+            None,
+            None,
+            0,
+            3,
+            0,
+            0.2,
+            "e",
+            False,
+            "sequence",
+            True,
+            "sum",
+            False,
+            False,
         )
         outs.append(out)
     assert torch.equal(*outs)
@@ -626,8 +651,14 @@ class Step:
         sharpness = pick((1.0, 20.0))
         logits = sharpness * torch.randn(self.batch, self.count, self.vocab, generator=g)
         self.logits = laid_out(logits.to(dtype), pick(("contiguous", "strided")))
-        self.keys = (torch.rand(self.batch, self.n_keys, generator=g) < 0.8).to(DEVICE) if pick((True, False)) else None
-        self.rows = (torch.rand(self.batch, n_rows, generator=g) < 0.8).to(DEVICE) if pick((True, False)) else None
+        self.keys = (
+            (torch.rand(self.batch, self.n_keys, generator=g) < 0.8).to(DEVICE)
+            if pick((True, False))
+            else None
+        )
+        self.rows = (
+            (torch.rand(self.batch, n_rows, generator=g) < 0.8).to(DEVICE) if pick((True, False)) else None
+        )
         self.masked_rows_only = pick((True, False))
         self.scope = pick(("sequence", "sequence", "block"))
         self.lse: list[Tensor] = []
@@ -638,7 +669,10 @@ class Step:
         self.reduction = pick(("sum", "mean", "max"))
         self.metric = pick(("probability", "margin", "entropy"))
         self.temperature, self.seed = pick((0.0, 0.9)), pick((3, -4))
-        self.policy, self.fallback = pick(("parallel", "parallel", "sequential")), pick(("confidence", "score"))
+        self.policy, self.fallback = (
+            pick(("parallel", "parallel", "sequential")),
+            pick(("confidence", "score")),
+        )
         self.tau = pick((0.0, 0.5, 0.9))
 
     def run(self, scores: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -826,9 +860,7 @@ def test_problems_are_named() -> None:
         "it serves up to 128 layers in a step, and these are 129"
     )
     on_meta = torch.zeros(1, 2, 9, device="meta")
-    assert kernels.problem("token_confidence", (on_meta,)) == (
-        "it takes cuda tensors, and these are on meta"
-    )
+    assert kernels.problem("token_confidence", (on_meta,)) == ("it takes cuda tensors, and these are on meta")
 
 
 def test_chunks_of_the_head_dimension_cover_it_with_little_padding() -> None:
