@@ -51,6 +51,13 @@ inline void store(T *p, V v) {
     memcpy(p, &v, sizeof(V));
 }
 
+/* A 32-bit word of any kind in all lanes. */
+inline VecF broadcast_word(const void *p) {
+    int32_t word;
+    memcpy(&word, p, sizeof(word));
+    return (VecF)splat(word);
+}
+
 inline VecI lane_index() {
     VecI v;
     for (int i = 0; i < kLanes; ++i)
@@ -130,9 +137,19 @@ inline void convert_to_float(const void *x, int dtype, int64_t n, float *out) {
     }
 }
 
+inline float horizontal_sum(VecF v) {
+    float lane[kLanes];
+    store(lane, v);
+    for (int n = kLanes / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i)
+            lane[i] += lane[i + n];
+    return lane[0];
+}
+
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 } // namespace
 } // namespace attn_sampler
