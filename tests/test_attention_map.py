@@ -86,8 +86,8 @@ def test_every_element_of_the_output_is_written(backend, device, per_head):
 
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_twenty_reruns_give_the_same_bits(backend, device, with_lse):
-    q, k = normal(0, 2, 8, 63, 96, dtype=torch.bfloat16), normal(1, 2, 2, 113, 96, dtype=torch.bfloat16)
-    options = {"columns": slice(50, 113), "softmax_lse": row_lse(q, k).to(device) if with_lse else None}
+    q, k = normal(0, 2, 4, 20, 96, dtype=torch.bfloat16), normal(1, 2, 2, 70, 96, dtype=torch.bfloat16)
+    options = {"columns": slice(30, 70), "softmax_lse": row_lse(q, k).to(device) if with_lse else None}
     q, k = q.to(device), k.to(device)
     first = attention_map(q, k, backend=backend, **options)
     for _ in range(20):
