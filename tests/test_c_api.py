@@ -22,7 +22,7 @@ def _cmake(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("sanitizers", ["", "address,undefined"], ids=["plain", "sanitized"])
+@pytest.mark.parametrize("sanitizers", ["", "address,undefined", "thread"])
 def test_c_program_decodes_a_block(tmp_path: Path, sanitizers: str) -> None:
     ninja = Path(sys.executable).with_name("ninja")
     _cmake(

@@ -27,13 +27,21 @@ struct Tiles {
     float a[2][16][16], b[2][16][16];
 
     void zero() { memset(sum, 0, sizeof(sum)); }
-    template <int kTile> void load_a(const void *p, int64_t stride) { copy(a[kTile], p, stride); }
-    template <int kTile> void load_b(const void *p, int64_t stride) { copy(b[kTile], p, stride); }
-    template <int kTile> void store_sum(float *p, int64_t stride) {
+    template <int kTile>
+    void load_a(const void *p, int64_t stride) {
+        copy(a[kTile], p, stride);
+    }
+    template <int kTile>
+    void load_b(const void *p, int64_t stride) {
+        copy(b[kTile], p, stride);
+    }
+    template <int kTile>
+    void store_sum(float *p, int64_t stride) {
         for (int r = 0; r < 16; ++r)
             memcpy(reinterpret_cast<char *>(p) + r * stride, sum[kTile][r], 64);
     }
-    template <int kA, int kB> void multiply() {
+    template <int kA, int kB>
+    void multiply() {
         for (int m = 0; m < 16; ++m)
             for (int pair = 0; pair < 16; ++pair)
                 for (int n = 0; n < 16; ++n)
@@ -72,19 +80,22 @@ struct Tiles {
         _tile_zero(3);
     }
     /* GCC's intrinsics take a tile's number as a literal only. */
-    template <int kTile> void load_a(const void *p, int64_t stride) {
+    template <int kTile>
+    void load_a(const void *p, int64_t stride) {
         if constexpr (kTile == 0)
             _tile_loadd(4, p, stride);
         else
             _tile_loadd(5, p, stride);
     }
-    template <int kTile> void load_b(const void *p, int64_t stride) {
+    template <int kTile>
+    void load_b(const void *p, int64_t stride) {
         if constexpr (kTile == 0)
             _tile_loadd(6, p, stride);
         else
             _tile_loadd(7, p, stride);
     }
-    template <int kTile> void store_sum(float *p, int64_t stride) {
+    template <int kTile>
+    void store_sum(float *p, int64_t stride) {
         if constexpr (kTile == 0)
             _tile_stored(0, p, stride);
         else if constexpr (kTile == 1)
@@ -94,7 +105,8 @@ struct Tiles {
         else
             _tile_stored(3, p, stride);
     }
-    template <int kA, int kB> void multiply() {
+    template <int kA, int kB>
+    void multiply() {
         if constexpr (kA == 0 && kB == 0)
             _tile_dpbf16ps(0, 4, 6);
         else if constexpr (kA == 0)
@@ -107,8 +119,8 @@ struct Tiles {
 };
 #endif
 
-/* c[done][width] = a[done][words] b[words][width] for as many whole blocks of 32 rows as there are; returns done.
- * The packed operand is laid out as a tile wants it: a row holds pair d of all columns. */
+/* c[done][width] = a[done][words] b[words][width] for as many whole blocks of 32 rows as there are; returns
+ * done. The packed operand is laid out as a tile wants it: a row holds pair d of all columns. */
 inline int64_t multiply_amx(const char *a, int64_t a_stride, int64_t rows, const float *b, int width,
                             int64_t words, float *c) {
     const int64_t done = rows / 32 * 32;

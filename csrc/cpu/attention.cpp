@@ -16,8 +16,8 @@
 #include <cstdlib>
 
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
 #include "cpu/matmul.h"
+#include "cpu/parallel.h"
 
 namespace attn_sampler {
 namespace {
@@ -25,7 +25,8 @@ namespace {
 constexpr int64_t kRowsPerUnit = 256; /* of one key head, the grain by which rows are dealt out */
 constexpr int64_t kTasks = 64;        /* as many as this keep a large machine busy */
 constexpr int64_t kKeysPerSplit = 1024;
-constexpr int64_t kSoftmaxBytes = 3 << 18; /* of a row tile's logits over all keys, in the second-level cache */
+constexpr int64_t kSoftmaxBytes =
+    3 << 18; /* of a row tile's logits over all keys, in the second-level cache */
 constexpr int64_t kPartialBytes = 8 << 20; /* of partial sums, at the most */
 constexpr double kLog2e = 1.4426950408889634;
 
@@ -126,8 +127,10 @@ void for_each_task(int num_threads, int64_t count, Body &body) {
         &body);
 }
 
-/* Base-2 log-sum-exp of up to kTile of a key head's rows, over keys [key, key_stop): maximum and sum by lane. */
-template <typename Words> struct LseTask {
+/* Base-2 log-sum-exp of up to kTile of a key head's rows, over keys [key, key_stop): maximum and sum by lane.
+ */
+template <typename Words>
+struct LseTask {
     const Plan &plan;
     int64_t b, hkv;
 
@@ -192,7 +195,8 @@ template <typename Words> struct LseTask {
 };
 
 /* The base-2 log-sum-exp of every row that can count, into lse [B, Hq, M], which the plan then reads. */
-template <typename Words> bool compute_lse(Plan &plan, double *lse) {
+template <typename Words>
+bool compute_lse(Plan &plan, double *lse) {
     const AttentionProblem &p = plan.p;
     plan.lse = lse;
     const int64_t rows = plan.row_stop - plan.row_start;
@@ -262,7 +266,8 @@ struct Columns {
             counts[v] = load<VecI>(lanes + v * kLanes);
     }
 
-    template <typename Words> void pack_keys(const Plan &plan, int64_t hkv, const Scratch &s) {
+    template <typename Words>
+    void pack_keys(const Plan &plan, int64_t hkv, const Scratch &s) {
         if (kv_head == hkv)
             return;
         const void *address[kTile] = {};
@@ -352,7 +357,8 @@ int64_t rows_seeing(const Plan &plan, int64_t b, int64_t key) {
 }
 
 /* Scores of one tile of columns, given the log-sum-exp. */
-template <typename Words> struct ScoreTask {
+template <typename Words>
+struct ScoreTask {
     const Plan &plan;
     Columns columns;
     const Scratch s;
@@ -391,9 +397,10 @@ template <typename Words> struct ScoreTask {
     }
 };
 
-/* Scores of all columns, with the softmax taken on the way: a tile of rows meets all keys once, and its logits
- * stay in the second-level cache until they are weights. Rows stand across the lanes. */
-template <typename Words> struct SoftmaxTask {
+/* Scores of all columns, with the softmax taken on the way: a tile of rows meets all keys once, and its
+ * logits stay in the second-level cache until they are weights. Rows stand across the lanes. */
+template <typename Words>
+struct SoftmaxTask {
     const Plan &plan;
     const int64_t b;
     const int64_t lanes; /* rows at a time */
@@ -500,7 +507,8 @@ template <typename Words> struct SoftmaxTask {
             const int64_t c = key - p.params.column_start;
             if (is_max) {
                 for (int l = 0; l < kLanes; ++l)
-                    largest[c] = maximum[l] > largest[c] || maximum[l] != maximum[l] ? maximum[l] : largest[c];
+                    largest[c] =
+                        maximum[l] > largest[c] || maximum[l] != maximum[l] ? maximum[l] : largest[c];
             } else {
                 total[c] += static_cast<double>(horizontal_sum(sum));
             }
@@ -528,8 +536,9 @@ template <typename Words> struct SoftmaxTask {
     }
 };
 
-/* How a column reduction is dealt out. A unit is a stretch of a key head's list of rows, or, where heads must not mix
- * (per head, maximum), the rows of one query head; the units of a tile of columns are shared among splits. */
+/* How a column reduction is dealt out. A unit is a stretch of a key head's list of rows, or, where heads must
+ * not mix (per head, maximum), the rows of one query head; the units of a tile of columns are shared among
+ * splits. */
 struct Cut {
     int64_t tiles, tile_columns, unit_rows, units_per_list, units, splits;
     bool partial_sums; /* the splits' sums are added up at the end */
@@ -553,7 +562,8 @@ struct Cut {
     }
 };
 
-/* Runs the reduction: make_task(b, tile, worker) gives an object whose reduce() adds rows to a tile's columns. */
+/* Runs the reduction: make_task(b, tile, worker) gives an object whose reduce() adds rows to a tile's
+ * columns. */
 template <typename MakeTask>
 void reduce_columns(const Plan &plan, const Cut &cut, double *totals, const MakeTask &make_task) {
     const AttentionProblem &p = plan.p;
@@ -606,7 +616,8 @@ int64_t softmax_lanes(int64_t rows, int64_t keys) {
     return lanes * keys * 4 > kSoftmaxBytes ? 0 : lanes;
 }
 
-template <typename Words> bool column_scores_of(const AttentionProblem &p) {
+template <typename Words>
+bool column_scores_of(const AttentionProblem &p) {
     Plan plan(p);
     const int64_t columns = p.params.column_stop - p.params.column_start;
     const int64_t rows = plan.row_stop - plan.row_start, keys = plan.key_stop - plan.key_start;
@@ -636,7 +647,8 @@ template <typename Words> bool column_scores_of(const AttentionProblem &p) {
     return true;
 }
 
-template <typename Words> bool attention_map_of(const AttentionProblem &p) {
+template <typename Words>
+bool attention_map_of(const AttentionProblem &p) {
     Plan plan(p);
     const int64_t map_rows = p.params.row_stop - p.params.row_start;
     const int64_t row_tiles = ceil_div(map_rows, kTile);

@@ -18,10 +18,8 @@ namespace {
 /* Best first. */
 const CpuKernels kKernels[] = {
 #if defined(ATTN_SAMPLER_X86)
-    ATTN_SAMPLER_KERNELS(amx, avx512),
-    ATTN_SAMPLER_KERNELS(avx512_bf16, avx512),
-    ATTN_SAMPLER_KERNELS(avx512, avx512),
-    ATTN_SAMPLER_KERNELS(avx2, avx2),
+    ATTN_SAMPLER_KERNELS(amx, avx512),        ATTN_SAMPLER_KERNELS(avx512_bf16, avx512),
+    ATTN_SAMPLER_KERNELS(avx512, avx512),     ATTN_SAMPLER_KERNELS(avx2, avx2),
 #endif
     ATTN_SAMPLER_KERNELS(portable, portable),
 };

@@ -47,7 +47,8 @@ struct CpuKernels {
     bool (*token_confidence)(const ConfidenceProblem &);
 };
 
-/* attention.cpp and confidence.cpp are compiled once for each instruction set, into a namespace of its name. */
+/* attention.cpp and confidence.cpp are compiled once for each instruction set, into a namespace of its name.
+ */
 #define ATTN_SAMPLER_DECLARE_ATTENTION(isa)                                                                  \
     namespace isa {                                                                                          \
     bool column_scores(const AttentionProblem &);                                                            \

@@ -1,8 +1,8 @@
 /* Small matrix products of query and key rows, the inner loop of everything that reads attention.
  *
- * One operand is packed across the lanes and reused, the other is walked row by row where it lies. Operands are
- * 32-bit words: a float32 each (16-bit rows are widened), or, where the processor multiplies them, a pair of
- * bfloat16, which are then never widened.
+ * One operand is packed across the lanes and reused, the other is walked row by row where it lies. Operands
+ * are 32-bit words: a float32 each (16-bit rows are widened), or, where the processor multiplies them, a pair
+ * of bfloat16, which are then never widened.
  */
 #ifndef ATTN_SAMPLER_CPU_MATMUL_H_
 #define ATTN_SAMPLER_CPU_MATMUL_H_
@@ -35,7 +35,8 @@ struct Bf16Words {
 
 /* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...]; strides of a in bytes. */
 template <typename Words, int kRows, int kVectors>
-inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int width, int64_t words, float *c) {
+inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int width, int64_t words,
+                         float *c) {
     VecF sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
@@ -64,8 +65,8 @@ inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int wi
 
 /* The same for any number of rows: as many as possible at a time, then half as many. */
 template <typename Words, int kRows, int kVectors>
-inline void micro_rows(const char *a, int64_t a_stride, int64_t rows, const float *b, int width, int64_t words,
-                       float *c) {
+inline void micro_rows(const char *a, int64_t a_stride, int64_t rows, const float *b, int width,
+                       int64_t words, float *c) {
     for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * width)
         micro_kernel<Words, kRows, kVectors>(a, a_stride, b, width, words, c);
     if constexpr (kRows > 1)
@@ -99,8 +100,8 @@ inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t wo
         micro_rows<Words, kLanes == 16 ? 12 : 8, 1>(a.data, a.stride, rows, b + j, width, words, c + j);
 }
 
-/* The rows at these addresses as words: where they lie if they are words already and evenly apart, else copied
- * into the buffer, [n][depth] floats. */
+/* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
+ * copied into the buffer, [n][depth] floats. */
 template <typename Words>
 inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t depth, float *buffer) {
     const char *const first = static_cast<const char *>(address[0]);
