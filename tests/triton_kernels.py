@@ -1,8 +1,8 @@
 """The Triton kernels against the reference in float64.
 
 ``test_triton.py`` runs this file in a process of its own: on the GPU where there is one, else under
-``TRITON_INTERPRET=1`` on CPU tensors. There bfloat16 operands are widened to float32 on load, since the interpreter
-has no bfloat16 arithmetic; what a GPU does with them shows on a GPU alone.
+``TRITON_INTERPRET=1`` on CPU tensors. There bfloat16 operands are widened to float32 on load, since the
+interpreter has no bfloat16 arithmetic; what a GPU does with them shows on a GPU alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from attn_sampler.kernels import attention, confidence, launch
 from torch import Tensor
 
 from attn_sampler import kernels, reference
-from attn_sampler.kernels import attention, confidence, launch
 
 DEVICE = "cpu" if launch.INTERPRET else "cuda"
 NAN, INF = math.nan, math.inf
@@ -63,7 +63,7 @@ LAYOUTS = ("contiguous", "transposed", "padded", "strided")
 
 
 def assert_as_accurate(actual: Tensor, same_precision: Tensor, truth: Tensor, atol: float = 2e-6) -> None:
-    """The error is at most twice that of plain PyTorch of the same precision, plus atol at the result's scale."""
+    """The error is at most twice that of plain PyTorch of that precision, plus atol at the result's scale."""
     actual, same_precision = actual.double().cpu(), same_precision.double().cpu()
     truth = truth.double().cpu()
     assert actual.shape == truth.shape

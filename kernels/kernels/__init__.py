@@ -1,7 +1,7 @@
 """Triton kernels of attn_sampler, behind the signatures of a backend.
 
-The functions are called by ``attn_sampler.ops`` with validated tensors and write into tensors that it allocates.
-They run on CUDA and ROCm devices, and on CPU tensors under ``TRITON_INTERPRET=1``.
+The functions are called by ``attn_sampler.ops`` with validated tensors and write into tensors that it
+allocates. They run on CUDA and ROCm devices, and on CPU tensors under ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def problem(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     op
         A name of ``attn_sampler.backends.OPS``.
     tensors
-        q and k; logits; scores and confidence; or, for decode_step, logits and the layers' q and k. With none,
-        the answer is about the installation alone.
+        q and k; logits; scores and confidence; or, for decode_step, logits and the layers' q and k. With
+        none, the answer is about the installation alone.
     """
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _OLDEST_TRITON:

@@ -2,12 +2,12 @@
 
 All three share ``_logits_tile`` and what follows it. In order:
 
-1. ``_row_lse_kernel`` keeps a tile of query rows and streams keys. Where rows are few the keys are split among
-   programs; the splits' results are combined, in a fixed order, by whoever reads them.
-2. ``column_scores_kernel`` keeps a tile of keys (the columns) and streams query rows, over heads and layers. With
-   the log-sum-exp known, no other key is read. Rows, heads and layers are split among programs where
-   there are too few of those; the last program to finish a tile of columns adds the splits up in a fixed order, and
-   in a decoding step the last one of a row of the batch selects and commits as well.
+1. ``_row_lse_kernel`` keeps a tile of query rows and streams keys. Where rows are few the keys are split
+   among programs; the splits' results are combined, in a fixed order, by whoever reads them.
+2. ``column_scores_kernel`` keeps a tile of keys (the columns) and streams query rows, over heads and
+   layers. With the log-sum-exp known, no other key is read. Rows, heads and layers are split among programs
+   where there are too few of those; the last program to finish a tile of columns adds the splits up in a
+   fixed order, and in a decoding step the last one of a row of the batch selects and commits as well.
 3. ``_attention_map_kernel`` is one tile for each program, over heads.
 
 The query heads that share a key head are packed into the rows of a tile: row r is query row r // PACK of head
@@ -134,17 +134,18 @@ def _weights_tile(logits, lse, sees, LSE_OF_TILE: tl.constexpr):
 def _is_last(counter, total):
     """Whether all the other programs that count here have finished; their results can be read then.
 
-    The barrier puts the writes of all threads of this program before the increment, which releases them and
-    acquires those of the others.
+    The increment releases this program's results and acquires the others'. It is one thread's: the first
+    barrier puts the writes of all threads before it, the second puts their reads after it.
     """
     tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return before == total - 1
 
 
 @triton.jit(
     do_not_specialize=[
         "n_batch",
-        "n_rows",
         "row_start",
         "row_stop",
         "key_start",
@@ -192,7 +193,7 @@ def _row_lse_kernel(
 ):
     """lse[layer, b, head, row, split] of a tile of packed rows over one split of the keys.
 
-    Program: ((layer * B + b) * packs + pack) * row tiles + row tile) * SPLITS + split.
+    Program: (((layer * B + b) * packs + pack) * row tiles + row tile) * SPLITS + split.
     """
     pid = tl.program_id(0)
     split = pid % SPLITS
@@ -262,7 +263,6 @@ def _row_lse_kernel(
         "mask_token_id",
         "lse_sl",
         "n_columns",
-        "n_rows",
         "row_start",
         "row_stop",
         "column_start",
@@ -357,8 +357,8 @@ def column_scores_kernel(
 ):
     """One tile of columns, over one split of the rows, packs of heads and layers.
 
-    Program: ((group * splits + split) * tiles + tile, where a group is a row of the batch (or one head of it, per
-    head) and split = (layer * head_splits + head split) * ROW_SPLITS + row split.
+    Program: (group * splits + split) * tiles + tile, where a group is a row of the batch (or one head of
+    it, per head) and split = (layer * head_splits + head split) * ROW_SPLITS + row split.
     """
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -537,7 +537,6 @@ def column_scores_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows",
         "n_columns",
         "row_start",
         "row_stop",
@@ -693,7 +692,7 @@ class Layers(NamedTuple):
     max_heads: int
     total_heads: int
     group: int  # number of query heads that share a key head in every layer
-    count: int
+    n_layers: int
 
 
 def gather(q: Sequence[Tensor], k: Sequence[Tensor]) -> Layers:
@@ -753,7 +752,7 @@ def _computed_lse(
     block_m = _tile(n_rows, parameters.block_m)
     block_n = _tile(keys[1] - keys[0], parameters.block_n)
     packs = layers.max_heads // layers.group
-    programs = layers.count * layers.batch * packs * triton.cdiv(max(n_rows, 0), block_m)
+    programs = layers.n_layers * layers.batch * packs * triton.cdiv(max(n_rows, 0), block_m)
     splits = 1
     while (
         splits < 32
@@ -761,7 +760,7 @@ def _computed_lse(
         and programs * splits < 2 * launch.processors(device)
     ):
         splits *= 2
-    lse = launch.workspace(q, layers.count, layers.batch, layers.max_heads, layers.n_rows, splits)
+    lse = launch.workspace(q, layers.n_layers, layers.batch, layers.max_heads, layers.n_rows, splits)
     if programs > 0:
         launch.launch(
             _row_lse_kernel,
@@ -842,7 +841,7 @@ def plan_columns(
     tiles = triton.cdiv(n_columns, block_n)
     packs = 1 if per_head else layers.max_heads // pack
     row_tiles = triton.cdiv(packed_rows, block_m)
-    wanted = 4 * launch.processors(q.device) // max(groups * tiles * layers.count, 1)
+    wanted = 4 * launch.processors(q.device) // max(groups * tiles * layers.n_layers, 1)
     packs_per_split = triton.cdiv(packs, min(packs, max(wanted, 1)))
     head_splits = triton.cdiv(packs, packs_per_split)
     row_splits = 1
@@ -914,13 +913,14 @@ def reduce_columns(
         keys = (column_start, column_stop) if softmax_scope == "block" else (0, n_keys)
         lse = _computed_lse(layers, q[0], key_mask, plan.rows, keys, query_start, softmax_scale, causal)
 
-    splits = layers.count * plan.head_splits * plan.row_splits
+    splits = layers.n_layers * plan.head_splits * plan.row_splits
     partials = None
     if splits > 1:
         partials = launch.workspace(out, 2 if reduction == "mean" else 1, plan.groups, splits, n_columns)
         if counters is None:
             counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
-    commits = commit is not None and launch.last_program_commits(device)
+    # Where the last program may not, a launch of its own commits.
+    in_kernel = commit if launch.last_program_commits(device) else None
     launch.launch(
         column_scores_kernel,
         plan.groups * splits * plan.tiles,
@@ -943,11 +943,11 @@ def reduce_columns(
             query_start,
             softmax_scale * _LOG2E,
             lse.scale,
-            layers.count,
+            layers.n_layers,
             plan.head_splits,
             plan.packs_per_split,
             plan.tiles,
-            *(commit.arguments() if commits else (None, 0, 0, 0, None, None, None, 0.0)),
+            *(in_kernel.arguments() if in_kernel else (None, 0, 0, 0, None, None, None, 0.0)),
         ),
         {
             "CAUSAL": causal,
@@ -959,8 +959,8 @@ def reduce_columns(
             "LSE_SPLITS": lse.splits,
             "ROW_SPLITS": plan.row_splits,
             "COMBINE": splits > 1,
-            "COMMIT": commits,
-            **(commit.constants() if commits else NO_COMMIT),
+            "COMMIT": in_kernel is not None,
+            **(in_kernel.constants() if in_kernel else NO_COMMIT),
             "PACK": plan.pack,
             "HEADDIM": layers.headdim,
             "BLOCK_M": plan.block_m,
@@ -971,7 +971,7 @@ def reduce_columns(
         plan.parameters,
         device=device,
     )
-    if commit is not None and not commits:
+    if commit is not None and in_kernel is None:
         commit.launch(out)
 
 

@@ -1,7 +1,7 @@
 """Token confidence: one streaming pass over the vocabulary.
 
-Where B * C is small the vocabulary is split among programs. What a program (or a lane of it) has seen of a row
-is a *partial*, and partials merge in any grouping: lanes, splits and vocabulary shards alike.
+Where B * C is small the vocabulary is split among programs. What a program (or a lane of it) has seen of a
+row is a *partial*, and partials merge in any grouping: lanes, splits and vocabulary shards alike.
 
 A partial of the tokens seen so far, NaN logits counting as -inf except in ``l``:
 
@@ -101,7 +101,7 @@ def _reduce_partials(m, l, t, key, token, x, other, AXIS: tl.constexpr):  # noqa
 
 
 @triton.jit
-def merge_partials(partials, plane, row, row_ok, n_splits, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def merge_partials(partials, plane, row, row_ok, n_splits, SPLITS: tl.constexpr):
     """Merge the stored partials of rows: partials[field * plane + row * n_splits + split]."""
     split = tl.arange(0, SPLITS)[None, :]
     p = partials + row.to(tl.int64)[:, None] * n_splits + split
@@ -177,8 +177,8 @@ def _token_partials_kernel(
         if seeds is not None:
             row_seed = tl.load(seeds + batch.to(tl.int64) * stride_seed)
 
-    # Sampling and the margin need the best token of every tile. Without them a lane only remembers the tile in
-    # which its maximum rose, and looks the token up there at the end: half the work for each logit.
+    # Sampling and the margin need the best token of every tile. Without them a lane only remembers the tile
+    # in which its maximum rose, and looks the token up there at the end: half the work for each logit.
     KEYED: tl.constexpr = SAMPLE or METRIC == "margin"
     excluded = exclude - vocab_start
     lane = tl.arange(0, BLOCK_K)[:, None] * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
@@ -272,7 +272,7 @@ def _merge_partials_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < n_rows
     m, l, t, _, token, x, other = merge_partials(  # noqa: E741
-        partials, plane, row, ok, n_splits, BLOCK, SPLITS
+        partials, plane, row, ok, n_splits, SPLITS
     )
     tl.store(token_ids + row, token.to(tl.int64), mask=ok)
     tl.store(confidence + row, confidence_of(m, l, t, x, other, METRIC), mask=ok)
@@ -291,9 +291,10 @@ def token_partials(
 ) -> Tensor:
     """Mergeable partials of every row, float32 ``[7, B * C, S]`` for S splits of the vocabulary.
 
-    A vocabulary shard passes its first token as ``vocab_start``, a multiple of 4 (the sampling stream comes in
-    groups of 4 tokens); the shards' partials, concatenated along the last axis, give ``merge_token_partials`` the
-    tokens and the confidence of the whole. ``counters`` (int32) are set to 0 on the way.
+    A vocabulary shard passes its first token as ``vocab_start``, a multiple of 4 (the sampling stream comes
+    in groups of 4 tokens); the shards' partials, concatenated along the last axis, give
+    ``merge_token_partials`` the tokens and the confidence of the whole. ``counters`` (int32) are set to 0
+    on the way.
 
     Raises
     ------

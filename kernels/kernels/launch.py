@@ -1,7 +1,7 @@
 """How the kernels are launched: the device's class and size, and the static table of launch parameters.
 
-Nothing is tuned at run time. ``TABLE`` holds one ``Config`` for each kernel, architecture class and shape class;
-``bench/tune_triton.py`` measures the candidates of a device and prints the entries to put here.
+Nothing is tuned at run time. ``TABLE`` holds one ``Config`` for each kernel, architecture class and shape
+class; ``bench/tune_triton.py`` measures the candidates of a device and prints the entries to put here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ TABLE: dict[tuple[str, str, str], Config] = {
     # block_n keys resident, query rows streamed.
     ("column_scores", "any", "narrow"): Config(32, 32, 4, 3),
     ("column_scores", "sm90", "narrow"): Config(64, 32, 4, 3),
-    ("column_scores", "sm100", "narrow"): Config(64, 32, 4, 3),
     ("column_scores", "any", "wide"): Config(64, 64, 4, 3),
     ("column_scores", "any", "deep"): Config(32, 32, 4, 1),
     ("column_scores", "any", "float32"): Config(16, 32, 4, 1),
@@ -136,7 +135,7 @@ def launch(
 def workspace(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised memory for partial results.
 
-    It comes from torch's caching allocator on the current stream, so under CUDA graph capture it belongs to the
-    graph, and nothing outlives or outruns the launches that use it.
+    It comes from torch's caching allocator on the current stream, so under CUDA graph capture it belongs to
+    the graph, and nothing outlives or outruns the launches that use it.
     """
     return torch.empty(shape, dtype=dtype, device=like.device)

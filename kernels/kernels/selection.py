@@ -42,10 +42,7 @@ def _first_look(
     high = masked & (confidence >= tau)
     theta = tl.maximum(theta, tl.max(tl.where(candidate & ~high, scores, -_INF), 0))
     top_high = tl.maximum(top_high, tl.max(tl.where(candidate & high, scores, -_INF), 0))
-    if POLICY == "sequential" or FALLBACK == "score":
-        value = scores
-    else:
-        value = confidence
+    value = scores if POLICY == "sequential" or FALLBACK == "score" else confidence
     value = tl.where(candidate & (value == value), value, -_INF)
     chunk_best = tl.max(value, 0)
     chunk_at = tl.min(tl.where(candidate & (value == chunk_best), offs, _NONE), 0)
@@ -170,7 +167,7 @@ def commit_row(
         at = offs.to(tl.int64)
         row = b * n_positions + offs
         m, l, t, _, token, x, other = merge_partials(  # noqa: E741
-            partials, plane, row, ok, n_splits, BLOCK, SPLITS
+            partials, plane, row, ok, n_splits, SPLITS
         )
         value = confidence_of(m, l, t, x, other, METRIC)
         tl.store(token_ids + row, token.to(tl.int64), mask=ok)

@@ -4,8 +4,8 @@
 2. The row log-sum-exp of all layers, unless it is given.
 3. The column scores of all layers; the last program of each row of the batch selects and commits.
 
-Nothing is kept from one step to the next and nothing is sent from the host but kernel arguments (the layers' addresses
-are among them), so a captured step replays as it is.
+Nothing is kept from one step to the next and nothing is sent from the host but kernel arguments (the
+layers' addresses are among them), so a captured step replays as it is.
 """
 
 from __future__ import annotations
