@@ -23,24 +23,16 @@ pytestmark = [
 ]
 
 
-def run(file: str, *, interpret: bool) -> None:
-    """Run a file of tests in a process of its own; its report is this test's."""
+def run(*arguments: str, interpret: bool) -> None:
+    """Run tests in a process of its own; its report is this test's."""
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
     root = str(TESTS.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(TESTS / file),
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, env=environment, cwd=TESTS, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:], done.stderr[-2000:])
     assert done.returncode == 0
+    assert " passed" in done.stdout
 
 
 def test_kernels_against_the_reference() -> None:
@@ -49,3 +41,22 @@ def test_kernels_against_the_reference() -> None:
 
 def test_compiled_code() -> None:
     run("triton_compile.py", interpret=False)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the contract's tests run it as they run the others"
+)
+@pytest.mark.parametrize(
+    "function",
+    [
+        "column_scores",
+        "attention_map",
+        "token_confidence",
+        "select_tokens",
+        "decode_step",
+        "errors",
+        "backends",
+    ],
+)
+def test_contract_interpreted(function: str) -> None:
+    run("--backend", "triton", "-m", "not slow", f"test_{function}.py", interpret=True)
