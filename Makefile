@@ -17,7 +17,7 @@ demo: $(VENV)/installed ## Decode held-out problems with every rule, live (optio
 	$(bin)/attn-sampler demo $(ARGS)
 
 test: $(VENV)/tests ## Run the tests (options for pytest: ARGS="-k sampler")
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/dev ## Check style, types and formatting
 	$(bin)/ruff check .

@@ -1,8 +1,8 @@
 """Builds the compiled extension by calling CMake; everything else is declared in pyproject.toml.
 
-The extension needs no torch to build. Without a C++ compiler the package is built without it and says so; with
-one, a build that fails is an error. ATTN_SAMPLER_CUDA=0|1 switches the CUDA part off or insists on it (default:
-built where nvcc is found).
+The extension needs no torch to build. Without a C++ compiler the package is built without it and says so;
+with one, a build that fails is an error. ATTN_SAMPLER_CUDA=0|1 switches the CUDA part off or insists on it
+(default: built where nvcc is found).
 """
 
 from __future__ import annotations
@@ -54,10 +54,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[
-        "attn_sampler",
-        "attn_sampler.bundled",
-    ],
+    packages=["attn_sampler", "attn_sampler.bundled", "attn_sampler.kernels"],
+    package_dir={"attn_sampler.kernels": "kernels/kernels"},
     package_data={"attn_sampler": ["py.typed"], "attn_sampler.bundled": ["*.safetensors", "*.md", "*.txt"]},
     ext_modules=[Extension("attn_sampler._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -2,6 +2,7 @@
 
 from attn_sampler._version import __version__
 from attn_sampler.backends import BackendUnavailableError, Support, is_backend_supported
+from attn_sampler.capture import AttentionCapture, CapturedLayer
 from attn_sampler.functional import (
     attention_map,
     column_scores,
@@ -9,17 +10,34 @@ from attn_sampler.functional import (
     select_tokens,
     token_confidence,
 )
+
+# Not left to a lazy attribute: the name of the module would hide the function.
+from attn_sampler.generate import Generation, StepEvent, generate
 from attn_sampler.reference import StepResult
+from attn_sampler.sampler import POLICIES, Policy, StepState, make_policy, register_policy
+from attn_sampler.trace import Commit, DecodeTrace
 
 __all__ = [
+    "POLICIES",
+    "AttentionCapture",
     "BackendUnavailableError",
+    "CapturedLayer",
+    "Commit",
+    "DecodeTrace",
+    "Generation",
+    "Policy",
+    "StepEvent",
     "StepResult",
+    "StepState",
     "Support",
     "__version__",
     "attention_map",
     "column_scores",
     "decode_step",
+    "generate",
     "is_backend_supported",
+    "make_policy",
+    "register_policy",
     "select_tokens",
     "token_confidence",
 ]

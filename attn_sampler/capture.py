@@ -73,9 +73,9 @@ class AttentionCapture(TorchFunctionMode):
 
     ``nn.MultiheadAttention``, ``flex_attention``, other libraries' kernels and attention written out by hand
     are not seen. A boolean ``attn_mask`` that is the same for all heads and rows ([B, 1, 1, N], or expanded
-    from it) and ``is_causal`` are handed to the kernels; any other mask or bias is served by plain PyTorch over
-    the candidate columns, and cannot be kept. A bias of -inf, or of the lowest finite value of its dtype,
-    masks; a row that is masked everywhere contributes 0. Dropout is not applied to the scores.
+    from it) and ``is_causal`` are handed to the kernels; any other mask or bias is served by plain PyTorch
+    over the candidate columns, and cannot be kept. A bias of -inf, or of the lowest finite value of its
+    dtype, masks; a row that is masked everywhere contributes 0. Dropout is not applied to the scores.
     """
 
     def __init__(
@@ -310,6 +310,8 @@ def _check_selection(layers: Any) -> str | slice | tuple[int, ...]:
         checks.choice("layers", layers, ("all",))
         return layers
     if isinstance(layers, slice):
+        if (layers.step or 1) < 1:
+            raise ValueError(f"layers: expected a slice of positive step, got {layers}")
         return layers
     if not isinstance(layers, Sequence):
         raise TypeError(f"layers: expected 'all', a slice or a sequence of indices, got {layers!r}")
@@ -354,13 +356,17 @@ class _LogSumExpTap(TorchDispatchMode):
         )
     }
     _SOFTMAX = (torch.ops.aten._safe_softmax.default, torch.ops.aten._softmax.default)
-    _COMPOSITE = torch.ops.aten.scaled_dot_product_attention.default
+    # Under inference_mode these arrive whole.
+    _COMPOSITE = (
+        torch.ops.aten.scaled_dot_product_attention.default,
+        torch.ops.aten._scaled_dot_product_attention_math.default,
+    )
 
     softmax_lse: Tensor | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is self._COMPOSITE:  # arrives whole under inference_mode
+        if func in self._COMPOSITE:
             with self:
                 return func.decompose(*args, **kwargs)
         if func in self._SOFTMAX:  # the math path: these are the biased and masked logits

@@ -75,19 +75,19 @@ def flag(name: str, value: object) -> None:
 
 def span(name: str, value: slice | None, length: int, what: str) -> tuple[int, int]:
     """The bounds of a non-empty slice of step 1 inside [0, length); all of it for None."""
-    if value is None:
-        start, stop = 0, length
-    elif not isinstance(value, slice):
-        raise TypeError(f"{name}: expected a slice of {what}, got {type(value).__name__}")
-    elif value.step not in (None, 1):
-        raise ValueError(f"{name}: expected a slice of step 1, got step {value.step}")
-    else:
+    if isinstance(value, slice):  # asked first: torch.compile makes constants of a slice compared with None
+        if value.step not in (None, 1):
+            raise ValueError(f"{name}: expected a slice of step 1, got step {value.step}")
         start = 0 if value.start is None else integer(f"{name}.start", value.start)
         stop = length if value.stop is None else integer(f"{name}.stop", value.stop)
         start = start + length if start < 0 else start
         stop = stop + length if stop < 0 else stop
         if start < 0 or stop > length:
             raise ValueError(f"{name}: {value} reaches outside the {length} {what}")
+    elif value is None:
+        start, stop = 0, length
+    else:
+        raise TypeError(f"{name}: expected a slice of {what}, got {type(value).__name__}")
     if start >= stop:
         raise ValueError(f"{name}: expected at least one of the {length} {what}, got an empty range {value}")
     return start, stop

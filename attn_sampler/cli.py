@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from attn_sampler import __version__, collect_env
 from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
@@ -27,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0, or 1 where a file could not be written. Bad arguments exit with status 2.
+        The exit status: 0; 1 where a file could not be read or written; 130 where the user interrupted. Bad
+        arguments exit with status 2.
     """
     parser = argparse.ArgumentParser(
         prog="attn-sampler", description="Attention-guided decoding of masked-diffusion language models."
@@ -41,7 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "info":
         return collect_env.run(options)
-    return _demo(demo, options)
+    try:
+        return _demo(demo, options)
+    except OSError as error:
+        print(f"attn-sampler: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +84,13 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend", choices=("auto", *BACKENDS), default="auto", help="of the sampling step (default: auto)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=_threads,
+        default=1,
+        metavar="N",
+        help="CPU threads (default: 1, for models this small)",
     )
     parser.add_argument("--no-live", dest="live", action="store_false", help="no animation")
     parser.add_argument(
@@ -111,19 +127,24 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 100))
-    runs = run_demo(
-        console,
-        tasks=tasks,
-        policies=policies,
-        tau=options.tau,
-        problems=options.problems,
-        temperature=options.temperature,
-        seed=options.seed,
-        layers=options.layers,
-        backend=options.backend,
-        live=options.live,
-        svg=options.svg,
-    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        runs = run_demo(
+            console,
+            tasks=tasks,
+            policies=policies,
+            tau=options.tau,
+            problems=options.problems,
+            temperature=options.temperature,
+            seed=options.seed,
+            layers=options.layers,
+            backend=options.backend,
+            live=options.live,
+            svg=options.svg,
+        )
+    finally:
+        torch.set_num_threads(threads)
     if options.trace is not None:
         for run in runs:
             path = options.trace
@@ -154,6 +175,10 @@ def _number(text: str, low: float, high: float, accepted: str) -> float:
 
 def _problems(text: str) -> int:
     return _integer(text, 1, _MAX_PROBLEMS)
+
+
+def _threads(text: str) -> int:
+    return _integer(text, 1, 1024)
 
 
 def _seed(text: str) -> int:

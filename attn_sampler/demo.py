@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -52,6 +53,9 @@ RULES = (
 _DRAWN_RULES = 4
 _LIVE_PROBLEMS = 4
 _FRAME_SECONDS = 0.05
+_COLUMNS = """\
+passes: forward passes per answer. tokens/s: committed by the whole batch.
+sampling: the share of the sampling step in the time of it and the model."""
 
 
 @dataclasses.dataclass
@@ -131,30 +135,34 @@ def run_demo(
     -------
     list of Run
         Task by task, rule by rule.
+
+    Raises
+    ------
+    BackendUnavailableError
+        The backend asked for by name cannot run here.
     """
     device = torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
     chosen = choose_backend("decode_step", backend, torch.empty(0, device=device))
     threads = torch.get_num_threads()
-    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen}, {threads} CPU threads")
+    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen}, CPU threads: {threads}")
     runs: list[Run] = []
     drawings: list[RenderableType] = []
     for name in tasks:
         task, model = load_task(name), load_model(name).to(device)
         prompt = torch.from_numpy(task.problems(problems, seed=seed)[0])
         options = {"tau": tau, "temperature": temperature, "seed": seed, "layers": layers, "backend": backend}
-        _decode(
-            model, task, prompt[:2], policies[0], options, None
-        )  # the first call of all pays for start-up
+        _decode(model, task, prompt[:2], policies[0], options, None)  # start-up costs stay out of the table
         blanks = int((prompt == task.mask_token_id).sum())
         console.print(f"\n[bold]{name}[/]: {problems} held-out problems, {blanks / problems:.1f} blanks each")
         with _live_view(console if live else None, task, prompt, blanks * len(policies)) as watch:
             task_runs = [_decode(model, task, prompt, rule, options, watch(rule)) for rule in policies]
         drawings.append(_draw_orders(task_runs[:_DRAWN_RULES]))
-        console.print(drawings[-1], _tabulate(task_runs), sep="\n")
+        console.print(drawings[-1], Text(), _tabulate(task_runs), Text(), sep="\n")
         verdict = _verdict(task_runs)
         if verdict:
-            console.print(verdict)
+            console.print(verdict, soft_wrap=True)
         runs += task_runs
+    console.print("\n" + _COLUMNS, style="dim")
     if svg is not None:
         _save_svg(svg, drawings)
     return runs
@@ -172,7 +180,7 @@ def _decode(
     label = policy
     if tau is not None:
         tau = tau if options["tau"] is None else options["tau"]
-        label = f"{policy}, tau {tau:g}"
+        label = f"{policy} tau={tau:g}"
     generation = generate(
         model,
         prompt.to(model.is_mask_token.device),
@@ -265,28 +273,24 @@ def _draw_orders(runs: Sequence[Run]) -> Group:
     # Square boards stand side by side, one-line problems below each other.
     for row in zip(*cells, strict=True) if task.cell_separator else cells:
         grid.add_row(*row)
-    caption = (
-        f"One {task.name} problem; below each answer the step that committed each cell, blue first, red last"
-    )
+    caption = f"One {task.name} problem, and the step of each commit (blue first, red last)"
     return Group(Text(caption, style="dim"), Text(), grid)
 
 
 def _tabulate(runs: Sequence[Run]) -> Table:
-    table = Table(
-        caption="tokens/s: of the whole batch, in the model and the sampling step", caption_justify="left"
-    )
-    table.add_column("rule")
-    for heading in ("solved", "95% interval", "passes per answer", "tokens/s", "sampling step"):
-        table.add_column(heading, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)  # as narrow as 80 columns
+    table.add_column("rule", no_wrap=True)
+    for heading in ("solved", "95% interval", "passes", "tokens/s", "sampling"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         low, high = run.score.interval
         table.add_row(
             run.label,
             f"{run.score.rate:.1%}",
-            f"{low:.1%} to {high:.1%}",
+            f"{100 * low:.1f} to {high:.1%}",
             f"{run.passes:.1f}",
             f"{run.tokens_per_second:,.0f}",
-            f"{run.sampling_share:.0%} of time",
+            f"{run.sampling_share:.0%}",
         )
     return table
 
@@ -297,16 +301,14 @@ def _verdict(runs: Sequence[Run]) -> str:
     if not {"attn-sequential", "confidence"} <= by_policy.keys():
         return ""
     attention, confidence = by_policy["attn-sequential"], by_policy["confidence"]
-    line = f"Attention alone (attn-sequential) solves {attention.rate:.1%}, confidence {confidence.rate:.1%}"
+    line = f"attn-sequential solves {attention.rate:.1%}, confidence {confidence.rate:.1%}"
     if attention.interval[1] < confidence.interval[0]:
-        line += ": so small a model attends most to cells that it is unsure of"
+        line += ": attention alone is a weak guide in a model this small"
     return line + "."
 
 
 def _save_svg(path: Path, drawings: Sequence[RenderableType]) -> None:
-    console = Console(
-        record=True, file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200
-    )
+    console = Console(record=True, file=io.StringIO(), color_system="truecolor", width=200)
     drawing = Group(*[part for drawing in drawings for part in (drawing, Text())][:-1])
     console.width = Measurement.get(console, console.options, drawing).maximum
     console.print(drawing)

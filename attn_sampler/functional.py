@@ -11,6 +11,7 @@ All functions work on the tensors' device without synchronising with the host, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -562,26 +563,35 @@ def _check_layers(
     all_q: list[Tensor] = []
     all_k: list[Tensor] = []
     all_lse: list[Tensor] = []
-    dtypes: Sequence[torch.dtype] = checks.FLOAT_DTYPES
+    first: tuple[Any, ...] = ()
     for index, layer in enumerate(layers):
-        prefix = f"layers[{index}] "
         if not isinstance(layer, (list, tuple)) or len(layer) not in (2, 3):
             raise TypeError(f"layers[{index}]: expected (q, k, softmax_lse) or (q, k)")
-        q, k, lse = (*layer, None)[:3]
-        _check_layer(prefix, q, k, lse, softmax_scope, dtypes=dtypes, like=tokens)
+        q, k, lse = fields = (*layer, None)[:3]
+        if not (first and all(map(_alike, fields, first))):  # most layers are like the first: a quick way
+            first = first or fields
+            prefix = f"layers[{index}] "
+            dtypes = checks.FLOAT_DTYPES if index == 0 else (first[0].dtype,)
+            _check_layer(prefix, q, k, lse, softmax_scope, dtypes=dtypes, like=tokens)
+            batch, (n_rows, headdim), n_keys = tokens.shape[0], first[0].shape[2:], first[1].shape[2]
+            checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], n_rows, headdim))
+            checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
         all_q.append(q)
         all_k.append(k)
         if lse is not None:
             all_lse.append(lse)
-        dtypes = (q.dtype,)
-        batch, (n_rows, headdim), n_keys = tokens.shape[0], all_q[0].shape[2:], all_k[0].shape[2]
-        checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], n_rows, headdim))
-        checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
     if all_lse and len(all_lse) != len(all_q):
         raise ValueError(
             f"layers: expected softmax_lse for all layers or for none, got {len(all_lse)} of {len(all_q)}"
         )
     return all_q, all_k, all_lse
+
+
+def _alike(x: object, y: Tensor | None) -> bool:
+    """Whether x has the shape, dtype and device of y, or both are None."""
+    if x is None or y is None:
+        return x is y
+    return isinstance(x, Tensor) and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
 
 
 def _check_sampling(

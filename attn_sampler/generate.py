@@ -110,8 +110,8 @@ def generate(
         Which attention counts: the calls by their order; the query rows, ``"all"`` or ``"masked"`` (those
         still masked); ``"sequence"`` or ``"block"``; whether attention to oneself does.
     keep_layers
-        True reduces all layers in one call at the end of the forward pass, where their masks allow it; False
-        each layer in the pass, which needs no memory for them.
+        True reduces all layers in one call at the end of the forward pass, where their masks allow it, and
+        holds their queries until then; False reduces each layer in the pass, which needs no memory for them.
     backend
         As in ``column_scores``.
     progress, trace, on_step
@@ -126,7 +126,7 @@ def generate(
     Raises
     ------
     TypeError, ValueError, BackendUnavailableError
-        Naming the argument, before the model has run; or the model's output, of a wrong shape, dtype or device.
+        Naming the argument, before the model has run; or the model's output, of a wrong shape or dtype.
     RuntimeError
         The logits of a chosen position are undefined (NaN, +inf or all -inf), or the attention scores are NaN
         at every masked position of a sequence.
@@ -138,11 +138,11 @@ def generate(
     checks.integer("block_length", block_length, 1)
     checks.non_negative("temperature", temperature)
     checks.choice("rows", rows, ("all", "masked"))
-    for name, flag in (("logit_shift", logit_shift), ("progress", progress), ("trace", trace)):
+    flags = {"logit_shift": logit_shift, "keep_layers": keep_layers, "progress": progress, "trace": trace}
+    for name, flag in flags.items():
         checks.flag(name, flag)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step: expected a callable, got {type(on_step).__name__}")
-    checks.flag("keep_layers", keep_layers)
     capture = AttentionCapture(
         layers=layers, keep=keep_layers, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
     )

@@ -53,9 +53,13 @@ def _store(out: Tensor, result: Tensor, accumulate: bool) -> None:
 
 
 class _Reference:
-    """``attn_sampler.reference`` behind the signatures of a backend."""
+    """``attn_sampler.reference`` behind the signatures of a backend.
+
+    Without gradients: they would tie ``out`` to the graph of q and k.
+    """
 
     @staticmethod
+    @torch.no_grad()
     def column_scores(
         out: Tensor,
         q: Tensor,
@@ -94,6 +98,7 @@ class _Reference:
         _store(out, result, accumulate)
 
     @staticmethod
+    @torch.no_grad()
     def attention_map(
         out: Tensor,
         q: Tensor,
@@ -133,6 +138,7 @@ class _Reference:
         _store(out, result, accumulate)
 
     @staticmethod
+    @torch.no_grad()
     def token_confidence(
         token_ids: Tensor,
         confidence: Tensor,
@@ -154,6 +160,7 @@ class _Reference:
         confidence.copy_(value)
 
     @staticmethod
+    @torch.no_grad()
     def select_tokens(
         selected: Tensor,
         scores: Tensor,
@@ -168,6 +175,7 @@ class _Reference:
         )
 
     @staticmethod
+    @torch.no_grad()
     def decode_step(
         tokens: Tensor,
         scores: Tensor,
@@ -299,7 +307,6 @@ for _name, _run, _fake in (
     ("select_tokens", _select_tokens, _select_tokens_output),
     ("decode_step", _decode_step, _decode_step_outputs),
 ):
-    # No gradient: without no_grad the reference would tie the outputs to an autograd graph.
-    _LIBRARY.impl(_name, torch.no_grad()(_run), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"attn_sampler::{_name}", _fake, lib=_LIBRARY)

@@ -29,6 +29,7 @@ from attn_sampler.bundled.tasks import (
     write_sudoku_puzzles,
 )
 from attn_sampler.bundled.train import RECIPES, Recipe, evaluate, masked_loss, train
+from attn_sampler.bundled.train import main as training_main
 
 PACKAGE = Path(bundled.__file__).parent
 TINY = TinyMaskedLMConfig(13, 12, hidden_size=32, num_layers=2, num_heads=2, ffn_size=48)
@@ -375,6 +376,39 @@ def test_training_lowers_the_loss_and_repeats_exactly() -> None:
     for name, value in first.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     assert not torch.equal(other.head.weight, first.head.weight)
+
+
+def test_training_command_writes_what_it_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "addition.safetensors"
+    common = ["--problems", "3", "--seed", "4", "--threads", str(torch.get_num_threads())]
+    training_main(["addition", "--out", str(path), "--steps", "2", *common])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 2/2  mean loss 2.")
+    assert [line.partition(":")[0] for line in lines[1:]] == [
+        f"addition, held out, {blank} blank" for blank in ("sum", "first", "second")
+    ]
+    with safe_open(str(path), framework="pt") as file:
+        recipe = dataclasses.replace(RECIPES["addition"], steps=2, seed=4)
+        assert file.metadata()["recipe"] == str(dataclasses.asdict(recipe))
+    training_main(["addition", "--evaluate", str(path), *common])
+    assert capsys.readouterr().out.splitlines() == lines[1:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--evaluate", "x", "--problems", "0"], "argument --problems: expected 1 to 500, got 0"),
+        (["--out", "no/such/x"], "argument --out: expected a file in a directory that exists, got no/such/x"),
+        ([], "one of the arguments --out --evaluate is required"),
+    ],
+)
+def test_training_command_refuses_before_it_trains(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        training_main(["sudoku", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_masked_loss_of_a_known_model_bounds_its_nats_per_token() -> None:

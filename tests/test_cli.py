@@ -42,15 +42,18 @@ def decode(task_name: str, policy: str, problems: int, seed: int = 0, **options:
 
 
 def commits(trace: DecodeTrace | None) -> list[tuple]:
-    """The commits in a form that compares: without scores, which are NaN where a rule reads none."""
+    """What was decided: without scores, NaN where a rule reads none, and with no last bits to differ."""
     assert trace is not None
-    return [(c.sequence, c.step, c.position, c.token, c.confidence) for c in trace.commits]
+    return [(c.sequence, c.step, c.position, c.token) for c in trace.commits]
 
 
 def table_rows(output: str) -> list[list[str]]:
     """The cells of the printed tables' body rows."""
-    rows = [line for line in output.splitlines() if line.startswith("│")]
-    return [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+    rows = []
+    for line in output.splitlines():
+        if re.search(r"\d to [\d.]+%", line):
+            rows.append(re.split(r"\s{2,}", line.strip()))
+    return rows
 
 
 # --- info -----------------------------------------------------------------------------------------------
@@ -124,20 +127,35 @@ def test_demo_prints_every_rule_with_the_numbers_of_its_decoding(capsys: pytest.
     assert main(["demo", "--problems", "4"]) == 0
     output = capsys.readouterr().out
     rows = table_rows(output)
-    assert [row[0].split(",")[0] for row in rows] == [*RULES, *RULES]  # both tasks, all rules
+    assert [row[0].split()[0] for row in rows] == [*RULES, *RULES]  # both tasks, all rules
     assert {make_policy(rule).__class__ for rule in RULES} == {make_policy(p).__class__ for p in POLICIES}
     for i, (label, solved, interval, passes, speed, share) in enumerate(rows):
-        name, rule = ("sudoku", "addition")[i // len(RULES)], label.split(",")[0]
-        assert label == rule if default_tau(rule) is None else label == f"{rule}, tau 0.9"
-        assert re.fullmatch(r"[\d.]+% to [\d.]+%", interval)
+        name, rule = ("sudoku", "addition")[i // len(RULES)], label.split()[0]
+        assert label == rule if default_tau(rule) is None else label == f"{rule} tau=0.9"
+        assert re.fullmatch(r"[\d.]+ to [\d.]+%", interval)
         assert int(speed.replace(",", "")) > 0
-        assert re.fullmatch(r"\d+% of time", share)
+        assert re.fullmatch(r"\d+%", share)
         if rule in ("attn-parallel", "attn-sequential", "threshold", "left-to-right"):
             task, generation = load_task(name), decode(name, rule, 4)
             right = task.check(generation.tokens.numpy(), task.problems(4)[0])
             assert solved == f"{right.mean():.1%}"
             assert passes == f"{generation.num_forward_passes.double().mean().item():.1f}"
-    assert output.count("Attention alone (attn-sequential) solves ") == 2
+    for first in (0, len(RULES)):
+        attention, confidence = rows[first + 1][1], rows[first + 2][1]
+        assert f"\nattn-sequential solves {attention}, confidence {confidence}" in output
+
+
+def test_the_verdict_calls_attention_weak_only_where_the_intervals_are_apart(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = "attention alone is a weak guide"
+    rules = ["demo", "--task", "sudoku", "--policy", "attn-sequential", "confidence", "--problems"]
+    assert main([*rules, "1"]) == 0
+    assert words not in capsys.readouterr().out
+    assert main([*rules, "40"]) == 0
+    assert words in capsys.readouterr().out
+    assert main(["demo", "--policy", "confidence", "--problems", "1"]) == 0
+    assert "attn-sequential solves" not in capsys.readouterr().out
 
 
 def test_demo_draws_the_answer_above_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +168,7 @@ def test_demo_draws_the_answer_above_the_steps(capsys: pytest.CaptureFixture[str
     grid = [line.split() for line in output.splitlines()]
     at = grid.index(board[0].split())
     assert grid[at : at + 6] == [line.split() for line in board]
-    assert grid[at + 6 : at + 12] == [steps[i : i + 6] for i in range(0, 36, 6)]
+    assert grid[at + 7 : at + 13] == [steps[i : i + 6] for i in range(0, 36, 6)]
     assert "addition" not in output
     assert len(table_rows(output)) == 1
 
@@ -246,6 +264,14 @@ def test_live_view_animates_and_changes_no_result(monkeypatch: pytest.MonkeyPatc
     assert commits(runs[0][0].trace) == commits(runs[1][0].trace)
 
 
+def test_threads_are_used_and_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    for given, used in (([], 1), (["--threads", "2"], 2)):
+        assert main(["demo", "--policy", "confidence", "--problems", "1", *given]) == 0
+        assert f"CPU threads: {used}\n" in capsys.readouterr().out
+        assert torch.get_num_threads() == before
+
+
 def test_no_live_reaches_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr("attn_sampler.demo.run_demo", lambda console, **options: seen.append(options) or [])
@@ -284,6 +310,7 @@ def test_no_live_reaches_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
             "argument --temperature: expected a finite number >= 0, got 'inf'",
         ),
         (["demo", "--seed", "-1"], "argument --seed: expected an integer from 0"),
+        (["demo", "--threads", "0"], "argument --threads: expected an integer from 1 to 1024, got '0'"),
         (["demo", "--layers", "first"], "argument --layers: expected all, last or indices such as 0,1"),
         (["demo", "--layers", "0,4"], "argument --layers: the models have layers 0 to 3, got 4"),
         (["demo", "--layers=-5"], "argument --layers: the models have layers 0 to 3, got -5"),
@@ -316,6 +343,28 @@ def test_a_backend_that_cannot_run_is_refused_with_its_reason(
     assert "argument --backend: cpu cannot run here: it was left at home" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(self: DecodeTrace, path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(DecodeTrace, "save", save)
+    path = tmp_path / "t.json"
+    assert (
+        main(["demo", "--task", "sudoku", "--policy", "pard", "--problems", "1", "--trace", str(path)]) == 1
+    )
+    assert capsys.readouterr().err == f"attn-sampler: [Errno 13] Permission denied: '{path}'\n"
+
+
+def test_an_interrupt_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attn_sampler.demo.run_demo", interrupt)
+    assert main(["demo"]) == 130
+
+
 # --- as a process ---------------------------------------------------------------------------------------
 
 
@@ -327,3 +376,10 @@ def test_command_without_a_terminal_colour_or_unicode() -> None:
     assert "\x1b" not in result.stdout  # neither colours nor cursor moves
     assert result.stdout.isascii()
     assert result.stdout.count("95% interval") == 2
+
+
+def test_collect_env_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "attn_sampler.collect_env", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["attn_sampler"] == __version__

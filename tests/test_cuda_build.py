@@ -6,14 +6,13 @@ import ctypes
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from cmake_build import ROOT, build_once
 
 from bench import cuda_resources
 
-ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = {"sm_80", "sm_90a", "sm_100a", "sm_120"}
 
 pytestmark = [
@@ -27,19 +26,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A build folder of the C library for all architectures, and what the build printed."""
-    folder = tmp_path_factory.mktemp("cuda")
-    programs = Path(sys.executable).parent
-    cmake = str(programs / "cmake")
-    configure = [
-        *(cmake, str(ROOT), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}"),
-        *("-DATTN_SAMPLER_CUDA=1", "-DATTN_SAMPLER_WERROR=ON"),
-    ]
-    output = ""
-    for command in (configure, [cmake, "--build", "."]):
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        output = result.stdout + result.stderr
-        assert result.returncode == 0, output[-8000:]
-    return folder, output
+    return build_once(tmp_path_factory, "cuda", "-DATTN_SAMPLER_CUDA=1", "-DATTN_SAMPLER_WERROR=ON")
 
 
 def test_no_kernel_spills(build: tuple[Path, str]) -> None:

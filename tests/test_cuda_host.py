@@ -14,37 +14,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from cmake_build import ROOT, build, build_once, python_module, tool
 from cuda_host import plugin
 from problems import normal, row_lse
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA = 0, 1
-
-
-def _build(folder: Path, *options: str) -> None:
-    programs = Path(sys.executable).parent
-    configure = [
-        *(str(programs / "cmake"), str(ROOT), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}"),
-        *("-DATTN_SAMPLER_CUDA=host", "-DATTN_SAMPLER_WERROR=ON", *options),
-    ]
-    for command in (configure, [str(programs / "cmake"), "--build", "."]):
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+OPTIONS = ("-DATTN_SAMPLER_CUDA=host", "-DATTN_SAMPLER_X86=OFF", "-DATTN_SAMPLER_WERROR=ON")
 
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python module, with the CUDA kernels on the host."""
-    import pybind11
-
-    folder = tmp_path_factory.mktemp("cuda_host")
-    _build(
-        folder,
-        "-DATTN_SAMPLER_PYTHON=ON",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    )
-    (module,) = folder.glob("_C.*")
+    folder, _ = build_once(tmp_path_factory, "cuda_host", *OPTIONS, *python_module())
+    (module,) = folder.glob("_C.*.so")
     return module
 
 
@@ -198,9 +180,8 @@ def test_what_the_kernels_do_not_take(extension: Path) -> None:
 
 
 def test_under_the_sanitizers(tmp_path: Path) -> None:
-    _build(tmp_path, "-DATTN_SAMPLER_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug")
-    ctest = str(Path(sys.executable).with_name("ctest"))
-    result = subprocess.run([ctest, "--verbose"], cwd=tmp_path, capture_output=True, text=True)
+    build(tmp_path, *OPTIONS, "-DATTN_SAMPLER_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug")
+    result = subprocess.run([tool("ctest"), "--verbose"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr
     assert "CPU and GPU committed the block in the same" in result.stdout
     assert "all agree" in result.stdout

@@ -28,7 +28,7 @@ from attn_sampler.generate import generate
 
 from . import TASKS, load_task
 from .model import TinyMaskedLM, TinyMaskedLMConfig, load_weights, save_weights
-from .tasks import Addition, Score
+from .tasks import SUDOKU_PUZZLES_COUNT, Addition, Score
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -75,7 +75,7 @@ class Recipe:
 
 RECIPES = {
     "sudoku": Recipe(steps=6000),
-    "addition": Recipe(steps=8000),
+    "addition": Recipe(steps=5500),
 }
 
 
@@ -213,6 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--problems", type=int, default=500, help="how many to score (default: 500)")
     options = parser.parse_args(arguments)
+    if not 1 <= options.problems <= SUDOKU_PUZZLES_COUNT:
+        parser.error(f"argument --problems: expected 1 to {SUDOKU_PUZZLES_COUNT}, got {options.problems}")
+    if options.out is not None and not options.out.parent.is_dir():
+        parser.error(f"argument --out: expected a file in a directory that exists, got {options.out}")
     torch.set_num_threads(options.threads)
     task = load_task(options.task)
     if options.out is not None:

@@ -16,110 +16,19 @@
 #include <cstdlib>
 
 #include "cpu/kernels.h"
+#include "cpu/matmul.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 
 namespace attn_sampler {
 namespace {
 
-constexpr int kTile = 64;             /* rows and columns of a tile */
 constexpr int64_t kRowsPerUnit = 256; /* of one key head, the grain by which rows are dealt out */
 constexpr int64_t kTasks = 64;        /* as many as this keep a large machine busy */
 constexpr int64_t kKeysPerSplit = 1024;
+constexpr int64_t kSoftmaxBytes =
+    3 << 18; /* of a row tile's logits over all keys, in the second-level cache */
+constexpr int64_t kPartialBytes = 8 << 20; /* of partial sums, at the most */
 constexpr double kLog2e = 1.4426950408889634;
-
-constexpr int kMaxVectors = kLanes == 16 ? 4 : 2; /* accumulators of a micro-kernel fit the registers */
-
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-/* c[kRows][kVectors * kLanes] = a[kRows][depth] b[depth][...] */
-template <int kRows, int kVectors>
-inline void micro_kernel(const float *a, int64_t a_stride, const float *b, int width, int64_t depth,
-                         float *c) {
-    VecF sum[kRows][kVectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v)
-            sum[r][v] = VecF{};
-    for (int64_t d = 0; d < depth; ++d) {
-        VecF column[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v)
-            column[v] = load<VecF>(b + d * width + v * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-            const VecF x = splat(a[r * a_stride + d]);
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v)
-                sum[r][v] += x * column[v];
-        }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v)
-            store(c + r * width + v * kLanes, sum[r][v]);
-}
-
-/* The same for any number of rows: as many as possible at a time, then half as many. */
-template <int kRows, int kVectors>
-inline void micro_rows(const float *a, int64_t a_stride, int64_t rows, const float *b, int width,
-                       int64_t depth, float *c) {
-    for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * width)
-        micro_kernel<kRows, kVectors>(a, a_stride, b, width, depth, c);
-    if constexpr (kRows > 1)
-        micro_rows<kRows / 2, kVectors>(a, a_stride, rows, b, width, depth, c);
-}
-
-/* c[rows][width] = a[rows][depth] b[depth][width]; width a multiple of kLanes. */
-inline void multiply(const float *a, int64_t a_stride, int64_t rows, const float *b, int width, int64_t depth,
-                     float *c) {
-    int j = 0;
-    if constexpr (kMaxVectors == 4)
-        for (; j + 4 * kLanes <= width; j += 4 * kLanes)
-            micro_rows<6, 4>(a, a_stride, rows, b + j, width, depth, c + j);
-    for (; j + 2 * kLanes <= width; j += 2 * kLanes)
-        micro_rows<kLanes == 16 ? 12 : 6, 2>(a, a_stride, rows, b + j, width, depth, c + j);
-    for (; j + kLanes <= width; j += kLanes)
-        micro_rows<kLanes == 16 ? 12 : 8, 1>(a, a_stride, rows, b + j, width, depth, c + j);
-}
-
-/* Rows of q or k at these addresses: a float32 matrix as `multiply` walks it, in place where it is one. */
-struct Rows {
-    const float *data;
-    int64_t stride;
-};
-
-inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t depth, float *buffer) {
-    if (dtype == ATTN_SAMPLER_FLOAT32) {
-        const float *const first = static_cast<const float *>(address[0]);
-        const int64_t stride = n > 1 ? static_cast<const float *>(address[1]) - first : depth;
-        bool regular = true;
-        for (int64_t i = 2; i < n; ++i)
-            regular = regular && static_cast<const float *>(address[i]) - first == i * stride;
-        if (regular)
-            return {first, stride};
-    }
-    for (int64_t i = 0; i < n; ++i)
-        convert_to_float(address[i], dtype, depth, buffer + i * depth);
-    return {buffer, depth};
-}
-
-/* packed[depth][width], the rows across the lanes; zeros in the lanes beyond n. */
-inline void pack(const void *const *address, int64_t n, int dtype, int64_t depth, int width, float *buffer,
-                 float *packed) {
-    const Rows rows = as_rows(address, n, dtype, depth, buffer);
-    for (int64_t d0 = 0; d0 < depth; d0 += kLanes) { /* in strips whose destination stays in the cache */
-        const int64_t d1 = min_of(d0 + kLanes, depth);
-        for (int64_t i = 0; i < n; ++i)
-            for (int64_t d = d0; d < d1; ++d)
-                packed[d * width + i] = rows.data[i * rows.stride + d];
-        for (int64_t d = d0; d < d1; ++d)
-            for (int64_t i = n; i < width; ++i)
-                packed[d * width + i] = 0.0f;
-    }
-}
 
 /* What the kernels below share of one problem. */
 struct Plan {
@@ -173,19 +82,21 @@ struct Plan {
     }
 };
 
-/* Memory of one thread: three tiles. */
+/* Memory of one thread. */
 struct Scratch {
     float *packed;  /* [D][kTile] */
     float *rows;    /* [kTile][D] */
-    float *product; /* [kTile][kTile] */
+    float *product; /* [kTile][kTile], or a row tile's logits over all keys */
+    int32_t *keys;  /* the keys that count */
 };
 
 /* Scratch for all threads and a block beside it, from one allocation. */
 class Workspace {
   public:
-    Workspace(int num_threads, int64_t headdim, int64_t extra_bytes)
-        : headdim_(headdim), per_thread_(round_up((2 * headdim + kTile) * kTile * 4, 64)),
-          extra_(num_threads * per_thread_),
+    Workspace(int num_threads, int64_t headdim, int64_t extra_bytes, int64_t product = kTile * kTile,
+              int64_t keys = 0)
+        : tile_(headdim * kTile), product_(product),
+          per_thread_(round_up((2 * tile_ + product + keys) * 4, 64)), extra_(num_threads * per_thread_),
           memory_(static_cast<char *>(
               std::aligned_alloc(64, static_cast<size_t>(extra_ + round_up(max_of(extra_bytes, 1), 64))))) {}
     ~Workspace() { std::free(memory_); }
@@ -195,7 +106,8 @@ class Workspace {
     explicit operator bool() const { return memory_ != nullptr; }
     Scratch scratch(int worker) const {
         float *const start = reinterpret_cast<float *>(memory_ + worker * per_thread_);
-        return {start, start + headdim_ * kTile, start + 2 * headdim_ * kTile};
+        float *const product = start + 2 * tile_;
+        return {start, start + tile_, product, reinterpret_cast<int32_t *>(product + product_)};
     }
     template <typename T>
     T *extra() const {
@@ -203,7 +115,7 @@ class Workspace {
     }
 
   private:
-    int64_t headdim_, per_thread_, extra_;
+    int64_t tile_, product_, per_thread_, extra_;
     char *memory_;
 };
 
@@ -215,11 +127,9 @@ void for_each_task(int num_threads, int64_t count, Body &body) {
         &body);
 }
 
-/* ---- Row log-sum-exp -------------------------------------------------------------------------------------
- */
-
 /* Base-2 log-sum-exp of up to kTile of a key head's rows, over keys [key, key_stop): maximum and sum by lane.
  */
+template <typename Words>
 struct LseTask {
     const Plan &plan;
     int64_t b, hkv;
@@ -230,7 +140,7 @@ struct LseTask {
         const AttentionProblem &p = plan.p;
         const int64_t rows = plan.row_stop - plan.row_start;
         const int width = static_cast<int>(round_up(n, kLanes));
-        const void *address[kTile];
+        const void *address[kTile] = {};
         int32_t position[kTile];
         int32_t furthest = -1;
         for (int64_t i = 0; i < width; ++i) {
@@ -239,7 +149,7 @@ struct LseTask {
             position[i] = plan.position(m, 0);
             furthest = position[i] > furthest ? position[i] : furthest;
         }
-        pack(address, n, p.dtype, p.headdim, width, s.rows, s.packed);
+        pack<Words>(address, n, p.dtype, p.headdim, width, s.rows, s.packed);
         for (int i = 0; i < width; ++i) {
             maximum[i] = -kInf;
             sum[i] = 0.0f;
@@ -256,8 +166,8 @@ struct LseTask {
                 }
             if (count == 0)
                 break;
-            const Rows keys = as_rows(address, count, p.dtype, p.headdim, s.rows);
-            multiply(keys.data, keys.stride, count, s.packed, width, p.headdim, s.product);
+            const Rows keys = as_rows<Words>(address, count, p.dtype, p.headdim, s.rows);
+            multiply<Words>(keys, count, s.packed, width, p.headdim / Words::kElements, s.product);
             for (int j = 0; j < width; j += kLanes)
                 update(s.product + j, width, count, at, load<VecI>(position + j), maximum + j, sum + j);
         }
@@ -285,6 +195,7 @@ struct LseTask {
 };
 
 /* The base-2 log-sum-exp of every row that can count, into lse [B, Hq, M], which the plan then reads. */
+template <typename Words>
 bool compute_lse(Plan &plan, double *lse) {
     const AttentionProblem &p = plan.p;
     plan.lse = lse;
@@ -303,7 +214,7 @@ bool compute_lse(Plan &plan, double *lse) {
     float *const partial = work.extra<float>(); /* [units, splits, {maximum, sum}, kTile] */
     auto body = [&](int64_t index, int worker) {
         const int64_t split = index % splits, unit = index / splits, tile = unit % tiles;
-        const LseTask task{plan, unit / tiles / p.kv_heads, unit / tiles % p.kv_heads};
+        const LseTask<Words> task{plan, unit / tiles / p.kv_heads, unit / tiles % p.kv_heads};
         const int64_t first = tile * kTile, key = plan.key_start + split * keys_per_split;
         float *const result = partial + index * 2 * kTile;
         task(first, min_of(kTile, plan.group * rows - first), key,
@@ -334,9 +245,6 @@ bool compute_lse(Plan &plan, double *lse) {
     return true;
 }
 
-/* ---- The tile of attention weights -----------------------------------------------------------------------
- */
-
 /* A tile of columns of one sequence. */
 struct Columns {
     int64_t b, first; /* key position of lane 0 */
@@ -358,20 +266,21 @@ struct Columns {
             counts[v] = load<VecI>(lanes + v * kLanes);
     }
 
+    template <typename Words>
     void pack_keys(const Plan &plan, int64_t hkv, const Scratch &s) {
         if (kv_head == hkv)
             return;
-        const void *address[kTile];
+        const void *address[kTile] = {};
         for (int i = 0; i < n; ++i)
             address[i] = plan.key(b, hkv, first + i);
-        pack(address, n, plan.p.dtype, plan.p.headdim, width, s.rows, s.packed);
+        pack<Words>(address, n, plan.p.dtype, plan.p.headdim, width, s.rows, s.packed);
         kv_head = hkv;
     }
 };
 
 /* Up to kTile rows that count, gathered. */
 struct RowTile {
-    const void *address[kTile];
+    const void *address[kTile] = {};
     float lse_high[kTile], lse_low[kTile]; /* base 2; the sum of both has the precision of a double */
     int32_t position[kTile];               /* lane at which the row stands */
     int64_t row[kTile];
@@ -398,10 +307,12 @@ struct RowTile {
 };
 
 /* s.product[rows.n][columns.width] = the attention weights; exactly 0 where a row does not see a column. */
+template <typename Words>
 inline void weights_tile(const Plan &plan, const Columns &columns, const RowTile &rows, const Scratch &s) {
     const attn_sampler_attention_params &params = plan.p.params;
-    const Rows q = as_rows(rows.address, rows.n, plan.p.dtype, plan.p.headdim, s.rows);
-    multiply(q.data, q.stride, rows.n, s.packed, columns.width, plan.p.headdim, s.product);
+    const int64_t depth = plan.p.headdim;
+    const Rows q = as_rows<Words>(rows.address, rows.n, plan.p.dtype, depth, s.rows);
+    multiply<Words>(q, rows.n, s.packed, columns.width, depth / Words::kElements, s.product);
     const bool select = !columns.all_count || columns.n < columns.width || params.causal || !params.diagonal;
     for (int r = 0; r < rows.n; ++r) {
         const int32_t last_seen = params.causal ? rows.position[r] : kTile;
@@ -427,22 +338,39 @@ inline void write(float *out, double value, bool accumulate) {
     *out = accumulate ? *out + static_cast<float>(value) : static_cast<float>(value);
 }
 
-/* ---- Column scores ---------------------------------------------------------------------------------------
- */
+/* The rows that may see a key, for the mean. */
+int64_t rows_seeing(const Plan &plan, int64_t b, int64_t key) {
+    const attn_sampler_attention_params &params = plan.p.params;
+    const int64_t own = key - params.query_start; /* the row that stands at the key */
+    const int64_t first = params.causal ? max_of(plan.row_start, own) : plan.row_start;
+    if (!plan.key_counts(b, key))
+        return 0;
+    int64_t count = max_of(plan.row_stop - first, 0);
+    if (plan.p.query_mask != nullptr) {
+        count = 0;
+        for (int64_t m = first; m < plan.row_stop; ++m)
+            count += plan.row_counts(b, m);
+    }
+    const bool own_is_dropped =
+        !params.diagonal && own >= first && own < plan.row_stop && plan.row_counts(b, own);
+    return count - own_is_dropped;
+}
 
-/* Scores of one tile of columns over a range of units. A unit is a stretch of a key head's list of rows, or,
- * where heads must not mix (per head, maximum), the rows of one query head. */
+/* Scores of one tile of columns, given the log-sum-exp. */
+template <typename Words>
 struct ScoreTask {
     const Plan &plan;
-    Columns &columns;
-    const Scratch &s;
+    Columns columns;
+    const Scratch s;
 
-    /* Adds rows [first, last) of the key head's list to total. */
-    void reduce(int64_t hkv, int64_t first, int64_t last, double *total) const {
+    ScoreTask(const Plan &p, int64_t b, int64_t tile, const Scratch &scratch)
+        : plan(p), columns(p, b, tile), s(scratch) {}
+
+    /* Adds rows [first, last) of the key head's list to total, or their maximum. */
+    void reduce(int64_t hkv, int64_t first, int64_t last, double *total) {
         const int64_t rows = plan.row_stop - plan.row_start;
-        const int vectors = columns.width / kLanes;
         const bool is_max = plan.p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
-        columns.pack_keys(plan, hkv, s);
+        columns.pack_keys<Words>(plan, hkv, s);
         VecF largest[kTile / kLanes] = {};
         while (first < last) {
             RowTile tile;
@@ -450,106 +378,277 @@ struct ScoreTask {
                 tile.add(plan, columns, hkv * plan.group + first / rows, plan.row_start + first % rows);
             if (tile.n == 0)
                 continue;
-            weights_tile(plan, columns, tile, s);
-            for (int v = 0; v < vectors; ++v) {
-                const float *const column = s.product + v * kLanes;
-                if (is_max) {
-                    for (int r = 0; r < tile.n; ++r)
-                        largest[v] = max_or_nan(load<VecF>(column + r * columns.width), largest[v]);
-                    continue;
-                }
+            weights_tile<Words>(plan, columns, tile, s);
+            for (int j = 0; j < columns.width; j += kLanes) {
                 VecF sum{};
-                for (int r = 0; r < tile.n; ++r)
-                    sum += load<VecF>(column + r * columns.width);
-                for (int i = 0; i < kLanes; ++i)
-                    total[v * kLanes + i] += static_cast<double>(sum[i]);
+                for (int r = 0; r < tile.n; ++r) {
+                    const VecF weight = load<VecF>(s.product + r * columns.width + j);
+                    if (is_max)
+                        largest[j / kLanes] = max_or_nan(weight, largest[j / kLanes]);
+                    else
+                        sum += weight;
+                }
+                for (int i = 0; i < kLanes && j + i < columns.n; ++i)
+                    total[j + i] += static_cast<double>(sum[i]);
             }
         }
-        if (is_max)
-            for (int i = 0; i < columns.n; ++i)
-                total[i] += static_cast<double>(largest[i / kLanes][i % kLanes]);
-    }
-
-    /* The rows that may see column i, for the mean. */
-    int64_t rows_seeing(int i) const {
-        const attn_sampler_attention_params &params = plan.p.params;
-        if (!plan.key_counts(columns.b, columns.first + i))
-            return 0;
-        int64_t count = 0;
-        for (int64_t m = plan.row_start; m < plan.row_stop; ++m) {
-            const int64_t at = params.query_start + m - columns.first;
-            count +=
-                plan.row_counts(columns.b, m) && (!params.causal || i <= at) && (params.diagonal || i != at);
-        }
-        return count;
+        for (int i = 0; is_max && i < columns.n; ++i)
+            total[i] += static_cast<double>(largest[i / kLanes][i % kLanes]);
     }
 };
 
-} // namespace
+/* Scores of all columns, with the softmax taken on the way: a tile of rows meets all keys once, and its
+ * logits stay in the second-level cache until they are weights. Rows stand across the lanes. */
+template <typename Words>
+struct SoftmaxTask {
+    const Plan &plan;
+    const int64_t b;
+    const int64_t lanes; /* rows at a time */
+    const Scratch s;
+    float *const largest; /* [columns], for the maximum */
+    int64_t n_keys = 0;   /* in s.keys */
 
-namespace ATTN_SAMPLER_ISA {
+    SoftmaxTask(const Plan &p, int64_t b_, int64_t lanes_, const Scratch &scratch, float *largest_)
+        : plan(p), b(b_), lanes(lanes_), s(scratch), largest(largest_) {
+        for (int64_t key = plan.key_start; key < plan.key_stop; ++key)
+            if (plan.key_counts(b, key))
+                s.keys[n_keys++] = static_cast<int32_t>(key);
+    }
 
-bool column_scores(const AttentionProblem &p) {
-    Plan plan(p);
-    const int64_t rows = plan.row_stop - plan.row_start, list = plan.group * rows;
-    const int64_t tiles = ceil_div(p.params.column_stop - p.params.column_start, kTile);
-    const bool heads_apart = p.params.per_head || p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
-    const int64_t unit_rows = heads_apart ? rows : kRowsPerUnit;
-    const int64_t units_per_list = heads_apart ? plan.group : ceil_div(list, kRowsPerUnit);
-    const int64_t units = p.kv_heads * units_per_list;
-    const int64_t splits = max_of(1, min_of(units, kTasks / max_of(p.batch * tiles, 1)));
-    const bool partial_sums = splits > 1 && !p.params.per_head;
-    const int64_t lse_count = p.softmax_lse == nullptr ? p.batch * p.heads * p.n_rows : 0;
-    const int64_t partial_count = partial_sums ? p.batch * tiles * splits * kTile : 0;
-    const Workspace work(p.num_threads, p.headdim, (lse_count + partial_count) * 8);
-    if (!work || (lse_count > 0 && !compute_lse(plan, work.extra<double>())))
-        return false;
-    double *const partial = work.extra<double>() + lse_count; /* [B, tiles, splits, kTile] */
+    void reduce(int64_t hkv, int64_t first, int64_t last, double *total) {
+        const attn_sampler_attention_params &params = plan.p.params;
+        const bool is_max = params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
+        const int64_t columns = params.column_stop - params.column_start;
+        for (int64_t c = 0; is_max && c < columns; ++c)
+            largest[c] = 0.0f;
+        while (first < last)
+            first = add_tile(hkv, first, last, total);
+        for (int64_t c = 0; is_max && c < columns; ++c)
+            total[c] += static_cast<double>(largest[c]);
+    }
 
-    auto write_columns = [&](const ScoreTask &task, int64_t h, const double *total) {
-        const Columns &columns = task.columns;
-        float *const out = p.out + columns.b * p.out_stride[0] + h * p.out_stride[1];
+  private:
+    /* Takes as many rows as the lanes hold; returns where the next tile starts. */
+    int64_t add_tile(int64_t hkv, int64_t first, int64_t last, double *total) {
+        const AttentionProblem &p = plan.p;
+        const int64_t rows = plan.row_stop - plan.row_start;
+        const void *address[kTile] = {};
+        int32_t position[kTile];
+        int32_t furthest = -1;
+        int64_t n = 0;
+        for (; first < last && n < lanes; ++first) {
+            const int64_t m = plan.row_start + first % rows;
+            if (!plan.row_counts(b, m))
+                continue;
+            address[n] = plan.query(b, hkv * plan.group + first / rows, m);
+            position[n] = plan.position(m, 0);
+            furthest = position[n] > furthest ? position[n] : furthest;
+            ++n;
+        }
+        int64_t seen = n_keys;
+        while (p.params.causal && seen > 0 && s.keys[seen - 1] > furthest)
+            --seen;
+        if (n == 0 || seen == 0)
+            return first;
+        const int width = static_cast<int>(round_up(n, kLanes));
+        for (int64_t i = n; i < width; ++i)
+            position[i] = -1;
+        pack<Words>(address, n, p.dtype, p.headdim, width, s.rows, s.packed);
+
+        VecF largest_logit[kTile / kLanes];
+        for (VecF &x : largest_logit)
+            x = splat(-kInf);
+        for (int64_t i = 0; i < seen; i += kTile) {
+            const int64_t count = min_of(kTile, seen - i);
+            for (int64_t r = 0; r < count; ++r)
+                address[r] = plan.key(b, hkv, s.keys[i + r]);
+            const Rows keys = as_rows<Words>(address, count, p.dtype, p.headdim, s.rows);
+            float *const logits = s.product + i * width;
+            multiply<Words>(keys, count, s.packed, width, p.headdim / Words::kElements, logits);
+            for (int j = 0; j < width; j += kLanes)
+                scale_logits(logits + j, width, count, s.keys + i, load<VecI>(position + j),
+                             largest_logit[j / kLanes]);
+        }
+
+        VecF inverse[kTile / kLanes];
+        for (int j = 0; j < width; j += kLanes) {
+            const VecF top = largest_logit[j / kLanes];
+            const VecF shift = top - top == 0.0f ? top : VecF{}; /* else inf - inf */
+            VecF sum[4] = {};
+            int64_t i = 0;
+            for (; i + 4 <= seen; i += 4)
+                for (int u = 0; u < 4; ++u)
+                    sum[u] += exponential(s.product + (i + u) * width + j, shift);
+            for (; i < seen; ++i)
+                sum[0] += exponential(s.product + i * width + j, shift);
+            const VecF total_sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            const VecI counts = lane_index() + j < static_cast<int32_t>(n);
+            inverse[j / kLanes] = (total_sum == 0.0f) | ~counts ? VecF{} : 1.0f / total_sum;
+        }
+
+        const bool select = p.params.causal || !p.params.diagonal;
+        const bool is_max = p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
+        for (int64_t i = 0; i < seen; ++i) {
+            const int32_t key = s.keys[i];
+            if (key < p.params.column_start || key >= p.params.column_stop)
+                continue;
+            VecF sum{}, maximum{};
+            for (int j = 0; j < width; j += kLanes) {
+                VecF weight = load<VecF>(s.product + i * width + j) * inverse[j / kLanes];
+                if (select) {
+                    const VecI at = load<VecI>(position + j);
+                    const VecI unseen = p.params.causal ? at < key : VecI{};
+                    const VecI dropped = p.params.diagonal ? VecI{} : at == key;
+                    weight = unseen | dropped ? VecF{} : weight;
+                }
+                sum += weight;
+                maximum = max_or_nan(weight, maximum);
+            }
+            const int64_t c = key - p.params.column_start;
+            if (is_max) {
+                for (int l = 0; l < kLanes; ++l)
+                    largest[c] =
+                        maximum[l] > largest[c] || maximum[l] != maximum[l] ? maximum[l] : largest[c];
+            } else {
+                total[c] += static_cast<double>(horizontal_sum(sum));
+            }
+        }
+        return first;
+    }
+
+    void scale_logits(float *logits, int width, int64_t count, const int32_t *keys, VecI position,
+                      VecF &largest_logit) const {
+        VecF top = largest_logit;
+        for (int64_t i = 0; i < count; ++i) {
+            VecF x = load<VecF>(logits + i * width) * plan.scale;
+            if (plan.p.params.causal)
+                x = position >= keys[i] ? x : splat(-kInf);
+            store(logits + i * width, x);
+            top = x > top ? x : top;
+        }
+        largest_logit = top;
+    }
+
+    static VecF exponential(float *at, VecF shift) {
+        const VecF x = exp2_vec(load<VecF>(at) - shift);
+        store(at, x);
+        return x;
+    }
+};
+
+/* How a column reduction is dealt out. A unit is a stretch of a key head's list of rows, or, where heads must
+ * not mix (per head, maximum), the rows of one query head; the units of a tile of columns are shared among
+ * splits. */
+struct Cut {
+    int64_t tiles, tile_columns, unit_rows, units_per_list, units, splits;
+    bool partial_sums; /* the splits' sums are added up at the end */
+
+    Cut(const Plan &plan, int64_t columns, int64_t most_columns, int64_t rows_per_unit)
+        : tiles(ceil_div(columns, most_columns)), tile_columns(min_of(columns, most_columns)) {
+        const AttentionProblem &p = plan.p;
+        const bool heads_apart = p.params.per_head || p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
+        const int64_t rows = plan.row_stop - plan.row_start, list = plan.group * rows;
+        unit_rows = heads_apart ? rows : rows_per_unit;
+        units_per_list = heads_apart ? plan.group : ceil_div(list, rows_per_unit);
+        units = p.kv_heads * units_per_list;
+        const int64_t tasks = max_of(p.batch * tiles, 1);
+        splits = min_of(units, min_of(kTasks / tasks, kPartialBytes / (tasks * tile_columns * 8)));
+        splits = max_of(splits, 1);
+        partial_sums = splits > 1 && !p.params.per_head;
+    }
+    /* Columns' sums that are held at once: all partial ones, or one tile for each thread. */
+    int64_t totals(const AttentionProblem &p) const {
+        return (partial_sums ? p.batch * tiles * splits : p.num_threads) * tile_columns;
+    }
+};
+
+/* Runs the reduction: make_task(b, tile, worker) gives an object whose reduce() adds rows to a tile's
+ * columns. */
+template <typename MakeTask>
+void reduce_columns(const Plan &plan, const Cut &cut, double *totals, const MakeTask &make_task) {
+    const AttentionProblem &p = plan.p;
+    const int64_t columns = p.params.column_stop - p.params.column_start;
+    const int64_t list = plan.group * (plan.row_stop - plan.row_start);
+    auto write_columns = [&](int64_t b, int64_t h, int64_t tile, const double *total) {
+        float *const out = p.out + b * p.out_stride[0] + h * p.out_stride[1];
         const bool is_mean = p.params.reduction == ATTN_SAMPLER_REDUCTION_MEAN;
-        for (int i = 0; i < columns.n; ++i) {
-            const double count = is_mean ? static_cast<double>(max_of(task.rows_seeing(i), 1)) : 1.0;
-            const int64_t column = columns.first + i - p.params.column_start;
-            write(out + column * p.out_stride[3], total[i] / count, p.params.accumulate != 0);
+        const int64_t first = tile * cut.tile_columns;
+        for (int64_t c = first; c < min_of(first + cut.tile_columns, columns); ++c) {
+            const int64_t rows = is_mean ? max_of(rows_seeing(plan, b, p.params.column_start + c), 1) : 1;
+            write(out + c * p.out_stride[3], total[c - first] / static_cast<double>(rows),
+                  p.params.accumulate != 0);
         }
     };
     auto body = [&](int64_t index, int worker) {
-        const int64_t split = index % splits, tile = index / splits % tiles;
-        Columns columns(plan, index / splits / tiles, tile);
-        const Scratch scratch = work.scratch(worker);
-        const ScoreTask task{plan, columns, scratch};
-        double total[kTile] = {};
-        for (int64_t u = units * split / splits; u < units * (split + 1) / splits; ++u) {
-            const int64_t first = u % units_per_list * unit_rows;
-            task.reduce(u / units_per_list, first, min_of(first + unit_rows, list), total);
+        const int64_t split = index % cut.splits, tile = index / cut.splits % cut.tiles;
+        const int64_t b = index / cut.splits / cut.tiles;
+        double *const total = totals + (cut.partial_sums ? index : worker) * cut.tile_columns;
+        const size_t bytes = static_cast<size_t>(cut.tile_columns) * sizeof(double);
+        memset(total, 0, bytes);
+        auto task = make_task(b, tile, worker);
+        for (int64_t u = cut.units * split / cut.splits; u < cut.units * (split + 1) / cut.splits; ++u) {
+            const int64_t first = u % cut.units_per_list * cut.unit_rows;
+            task.reduce(u / cut.units_per_list, first, min_of(first + cut.unit_rows, list), total);
             if (p.params.per_head) {
-                write_columns(task, u, total);
-                memset(total, 0, sizeof(total));
+                write_columns(b, u, tile, total);
+                memset(total, 0, bytes);
             }
         }
-        if (partial_sums)
-            memcpy(partial + index * kTile, total, sizeof(total));
-        else if (!p.params.per_head)
-            write_columns(task, 0, total);
+        if (!cut.partial_sums && !p.params.per_head)
+            write_columns(b, 0, tile, total);
     };
-    for_each_task(p.num_threads, p.batch * tiles * splits, body);
+    for_each_task(p.num_threads, p.batch * cut.tiles * cut.splits, body);
 
-    const Scratch scratch = work.scratch(0);
-    for (int64_t bt = 0; partial_sums && bt < p.batch * tiles; ++bt) {
-        Columns columns(plan, bt / tiles, bt % tiles);
-        double total[kTile] = {};
-        for (int64_t split = 0; split < splits; ++split)
-            for (int i = 0; i < columns.n; ++i)
-                total[i] += partial[(bt * splits + split) * kTile + i];
-        write_columns(ScoreTask{plan, columns, scratch}, 0, total);
+    for (int64_t bt = 0; cut.partial_sums && bt < p.batch * cut.tiles; ++bt) {
+        double *const total = totals + bt * cut.splits * cut.tile_columns;
+        for (int64_t split = 1; split < cut.splits; ++split)
+            for (int64_t c = 0; c < cut.tile_columns; ++c)
+                total[c] += total[split * cut.tile_columns + c];
+        write_columns(bt / cut.tiles, 0, bt % cut.tiles, total);
     }
+}
+
+/* How many rows may meet all keys at once; 0 where there are too many keys for one vector of rows. */
+int64_t softmax_lanes(int64_t rows, int64_t keys) {
+    int64_t lanes = kTile;
+    while (lanes > kLanes && (lanes / 2 >= rows || lanes * keys * 4 > kSoftmaxBytes))
+        lanes /= 2;
+    return lanes * keys * 4 > kSoftmaxBytes ? 0 : lanes;
+}
+
+template <typename Words>
+bool column_scores_of(const AttentionProblem &p) {
+    Plan plan(p);
+    const int64_t columns = p.params.column_stop - p.params.column_start;
+    const int64_t rows = plan.row_stop - plan.row_start, keys = plan.key_stop - plan.key_start;
+    const bool heads_apart = p.params.per_head || p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
+    const int64_t lanes = softmax_lanes(heads_apart ? rows : plan.group * rows, keys);
+    if (p.softmax_lse == nullptr && lanes > 0) {
+        const Cut cut(plan, columns, columns, lanes);
+        const int64_t totals = cut.totals(p);
+        const Workspace work(p.num_threads, p.headdim, totals * 8 + p.num_threads * columns * 4, keys * lanes,
+                             keys);
+        if (!work)
+            return false;
+        float *const largest = reinterpret_cast<float *>(work.extra<double>() + totals);
+        reduce_columns(plan, cut, work.extra<double>(), [&](int64_t b, int64_t, int worker) {
+            return SoftmaxTask<Words>(plan, b, lanes, work.scratch(worker), largest + worker * columns);
+        });
+        return true;
+    }
+    const Cut cut(plan, columns, kTile, kRowsPerUnit);
+    const int64_t lse_count = p.softmax_lse == nullptr ? p.batch * p.heads * p.n_rows : 0;
+    const Workspace work(p.num_threads, p.headdim, (lse_count + cut.totals(p)) * 8);
+    if (!work || (lse_count > 0 && !compute_lse<Words>(plan, work.extra<double>())))
+        return false;
+    reduce_columns(plan, cut, work.extra<double>() + lse_count, [&](int64_t b, int64_t tile, int worker) {
+        return ScoreTask<Words>(plan, b, tile, work.scratch(worker));
+    });
     return true;
 }
 
-bool attention_map(const AttentionProblem &p) {
+template <typename Words>
+bool attention_map_of(const AttentionProblem &p) {
     Plan plan(p);
     const int64_t map_rows = p.params.row_stop - p.params.row_start;
     const int64_t row_tiles = ceil_div(map_rows, kTile);
@@ -560,7 +659,7 @@ bool attention_map(const AttentionProblem &p) {
     const int64_t lse_count = p.softmax_lse == nullptr ? p.batch * p.heads * p.n_rows : 0;
     const int64_t partial_count = partial_sums ? units * splits : p.num_threads;
     const Workspace work(p.num_threads, p.headdim, lse_count * 8 + partial_count * kTile * kTile * 4);
-    if (!work || (lse_count > 0 && !compute_lse(plan, work.extra<double>())))
+    if (!work || (lse_count > 0 && !compute_lse<Words>(plan, work.extra<double>())))
         return false;
     float *const partial = reinterpret_cast<float *>(work.extra<double>() + lse_count);
 
@@ -587,8 +686,8 @@ bool attention_map(const AttentionProblem &p) {
             for (int64_t m = first; m < last; ++m)
                 tile.add(plan, columns, h, m);
             if (tile.n > 0) {
-                columns.pack_keys(plan, h / plan.group, s);
-                weights_tile(plan, columns, tile, s);
+                columns.pack_keys<Words>(plan, h / plan.group, s);
+                weights_tile<Words>(plan, columns, tile, s);
                 for (int r = 0; r < tile.n; ++r)
                     for (int i = 0; i < columns.n; ++i)
                         total[(tile.row[r] - row0) * kTile + i] += s.product[r * columns.width + i];
@@ -611,6 +710,31 @@ bool attention_map(const AttentionProblem &p) {
         write_tile(Columns(plan, unit / column_tiles / row_tiles, unit % column_tiles), unit, 0, total);
     }
     return true;
+}
+
+#if defined(ATTN_SAMPLER_BF16_WORDS)
+/* Whether q and k are multiplied as they are, in pairs of bfloat16. */
+bool in_pairs(const AttentionProblem &p) { return p.dtype == ATTN_SAMPLER_BFLOAT16 && p.headdim % 2 == 0; }
+#endif
+
+} // namespace
+
+namespace ATTN_SAMPLER_ISA {
+
+bool column_scores(const AttentionProblem &p) {
+#if defined(ATTN_SAMPLER_BF16_WORDS)
+    if (in_pairs(p))
+        return column_scores_of<Bf16Words>(p);
+#endif
+    return column_scores_of<FloatWords>(p);
+}
+
+bool attention_map(const AttentionProblem &p) {
+#if defined(ATTN_SAMPLER_BF16_WORDS)
+    if (in_pairs(p))
+        return attention_map_of<Bf16Words>(p);
+#endif
+    return attention_map_of<FloatWords>(p);
 }
 
 } // namespace ATTN_SAMPLER_ISA

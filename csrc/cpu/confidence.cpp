@@ -75,29 +75,28 @@ inline float largest(const float *x, int64_t n) {
     return result;
 }
 
-inline double horizontal_sum(VecF v) {
-    double sum = 0.0;
-    for (int i = 0; i < kLanes; ++i)
-        sum += static_cast<double>(v[i]);
-    return sum;
-}
-
-/* The sums of a chunk, whose padding is -inf. */
+/* The sums of a chunk, whose padding to a multiple of 16 is -inf. Sixteen accumulators whatever the vector's
+ * width, so that none adds up many terms. */
 template <bool kMoment>
 inline void add_exponentials(const float *x, int64_t n, State &state) {
-    VecF sum{}, moment{};
-    for (int64_t i = 0; i < n; i += kLanes) {
-        VecF d = load<VecF>(x + i) - state.shift;
-        const VecF e = exp2_vec(d * kLog2e);
-        sum += e;
-        if (kMoment) {
-            d = d < -1e4f ? splat(-1e4f) : d; /* 0 * -inf is no term */
-            moment += e * d;
+    constexpr int kVectors = 16 / kLanes;
+    VecF sum[kVectors] = {}, moment[kVectors] = {};
+    for (int64_t i = 0; i < n; i += 16) {
+        for (int v = 0; v < kVectors; ++v) {
+            VecF d = load<VecF>(x + i + v * kLanes) - state.shift;
+            const VecF e = exp2_vec(d * kLog2e);
+            sum[v] += e;
+            if (kMoment) {
+                d = d < -1e4f ? splat(-1e4f) : d; /* 0 * -inf is no term */
+                moment[v] += e * d;
+            }
         }
     }
-    state.sum += horizontal_sum(sum);
-    if (kMoment)
-        state.moment += horizontal_sum(moment);
+    for (int i = 0; i < 16; ++i) {
+        state.sum += static_cast<double>(sum[i / kLanes][i % kLanes]);
+        if (kMoment)
+            state.moment += static_cast<double>(moment[i / kLanes][i % kLanes]);
+    }
 }
 
 /* Both largest values of a chunk. */
@@ -114,17 +113,38 @@ inline void update_two_largest(const float *x, int64_t n, State &state) {
     state.runner_up = second;
 }
 
-/* key[i] = x[i] / T + noise, in float32 as the specification rounds it; four tokens a counter. */
+/* The sampling stream's arithmetic across the lanes. */
+struct VectorLane {
+    using Float = VecF;
+    using Int = VecI;
+    using Word = VecU;
+    using Wide = VecL;
+    template <typename T>
+    static Float to_float(T x) {
+        return __builtin_convertvector(x, VecF);
+    }
+    static Wide multiply(Wide a, uint32_t b) { return multiply_low_halves(a, VecL{} + b); }
+};
+
+/* key[i] = x[i] / T + noise, in float32 as the specification rounds it; n is padded to a multiple of 16. */
 inline void sampling_keys(const float *x, int64_t n, int64_t first_token, float inverse_temperature,
                           uint64_t seed, int64_t position, float *key) {
-    uint32_t word[kChunk];
-    for (int64_t g = 0; g < n; g += 4) {
-        const PhiloxWords w =
-            philox(seed, static_cast<uint32_t>((first_token + g) / 4), static_cast<uint32_t>(position));
-        memcpy(word + g, w.word, sizeof(w.word));
+    constexpr int kGroups = kLanes / 2; /* counters at a time, each good for four tokens */
+    VecL group;
+    for (int i = 0; i < kGroups; ++i)
+        group[i] = static_cast<uint64_t>(first_token / 4 + i);
+    alignas(64) uint64_t pair[kChunk / 2]; /* two tokens' words */
+    for (int64_t g = 0; g < n / 4; g += kGroups, group += kGroups) {
+        const PhiloxWords<VecL> w = philox<VectorLane>(seed, group, static_cast<uint32_t>(position));
+        const VecL first = w.word[0] | w.word[1] << 32, second = w.word[2] | w.word[3] << 32;
+        for (int i = 0; i < kGroups; ++i) {
+            pair[2 * (g + i)] = first[i];
+            pair[2 * (g + i) + 1] = second[i];
+        }
     }
-    for (int64_t i = 0; i < n; ++i)
-        key[i] = x[i] * inverse_temperature + gumbel(word[i]);
+    const uint32_t *const word = reinterpret_cast<const uint32_t *>(pair);
+    for (int64_t i = 0; i < n; i += kLanes)
+        store(key + i, load<VecF>(x + i) * inverse_temperature + gumbel<VectorLane>(load<VecU>(word + i)));
 }
 
 /* Tokens [first, last) of one position; first is a multiple of 4. */
@@ -159,9 +179,7 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
         const float *keys = x;
         float best = chunk_max;
         if (sample) {
-            sampling_keys(x, n, v, inverse_temperature, seed, c, key);
-            for (int64_t i = n; i < padded; ++i)
-                key[i] = -kInf;
+            sampling_keys(x, padded, v, inverse_temperature, seed, c, key);
             if (excluded >= v && excluded < v + n)
                 key[excluded - v] = -kInf;
             keys = key;

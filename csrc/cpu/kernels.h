@@ -16,18 +16,27 @@ struct CpuKernels {
 
 /* attention.cpp and confidence.cpp are compiled once for each instruction set, into a namespace of its name.
  */
-#define ATTN_SAMPLER_DECLARE_KERNELS(isa)                                                                    \
+#define ATTN_SAMPLER_DECLARE_ATTENTION(isa)                                                                  \
     namespace isa {                                                                                          \
     bool column_scores(const AttentionProblem &);                                                            \
     bool attention_map(const AttentionProblem &);                                                            \
+    }
+#define ATTN_SAMPLER_DECLARE_CONFIDENCE(isa)                                                                 \
+    namespace isa {                                                                                          \
     bool token_confidence(const ConfidenceProblem &);                                                        \
     }
-ATTN_SAMPLER_DECLARE_KERNELS(portable)
-ATTN_SAMPLER_DECLARE_KERNELS(avx2)
-ATTN_SAMPLER_DECLARE_KERNELS(avx512)
-#undef ATTN_SAMPLER_DECLARE_KERNELS
+ATTN_SAMPLER_DECLARE_ATTENTION(portable)
+ATTN_SAMPLER_DECLARE_ATTENTION(avx2)
+ATTN_SAMPLER_DECLARE_ATTENTION(avx512)
+ATTN_SAMPLER_DECLARE_ATTENTION(avx512_bf16)
+ATTN_SAMPLER_DECLARE_ATTENTION(amx)
+ATTN_SAMPLER_DECLARE_CONFIDENCE(portable)
+ATTN_SAMPLER_DECLARE_CONFIDENCE(avx2)
+ATTN_SAMPLER_DECLARE_CONFIDENCE(avx512)
+#undef ATTN_SAMPLER_DECLARE_ATTENTION
+#undef ATTN_SAMPLER_DECLARE_CONFIDENCE
 
-/* The best set that this processor runs; ATTN_SAMPLER_CPU_ISA (portable, avx2 or avx512) pins another. */
+/* The best set that this processor runs; ATTN_SAMPLER_CPU_ISA pins another by its name. */
 const CpuKernels &cpu_kernels();
 
 } // namespace attn_sampler

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -31,6 +31,7 @@ constexpr int kLanes = 4;
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint64_t VecL __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 
 constexpr float kInf = __builtin_inff();
@@ -48,6 +49,13 @@ inline V load(const T *p) {
 template <typename V, typename T>
 inline void store(T *p, V v) {
     memcpy(p, &v, sizeof(V));
+}
+
+/* A 32-bit word of any kind in all lanes. */
+inline VecF broadcast_word(const void *p) {
+    int32_t word;
+    memcpy(&word, p, sizeof(word));
+    return (VecF)splat(word);
 }
 
 inline VecI lane_index() {
@@ -73,6 +81,19 @@ inline VecF exp2_vec(VecF x) {
     p = p * f + 1.0f;
     const VecU power = ((VecU)shifted + (127u - 0x4B400000u)) << 23;
     return p * (VecF)power;
+}
+
+/* The 64-bit products of the low halves. */
+inline VecL multiply_low_halves(VecL a, VecL b) {
+#if defined(__AVX512F__)
+    return (VecL)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (VecL)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (VecL)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
 }
 
 inline VecF bf16_to_float(VecH h) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
@@ -116,9 +137,19 @@ inline void convert_to_float(const void *x, int dtype, int64_t n, float *out) {
     }
 }
 
+inline float horizontal_sum(VecF v) {
+    float lane[kLanes];
+    store(lane, v);
+    for (int n = kLanes / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i)
+            lane[i] += lane[i + n];
+    return lane[0];
+}
+
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 } // namespace
 } // namespace attn_sampler

@@ -190,8 +190,8 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence(
  *             Where none passes, commit one: the largest confidence or score (`fallback`).
  * sequential: commit the one masked position of the largest score.
  *
- * The lowest position wins ties. A position whose score is NaN is never committed; a NaN confidence ranks
- * last in the fallback. A row with no masked position commits nothing.
+ * The lowest position wins ties. A position whose score is NaN is never committed; a NaN confidence counts as
+ * -inf in the fallback. A row with no masked position commits nothing.
  */
 typedef struct attn_sampler_select_params {
     int32_t policy;   /* attn_sampler_policy */

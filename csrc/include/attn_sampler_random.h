@@ -20,63 +20,86 @@
 
 namespace attn_sampler {
 
-struct PhiloxWords {
-    uint32_t word[4];
+/* The arithmetic is written once, for one lane or for a vector of them. Float, Int and Word are 32 bits wide;
+ * Wide holds the product of two words. */
+struct ScalarLane {
+    using Float = float;
+    using Int = int32_t;
+    using Word = uint32_t;
+    using Wide = uint64_t;
+    template <typename T>
+    ATTN_SAMPLER_HD static Float to_float(T x) {
+        return static_cast<Float>(x);
+    }
+    /* The product of the low halves. */
+    ATTN_SAMPLER_HD static Wide multiply(Wide a, uint32_t b) {
+        return static_cast<Wide>(static_cast<uint32_t>(a)) * b;
+    }
 };
 
-/* The four words of the tokens 4 * group .. 4 * group + 3 at one position. */
-ATTN_SAMPLER_HD static inline PhiloxWords philox(uint64_t seed, uint32_t group, uint32_t position) {
-    uint32_t c0 = group, c1 = position, c2 = 0, c3 = 0;
+template <typename Wide>
+struct PhiloxWords {
+    Wide word[4];
+};
+
+/* The four words, in the low halves, of the tokens 4 * group .. 4 * group + 3 at one position. */
+template <typename Lane = ScalarLane>
+ATTN_SAMPLER_HD inline PhiloxWords<typename Lane::Wide> philox(uint64_t seed, typename Lane::Wide group,
+                                                               uint32_t position) {
+    using Wide = typename Lane::Wide;
+    Wide c0 = group, c1 = Wide{} + position, c2{}, c3{};
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0;
-        const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-        const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-        const uint32_t n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-        c0 = n0;
-        c1 = static_cast<uint32_t>(p1);
-        c2 = n2;
-        c3 = static_cast<uint32_t>(p0);
+    for (int round = 0; round < 10; ++round) { /* the high halves carry rubbish along, which nothing reads */
+        const Wide p0 = Lane::multiply(c0, 0xD2511F53u), p1 = Lane::multiply(c2, 0xCD9E8D57u);
+        c0 = (p1 >> 32) ^ c1 ^ k0;
+        c1 = p1;
+        c2 = (p0 >> 32) ^ c3 ^ k1;
+        c3 = p0;
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    return {{c0, c1, c2, c3}};
+    const uint32_t low = 0xFFFFFFFFu;
+    return {{c0 & low, c1 & low, c2 & low, c3 & low}};
 }
 
 /* -log(x) for a normal positive float; within 2 ulp, the same bits everywhere. */
-ATTN_SAMPLER_HD static inline float exact_neg_log(float x) {
-    int32_t bits;
+template <typename Lane = ScalarLane>
+ATTN_SAMPLER_HD inline typename Lane::Float exact_neg_log(typename Lane::Float x) {
+    using Float = typename Lane::Float;
+    typename Lane::Int bits;
     memcpy(&bits, &x, sizeof(bits));
-    const int32_t exponent = (bits - 0x3f3504f3) >> 23; /* x = 2^exponent * m, m in [sqrt(1/2), sqrt(2)) */
+    /* x = 2^exponent * m, m in [sqrt(1/2), sqrt(2)) */
+    const typename Lane::Int exponent = (bits - 0x3f3504f3) >> 23;
     bits -= exponent * (1 << 23);
-    float m;
+    Float m;
     memcpy(&m, &bits, sizeof(m));
-    const float f = m - 1.0f;
-    const float e = static_cast<float>(exponent);
-    const float z = f * f;
+    const Float f = m - 1.0f;
+    const Float e = Lane::to_float(exponent);
+    const Float z = f * f;
     /* log(1 + f) = f - f^2 / 2 + f^3 p(f); p is a weighted least-squares fit, relative error 6e-9. */
-    float p = -0x1.38b81ap-4f;
-    p = p * f + 0x1.055bdcp-3f;
+    Float p = -0x1.38b81ap-4f * f + 0x1.055bdcp-3f;
     p = p * f + -0x1.0d84eep-3f;
     p = p * f + 0x1.22da06p-3f;
     p = p * f + -0x1.54724cp-3f;
     p = p * f + 0x1.99a00ap-3f;
     p = p * f + -0x1.000226p-2f;
     p = p * f + 0x1.555554p-2f;
-    float y = (f * z) * p;
+    Float y = (f * z) * p;
     y = y + e * -0x1.bd0106p-13f; /* log(2) = 0x1.63p-1 + -0x1.bd0106p-13, the first short enough for e */
     y = y - 0.5f * z;
     return -((f + y) + e * 0x1.63p-1f);
 }
 
 /* Standard Gumbel noise from a random word: -log(-log(1 - w)), w uniform on (0, 1). */
-ATTN_SAMPLER_HD static inline float gumbel(uint32_t word) {
-    float w = static_cast<float>(word) * 0x1p-32f + 0x1p-33f;
-    w = w < 0x1.fffffep-1f ? w : 0x1.fffffep-1f;
-    const float u = 1.0f - w;
-    const float exponential =
-        (w - (1.0f - u)) + exact_neg_log(u); /* what rounding took off 1 - w, put back */
-    return exact_neg_log(exponential);
+template <typename Lane = ScalarLane>
+ATTN_SAMPLER_HD inline typename Lane::Float gumbel(typename Lane::Word word) {
+    using Float = typename Lane::Float;
+    Float w = Lane::to_float(word) * 0x1p-32f + 0x1p-33f;
+    w = w < 0x1.fffffep-1f ? w : Float{} + 0x1.fffffep-1f;
+    const Float u = 1.0f - w;
+    /* The bracket is what rounding took off 1 - w, put back. */
+    const Float exponential = (w - (1.0f - u)) + exact_neg_log<Lane>(u);
+    return exact_neg_log<Lane>(exponential);
 }
 
 } // namespace attn_sampler

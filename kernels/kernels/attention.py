@@ -2,12 +2,12 @@
 
 All three share ``_logits_tile`` and what follows it. In order:
 
-1. ``_row_lse_kernel`` keeps a tile of query rows and streams keys. Where rows are few the keys are split among
-   programs; the splits' results are combined, in a fixed order, by whoever reads them.
-2. ``column_scores_kernel`` keeps a tile of keys (the columns) and streams query rows, over heads and layers. With
-   the log-sum-exp known, no other key is read. Rows, heads and layers are split among programs where
-   there are too few of those; the last program to finish a tile of columns adds the splits up in a fixed order, and
-   in a decoding step the last one of a row of the batch selects and commits as well.
+1. ``_row_lse_kernel`` keeps a tile of query rows and streams keys. Where rows are few the keys are split
+   among programs; the splits' results are combined, in a fixed order, by whoever reads them.
+2. ``column_scores_kernel`` keeps a tile of keys (the columns) and streams query rows, over heads and
+   layers. With the log-sum-exp known, no other key is read. Rows, heads and layers are split among programs
+   where there are too few of those; the last program to finish a tile of columns adds the splits up in a
+   fixed order, and in a decoding step the last one of a row of the batch selects and commits as well.
 3. ``_attention_map_kernel`` is one tile for each program, over heads.
 
 The query heads that share a key head are packed into the rows of a tile: row r is query row r // PACK of head
@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .selection import commit_row
+from .selection import NO_COMMIT, Commit, commit_row
 
 _LOG2E = math.log2(math.e)
 _INF = tl.constexpr(float("inf"))
@@ -46,7 +46,13 @@ def _of_layer(values, layer):
 
 @triton.jit
 def _load_chunk(
-    pointers, ok, stride_d, CHUNK: tl.constexpr, HEADDIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
+    pointers,
+    ok,
+    stride_d,
+    CHUNK: tl.constexpr,
+    HEADDIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Chunk CHUNK of the head dimension of some rows: [BLOCK, BLOCK_D], zero where there is nothing."""
     offs_d = CHUNK * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -128,15 +134,25 @@ def _weights_tile(logits, lse, sees, LSE_OF_TILE: tl.constexpr):
 def _is_last(counter, total):
     """Whether all the other programs that count here have finished; their results can be read then.
 
-    The barrier puts the writes of all threads of this program before the increment, which releases them and
-    acquires those of the others.
+    The increment releases this program's results and acquires the others'. It is one thread's: the first
+    barrier puts the writes of all threads before it, the second puts their reads after it.
     """
     tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == total - 1
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return before == total - 1
 
 
 @triton.jit(
-    do_not_specialize=["n_batch", "n_rows", "row_start", "row_stop", "key_start", "key_stop", "query_start", "packs"]
+    do_not_specialize=[
+        "n_batch",
+        "row_start",
+        "row_stop",
+        "key_start",
+        "key_stop",
+        "query_start",
+        "packs",
+    ]
 )
 def _row_lse_kernel(
     q,
@@ -177,7 +193,7 @@ def _row_lse_kernel(
 ):
     """lse[layer, b, head, row, split] of a tile of packed rows over one split of the keys.
 
-    Program: ((layer * B + b) * packs + pack) * row tiles + row tile) * SPLITS + split.
+    Program: (((layer * B + b) * packs + pack) * row tiles + row tile) * SPLITS + split.
     """
     pid = tl.program_id(0)
     split = pid % SPLITS
@@ -218,7 +234,7 @@ def _row_lse_kernel(
         last = tl.minimum(first + span, key_stop)
         if CAUSAL:  # nothing is visible beyond the last row of the tile
             last_row = tl.minimum((row_start * PACK + row_tile * BLOCK_M + BLOCK_M - 1) // PACK, row_stop - 1)
-            last = tl.minimum(last, query_start + last_row + 1).to(tl.int32)
+            last = tl.maximum(tl.minimum(last, query_start + last_row + 1), key_start).to(tl.int32)
         m = tl.full([BLOCK_M], -_INF, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in range(first, last, BLOCK_N):
@@ -247,7 +263,6 @@ def _row_lse_kernel(
         "mask_token_id",
         "lse_sl",
         "n_columns",
-        "n_rows",
         "row_start",
         "row_stop",
         "column_start",
@@ -320,7 +335,6 @@ def column_scores_kernel(
     tau,
     CAUSAL: tl.constexpr,
     DIAGONAL: tl.constexpr,
-    BLOCK_SCOPE: tl.constexpr,
     REDUCTION: tl.constexpr,
     PER_HEAD: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -343,8 +357,8 @@ def column_scores_kernel(
 ):
     """One tile of columns, over one split of the rows, packs of heads and layers.
 
-    Program: ((group * splits + split) * tiles + tile, where a group is a row of the batch (or one head of it, per
-    head) and split = (layer * head_splits + head split) * ROW_SPLITS + row split.
+    Program: (group * splits + split) * tiles + tile, where a group is a row of the batch (or one head of
+    it, per head) and split = (layer * head_splits + head split) * ROW_SPLITS + row split.
     """
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -393,7 +407,7 @@ def column_scores_kernel(
     k_d = _of_layer(k_sd, layer)
     k_offset = key.to(tl.int64) * _of_layer(k_sn, layer)
     heads_per_key = _of_layer(groups, layer)
-    if not BLOCK_SCOPE:
+    if lse is not None:
         lse_base = _of_layer(lse, layer) + layer.to(tl.int64) * lse_sl + b * _of_layer(lse_sb, layer)
         lse_h = _of_layer(lse_sh, layer)
         lse_m = _of_layer(lse_sm, layer)
@@ -427,7 +441,7 @@ def column_scores_kernel(
                 offset = b * tokens_sb + (tokens_offset + row).to(tl.int64) * tokens_st
                 row_ok = row_ok & (tl.load(tokens + offset, mask=in_range, other=0) == mask_token_id)
             sees = _visible(row_ok, position, key_ok, key, CAUSAL)
-            if BLOCK_SCOPE:
+            if lse is None:
                 weights = _weights_tile(logits, logits, sees, True)
             else:
                 lse_rows = lse_base + row_head * lse_h + row.to(tl.int64) * lse_m
@@ -442,8 +456,9 @@ def column_scores_kernel(
             else:
                 acc += weights
             if REDUCTION == "mean":
-                first_head = (row_head == 0) & (layer == 0)
-                count += tl.sum((sees & first_head[:, None]).to(tl.int32), 0)
+                # All heads and layers have the same rows: those of one are counted.
+                counted = row_head == first_pack if PER_HEAD else (row_head == 0) & (layer == 0)
+                count += tl.sum((sees & counted[:, None]).to(tl.int32), 0)
         if REDUCTION == "max":
             score += tl.max(acc, 0).to(tl.float32, bitcast=True)
         else:
@@ -467,7 +482,9 @@ def column_scores_kernel(
                 for index in range(0, n_layers * head_splits):
                     at = (index * ROW_SPLITS + offs).to(tl.int64)[:, None] * n_columns
                     part = tl.load(row_of[None, :] + at, mask=column_ok[None, :], other=0.0)
-                    score += tl.max(part.to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+                    score += tl.max(part.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(
+                        tl.float32, bitcast=True
+                    )
             else:
                 acc = tl.zeros([32, BLOCK_N], tl.float32)
                 counts = tl.zeros([32, BLOCK_N], tl.int32)
@@ -477,8 +494,8 @@ def column_scores_kernel(
                     ok = (offs < splits)[:, None] & column_ok[None, :]
                     acc += tl.load(row_of[None, :] + at, mask=ok, other=0.0)
                     if REDUCTION == "mean":
-                        bits = tl.load(row_of[None, :] + plane + at, mask=ok, other=0.0)
-                        counts += bits.to(tl.int32, bitcast=True)
+                        part = tl.load(row_of[None, :] + plane + at, mask=ok, other=0.0)
+                        counts += part.to(tl.int32, bitcast=True)
                 score = tl.sum(acc, 0)
                 count = tl.sum(counts, 0)
         if REDUCTION == "mean":
@@ -520,7 +537,6 @@ def column_scores_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "n_rows",
         "n_columns",
         "row_start",
         "row_stop",
@@ -620,9 +636,10 @@ def _attention_map_kernel(
     sees = _visible(row_ok, position, key_ok, key, CAUSAL)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for head in range(first_head, last_head):
-        q_rows = q + b * q_sb + head.to(tl.int64) * q_sh + row.to(tl.int64) * q_sm
-        k_rows = k + b * k_sb + (head // heads_per_key).to(tl.int64) * k_sh + key.to(tl.int64) * k_sn
+    for index in range(first_head, last_head):
+        head = tl.cast(index, tl.int64)
+        q_rows = q + b * q_sb + head * q_sh + row.to(tl.int64) * q_sm
+        k_rows = k + b * k_sb + (head // heads_per_key) * k_sh + key.to(tl.int64) * k_sn
         q0 = _load_chunk(q_rows, in_range, q_sd, 0, HEADDIM, BLOCK_D, UPCAST)
         k0 = _load_chunk(k_rows, column_ok, k_sd, 0, HEADDIM, BLOCK_D, UPCAST)
         logits = _logits_tile(
@@ -631,7 +648,7 @@ def _attention_map_kernel(
         if lse is None:
             acc += _weights_tile(logits, logits, sees, True)
         else:
-            lse_rows = lse + b * lse_sb + head.to(tl.int64) * lse_sh + row.to(tl.int64) * lse_sm
+            lse_rows = lse + b * lse_sb + head * lse_sh + row.to(tl.int64) * lse_sm
             acc += _weights_tile(logits, _load_lse(lse_rows, in_range, lse_scale, LSE_SPLITS), sees, False)
     if not DIAGONAL:
         acc = tl.where(key[None, :] != position[:, None], acc, 0.0)
@@ -651,8 +668,458 @@ def _attention_map_kernel(
                 acc += tl.load(tiles + index * BLOCK_M * BLOCK_N)
         target = out + b * out_sb
         if PER_HEAD:
-            target += first_head.to(tl.int64) * out_sh
-        target = target + (row - row_start).to(tl.int64)[:, None] * out_sr + column.to(tl.int64)[None, :] * out_sc
+            target += first_head * out_sh
+        target = (
+            target + (row - row_start).to(tl.int64)[:, None] * out_sr + column.to(tl.int64)[None, :] * out_sc
+        )
         if ACCUMULATE:
             acc += tl.load(target, mask=ok, other=0.0)
         tl.store(target, acc, mask=ok)
+
+
+def _fields(values: Sequence[int]) -> tuple[int, ...]:
+    """One value for all layers where they agree, else one for each."""
+    return (values[0],) if len(set(values)) == 1 else tuple(values)
+
+
+class Layers(NamedTuple):
+    """The layers' queries and keys as the kernels take them."""
+
+    arguments: tuple[object, ...]  # pointers, strides, heads and heads per key head
+    batch: int
+    n_rows: int
+    headdim: int
+    max_heads: int
+    total_heads: int
+    group: int  # number of query heads that share a key head in every layer
+    n_layers: int
+
+
+def gather(q: Sequence[Tensor], k: Sequence[Tensor]) -> Layers:
+    heads = [x.shape[1] for x in q]
+    groups = [x.shape[1] // y.shape[1] for x, y in zip(q, k, strict=True)]
+    strides = [tuple(_fields([x.stride(axis) for x in tensors]) for axis in range(4)) for tensors in (q, k)]
+    arguments = (tuple(q), *strides[0], tuple(k), *strides[1], _fields(heads), _fields(groups))
+    batch, _, n_rows, headdim = q[0].shape
+    return Layers(arguments, batch, n_rows, headdim, max(heads), sum(heads), math.gcd(*groups), len(q))
+
+
+def _tile(size: int, limit: int) -> int:
+    """Tile size for so many rows or columns: a power of two, from 16 (tl.dot's least) to the limit."""
+    return min(limit, max(16, triton.next_power_of_2(size)))
+
+
+def largest_softmax_tile(q: Tensor) -> int:
+    """The most keys whose softmax is taken inside one tile."""
+    return 128 if q.element_size() == 2 else 64
+
+
+def _mask_arguments(mask: Tensor | None) -> tuple[object, ...]:
+    return (mask, 0, 0) if mask is None else (mask, *mask.stride())
+
+
+class _Lse(NamedTuple):
+    """Where a kernel finds the row log-sum-exp, and how many splits of each value."""
+
+    arguments: tuple[object, ...]  # pointers (None: of the tile itself), layer stride, strides
+    scale: float  # to base 2
+    splits: int
+
+
+_OF_TILE = _Lse((None, 0, (0,), (0,), (0,)), 1.0, 1)
+
+
+def _given_lse(softmax_lse: Sequence[Tensor], lse_base: str) -> _Lse:
+    strides = (_fields([x.stride(axis) for x in softmax_lse]) for axis in range(3))
+    return _Lse((tuple(softmax_lse), 0, *strides), _LOG2E if lse_base == "e" else 1.0, 1)
+
+
+def _computed_lse(
+    layers: Layers,
+    q: Tensor,
+    key_mask: Tensor | None,
+    rows: tuple[int, int],
+    keys: tuple[int, int],
+    query_start: int,
+    scale: float,
+    causal: bool,
+) -> _Lse:
+    """Launch the row log-sum-exp of all layers over the keys of a range."""
+    device = q.device
+    n_rows = (rows[1] - rows[0]) * layers.group
+    shape_class = launch.attention_class(n_rows, layers.headdim, q.element_size())
+    parameters = launch.config("row_lse", shape_class, device)
+    block_m = _tile(n_rows, parameters.block_m)
+    block_n = _tile(keys[1] - keys[0], parameters.block_n)
+    packs = layers.max_heads // layers.group
+    programs = layers.n_layers * layers.batch * packs * triton.cdiv(max(n_rows, 0), block_m)
+    splits = 1
+    while (
+        splits < 32
+        and 2 * splits * block_n < keys[1] - keys[0]
+        and programs * splits < 2 * launch.processors(device)
+    ):
+        splits *= 2
+    lse = launch.workspace(q, layers.n_layers, layers.batch, layers.max_heads, layers.n_rows, splits)
+    if programs > 0:
+        launch.launch(
+            _row_lse_kernel,
+            programs * splits,
+            (
+                *layers.arguments,
+                *_mask_arguments(key_mask),
+                lse,
+                lse.stride(0),
+                layers.max_heads,
+                layers.batch,
+                layers.n_rows,
+                *rows,
+                *keys,
+                query_start,
+                packs,
+                scale * _LOG2E,
+            ),
+            {
+                "CAUSAL": causal,
+                "SPLITS": splits,
+                "PACK": layers.group,
+                "HEADDIM": layers.headdim,
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "BLOCK_D": launch.block_d(layers.headdim, q.element_size()),
+                "UPCAST": launch.INTERPRET,
+            },
+            parameters,
+            device=device,
+        )
+    return _Lse(((lse,), lse.stride(0), *((s,) for s in lse.stride()[1:4])), 1.0, splits)
+
+
+class ColumnPlan(NamedTuple):
+    """How a column reduction is cut into programs."""
+
+    parameters: launch.Config
+    block_m: int
+    block_n: int
+    pack: int
+    rows: tuple[int, int]  # the query rows that can contribute
+    of_tile: bool  # the softmax's keys fit one tile
+    groups: int  # rows of the output
+    tiles: int
+    head_splits: int
+    row_splits: int
+    packs_per_split: int
+    counters: int  # how many the kernel needs, without those of a commit
+
+
+def plan_columns(
+    layers: Layers,
+    q: Tensor,
+    column_start: int,
+    column_stop: int,
+    query_start: int,
+    softmax_scope: str,
+    reduction: str,
+    per_head: bool,
+) -> ColumnPlan:
+    n_columns = column_stop - column_start
+    rows = (0, layers.n_rows)
+    # Per head, and for the maximum of each head's rows, heads stay apart.
+    pack = 1 if per_head or reduction == "max" else layers.group
+    shape_class = launch.attention_class(n_columns, layers.headdim, q.element_size())
+    parameters = launch.config("column_scores", shape_class, q.device)
+    block_m, block_n = parameters.block_m, _tile(n_columns, parameters.block_n)
+    of_tile = softmax_scope == "block" and n_columns <= largest_softmax_tile(q)
+    if softmax_scope == "block":
+        rows = _rows_at(column_start, column_stop, query_start, layers.n_rows)
+    if of_tile:
+        block_m, block_n = min(32, block_m), _tile(n_columns, largest_softmax_tile(q))
+    packed_rows = (rows[1] - rows[0]) * pack
+    block_m = _tile(packed_rows, block_m)
+
+    groups = layers.batch * (layers.max_heads if per_head else 1)
+    tiles = triton.cdiv(n_columns, block_n)
+    packs = 1 if per_head else layers.max_heads // pack
+    row_tiles = triton.cdiv(packed_rows, block_m)
+    wanted = 4 * launch.processors(q.device) // max(groups * tiles * layers.n_layers, 1)
+    packs_per_split = triton.cdiv(packs, min(packs, max(wanted, 1)))
+    head_splits = triton.cdiv(packs, packs_per_split)
+    row_splits = 1
+    # A program has two tiles of rows at the least, or loading its keys costs more than its rows.
+    while (
+        packs_per_split == 1
+        and row_splits < 64
+        and 4 * row_splits <= row_tiles
+        and head_splits * row_splits < wanted
+    ):
+        row_splits *= 2
+    return ColumnPlan(
+        parameters,
+        block_m,
+        block_n,
+        pack,
+        rows,
+        of_tile,
+        groups,
+        tiles,
+        head_splits,
+        row_splits,
+        packs_per_split,
+        groups * tiles,
+    )
+
+
+def _rows_at(column_start: int, column_stop: int, query_start: int, n_rows: int) -> tuple[int, int]:
+    """The query rows that stand at the columns."""
+    first = min(max(column_start - query_start, 0), n_rows)
+    return first, max(first, min(column_stop - query_start, n_rows))
+
+
+def reduce_columns(
+    plan: ColumnPlan,
+    layers: Layers,
+    out: Tensor,
+    q: Sequence[Tensor],
+    softmax_lse: Sequence[Tensor] | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    column_start: int,
+    column_stop: int,
+    query_start: int,
+    softmax_scale: float,
+    lse_base: str,
+    causal: bool,
+    softmax_scope: str,
+    diagonal: bool,
+    reduction: str,
+    per_head: bool,
+    accumulate: bool,
+    n_keys: int,
+    commit: Commit | None = None,
+    counters: Tensor | None = None,
+) -> None:
+    """Column scores of all layers in one launch (two where the log-sum-exp is to be computed).
+
+    With ``commit``, the kernel also finishes the decoding step; ``counters`` are zero then, one for each tile
+    and one for each row of the batch.
+    """
+    device = out.device
+    n_columns = column_stop - column_start
+    if plan.of_tile:
+        lse = _OF_TILE
+    elif softmax_lse:
+        lse = _given_lse(softmax_lse, lse_base)
+    else:
+        keys = (column_start, column_stop) if softmax_scope == "block" else (0, n_keys)
+        lse = _computed_lse(layers, q[0], key_mask, plan.rows, keys, query_start, softmax_scale, causal)
+
+    splits = layers.n_layers * plan.head_splits * plan.row_splits
+    partials = None
+    if splits > 1:
+        partials = launch.workspace(out, 2 if reduction == "mean" else 1, plan.groups, splits, n_columns)
+        if counters is None:
+            counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
+    # Where the last program may not, a launch of its own commits.
+    in_kernel = commit if launch.last_program_commits(device) else None
+    launch.launch(
+        column_scores_kernel,
+        plan.groups * splits * plan.tiles,
+        (
+            *layers.arguments,
+            *lse.arguments,
+            *_mask_arguments(key_mask),
+            *_mask_arguments(query_mask),
+            *((None, 0, 0, 0, 0) if commit is None else commit.token_arguments(query_start - column_start)),
+            out,
+            out.stride(0),
+            out.stride(1) if per_head else 0,
+            out.stride(-1),
+            partials,
+            counters,
+            plan.groups,
+            n_columns,
+            *plan.rows,
+            column_start,
+            query_start,
+            softmax_scale * _LOG2E,
+            lse.scale,
+            layers.n_layers,
+            plan.head_splits,
+            plan.packs_per_split,
+            plan.tiles,
+            *(in_kernel.arguments() if in_kernel else (None, 0, 0, 0, None, None, None, 0.0)),
+        ),
+        {
+            "CAUSAL": causal,
+            "DIAGONAL": diagonal,
+            "REDUCTION": reduction,
+            "PER_HEAD": per_head,
+            "ACCUMULATE": accumulate,
+            "MASKED_ROWS": commit is not None and commit.masked_rows_only,
+            "LSE_SPLITS": lse.splits,
+            "ROW_SPLITS": plan.row_splits,
+            "COMBINE": splits > 1,
+            "COMMIT": in_kernel is not None,
+            **(in_kernel.constants() if in_kernel else NO_COMMIT),
+            "PACK": plan.pack,
+            "HEADDIM": layers.headdim,
+            "BLOCK_M": plan.block_m,
+            "BLOCK_N": plan.block_n,
+            "BLOCK_D": launch.block_d(layers.headdim, q[0].element_size()),
+            "UPCAST": launch.INTERPRET,
+        },
+        plan.parameters,
+        device=device,
+    )
+    if commit is not None and in_kernel is None:
+        commit.launch(out)
+
+
+def column_scores(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    softmax_lse: Tensor | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    column_start: int,
+    column_stop: int,
+    query_start: int,
+    softmax_scale: float,
+    lse_base: str,
+    causal: bool,
+    softmax_scope: str,
+    diagonal: bool,
+    reduction: str,
+    per_head: bool,
+    accumulate: bool,
+) -> None:
+    if q.shape[0] == 0:
+        return
+    layers = gather([q], [k])
+    plan = plan_columns(layers, q, column_start, column_stop, query_start, softmax_scope, reduction, per_head)
+    reduce_columns(
+        plan,
+        layers,
+        out,
+        [q],
+        None if softmax_lse is None else [softmax_lse],
+        key_mask,
+        query_mask,
+        column_start,
+        column_stop,
+        query_start,
+        softmax_scale,
+        lse_base,
+        causal,
+        softmax_scope,
+        diagonal,
+        reduction,
+        per_head,
+        accumulate,
+        k.shape[2],
+    )
+
+
+def attention_map(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    softmax_lse: Tensor | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    row_start: int,
+    row_stop: int,
+    column_start: int,
+    column_stop: int,
+    query_start: int,
+    softmax_scale: float,
+    lse_base: str,
+    causal: bool,
+    softmax_scope: str,
+    diagonal: bool,
+    per_head: bool,
+    accumulate: bool,
+) -> None:
+    if out.numel() == 0:
+        return
+    device = q.device
+    layers = gather([q], [k])
+    heads, n_keys = layers.max_heads, k.shape[2]
+    n_rows, n_columns = row_stop - row_start, column_stop - column_start
+    shape_class = launch.attention_class(n_columns, layers.headdim, q.element_size())
+    parameters = launch.config("attention_map", shape_class, device)
+    block_m, block_n = parameters.block_m, _tile(n_columns, parameters.block_n)
+    of_tile = softmax_scope == "block" and n_columns <= largest_softmax_tile(q)
+    if of_tile:
+        block_m, block_n = min(32, block_m), _tile(n_columns, largest_softmax_tile(q))
+    block_m = _tile(n_rows, block_m)
+    if of_tile:
+        lse = _OF_TILE
+    elif softmax_lse is not None:
+        lse = _given_lse([softmax_lse], lse_base)
+    else:
+        keys = (column_start, column_stop) if softmax_scope == "block" else (0, n_keys)
+        rows = (row_start, row_stop)
+        lse = _computed_lse(layers, q, key_mask, rows, keys, query_start, softmax_scale, causal)
+    pointers, _, *lse_strides = lse.arguments
+
+    row_tiles, column_tiles = triton.cdiv(n_rows, block_m), triton.cdiv(n_columns, block_n)
+    tiles = layers.batch * row_tiles * column_tiles
+    wanted = max(1, 2 * launch.processors(device) // tiles)
+    heads_per_split = 1 if per_head else triton.cdiv(heads, min(heads, wanted))
+    head_splits = triton.cdiv(heads, heads_per_split)
+    combine = head_splits > 1 and not per_head
+    partials = counters = None
+    if combine:
+        partials = launch.workspace(out, tiles, head_splits, block_m, block_n)
+        counters = torch.zeros(tiles, dtype=torch.int32, device=device)
+    launch.launch(
+        _attention_map_kernel,
+        tiles * head_splits,
+        (
+            q,
+            *q.stride(),
+            k,
+            *k.stride(),
+            heads,
+            layers.group,
+            None if pointers is None else pointers[0],  # type: ignore[index]
+            *(stride[0] for stride in lse_strides),  # type: ignore[index]
+            *_mask_arguments(key_mask),
+            *_mask_arguments(query_mask),
+            out,
+            out.stride(0),
+            out.stride(1) if per_head else 0,
+            *out.stride()[-2:],
+            partials,
+            counters,
+            n_columns,
+            row_start,
+            row_stop,
+            column_start,
+            query_start,
+            softmax_scale * _LOG2E,
+            lse.scale,
+            head_splits,
+            heads_per_split,
+            row_tiles,
+            column_tiles,
+        ),
+        {
+            "CAUSAL": causal,
+            "DIAGONAL": diagonal,
+            "BLOCK_SCOPE": softmax_scope == "block",
+            "PER_HEAD": per_head,
+            "ACCUMULATE": accumulate,
+            "LSE_SPLITS": lse.splits,
+            "COMBINE": combine,
+            "HEADDIM": layers.headdim,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_D": launch.block_d(layers.headdim, q.element_size()),
+            "UPCAST": launch.INTERPRET,
+        },
+        parameters,
+        device=device,
+    )

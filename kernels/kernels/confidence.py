@@ -1,7 +1,7 @@
 """Token confidence: one streaming pass over the vocabulary.
 
-Where B * C is small the vocabulary is split among programs. What a program (or a lane of it) has seen of a row
-is a *partial*, and partials merge in any grouping: lanes, splits and vocabulary shards alike.
+Where B * C is small the vocabulary is split among programs. What a program (or a lane of it) has seen of a
+row is a *partial*, and partials merge in any grouping: lanes, splits and vocabulary shards alike.
 
 A partial of the tokens seen so far, NaN logits counting as -inf except in ``l``:
 
@@ -16,7 +16,6 @@ A partial of the tokens seen so far, NaN logits counting as -inf except in ``l``
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -102,7 +101,7 @@ def _reduce_partials(m, l, t, key, token, x, other, AXIS: tl.constexpr):  # noqa
 
 
 @triton.jit
-def merge_partials(partials, plane, row, row_ok, n_splits, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def merge_partials(partials, plane, row, row_ok, n_splits, SPLITS: tl.constexpr):
     """Merge the stored partials of rows: partials[field * plane + row * n_splits + split]."""
     split = tl.arange(0, SPLITS)[None, :]
     p = partials + row.to(tl.int64)[:, None] * n_splits + split
@@ -178,6 +177,10 @@ def _token_partials_kernel(
         if seeds is not None:
             row_seed = tl.load(seeds + batch.to(tl.int64) * stride_seed)
 
+    # Sampling and the margin need the best token of every tile. Without them a lane only remembers the tile
+    # in which its maximum rose, and looks the token up there at the end: half the work for each logit.
+    KEYED: tl.constexpr = SAMPLE or METRIC == "margin"
+    excluded = exclude - vocab_start
     lane = tl.arange(0, BLOCK_K)[:, None] * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     m = tl.full([BLOCK_W], -_INF, tl.float32)
     l = tl.zeros([BLOCK_W], tl.float32)  # noqa: E741
@@ -189,12 +192,12 @@ def _token_partials_kernel(
     for start in range(first, last, BLOCK_K * BLOCK_W):
         here = start + lane
         raw = tl.load(base + here.to(tl.int64) * stride_v, mask=here < last, other=-_INF).to(tl.float32)
-        present = (here < last) & (here + vocab_start != exclude)
-        raw = tl.where(present, raw, -_INF)
-        clean = tl.where(raw == raw, raw, -_INF)
+        if (excluded >= start) & (excluded < start + BLOCK_K * BLOCK_W):
+            raw = tl.where(here == excluded, -_INF, raw)
 
-        tile_m = tl.max(clean, 0)
-        new_m = tl.maximum(m, tile_m)
+        tile_m = tl.max(raw, 0)  # passes over NaN
+        rises = tile_m > m
+        new_m = tl.where(rises, tile_m, m)
         shift = _finite_or_zero(new_m)
         rescale_by = tl.where(m == -_INF, 0.0, m - shift)
         rescale = tl.exp2(rescale_by * _LOG2E)
@@ -204,32 +207,44 @@ def _token_partials_kernel(
             t = rescale * (t + rescale_by * l) + tl.sum(terms, 0)
         l = rescale * l + tl.sum(weight, 0)  # noqa: E741
 
-        if SAMPLE:
-            group = (start + vocab_start) // 4 + (
-                tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4) + tl.arange(0, BLOCK_W // 4)[None, :]
-            )
-            keys = raw * inverse_temperature + _gumbel_noise(row_seed, position, group)
-            keys = tl.where(present & (keys == keys), keys, -_INF)
-        else:
-            keys = clean
-        tile_key = tl.max(keys, 0)
-        tile_token = tl.min(tl.where(present & (keys == tile_key[None, :]), here, _NO_TOKEN), 0)
-        chosen = here == tile_token[None, :]
-        if SAMPLE:
-            tile_x = tl.max(tl.where(chosen, clean, -_INF), 0)
-        else:
-            tile_x = tile_key
-        # Tokens are met in ascending order: a tie changes nothing, unless no token had been met.
-        take = (tile_key > key) | (token == _NO_TOKEN)
-        if METRIC == "margin":
+        if KEYED:
+            present = (here < last) & (here != excluded)
+            clean = tl.where(raw == raw, raw, -_INF)
+            if SAMPLE:
+                group = (start + vocab_start) // 4 + (
+                    tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4) + tl.arange(0, BLOCK_W // 4)[None, :]
+                )
+                keys = raw * inverse_temperature + _gumbel_noise(row_seed, position, group)
+                keys = tl.where(keys == keys, keys, -_INF)
+            else:
+                keys = clean
+            tile_key = tl.max(tl.where(present, keys, -_INF), 0)
+            tile_token = tl.min(tl.where(present & (keys == tile_key[None, :]), here, _NO_TOKEN), 0)
+            # Tokens are met in ascending order: a tie changes nothing, unless no token had been met.
+            take = (tile_key > key) | (token == _NO_TOKEN)
+            chosen = here == tile_token[None, :]
             tile_other = tl.max(tl.where(chosen, -_INF, clean), 0)
-            other = tl.where(take, tl.maximum(tile_other, m), tl.maximum(other, tile_m))
-        key = tl.where(take, tile_key, key)
-        token = tl.where(take, tile_token, token)
-        x = tl.where(take, tile_x, x)
+            other = tl.where(take, tl.maximum(tile_other, m), tl.maximum(other, tl.max(clean, 0)))
+            key = tl.where(take, tile_key, key)
+            x = tl.where(take, tl.max(tl.where(chosen, clean, -_INF), 0), x)
+            token = tl.where(take, tile_token, token)
+        else:
+            token = tl.where(rises, start, token)
         m = new_m
 
+    if not KEYED:
+        key = m
+        x = m
+        found = token != _NO_TOKEN
+        here = tl.where(found, token, first)[None, :] + lane
+        raw = tl.load(base + here.to(tl.int64) * stride_v, mask=here < last, other=-_INF).to(tl.float32)
+        hit = found[None, :] & (raw == m[None, :]) & (here != excluded)
+        token = tl.min(tl.where(hit, here, _NO_TOKEN), 0)
     m, l, t, key, token, x, other = _reduce_partials(m, l, t, key, token, x, other, 0)  # noqa: E741
+    if not KEYED:
+        # No logit above -inf: the first token there is.
+        lowest = first + (excluded == first).to(tl.int32)
+        token = tl.where((token == _NO_TOKEN) & (lowest < last), lowest, token)
     token = tl.where(token == _NO_TOKEN, token, token + vocab_start)
     p = partials + row.to(tl.int64) * n_splits + split
     tl.store(p, m)
@@ -257,7 +272,7 @@ def _merge_partials_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < n_rows
     m, l, t, _, token, x, other = merge_partials(  # noqa: E741
-        partials, plane, row, ok, n_splits, BLOCK, SPLITS
+        partials, plane, row, ok, n_splits, SPLITS
     )
     tl.store(token_ids + row, token.to(tl.int64), mask=ok)
     tl.store(confidence + row, confidence_of(m, l, t, x, other, METRIC), mask=ok)
@@ -276,9 +291,10 @@ def token_partials(
 ) -> Tensor:
     """Mergeable partials of every row, float32 ``[7, B * C, S]`` for S splits of the vocabulary.
 
-    A vocabulary shard passes its first token as ``vocab_start``, a multiple of 4 (the sampling stream comes in
-    groups of 4 tokens); the shards' partials, concatenated along the last axis, give ``merge_token_partials`` the
-    tokens and the confidence of the whole. ``counters`` (int32) are set to 0 on the way.
+    A vocabulary shard passes its first token as ``vocab_start``, a multiple of 4 (the sampling stream comes
+    in groups of 4 tokens); the shards' partials, concatenated along the last axis, give
+    ``merge_token_partials`` the tokens and the confidence of the whole. ``counters`` (int32) are set to 0
+    on the way.
 
     Raises
     ------
@@ -288,7 +304,9 @@ def token_partials(
     if vocab_start % 4 != 0:
         raise ValueError(f"vocab_start: expected a multiple of 4, got {vocab_start}")
     batch, positions, vocab = logits.shape
-    parameters = launch.config("token_confidence", str(8 * logits.element_size()), logits.device)
+    parameters = launch.config(
+        "token_confidence", "float32" if logits.element_size() == 4 else "narrow", logits.device
+    )
     tile = parameters.block_m * parameters.block_n
     rows = batch * positions
     tiles = triton.cdiv(vocab, tile)

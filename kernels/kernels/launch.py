@@ -1,7 +1,7 @@
 """How the kernels are launched: the device's class and size, and the static table of launch parameters.
 
-Nothing is tuned at run time. ``TABLE`` holds one ``Config`` for each kernel, architecture class and shape class;
-``bench/tune_triton.py`` measures the candidates of a device and prints the entries to put here.
+Nothing is tuned at run time. ``TABLE`` holds one ``Config`` for each kernel, architecture class and shape
+class; ``bench/tune_triton.py`` measures the candidates of a device and prints the entries to put here.
 """
 
 from __future__ import annotations
@@ -33,29 +33,37 @@ class Config(NamedTuple):
 
 #: (kernel, architecture class or "any", shape class) -> Config. A device's own class goes before "any".
 TABLE: dict[tuple[str, str, str], Config] = {
-    # Keys resident, query rows streamed. Shape class: columns up to 32 | more, by element size.
-    ("column_scores", "any", "narrow16"): Config(64, 32, 4, 3),
-    ("column_scores", "any", "wide16"): Config(64, 64, 4, 3),
-    ("column_scores", "sm90", "wide16"): Config(64, 128, 4, 3),
-    ("column_scores", "sm100", "wide16"): Config(64, 128, 4, 3),
-    ("column_scores", "any", "narrow32"): Config(32, 32, 4, 2),
-    ("column_scores", "any", "wide32"): Config(32, 32, 4, 2),
-    # Query rows resident, keys streamed. Shape class: packed rows up to 32 | more.
-    ("row_lse", "any", "narrow16"): Config(32, 64, 4, 3),
-    ("row_lse", "any", "wide16"): Config(64, 64, 4, 3),
-    ("row_lse", "sm90", "wide16"): Config(128, 64, 8, 3),
-    ("row_lse", "sm100", "wide16"): Config(128, 64, 8, 3),
-    ("row_lse", "any", "narrow32"): Config(32, 32, 4, 2),
-    ("row_lse", "any", "wide32"): Config(32, 32, 4, 2),
+    # block_n keys resident, query rows streamed.
+    ("column_scores", "any", "narrow"): Config(32, 32, 4, 3),
+    ("column_scores", "sm90", "narrow"): Config(64, 32, 4, 3),
+    ("column_scores", "any", "wide"): Config(64, 64, 4, 3),
+    ("column_scores", "any", "deep"): Config(32, 32, 4, 1),
+    ("column_scores", "any", "float32"): Config(16, 32, 4, 1),
+    # block_m query rows resident, keys streamed.
+    ("row_lse", "any", "narrow"): Config(32, 64, 4, 3),
+    ("row_lse", "any", "wide"): Config(64, 64, 4, 3),
+    ("row_lse", "sm90", "wide"): Config(128, 64, 8, 3),
+    ("row_lse", "sm100", "wide"): Config(128, 64, 8, 3),
+    ("row_lse", "any", "deep"): Config(32, 32, 4, 2),
+    ("row_lse", "any", "float32"): Config(32, 32, 8, 1),
     # One tile of the map for each program.
-    ("attention_map", "any", "narrow16"): Config(32, 32, 4, 2),
-    ("attention_map", "any", "wide16"): Config(64, 64, 4, 2),
-    ("attention_map", "any", "narrow32"): Config(32, 32, 4, 2),
-    ("attention_map", "any", "wide32"): Config(32, 32, 4, 2),
+    ("attention_map", "any", "narrow"): Config(32, 32, 4, 2),
+    ("attention_map", "any", "wide"): Config(64, 64, 4, 2),
+    ("attention_map", "any", "deep"): Config(32, 32, 4, 2),
+    ("attention_map", "any", "float32"): Config(32, 32, 8, 1),
     # block_n lanes, block_m tokens for each of them in one iteration.
-    ("token_confidence", "any", "16"): Config(4, 1024, 4, 2),
-    ("token_confidence", "any", "32"): Config(4, 512, 4, 2),
+    ("token_confidence", "any", "narrow"): Config(4, 1024, 4, 1),
+    ("token_confidence", "any", "float32"): Config(4, 512, 4, 1),
 }
+
+
+def attention_class(size: int, headdim: int, element_size: int) -> str:
+    """Shape class of a kernel whose tiles are cut out of so many columns (or packed rows)."""
+    if element_size == 4:
+        return "float32"
+    if headdim > 128:
+        return "deep"
+    return "narrow" if size <= 32 else "wide"
 
 
 def config(kernel: str, shape_class: str, device: torch.device) -> Config:
@@ -93,6 +101,15 @@ def block_d(headdim: int, element_size: int) -> int:
     return min(sizes, key=lambda size: triton.cdiv(headdim, size) * (size + 8))
 
 
+def last_program_commits(device: torch.device) -> bool:
+    """Whether a kernel's last program may read what its other programs wrote.
+
+    It needs a release-acquire increment at the device's scope, which CUDA and HIP devices have; elsewhere a
+    decoding step is finished in one more launch.
+    """
+    return INTERPRET or device.type == "cuda"
+
+
 def launch(
     kernel: Any,
     programs: int,
@@ -118,7 +135,7 @@ def launch(
 def workspace(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised memory for partial results.
 
-    It comes from torch's caching allocator on the current stream, so under CUDA graph capture it belongs to the
-    graph, and nothing outlives or outruns the launches that use it.
+    It comes from torch's caching allocator on the current stream, so under CUDA graph capture it belongs to
+    the graph, and nothing outlives or outruns the launches that use it.
     """
     return torch.empty(shape, dtype=dtype, device=like.device)

@@ -6,6 +6,8 @@ it: the first finds the threshold and the fallback's position, the second writes
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,8 +17,6 @@ from .confidence import confidence_of, merge_partials
 
 _NONE = tl.constexpr(2**31 - 1)  # loses every tie to a real position
 _INF = tl.constexpr(float("inf"))
-
-MAX_CHUNK = 256
 
 
 @triton.jit
@@ -42,10 +42,7 @@ def _first_look(
     high = masked & (confidence >= tau)
     theta = tl.maximum(theta, tl.max(tl.where(candidate & ~high, scores, -_INF), 0))
     top_high = tl.maximum(top_high, tl.max(tl.where(candidate & high, scores, -_INF), 0))
-    if POLICY == "sequential" or FALLBACK == "score":
-        value = scores
-    else:
-        value = confidence
+    value = scores if POLICY == "sequential" or FALLBACK == "score" else confidence
     value = tl.where(candidate & (value == value), value, -_INF)
     chunk_best = tl.max(value, 0)
     chunk_at = tl.min(tl.where(candidate & (value == chunk_best), offs, _NONE), 0)
@@ -54,9 +51,7 @@ def _first_look(
 
 
 @triton.jit
-def _second_look(
-    scores, confidence, masked, offs, theta, top_high, best_at, tau, POLICY: tl.constexpr
-):
+def _second_look(scores, confidence, masked, offs, theta, top_high, best_at, tau, POLICY: tl.constexpr):
     """The selected positions of a chunk."""
     single = offs == best_at
     if POLICY == "sequential":
@@ -172,7 +167,7 @@ def commit_row(
         at = offs.to(tl.int64)
         row = b * n_positions + offs
         m, l, t, _, token, x, other = merge_partials(  # noqa: E741
-            partials, plane, row, ok, n_splits, BLOCK, SPLITS
+            partials, plane, row, ok, n_splits, SPLITS
         )
         value = confidence_of(m, l, t, x, other, METRIC)
         tl.store(token_ids + row, token.to(tl.int64), mask=ok)
@@ -297,3 +292,87 @@ def select_tokens(
         launch.Config(1, block, 1 if block <= 128 else 4, 1),
         device=scores.device,
     )
+
+
+#: The constants of a kernel that commits nothing.
+NO_COMMIT = {"METRIC": "", "POLICY": "", "FALLBACK": "", "COMMIT_BLOCK": 1, "CONF_SPLITS": 1}
+
+
+class Commit(NamedTuple):
+    """The end of a decoding step: what is selected, by which rule, and where it is written."""
+
+    tokens: Tensor  # [B, T] int64
+    block_start: int
+    mask_token_id: int
+    masked_rows_only: bool
+    partials: Tensor  # of the tokens, [7, B * C, S]
+    token_ids: Tensor  # [B, C] int64, contiguous as the next two
+    confidence: Tensor  # [B, C] float32
+    selected: Tensor  # [B, C] bool
+    metric: str
+    policy: str
+    tau: float
+    fallback: str
+
+    def token_arguments(self, offset: int) -> tuple[object, ...]:
+        """The token tensor, the token of query row 0 (``offset`` before the block), and the mask's id."""
+        return (self.tokens, *self.tokens.stride(), self.block_start + offset, self.mask_token_id)
+
+    def arguments(self) -> tuple[object, ...]:
+        _, rows, splits = self.partials.shape
+        return (
+            self.partials,
+            rows * splits,
+            splits,
+            self.block_start,
+            self.token_ids,
+            self.confidence,
+            self.selected,
+            self.tau,
+        )
+
+    def constants(self) -> dict[str, object]:
+        splits = triton.next_power_of_2(self.partials.shape[2])
+        positions = triton.next_power_of_2(self.selected.shape[1])
+        return {
+            "METRIC": self.metric,
+            "POLICY": self.policy,
+            "FALLBACK": self.fallback,
+            "COMMIT_BLOCK": min(positions, 256, max(1, 1024 // splits)),
+            "CONF_SPLITS": splits,
+        }
+
+    def launch(self, scores: Tensor) -> None:
+        """Finish the step in a launch of its own, from scores that are in memory."""
+        batch, positions = self.selected.shape
+        partials, plane, splits, block_start, token_ids, confidence, selected, tau = self.arguments()
+        constants = self.constants()
+        launch.launch(
+            commit_kernel,
+            batch,
+            (
+                scores,
+                *scores.stride(),
+                partials,
+                plane,
+                splits,
+                self.tokens,
+                *self.tokens.stride(),
+                block_start,
+                self.mask_token_id,
+                token_ids,
+                confidence,
+                selected,
+                positions,
+                tau,
+            ),
+            {
+                "METRIC": self.metric,
+                "POLICY": self.policy,
+                "FALLBACK": self.fallback,
+                "BLOCK": constants["COMMIT_BLOCK"],
+                "SPLITS": constants["CONF_SPLITS"],
+            },
+            launch.Config(1, 1, 4, 1),
+            device=scores.device,
+        )

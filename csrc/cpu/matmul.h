@@ -1,0 +1,184 @@
+/* Small matrix products of query and key rows, the inner loop of everything that reads attention.
+ *
+ * One operand is packed across the lanes and reused, the other is walked row by row where it lies. Operands
+ * are 32-bit words: a float32 each (16-bit rows are widened), or, where the processor multiplies them, a pair
+ * of bfloat16, which are then never widened.
+ */
+#ifndef ATTN_SAMPLER_CPU_MATMUL_H_
+#define ATTN_SAMPLER_CPU_MATMUL_H_
+
+#include "cpu/amx.h"
+#include "cpu/simd.h"
+
+namespace attn_sampler {
+namespace {
+
+constexpr int kTile = 64;                         /* rows and columns of a tile, at the most */
+constexpr int kMaxVectors = kLanes == 16 ? 4 : 2; /* so that a micro-kernel's sums fit the registers */
+
+/* Any dtype, widened to float32. */
+struct FloatWords {
+    static constexpr int kElements = 1; /* of a word */
+    static VecF multiply_add(VecF sum, VecF column, VecF x) { return sum + x * column; }
+};
+
+#if defined(__AVX512BF16__)
+#define ATTN_SAMPLER_BF16_WORDS 1
+/* bfloat16 in pairs; products are exact, sums float32. */
+struct Bf16Words {
+    static constexpr int kElements = 2;
+    static VecF multiply_add(VecF sum, VecF column, VecF x) {
+        return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)column, (__m512bh)x);
+    }
+};
+#endif
+
+/* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...]; strides of a in bytes. */
+template <typename Words, int kRows, int kVectors>
+inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int width, int64_t words,
+                         float *c) {
+    VecF sum[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+            sum[r][v] = VecF{};
+    for (int64_t d = 0; d < words; ++d) {
+        VecF column[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+            column[v] = load<VecF>(b + d * width + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            const VecF x = broadcast_word(a + r * a_stride + d * 4);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v)
+                sum[r][v] = Words::multiply_add(sum[r][v], column[v], x);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+            store(c + r * width + v * kLanes, sum[r][v]);
+}
+
+/* The same for any number of rows: as many as possible at a time, then half as many. */
+template <typename Words, int kRows, int kVectors>
+inline void micro_rows(const char *a, int64_t a_stride, int64_t rows, const float *b, int width,
+                       int64_t words, float *c) {
+    for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * width)
+        micro_kernel<Words, kRows, kVectors>(a, a_stride, b, width, words, c);
+    if constexpr (kRows > 1)
+        micro_rows<Words, kRows / 2, kVectors>(a, a_stride, rows, b, width, words, c);
+}
+
+/* Rows of words as `multiply` walks them. */
+struct Rows {
+    const char *data;
+    int64_t stride; /* bytes */
+};
+
+/* c[rows][width] = a[rows][words] b[words][width]; width is a multiple of kLanes. */
+template <typename Words>
+inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t words, float *c) {
+#if defined(ATTN_SAMPLER_AMX)
+    if constexpr (Words::kElements == 2) {
+        const int64_t done = multiply_amx(a.data, a.stride, rows, b, width, words, c);
+        a.data += done * a.stride;
+        rows -= done;
+        c += done * width;
+    }
+#endif
+    int j = 0;
+    if constexpr (kMaxVectors == 4)
+        for (; j + 4 * kLanes <= width; j += 4 * kLanes)
+            micro_rows<Words, 6, 4>(a.data, a.stride, rows, b + j, width, words, c + j);
+    for (; j + 2 * kLanes <= width; j += 2 * kLanes)
+        micro_rows<Words, kLanes == 16 ? 12 : 6, 2>(a.data, a.stride, rows, b + j, width, words, c + j);
+    for (; j + kLanes <= width; j += kLanes)
+        micro_rows<Words, kLanes == 16 ? 12 : 8, 1>(a.data, a.stride, rows, b + j, width, words, c + j);
+}
+
+/* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
+ * copied into the buffer, [n][depth] floats. */
+template <typename Words>
+inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t depth, float *buffer) {
+    const char *const first = static_cast<const char *>(address[0]);
+    if (dtype == ATTN_SAMPLER_FLOAT32 || Words::kElements == 2) {
+        const int64_t stride = n > 1 ? static_cast<const char *>(address[1]) - first : 4 * depth;
+        bool even = true;
+        for (int64_t i = 2; i < n; ++i)
+            even = even && static_cast<const char *>(address[i]) - first == i * stride;
+        if (even)
+            return {first, stride};
+    }
+    if (Words::kElements == 2) {
+        char *const copy = reinterpret_cast<char *>(buffer);
+        for (int64_t i = 0; i < n; ++i)
+            memcpy(copy + i * depth * 2, address[i], static_cast<size_t>(depth * 2));
+        return {copy, depth * 2};
+    }
+    for (int64_t i = 0; i < n; ++i)
+        convert_to_float(address[i], dtype, depth, buffer + i * depth);
+    return {reinterpret_cast<const char *>(buffer), depth * 4};
+}
+
+#if defined(__AVX512F__)
+/* x[i][j] = x[j][i]: pairs of lanes change places, then pairs of pairs, and so on. */
+inline void transpose(VecF *x) {
+#pragma GCC unroll 4
+    for (int step = 1; step < 16; step *= 2) {
+        VecI low, high;
+        for (int l = 0; l < 16; ++l) { /* lanes of the first operand are 0 to 15, of the second 16 to 31 */
+            low[l] = (l & step) == 0 ? l : 16 + l - step;
+            high[l] = (l & step) == 0 ? l + step : 16 + l;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            if ((i & step) != 0)
+                continue;
+            const __m512 a = (__m512)x[i], b = (__m512)x[i + step];
+            x[i] = (VecF)_mm512_permutex2var_ps(a, (__m512i)low, b);
+            x[i + step] = (VecF)_mm512_permutex2var_ps(a, (__m512i)high, b);
+        }
+    }
+}
+#endif
+
+/* packed[words][width], the rows across the lanes; zeros in the lanes beyond n. */
+template <typename Words>
+inline void pack(const void *const *address, int64_t n, int dtype, int64_t depth, int width, float *buffer,
+                 float *packed) {
+    const Rows rows = as_rows<Words>(address, n, dtype, depth, buffer);
+    const int64_t words = depth / Words::kElements;
+    for (int64_t i0 = 0; i0 < width; i0 += kLanes) {
+        const int64_t count = min_of(kLanes, max_of(n - i0, 0));
+        const char *const first = rows.data + i0 * rows.stride;
+        int64_t d = 0;
+#if defined(__AVX512F__)
+        for (; d + 16 <= words; d += 16) {
+            VecF x[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i)
+                x[i] = i < count ? load<VecF>(first + i * rows.stride + d * 4) : VecF{};
+            transpose(x);
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i)
+                store(packed + (d + i) * width + i0, x[i]);
+        }
+#endif
+        for (; d < words; ++d) {
+            float *const to = packed + d * width + i0;
+            for (int64_t i = 0; i < count; ++i)
+                memcpy(to + i, first + i * rows.stride + d * 4, 4);
+            for (int64_t i = count; i < kLanes; ++i)
+                to[i] = 0.0f;
+        }
+    }
+}
+
+} // namespace
+} // namespace attn_sampler
+
+#endif /* ATTN_SAMPLER_CPU_MATMUL_H_ */

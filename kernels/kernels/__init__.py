@@ -1,0 +1,59 @@
+"""Triton kernels of attn_sampler, behind the signatures of a backend.
+
+The functions are called by ``attn_sampler.ops`` with validated tensors and write into tensors that it
+allocates. They run on CUDA and ROCm devices, and on CPU tensors under ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from . import launch
+from .attention import MAX_HEADDIM, MAX_LAYERS, attention_map, column_scores
+from .confidence import merge_token_partials, token_confidence, token_partials
+from .selection import select_tokens
+from .step import decode_step
+
+__all__ = [
+    "attention_map",
+    "column_scores",
+    "decode_step",
+    "merge_token_partials",
+    "problem",
+    "select_tokens",
+    "token_confidence",
+    "token_partials",
+]
+
+_OLDEST_TRITON = (3, 6)
+
+
+def problem(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why ``op`` cannot be served on these floating-point tensors; None where it can.
+
+    Parameters
+    ----------
+    op
+        A name of ``attn_sampler.backends.OPS``.
+    tensors
+        q and k; logits; scores and confidence; or, for decode_step, logits and the layers' q and k. With
+        none, the answer is about the installation alone.
+    """
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST_TRITON:
+        return f"it needs Triton 3.6 or later, and this is {triton.__version__}"
+    for tensor in tensors:
+        if tensor.device.type != "cuda" and not (launch.INTERPRET and tensor.device.type == "cpu"):
+            return f"it takes cuda tensors, and these are on {tensor.device}"
+        if tensor.dtype == torch.float64:
+            return "it does not serve float64 (the reference does)"
+        if launch.architecture(tensor.device) in ("sm50", "sm60", "sm70"):
+            return "it needs a GPU of compute capability 8.0 or later"
+        if tensor.dim() == 4 and tensor.shape[3] > MAX_HEADDIM:
+            return f"it serves head dimensions up to {MAX_HEADDIM}, and this one is {tensor.shape[3]}"
+    layers = sum(tensor.dim() == 4 for tensor in tensors) // 2
+    if op == "decode_step" and layers > MAX_LAYERS:
+        return f"it serves up to {MAX_LAYERS} layers in a step, and these are {layers}"
+    return None

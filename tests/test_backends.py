@@ -1,0 +1,137 @@
+"""The backend table: supported, or not and why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from problems import normal
+
+import attn_sampler
+from attn_sampler import BackendUnavailableError, Support, backends, column_scores, is_backend_supported
+from attn_sampler.backends import BACKENDS, OPS, TRITON_MODULE
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_the_table_answers_for_all(op, name):
+    support = is_backend_supported(op, name)
+    assert isinstance(support, Support)
+    assert support.supported is (support.reason == "")
+    assert support.supported is (backends.installation_problem(name) is None)
+
+
+def test_a_backend_that_runs_takes_its_tensors(backend, device):
+    x = torch.zeros(1, 2, 3, 8, device=device)
+    for op in OPS:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            tensor = x.to(dtype)
+            assert is_backend_supported(op, backend, tensor, tensor) == Support(True, "")
+
+
+def test_what_a_backend_does_not_serve(backend, device):
+    double = torch.zeros(1, 2, 3, 8, dtype=torch.float64, device=device)
+    if backend == "reference":
+        assert is_backend_supported("column_scores", backend, double, double.transpose(2, 3)).supported
+        return
+    assert "float64" in is_backend_supported("column_scores", backend, double).reason
+    elsewhere = torch.zeros(1, 2, 3, 8, device="meta")
+    reason = is_backend_supported("column_scores", backend, elsewhere).reason
+    assert device.type in reason
+    assert "meta" in reason
+    column_major = torch.zeros(1, 2, 8, 3, device=device).transpose(2, 3)
+    assert "contiguous" in is_backend_supported("token_confidence", backend, column_major).reason
+    scores = torch.zeros(4, 6, device=device).T
+    assert is_backend_supported("select_tokens", backend, scores, scores).supported
+
+
+def test_a_name_runs_or_raises_with_the_reason():
+    q, k = normal(0, 1, 2, 3, 8), normal(1, 1, 2, 5, 8)
+    for name in BACKENDS:
+        support = is_backend_supported("column_scores", name, q, k)
+        out = torch.full((1, 5), 3.0)
+        if support.supported:
+            column_scores(q, k, out=out, backend=name)
+            torch.testing.assert_close(out.sum(), torch.tensor(15.0 + 6.0))
+        else:
+            with pytest.raises(BackendUnavailableError) as caught:
+                column_scores(q, k, out=out, backend=name)
+            assert str(caught.value).startswith(f"backend: {name!r} cannot run column_scores here: ")
+            assert str(caught.value).endswith(support.reason)
+            assert (out == 3.0).all()
+
+
+def test_auto_takes_the_first_that_serves(backend, device):
+    x = torch.zeros(1, 2, 3, 8, device=device)
+    chosen = backends.choose_backend("column_scores", "auto", x, x)
+    order = (*backends.AUTO_ORDER[device.type], "reference")
+    assert chosen == next(n for n in order if is_backend_supported("column_scores", n, x, x).supported)
+    assert backends.choose_backend("column_scores", "auto", x.double()) == "reference"
+    assert backends.choose_backend("column_scores", "auto", x.transpose(2, 3)) == "reference"
+
+
+def test_auto_serves_what_only_the_reference_can():
+    q, k = normal(0, 1, 2, 3, 8).double(), normal(1, 1, 2, 5, 8).double()
+    torch.testing.assert_close(
+        column_scores(q, k), attn_sampler.reference.column_scores(q, k).float(), rtol=0, atol=0
+    )
+
+
+def test_unknown_names():
+    with pytest.raises(
+        ValueError, match=r"^backend: expected one of cuda, triton, cpu, reference, got 'tpu'"
+    ):
+        is_backend_supported("column_scores", "tpu")
+    with pytest.raises(ValueError, match=r"^op: expected one of column_scores, .*, got 'softmax'"):
+        is_backend_supported("softmax", "reference")
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch):
+    """A stand-in for the Triton kernels' module, in interpreter mode."""
+    module = types.ModuleType(TRITON_MODULE)
+    module.problem = lambda op, tensors: "it is a stand-in" if tensors[0].shape[-1] == 99 else None
+    module.select_tokens = lambda selected, *_: selected.fill_(True)
+    monkeypatch.setitem(sys.modules, TRITON_MODULE, module)
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    sys.modules["triton"].__spec__ = types.SimpleNamespace()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends.installation_problem.cache_clear()
+    yield module
+    monkeypatch.undo()
+    backends.installation_problem.cache_clear()
+
+
+def test_triton_kernels_are_found_by_their_module(triton_kernels):
+    x = torch.zeros(2, 3)
+    assert is_backend_supported("select_tokens", "triton", x, x) == Support(True, "")
+    assert is_backend_supported("select_tokens", "triton", torch.zeros(2, 99)).reason == "it is a stand-in"
+    assert "float64" in is_backend_supported("select_tokens", "triton", x.double()).reason
+    selected = attn_sampler.select_tokens(x, x, torch.zeros(2, 3, dtype=torch.bool), backend="triton")
+    assert selected.all()  # what the stand-in writes
+    assert backends.choose_backend("select_tokens", "auto", x) != "triton"
+
+
+def test_triton_takes_gpu_tensors_outside_the_interpreter(triton_kernels, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backends.installation_problem.cache_clear()
+    reason = is_backend_supported("select_tokens", "triton", torch.zeros(2, 3)).reason
+    assert ("takes cuda tensors" if torch.cuda.is_available() else "no GPU") in reason
+
+
+def test_a_broken_triton_module_is_a_reason(triton_kernels, monkeypatch):
+    monkeypatch.setitem(sys.modules, TRITON_MODULE, None)
+    assert "no Triton kernels" in is_backend_supported("select_tokens", "triton").reason
+
+
+def test_importing_does_not_import_triton_or_ask_for_a_gpu():
+    code = (
+        "import sys, torch, attn_sampler; "
+        "loaded = 'triton' in sys.modules; "
+        "print(loaded, torch.cuda.is_initialized())"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.split() == ["False", "False"]

@@ -1,0 +1,80 @@
+"""The contract's tests again, once for each instruction set that the CPU kernels can be pinned to.
+
+The AMX kernels also run where the processor has no AMX: their tiles are then plain arrays, which proves the
+index arithmetic, though not the unit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attn_sampler import _core
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("test_column_scores.py", "test_attention_map.py", "test_token_confidence.py", "test_decode_step.py")
+
+pytestmark = pytest.mark.skipif(_core.UNAVAILABLE is not None, reason=str(_core.UNAVAILABLE))
+
+
+def _isa(isa: str, package_root: Path) -> str:
+    """What the extension runs when it is asked for an instruction set."""
+    code = "from attn_sampler import _core; print(_core.cpu_isa())"
+    environment = {**os.environ, "ATTN_SAMPLER_CPU_ISA": isa, "PYTHONPATH": str(package_root)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=package_root, env=environment, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _run_tests(isa: str, package_root: Path, *files: str) -> None:
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "--backend", "cpu", "-m", "not slow"),
+        *("-p", "no:cacheprovider", "-o", f"pythonpath={package_root}"),
+        *(str(ROOT / "tests" / name) for name in files),
+    ]
+    environment = {**os.environ, "ATTN_SAMPLER_CPU_ISA": isa, "PYTHONPATH": str(package_root)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
+def test_contract_on(isa: str) -> None:
+    if _isa(isa, ROOT) != isa:
+        pytest.skip(f"this processor does not run {isa}")
+    _run_tests(isa, ROOT, *TESTS)
+
+
+def test_unknown_isa_runs_the_portable_kernels() -> None:
+    assert _isa("none-such", ROOT) == "portable"
+
+
+def test_contract_on_emulated_amx(tmp_path: Path) -> None:
+    if _isa("avx512_bf16", ROOT) != "avx512_bf16":
+        pytest.skip("this processor does not run the avx512_bf16 code around the tiles")
+    import pybind11
+
+    tools = Path(sys.executable).parent
+    build = tmp_path / "build"
+    configure = [
+        *(str(tools / "cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+        *("-DATTN_SAMPLER_PYTHON=ON", "-DATTN_SAMPLER_CUDA=0", "-DATTN_SAMPLER_EMULATE_AMX=ON"),
+        f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    for command in (configure, [str(tools / "cmake"), "--build", str(build)]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    package = tmp_path / "attn_sampler"
+    shutil.copytree(ROOT / "attn_sampler", package, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    (module,) = build.glob("_C.*.so")
+    shutil.copy(module, package)
+    assert _isa("amx", tmp_path) == "amx"
+    _run_tests("amx", tmp_path, "test_column_scores.py", "test_attention_map.py")

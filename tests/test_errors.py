@@ -1,0 +1,371 @@
+"""Bad input: an error that names the argument, before anything is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_sampler import (
+    BackendUnavailableError,
+    attention_map,
+    column_scores,
+    decode_step,
+    select_tokens,
+    token_confidence,
+)
+
+B, HQ, HKV, M, N, D, C, V, T = 2, 4, 2, 9, 12, 8, 4, 11, 12
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def attention_arguments() -> dict[str, Any]:
+    return {"q": torch.ones(B, HQ, M, D), "k": torch.ones(B, HKV, N, D), "columns": slice(4, 8)}
+
+
+def step_arguments() -> dict[str, Any]:
+    return {
+        "tokens": torch.full((B, T), 3),
+        "logits": torch.ones(B, C, V),
+        "layers": [(torch.ones(B, HQ, M, D), torch.ones(B, HKV, N, D), zeros(B, HQ, M)) for _ in range(2)],
+        "block": slice(4, 8),
+        "mask_token_id": 3,
+    }
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
+
+
+def rejects(
+    function: Any, arguments: dict[str, Any], error: type[Exception], start: str, *words: str
+) -> None:
+    """The call raises this error; its message starts with the argument's name; no tensor changed."""
+    given = [t for t in tensors(arguments) if t.device.type != "meta"]
+    before = [t.detach().clone() for t in given]
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    message = str(caught.value)
+    assert message.startswith(f"{start}:"), message
+    for word in words:
+        assert word in message, message
+    for tensor, copy in zip(given, before, strict=True):
+        assert torch.equal(tensor.detach(), copy)
+
+
+ATTENTION = [
+    ({"q": [1.0]}, TypeError, "q", ["list"]),
+    ({"q": zeros(HQ, M, D)}, ValueError, "q", ["4-dimensional", "[4, 9, 8]"]),
+    ({"q": zeros(B, HQ, M, D, dtype=torch.int64)}, ValueError, "q", ["float32", "int64"]),
+    ({"q": zeros(B, HQ, M, 0), "k": zeros(B, HKV, N, 0)}, ValueError, "q", ["D >= 1"]),
+    ({"k": None}, TypeError, "k", ["NoneType"]),
+    ({"k": zeros(B, N, D)}, ValueError, "k", ["4-dimensional"]),
+    ({"k": zeros(B, HKV, N, D, dtype=torch.float16)}, ValueError, "k", ["float32", "float16"]),
+    ({"k": zeros(B, HKV, N, D, device="meta")}, ValueError, "k", ["cpu", "meta"]),
+    ({"k": zeros(B + 1, HKV, N, D)}, ValueError, "k", ["[2, 2, 12, 8]", "[3, 2, 12, 8]"]),
+    ({"k": zeros(B, HKV, N, D + 1)}, ValueError, "k", ["[2, 2, 12, 8]", "[2, 2, 12, 9]"]),
+    ({"k": zeros(B, 3, N, D)}, ValueError, "k", ["4 heads", "3"]),
+    ({"k": zeros(B, 8, N, D)}, ValueError, "k", ["4 heads", "8"]),
+    ({"k": zeros(B, 0, N, D)}, ValueError, "k", ["4 heads", "0"]),
+    ({"k": zeros(B, HKV, 0, D), "columns": None}, ValueError, "columns", ["at least one"]),
+    ({"columns": 5}, TypeError, "columns", ["slice", "int"]),
+    ({"columns": slice(4, 4)}, ValueError, "columns", ["empty", "slice(4, 4, None)"]),
+    ({"columns": slice(8, 4)}, ValueError, "columns", ["empty"]),
+    ({"columns": slice(4, 13)}, ValueError, "columns", ["outside", "12"]),
+    ({"columns": slice(-13, 4)}, ValueError, "columns", ["outside", "12"]),
+    ({"columns": slice(0, 8, 2)}, ValueError, "columns", ["step 1", "step 2"]),
+    ({"columns": slice(0.0, 8)}, TypeError, "columns.start", ["integer", "float"]),
+    ({"columns": slice(0, torch.tensor(8))}, TypeError, "columns.stop", ["integer", "Tensor"]),
+    ({"softmax_lse": zeros(B, HQ, M - 1)}, ValueError, "softmax_lse", ["[2, 4, 9]", "[2, 4, 8]"]),
+    ({"softmax_lse": zeros(B, HKV, M)}, ValueError, "softmax_lse", ["[2, 4, 9]", "[2, 2, 9]"]),
+    ({"softmax_lse": zeros(B, HQ, M, 1)}, ValueError, "softmax_lse", ["3-dimensional"]),
+    (
+        {"softmax_lse": zeros(B, HQ, M, dtype=torch.float16)},
+        ValueError,
+        "softmax_lse",
+        ["float32", "float16"],
+    ),
+    (
+        {"softmax_lse": zeros(B, HQ, M, dtype=torch.float64)},
+        ValueError,
+        "softmax_lse",
+        ["float32", "float64"],
+    ),
+    ({"softmax_lse": zeros(B, HQ, M, device="meta")}, ValueError, "softmax_lse", ["cpu", "meta"]),
+    ({"softmax_lse": zeros(B, HQ, M), "softmax_scope": "block"}, ValueError, "softmax_lse", ["block"]),
+    ({"lse_base": "10"}, ValueError, "lse_base", ["e, 2", "'10'"]),
+    ({"lse_base": 2}, ValueError, "lse_base", ["e, 2"]),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale", ["finite", "nan"]),
+    ({"softmax_scale": float("inf")}, ValueError, "softmax_scale", ["finite", "inf"]),
+    ({"softmax_scale": "0.1"}, TypeError, "softmax_scale", ["finite number", "str"]),
+    ({"causal": 1}, TypeError, "causal", ["True or False", "1"]),
+    ({"diagonal": None}, TypeError, "diagonal", ["True or False"]),
+    ({"per_head": "no"}, TypeError, "per_head", ["True or False"]),
+    ({"key_mask": zeros(B, N)}, ValueError, "key_mask", ["bool", "float32"]),
+    ({"key_mask": zeros(B, M, dtype=torch.bool)}, ValueError, "key_mask", ["[2, 12]", "[2, 9]"]),
+    ({"key_mask": zeros(N, dtype=torch.bool)}, ValueError, "key_mask", ["2-dimensional"]),
+    ({"key_mask": zeros(B, N, dtype=torch.bool, device="meta")}, ValueError, "key_mask", ["cpu", "meta"]),
+    ({"query_mask": zeros(B, N, dtype=torch.bool)}, ValueError, "query_mask", ["[2, 9]", "[2, 12]"]),
+    ({"query_mask": zeros(B, M, dtype=torch.uint8)}, ValueError, "query_mask", ["bool", "uint8"]),
+    ({"query_start": 1.0}, TypeError, "query_start", ["integer", "float"]),
+    ({"query_start": True}, TypeError, "query_start", ["integer", "bool"]),
+    ({"query_start": 1 << 63}, ValueError, "query_start", ["integer in"]),
+    ({"softmax_scope": "window"}, ValueError, "softmax_scope", ["sequence, block", "'window'"]),
+    ({"backend": "gpu"}, ValueError, "backend", ["auto, cuda, triton, cpu, reference", "'gpu'"]),
+]
+
+
+@pytest.mark.parametrize("function", [column_scores, attention_map])
+@pytest.mark.parametrize(("change", "error", "start", "words"), ATTENTION)
+def test_attention(function, change, error, start, words):
+    shape = (B, C) if function is column_scores else (B, M, C)
+    arguments = attention_arguments() | {"out": torch.full(shape, 5.0)} | change
+    rejects(function, arguments, error, start, *words)
+
+
+@pytest.mark.parametrize("function", [column_scores, attention_map])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_out(function, per_head):
+    shape = [B, HQ, C] if per_head else [B, C]
+    if function is attention_map:
+        shape.insert(-1, M)
+    arguments = attention_arguments() | {"per_head": per_head}
+    for out, words in (
+        (torch.ones(*shape, dtype=torch.float16), ["float32", "float16"]),
+        (torch.ones(*shape, dtype=torch.float64), ["float32", "float64"]),
+        (torch.ones(*shape[:-1], C + 1), [str(shape)]),
+        (torch.ones(*shape, 1), ["dimensional"]),
+        (torch.ones(*shape, device="meta"), ["cpu", "meta"]),
+        (torch.ones(1, *shape[1:]).expand(*shape), ["apart in memory"]),
+        (torch.ones(*shape, requires_grad=True), ["gradient"]),
+    ):
+        rejects(function, arguments | {"out": out}, ValueError, "out", *words)
+    rejects(function, arguments | {"out": [0.0]}, TypeError, "out", "list")
+
+
+def test_column_scores_alone():
+    arguments = attention_arguments() | {"reduction": "median"}
+    rejects(column_scores, arguments, ValueError, "reduction", "sum, mean, max", "'median'")
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        (slice(3, 3), ValueError, ["empty"]),
+        (slice(0, M + 1), ValueError, ["outside", "9 query rows"]),
+        (slice(None, None, -1), ValueError, ["step 1"]),
+        (range(3), TypeError, ["slice"]),
+    ],
+)
+def test_attention_map_alone(rows, error, words):
+    rejects(attention_map, attention_arguments() | {"rows": rows}, error, "rows", *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "start", "words"),
+    [
+        ({"logits": [[0.0]]}, TypeError, "logits", ["list"]),
+        ({"logits": zeros(B, V)}, ValueError, "logits", ["3-dimensional", "[2, 11]"]),
+        ({"logits": zeros(B, C, V, dtype=torch.int32)}, ValueError, "logits", ["float32", "int32"]),
+        ({"logits": zeros(B, C, 0)}, ValueError, "logits", ["V = 0"]),
+        ({"metric": "p"}, ValueError, "metric", ["probability, margin, entropy", "'p'"]),
+        ({"temperature": -0.1}, ValueError, "temperature", [">= 0", "-0.1"]),
+        ({"temperature": float("nan")}, ValueError, "temperature", ["nan"]),
+        ({"temperature": float("inf")}, ValueError, "temperature", ["inf"]),
+        ({"temperature": "hot"}, TypeError, "temperature", ["str"]),
+        ({"temperature": 1.0}, ValueError, "seed", ["temperature > 0"]),
+        ({"temperature": 1.0, "seed": 1.5}, TypeError, "seed", ["integer", "float"]),
+        ({"temperature": 1.0, "seed": 1 << 64}, ValueError, "seed", ["integer in"]),
+        ({"temperature": 1.0, "seed": -(1 << 63) - 1}, ValueError, "seed", ["integer in"]),
+        ({"seed": zeros(B)}, ValueError, "seed", ["int64", "float32"]),
+        ({"seed": zeros(B + 1, dtype=torch.int64)}, ValueError, "seed", ["[2]", "[3]"]),
+        ({"seed": zeros(B, 1, dtype=torch.int64)}, ValueError, "seed", ["1-dimensional"]),
+        ({"seed": zeros(B, dtype=torch.int64, device="meta")}, ValueError, "seed", ["cpu", "meta"]),
+        ({"exclude_token_id": V}, ValueError, "exclude_token_id", ["[0, 11)", "11"]),
+        ({"exclude_token_id": -1}, ValueError, "exclude_token_id", ["[0, 11)", "-1"]),
+        ({"exclude_token_id": 1.0}, TypeError, "exclude_token_id", ["integer"]),
+        ({"logits": zeros(B, C, 1), "exclude_token_id": 0}, ValueError, "exclude_token_id", ["only token"]),
+        ({"backend": None}, ValueError, "backend", ["auto"]),
+    ],
+)
+def test_token_confidence(change, error, start, words):
+    rejects(token_confidence, {"logits": torch.ones(B, C, V)} | change, error, start, *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "start", "words"),
+    [
+        ({"scores": None}, TypeError, "scores", ["NoneType"]),
+        ({"scores": zeros(C)}, ValueError, "scores", ["2-dimensional"]),
+        ({"scores": zeros(B, C, dtype=torch.bfloat16)}, ValueError, "scores", ["float32", "bfloat16"]),
+        ({"confidence": zeros(B, C + 1)}, ValueError, "confidence", ["[2, 4]", "[2, 5]"]),
+        ({"confidence": zeros(B, C, dtype=torch.float64)}, ValueError, "confidence", ["float32", "float64"]),
+        ({"confidence": zeros(B, C, device="meta")}, ValueError, "confidence", ["cpu", "meta"]),
+        ({"masked": zeros(B, C)}, ValueError, "masked", ["bool", "float32"]),
+        ({"masked": zeros(B, C - 1, dtype=torch.bool)}, ValueError, "masked", ["[2, 4]", "[2, 3]"]),
+        ({"masked": zeros(B, C, dtype=torch.bool, device="meta")}, ValueError, "masked", ["cpu", "meta"]),
+        ({"policy": "greedy"}, ValueError, "policy", ["parallel, sequential", "'greedy'"]),
+        ({"tau": 1.1}, ValueError, "tau", ["[0, 1]", "1.1"]),
+        ({"tau": -0.1}, ValueError, "tau", ["[0, 1]", "-0.1"]),
+        ({"tau": float("nan")}, ValueError, "tau", ["nan"]),
+        ({"tau": True}, TypeError, "tau", ["bool"]),
+        ({"tau": "0.9"}, TypeError, "tau", ["str"]),
+        ({"tau": 1.1, "policy": "sequential"}, ValueError, "tau", ["[0, 1]"]),
+        ({"fallback": "none"}, ValueError, "fallback", ["confidence, score", "'none'"]),
+        ({"backend": "numpy"}, ValueError, "backend", ["'numpy'"]),
+    ],
+)
+def test_select_tokens(change, error, start, words):
+    arguments = {
+        "scores": torch.ones(B, C),
+        "confidence": torch.ones(B, C),
+        "masked": torch.ones(B, C, dtype=torch.bool),
+    }
+    rejects(select_tokens, arguments | change, error, start, *words)
+
+
+def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
+    """Two layers, with q, k or lse of one of them replaced."""
+    result = [dict(zip(("q", "k", "lse"), layer, strict=True)) for layer in step_arguments()["layers"]]
+    result[index] |= change
+    return [tuple(layer.values()) for layer in result]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "start", "words"),
+    [
+        ({"tokens": [3]}, TypeError, "tokens", ["list"]),
+        ({"tokens": zeros(T, dtype=torch.int64)}, ValueError, "tokens", ["2-dimensional"]),
+        ({"tokens": zeros(B, T, dtype=torch.int32)}, ValueError, "tokens", ["int64", "int32"]),
+        (
+            {"tokens": zeros(1, T, dtype=torch.int64).expand(B, T)},
+            ValueError,
+            "tokens",
+            ["apart in memory"],
+        ),
+        ({"block": slice(4, 4)}, ValueError, "block", ["empty"]),
+        ({"block": slice(4, T + 1)}, ValueError, "block", ["outside", "12"]),
+        ({"block": 4}, TypeError, "block", ["slice"]),
+        ({"block": slice(4, 9)}, ValueError, "logits", ["[2, 5, 11]", "[2, 4, 11]"]),
+        ({"logits": zeros(B + 1, C, V)}, ValueError, "logits", ["[2, 4, 11]", "[3, 4, 11]"]),
+        ({"logits": zeros(B, C, V, dtype=torch.int64)}, ValueError, "logits", ["int64"]),
+        ({"logits": zeros(B, C, V, device="meta")}, ValueError, "logits", ["cpu", "meta"]),
+        ({"logits": zeros(B, C, 1), "mask_token_id": 0}, ValueError, "logits", ["V = 1"]),
+        ({"mask_token_id": V}, ValueError, "mask_token_id", ["[0, 11)", "11"]),
+        ({"mask_token_id": -1}, ValueError, "mask_token_id", ["[0, 11)", "-1"]),
+        ({"mask_token_id": None}, TypeError, "mask_token_id", ["integer"]),
+        ({"policy": "random"}, ValueError, "policy", ["parallel, sequential", "'random'"]),
+        ({"tau": 2}, ValueError, "tau", ["[0, 1]"]),
+        ({"fallback": ""}, ValueError, "fallback", ["confidence, score"]),
+        ({"metric": "margins"}, ValueError, "metric", ["'margins'"]),
+        ({"temperature": -1.0}, ValueError, "temperature", [">= 0"]),
+        ({"temperature": 1.0}, ValueError, "seed", ["temperature > 0"]),
+        ({"seed": zeros(B + 1, dtype=torch.int64)}, ValueError, "seed", ["[2]", "[3]"]),
+        ({"rows": "some"}, ValueError, "rows", ["all, masked", "'some'"]),
+        ({"rows": "masked", "query_start": -1}, ValueError, "rows", ["-1 to 7"]),
+        ({"rows": "masked", "query_start": 4}, ValueError, "rows", ["4 to 12"]),
+        ({"columns": slice(4, 9)}, ValueError, "columns", ["4", "5"]),
+        ({"columns": slice(9, 13)}, ValueError, "columns", ["outside"]),
+        ({"lse_base": "10"}, ValueError, "lse_base", ["'10'"]),
+        ({"softmax_scale": None, "softmax_scope": "window"}, ValueError, "softmax_scope", ["'window'"]),
+        ({"softmax_scale": float("inf")}, ValueError, "softmax_scale", ["finite"]),
+        ({"softmax_scope": "block"}, ValueError, "layers[0] softmax_lse", ["block"]),
+        ({"causal": "yes"}, TypeError, "causal", ["True or False"]),
+        ({"diagonal": 0}, TypeError, "diagonal", ["True or False"]),
+        ({"reduction": "min"}, ValueError, "reduction", ["'min'"]),
+        ({"key_mask": zeros(B, N)}, ValueError, "key_mask", ["bool"]),
+        ({"query_mask": zeros(B, N, dtype=torch.bool)}, ValueError, "query_mask", ["[2, 9]"]),
+        ({"query_start": "0"}, TypeError, "query_start", ["integer"]),
+        ({"backend": "c"}, ValueError, "backend", ["'c'"]),
+        ({"layers": None}, TypeError, "layers", ["NoneType"]),
+        ({"layers": []}, TypeError, "layers", ["empty"]),
+        ({"layers": [zeros(B, HQ, M, D)]}, TypeError, "layers[0]", ["(q, k, softmax_lse)"]),
+        ({"layers": [(zeros(B, HQ, M, D),)]}, TypeError, "layers[0]", ["(q, k, softmax_lse)"]),
+        ({"layers": zeros(B, C + 1)}, ValueError, "layers", ["[2, 4]", "[2, 5]"]),
+        ({"layers": zeros(B, C, dtype=torch.float64)}, ValueError, "layers", ["float32", "float64"]),
+        ({"layers": zeros(B, C, device="meta")}, ValueError, "layers", ["cpu", "meta"]),
+        ({"layers": zeros(B, C), "lse_base": "10"}, ValueError, "lse_base", ["'10'"]),
+        ({"layers": zeros(B, C), "causal": 3}, TypeError, "causal", ["True or False"]),
+        (
+            {"layers": layers(0, q=zeros(B, HQ, M, D, device="meta"))},
+            ValueError,
+            "layers[0] q",
+            ["cpu", "meta"],
+        ),
+        ({"layers": layers(0, q=zeros(B + 1, HQ, M, D))}, ValueError, "layers[0] k", ["[3, 2, 12, 8]"]),
+        ({"layers": layers(1, q=None)}, TypeError, "layers[1] q", ["NoneType"]),
+        ({"layers": layers(1, q=zeros(D))}, ValueError, "layers[1] q", ["4-dimensional"]),
+        ({"layers": layers(1, k=zeros(B, 3, N, D))}, ValueError, "layers[1] k", ["4 heads"]),
+        ({"layers": layers(1, k=zeros(B, HKV, N + 1, D))}, ValueError, "layers[1] k", ["[2, 2, 12, 8]"]),
+        ({"layers": layers(1, k=zeros(B, HKV, N, D, device="meta"))}, ValueError, "layers[1] k", ["meta"]),
+        (
+            {"layers": layers(1, q=zeros(B, HQ, M - 1, D), lse=zeros(B, HQ, M - 1))},
+            ValueError,
+            "layers[1] q",
+            ["[2, 4, 9, 8]", "[2, 4, 8, 8]"],
+        ),
+        (
+            {"layers": layers(1, q=zeros(B, HQ, M, 16), k=zeros(B, HKV, N, 16))},
+            ValueError,
+            "layers[1] q",
+            ["[2, 4, 9, 8]", "[2, 4, 9, 16]"],
+        ),
+        (
+            {"layers": layers(1, q=zeros(B, HQ, M, D).half(), k=zeros(B, HKV, N, D).half())},
+            ValueError,
+            "layers[1] q",
+            ["float32", "float16"],
+        ),
+        ({"layers": layers(1, lse=zeros(B, HQ, M + 1))}, ValueError, "layers[1] softmax_lse", ["[2, 4, 9]"]),
+        ({"layers": layers(1, lse="none")}, TypeError, "layers[1] softmax_lse", ["str"]),
+        ({"layers": layers(1, lse=None)}, ValueError, "layers", ["all layers or for none", "1 of 2"]),
+        ({"layers": layers(0, lse=None)}, ValueError, "layers", ["all layers or for none", "1 of 2"]),
+    ],
+)
+def test_decode_step(change, error, start, words):
+    rejects(decode_step, step_arguments() | change, error, start, *words)
+
+
+def test_the_batch_of_the_layers_is_that_of_the_tokens():
+    arguments = step_arguments()
+    arguments["layers"] = [(zeros(3, HQ, M, D), zeros(3, HKV, N, D), None)]
+    rejects(decode_step, arguments, ValueError, "layers[0] q", "[2, 4, 9, 8]", "[3, 4, 9, 8]")
+
+
+def test_last_dimension_that_is_not_contiguous(backend, device):
+    """Served by the reference; by the others refused, before anything is written."""
+    q, k = torch.rand(B, HQ, M, D, device=device), torch.rand(B, HKV, N, D, device=device)
+    transposed = torch.rand(B, HQ, D, M, device=device).transpose(2, 3)
+    logits = torch.rand(B, V, C, device=device).transpose(1, 2)
+    if backend == "reference":
+        torch.testing.assert_close(
+            column_scores(transposed, k, backend=backend),
+            column_scores(transposed.contiguous(), k, backend=backend),
+        )
+        ids, _ = token_confidence(logits, backend=backend)
+        assert torch.equal(ids, token_confidence(logits.contiguous(), backend=backend)[0])
+        return
+    out = torch.full((B, N), 5.0, device=device)
+    for function, arguments in (
+        (column_scores, {"q": transposed, "k": k, "out": out}),
+        (column_scores, {"q": q[..., :4], "k": k[..., ::2], "out": out}),
+        (token_confidence, {"logits": logits}),
+    ):
+        rejects(
+            function,
+            arguments | {"backend": backend},
+            BackendUnavailableError,
+            "backend",
+            f"'{backend}'",
+            "last dimension is contiguous",
+            "contiguous()",
+        )

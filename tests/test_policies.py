@@ -1,0 +1,542 @@
+"""Every policy, bit for bit, against its rule stated over plain Python numbers."""
+
+from __future__ import annotations
+
+import collections
+import math
+import random
+import struct
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_sampler import BackendUnavailableError, sampler
+from attn_sampler.sampler import (
+    KLASS,
+    PARD,
+    POLICIES,
+    AttnSampler,
+    Confidence,
+    EBSampler,
+    Entropy,
+    Factor,
+    LeftToRight,
+    Margin,
+    Policy,
+    RandomOrder,
+    StepState,
+    Threshold,
+    make_policy,
+    register_policy,
+)
+
+NAN = math.nan
+Row = list[float]
+Mask = list[bool]
+MASK_ID = 4
+BUILT_IN = dict(POLICIES)
+
+
+def as_float32(x: float) -> float:
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+
+def state(
+    confidence: list[Row],
+    masked: list[Mask],
+    *,
+    scores: list[Row] | None = None,
+    seeds: list[int] | None = None,
+    logits: Tensor | None = None,
+    sequence: list[int] | None = None,
+    backend: str = "auto",
+) -> StepState:
+    batch, count = len(masked), len(masked[0])
+    return StepState(
+        masked=torch.tensor(masked),
+        token_ids=torch.zeros(batch, count, dtype=torch.int64),
+        confidence=torch.tensor(confidence, dtype=torch.float32),
+        scores=None if scores is None else torch.tensor(scores, dtype=torch.float32),
+        logits=torch.zeros(batch, count, 5) if logits is None else logits,
+        mask_token_id=MASK_ID,
+        sequence=torch.tensor(sequence or list(range(batch))),
+        seeds=torch.tensor(seeds or [0] * batch),
+        backend=backend,
+    )
+
+
+def chosen(policy: Policy, step: StepState) -> list[set[int]]:
+    selected = policy.select(step)
+    assert selected.dtype == torch.bool
+    assert selected.shape == step.masked.shape
+    return [set(row.nonzero().squeeze(1).tolist()) for row in selected]
+
+
+def open_positions(masked: Mask) -> list[int]:
+    return [i for i, m in enumerate(masked) if m]
+
+
+def ranked(value: Row, masked: Mask) -> list[int]:
+    """Masked positions from the largest value; NaN behind all others, the lower position first on ties."""
+    return sorted(
+        open_positions(masked),
+        key=lambda i: (math.isnan(value[i]), -value[i] if value[i] == value[i] else 0, i),
+    )
+
+
+# The rules. Each takes one row's confidence (and scores) and says which positions it commits.
+
+
+def left_to_right(p: Row, s: Row, masked: Mask) -> set[int]:
+    return set(open_positions(masked)[:1])
+
+
+def top(count: int) -> Callable[[Row, Row, Mask], set[int]]:
+    return lambda p, s, masked: set(ranked(p, masked)[:count])
+
+
+def threshold(tau: float) -> Callable[[Row, Row, Mask], set[int]]:
+    """All masked positions with p >= tau, and at any rate the most confident."""
+
+    def rule(p: Row, s: Row, masked: Mask) -> set[int]:
+        passing = {i for i in open_positions(masked) if p[i] >= as_float32(tau)}
+        return passing | set(ranked(p, masked)[:1])
+
+    return rule
+
+
+def factor(f: float) -> Callable[[Row, Row, Mask], set[int]]:
+    """From the most confident on: the n-th needs p >= 1 - f / (n + 1), the first nothing."""
+
+    def rule(p: Row, s: Row, masked: Mask) -> set[int]:
+        commit: set[int] = set()
+        for n, i in enumerate(ranked(p, masked), start=1):
+            if n > 1 and not p[i] >= 1.0 - f / (n + 1):
+                break
+            commit.add(i)
+        return commit
+
+    return rule
+
+
+def entropy_bounded(gamma: float) -> Callable[[Row, Row, Mask], set[int]]:
+    """The most positions, by ascending entropy, whose entropies less their maximum sum to at most gamma."""
+
+    def rule(negated: Row, s: Row, masked: Mask) -> set[int]:
+        order = ranked(negated, masked)
+        best = order[:1]
+        for size in range(1, len(order) + 1):
+            entropies = [-negated[i] for i in order[:size]]
+            if not any(map(math.isnan, entropies)) and sum(entropies) - max(entropies) <= gamma:
+                best = order[:size]
+        return set(best)
+
+    return rule
+
+
+def left_prefix(tau: float) -> Callable[[Row, Row, Mask], set[int]]:
+    """Masked positions from the left while p >= tau, and at any rate the first."""
+
+    def rule(p: Row, s: Row, masked: Mask) -> set[int]:
+        commit = set(open_positions(masked)[:1])
+        for i in open_positions(masked):
+            if not p[i] >= as_float32(tau):
+                break
+            commit.add(i)
+        return commit
+
+    return rule
+
+
+def attn_sequential(p: Row, s: Row, masked: Mask) -> set[int]:
+    scored = [i for i in open_positions(masked) if not math.isnan(s[i])]
+    return {min(scored, key=lambda i: (-s[i], i))} if scored else set()
+
+
+def attn_parallel(tau: float, fallback: str) -> Callable[[Row, Row, Mask], set[int]]:
+    """The confident positions above the best-scored unconfident one; where there is none, one position."""
+
+    def rule(p: Row, s: Row, masked: Mask) -> set[int]:
+        scored = [i for i in open_positions(masked) if not math.isnan(s[i])]
+        high = [i for i in scored if p[i] >= as_float32(tau)]
+        theta = max([s[i] for i in scored if i not in high], default=-math.inf)
+        commit = {i for i in high if s[i] > theta}
+        if not commit and scored:
+            value = p if fallback == "confidence" else s
+            commit = {ranked(value, [i in scored for i in range(len(masked))])[0]}
+        return commit
+
+    return rule
+
+
+CASES: list[tuple[Policy, Callable[[Row, Row, Mask], set[int]]]] = [
+    (LeftToRight(), left_to_right),
+    (Confidence(), top(1)),
+    (Confidence(count=3), top(3)),
+    (Margin(count=2), top(2)),
+    (Entropy(), top(1)),
+    (Entropy(count=4), top(4)),
+    *((Threshold(tau=tau), threshold(tau)) for tau in (0.0, 0.5, 0.9, 1.0)),
+    *((Factor(factor=f), factor(f)) for f in (0.0, 0.5, 1.0, 1.5)),
+    *((EBSampler(gamma=gamma), entropy_bounded(gamma)) for gamma in (0.0, 0.25, 1.0)),
+    *((PARD(tau=tau), left_prefix(tau)) for tau in (0.0, 0.5, 0.9, 1.0)),
+    (AttnSampler(mode="sequential"), attn_sequential),
+    *(
+        (AttnSampler(tau=tau, fallback=fallback), attn_parallel(tau, fallback))
+        for tau in (0.0, 0.5, 0.9)
+        for fallback in ("confidence", "score")
+    ),
+]
+# Few values, so that ties are common; exact in float32, and 0.9 as float32 has it.
+PROBABILITIES = [0.0, 0.125, 0.25, 0.5, 0.625, 0.75, as_float32(0.9), 0.9375, 1.0]
+SCORES = [0.0, 0.5, 0.5, 1.0, 2.0, 3.5]
+
+
+def random_rows(
+    rng: random.Random, values: list[float], batch: int, count: int, undefined: float
+) -> list[Row]:
+    return [
+        [NAN if rng.random() < undefined else rng.choice(values) for _ in range(count)] for _ in range(batch)
+    ]
+
+
+@pytest.mark.parametrize(("policy", "rule"), CASES, ids=[repr(policy) for policy, _ in CASES])
+def test_rule(policy: Policy, rule: Callable[[Row, Row, Mask], set[int]]) -> None:
+    rng = random.Random(repr(policy))
+    values = [-v for v in PROBABILITIES] if policy.metric == "entropy" else PROBABILITIES
+    for undefined in (0.0, 0.0, 0.2, 1.0):
+        for _ in range(250):
+            batch, count = rng.randint(1, 4), rng.randint(1, 8)
+            open_share = rng.choice([0.0, 0.3, 0.7, 1.0])
+            masked = [[rng.random() < open_share for _ in range(count)] for _ in range(batch)]
+            p = random_rows(rng, values, batch, count, undefined)
+            s = random_rows(rng, SCORES, batch, count, undefined / 2)
+            got = chosen(policy, state(p, masked, scores=s))
+            expected = [rule(*row) for row in zip(p, s, masked, strict=True)]
+            assert got == expected, (p, s, masked)
+            for commit, row, score in zip(got, masked, s, strict=True):
+                positions = set(open_positions(row))
+                assert commit <= positions
+                if policy.needs_scores:  # a NaN score is never selected
+                    positions = {i for i in positions if not math.isnan(score[i])}
+                assert bool(commit) == bool(positions)
+
+
+def philox_word(seed: int, group: int, position: int) -> int:
+    """The first word of Philox4x32-10 with the counter (group, position, 0, 0)."""
+    low = (1 << 32) - 1
+    key = [seed & low, seed >> 32 & low]
+    counter = [group, position, 0, 0]
+    for _ in range(10):
+        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [b >> 32 ^ counter[1] ^ key[0], b & low, a >> 32 ^ counter[3] ^ key[1], a & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return counter[0]
+
+
+def test_philox_word_is_the_published_one() -> None:
+    # Known answer of the Random123 distribution for a counter and key of zeros.
+    assert philox_word(0, 0, 0) == 0x6627E8D5
+
+
+def test_random_order() -> None:
+    rng = random.Random(0)
+    policy = RandomOrder()
+    for _ in range(500):
+        batch, count = rng.randint(1, 4), rng.randint(1, 8)
+        masked = [[rng.random() < 0.6 for _ in range(count)] for _ in range(batch)]
+        seeds = [rng.randrange(-(1 << 63), 1 << 63) for _ in range(batch)]
+        p = random_rows(rng, PROBABILITIES, batch, count, 0.1)
+        expected = []
+        for row, seed in zip(masked, seeds, strict=True):
+            words = [float(philox_word(seed, (1 << 32) - 1, i)) for i in range(count)]
+            expected.append(set(ranked(words, row)[:1]))
+        assert chosen(policy, state(p, masked, seeds=seeds)) == expected
+
+
+def test_random_order_is_uniform() -> None:
+    draws, masked = 6000, [True, False, True, True]
+    step = state([[0.0] * 4] * draws, [masked] * draws, seeds=list(range(draws)))
+    counts = collections.Counter(next(iter(c)) for c in chosen(RandomOrder(), step))
+    assert set(counts) == {0, 2, 3}
+    # Chi-squared with two degrees of freedom: 13.8 is exceeded once in a thousand seeds.
+    assert sum((c - draws / 3) ** 2 / (draws / 3) for c in counts.values()) < 13.8
+
+
+def softmax(logits: Row) -> Row:
+    """Over all tokens but the mask token."""
+    present = [i for i in range(len(logits)) if i != MASK_ID]
+    largest = max(logits[i] for i in present)
+    total = sum(math.exp(logits[i] - largest) for i in present)
+    return [math.exp(logits[i] - largest) / total if i in present else 0.0 for i in range(len(logits))]
+
+
+def divergence(p: Row, q: Row) -> float:
+    return sum(a * (math.log(a / b) if b > 0.0 else math.inf) for a, b in zip(p, q, strict=True) if a > 0.0)
+
+
+@pytest.mark.parametrize("history", [1, 2, 3])
+def test_klass(history: int) -> None:
+    """Several steps, some sequences finishing on the way, distributions that stay or jump."""
+    rng = random.Random(history)
+    settled_commits = 0
+    for _ in range(300):
+        batch, count, tau = rng.randint(1, 4), rng.randint(1, 5), rng.choice([0.5, 0.9])
+        policy = KLASS(tau=tau, kl=0.01, history=history)
+        # Distributions that are far from each other; one has a token of probability 0.
+        kinds = [[0.0, 5.0, 1.0, -2.0, 9.0], [4.0, 0.0, 0.0, 0.0, 9.0], [0.0, 0.0, 0.0, -math.inf, 9.0]]
+        current = [[rng.choice(kinds) for _ in range(count)] for _ in range(batch)]
+        masked = {b: [rng.random() < 0.8 for _ in range(count)] for b in range(batch)}
+        past: dict[int, list[list[Row]]] = {b: [] for b in range(batch)}
+        for _ in range(6):
+            rows = [b for b in range(batch) if any(masked[b])]
+            if not rows:
+                break
+            for b in rows:
+                past[b].append([softmax(row) for row in current[b]])
+            confidence = [[as_float32(max(p)) for p in past[b][-1]] for b in rows]
+            logits = torch.tensor([current[b] for b in rows])
+            step = state(confidence, [masked[b] for b in rows], logits=logits, sequence=rows)
+            got = chosen(policy, step)
+            for commit, b, p in zip(got, rows, confidence, strict=True):
+                steps = past[b]
+                passing = {
+                    i
+                    for i in open_positions(masked[b])
+                    if p[i] >= as_float32(tau)
+                    and len(steps) > history
+                    and all(divergence(steps[-n][i], steps[-n - 1][i]) < 0.01 for n in range(1, history + 1))
+                }
+                assert commit == (passing or set(ranked(p, masked[b])[:1]))
+                settled_commits += len(passing)
+                for i in commit:
+                    masked[b][i] = False
+                for i in range(count):
+                    if rng.random() < 0.3:
+                        current[b][i] = rng.choice(kinds)
+    assert settled_commits > 30
+    policy.reset()
+    assert policy._last is None
+
+
+def test_klass_does_not_touch_the_logits() -> None:
+    logits = torch.randn(1, 2, 5)
+    before = logits.clone()
+    KLASS().select(state([[0.5, 0.5]], [[True, True]], logits=logits))
+    assert torch.equal(logits, before)
+
+
+def run_step(policy: Policy, logits: Tensor, masked: Tensor, attention: object = None, **options: object):  # type: ignore[no-untyped-def]
+    tokens = torch.where(masked, MASK_ID, 1)
+    tokens = torch.cat([torch.full((len(tokens), 2), 2), tokens], dim=1)  # two given tokens before the block
+    count = masked.shape[1]
+    arguments = {
+        "block": slice(2, 2 + count),
+        "mask_token_id": MASK_ID,
+        "sequence": torch.arange(len(tokens)),
+        "seeds": torch.arange(len(tokens)),
+        **options,
+    }
+    return policy.step(tokens, logits, attention, **arguments)  # type: ignore[arg-type]
+
+
+METRICS = {
+    "probability": lambda p: max(p),
+    "margin": lambda p: sorted(p)[-1] - sorted(p)[-2],
+    "entropy": lambda p: sum(x * math.log(x) for x in p if x > 0.0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+def test_step_predicts_selects_and_commits(name: str) -> None:
+    policy = make_policy(name)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(30):
+        logits = torch.randn(3, 6, 5, generator=generator) * 3
+        logits[..., MASK_ID] = 20.0  # never predicted
+        masked = torch.rand(3, 6, generator=generator) > 0.4
+        scores = torch.rand(3, 6, generator=generator)
+        policy.reset()
+        result = run_step(policy, logits, masked, scores if policy.needs_scores else None)
+        probabilities = [[softmax(row) for row in rows] for rows in logits.tolist()]
+        best = torch.tensor([[p.index(max(p)) for p in rows] for rows in probabilities])
+        assert torch.equal(result.token_ids, best)
+        confidence = torch.tensor([[METRICS[policy.metric](p) for p in rows] for rows in probabilities])
+        torch.testing.assert_close(result.confidence, confidence, rtol=1e-5, atol=1e-5)
+        assert not (result.selected & ~masked).any()
+        assert torch.equal(result.selected.any(dim=1), masked.any(dim=1))
+        expected = torch.where(result.selected, best, torch.where(masked, MASK_ID, 1))
+        assert torch.equal(result.tokens[:, 2:], expected)
+        assert (result.tokens[:, :2] == 2).all()
+        assert torch.equal(result.scores, scores) if policy.needs_scores else result.scores.isnan().all()
+
+
+def test_step_selects_by_the_confidence_in_its_metric() -> None:
+    # The most probable, the largest margin and the lowest entropy stand at different positions.
+    logits = torch.tensor(
+        [[0.52, 0.47, 0.005, 0.005], [0.45, 0.19, 0.18, 0.18], [0.51, 0.245, 0.2449, 0.0001]]
+    )
+    logits = torch.nn.functional.pad(logits.log(), (0, 1), value=-5.0)[None]
+    masked = torch.ones(1, 3, dtype=torch.bool)
+    picks = {
+        name: run_step(make_policy(name), logits, masked).selected[0].tolist()
+        for name in ("confidence", "margin", "entropy")
+    }
+    assert picks == {
+        "confidence": [True, False, False],
+        "margin": [False, False, True],
+        "entropy": [True, False, False],
+    }
+
+
+class ByScore(Policy):
+    """A policy as a user writes one."""
+
+    needs_scores = True
+
+    def select(self, state: StepState) -> Tensor:
+        assert state.scores is not None
+        return state.scores > 0.0  # unmasked positions too: the step leaves those alone
+
+
+def layers(rows: int, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for _ in range(3):
+        q, k = (torch.randn(2, 4, n, 8, generator=generator) for n in (rows, rows))
+        result.append((q, k, torch.logsumexp(q @ k.transpose(2, 3) * 8**-0.5, dim=-1)))
+    return result
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_attn_sampler_step_is_the_general_step(mode: str) -> None:
+    """decode_step in one call, and column scores, confidence and selection one by one."""
+    policy = AttnSampler(mode=mode, tau=0.5)
+    logits = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1)) * 3
+    masked = torch.rand(2, 6, generator=torch.Generator().manual_seed(2)) > 0.3
+    for temperature in (0.0, 0.8):
+        options = {"columns": slice(2, 8), "diagonal": False, "temperature": temperature}
+        one = run_step(policy, logits, masked, layers(8), **options)
+        general = AttnSampler.__mro__[1].step
+        tokens = torch.cat([torch.full((2, 2), 2), torch.where(masked, MASK_ID, 1)], dim=1)
+        many = general(
+            policy,
+            tokens,
+            logits,
+            layers(8),
+            block=slice(2, 8),
+            mask_token_id=MASK_ID,
+            sequence=torch.arange(2),
+            seeds=torch.arange(2),
+            **options,
+        )
+        torch.testing.assert_close(one.scores, many.scores, rtol=1e-5, atol=1e-6)
+        for name in ("tokens", "token_ids", "confidence", "selected"):
+            assert torch.equal(getattr(one, name), getattr(many, name)), name
+
+
+def test_policy_of_the_user_reads_scores_and_commits_masked_positions_only() -> None:
+    masked = torch.tensor([[True, False, True, False, True, True], [True] * 6])
+    result = run_step(ByScore(), torch.randn(2, 6, 5), masked, layers(8), columns=slice(2, 8))
+    truth = sum(
+        (q @ k.transpose(2, 3) * 8**-0.5 - lse[..., None]).exp().sum(dim=(1, 2)) for q, k, lse in layers(8)
+    )
+    torch.testing.assert_close(result.scores, truth[:, 2:], rtol=1e-5, atol=1e-5)
+    assert torch.equal(result.selected, masked)
+
+
+def test_attn_sampler_needs_attention() -> None:
+    with pytest.raises(ValueError, match="attention: expected column scores"):
+        run_step(AttnSampler(), torch.randn(1, 2, 5), torch.ones(1, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["attn", "confidence"])
+def test_backend_reaches_every_function(name: str) -> None:
+    policy, masked = make_policy(name), torch.ones(1, 2, dtype=torch.bool)
+    scores = torch.rand(1, 2) if policy.needs_scores else None
+    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run"):
+        run_step(policy, torch.randn(1, 2, 5), masked, scores, backend="cuda")
+    assert run_step(policy, torch.randn(1, 2, 5), masked, scores, backend="reference").selected.any()
+
+
+def test_select_runs_on_the_backend_of_the_state() -> None:
+    step = state([[0.5]], [[True]], scores=[[1.0]], backend="cuda")
+    with pytest.raises(BackendUnavailableError, match="'cuda' cannot run select_tokens"):
+        AttnSampler().select(step)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
+    copy = dict(BUILT_IN)
+    monkeypatch.setattr(sampler, "POLICIES", copy)
+    return copy
+
+
+def test_registry_names() -> None:
+    assert {name: type(make_policy(name)).__name__ for name in BUILT_IN} == {
+        "attn": "AttnSampler",
+        "attn-parallel": "AttnSampler",
+        "attn-sequential": "AttnSampler",
+        "random": "RandomOrder",
+        "left-to-right": "LeftToRight",
+        "confidence": "Confidence",
+        "margin": "Margin",
+        "entropy": "Entropy",
+        "threshold": "Threshold",
+        "factor": "Factor",
+        "eb": "EBSampler",
+        "klass": "KLASS",
+        "pard": "PARD",
+    }
+    assert make_policy("attn-sequential") == AttnSampler(mode="sequential")
+    assert make_policy("attn-parallel", tau=0.7, fallback="score") == AttnSampler("parallel", 0.7, "score")
+    policy = KLASS(kl=0.1)
+    assert make_policy(policy) is policy
+
+
+def test_register(registry: dict) -> None:
+    register_policy("by-score", ByScore)
+    register_policy("mine", "by-score")
+    assert isinstance(make_policy("mine"), ByScore)
+    with pytest.raises(ValueError, match="name: 'mine' is registered"):
+        register_policy("mine", ByScore)
+    with pytest.raises(ValueError, match=r"policy: expected one of .*, got 'nobody'"):
+        register_policy("other", "nobody")
+    with pytest.raises(ValueError, match="policy: the names run in a circle: self -> self"):
+        register_policy("self", "self")
+    with pytest.raises(TypeError, match="policy: expected a factory or a name, got int"):
+        register_policy("other", 3)  # type: ignore[arg-type]
+    assert set(registry) == {*BUILT_IN, "by-score", "mine"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "error", "message"),
+    [
+        ("nobody", {}, ValueError, "policy: expected one of a, attn, .*threshold, got 'nobody'"),
+        ("a", {}, ValueError, "policy: the names run in a circle: a -> b -> a"),
+        (3, {}, TypeError, "policy: expected a name or a Policy, got int"),
+        ("random", {"tau": 0.5}, TypeError, "policy 'random': .*'tau'"),
+        ("attn-sequential", {"mode": "parallel"}, TypeError, "policy 'attn-sequential': .*'mode'"),
+        (PARD(), {"tau": 0.5}, TypeError, r"policy: options \['tau'\] go with a name"),
+        ("attn", {"tau": 1.5}, ValueError, r"tau: expected a number in \[0, 1\], got 1.5"),
+        ("attn", {"tau": "high"}, TypeError, "tau: "),
+        ("attn", {"mode": "fast"}, ValueError, "mode: expected one of parallel, sequential"),
+        ("attn", {"fallback": "none"}, ValueError, "fallback: expected one of"),
+        ("confidence", {"count": 0}, ValueError, "count: "),
+        ("entropy", {"count": 1.0}, TypeError, "count: "),
+        ("threshold", {"tau": NAN}, ValueError, "tau: "),
+        ("factor", {"factor": -1.0}, ValueError, "factor: "),
+        ("eb", {"gamma": math.inf}, ValueError, "gamma: "),
+        ("klass", {"kl": -0.1}, ValueError, "kl: "),
+        ("klass", {"history": 0}, ValueError, "history: "),
+        ("pard", {"tau": -0.1}, ValueError, "tau: "),
+    ],
+)
+def test_registry_errors(
+    policy: object, options: dict, error: type[Exception], message: str, registry: dict
+) -> None:
+    registry.update({"a": "b", "b": "a"})
+    with pytest.raises(error, match=message):
+        make_policy(policy, **options)  # type: ignore[arg-type]

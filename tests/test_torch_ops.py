@@ -1,0 +1,236 @@
+"""The registered operators: their schemas and fake kernels, and torch.compile of the public functions."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from problems import normal, row_lse
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from attn_sampler import (
+    attention_map,
+    backends,
+    column_scores,
+    decode_step,
+    select_tokens,
+    token_confidence,
+)
+
+OPS = torch.ops.attn_sampler  # registered by the import above
+MASK = 5
+
+
+def inputs(device: torch.device, *, batch: int = 10, n_rows: int = 7, n_keys: int = 12) -> dict:
+    """Tensors for every function: a block of 4 at key positions 4 to 7. All sizes differ, or torch.compile
+    would take them for one."""
+    q = normal(0, batch, n_rows, 6, 32).transpose(1, 2)  # as a model lays it out
+    k = normal(1, batch, 3, n_keys, 32)
+    tokens = torch.randint(6, 30, (batch, n_keys), generator=torch.Generator().manual_seed(0))
+    tokens[:, 5:] = MASK
+    g = torch.Generator().manual_seed(1)
+    values = {
+        "q": q,
+        "k": k,
+        "lse": row_lse(q, k),
+        "key_mask": torch.rand(batch, n_keys, generator=g) < 0.8,
+        "tokens": tokens,
+        "logits": normal(2, batch, 4, 30),
+        "scores": torch.rand(batch, 4, generator=g),
+        "confidence": torch.rand(batch, 4, generator=g),
+        "masked": torch.rand(batch, 4, generator=g) < 0.7,
+        "seeds": torch.arange(batch),
+    }
+    return {name: value.to(device) for name, value in values.items()}
+
+
+def calls(x: dict, backend: str) -> dict:
+    """Arguments for every operator."""
+    attention = (x["q"], x["k"], x["lse"], x["key_mask"], None)
+    unmasked = (x["q"], x["k"], None, None, None)
+    options = (5, 0.2, "e", True, "sequence", False)  # from query_start to diagonal
+    scores = torch.zeros_like(x["scores"])
+    scores_per_head = torch.zeros_like(x["lse"][..., :4])
+    weights = torch.zeros_like(x["scores"])[:, None].repeat(1, 3, 1)
+    step = (x["tokens"], x["scores"], x["logits"])
+    layers = ([x["q"]] * 2, [x["k"]] * 2, [x["lse"]] * 2, x["key_mask"], None, x["seeds"])
+    no_layers = ([], [], [], None, None, None)
+    place = (4, 8, MASK, False, 4, 8, 5)  # from block_start to query_start
+    step_options = (None, "e", True, "sequence", True, "sum", "probability")  # from softmax_scale to metric
+    return {
+        "column_scores": [
+            (scores, *attention, 4, 8, *options, "sum", False, True, backend),
+            (scores_per_head, *unmasked, 4, 8, *options, "mean", True, False, backend),
+        ],
+        "attention_map": [(weights, *attention, 1, 4, 4, 8, *options, False, False, backend)],
+        "token_confidence": [
+            (x["logits"], None, "probability", 0.0, 0, -1, backend),
+            (x["logits"], x["seeds"], "entropy", 0.7, 0, MASK, backend),
+        ],
+        "select_tokens": [(x["scores"], x["confidence"], x["masked"], "parallel", 0.9, "score", backend)],
+        "decode_step": [
+            (*step, *layers, *place, *step_options, 0.5, 0, "parallel", 0.1, "confidence", backend),
+            (*step, *no_layers, *place, *step_options, 0.0, 0, "sequential", 0.9, "score", backend),
+        ],
+    }
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_opcheck(backend, device, op):
+    for arguments in calls(inputs(device), backend)[op]:
+        results = torch.library.opcheck(getattr(OPS, op).default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def functions(backend: str) -> dict:
+    """Every public function, called on the tensors of ``inputs`` alone."""
+
+    def scores(x):
+        return column_scores(
+            x["q"], x["k"], columns=slice(4, 8), softmax_lse=x["lse"], key_mask=x["key_mask"], backend=backend
+        )
+
+    def scores_of_layers(x):
+        out = None
+        for _ in range(3):
+            out = column_scores(x["q"] * 1.5, x["k"], causal=True, reduction="mean", out=out, backend=backend)
+        return out * 2
+
+    def attention(x):
+        return attention_map(
+            x["q"], x["k"], columns=slice(-4, None), rows=slice(1, 4), per_head=True, backend=backend
+        )
+
+    def confidence(x):
+        return token_confidence(x["logits"] + 1, metric="margin", exclude_token_id=MASK, backend=backend)
+
+    def sample(x):
+        return token_confidence(x["logits"], temperature=0.7, seed=x["seeds"], backend=backend)
+
+    def select(x):
+        return select_tokens(x["scores"], x["confidence"].sqrt(), x["masked"], tau=0.5, backend=backend)
+
+    def step(x):
+        result = decode_step(
+            x["tokens"],
+            x["logits"],
+            [(x["q"], x["k"], x["lse"])] * 2,
+            block=slice(4, 8),
+            mask_token_id=MASK,
+            tau=0.1,
+            rows="masked",
+            backend=backend,
+        )
+        return result, (x["tokens"] == MASK).sum(dim=1)
+
+    def step_from_scores(x):
+        return decode_step(
+            x["tokens"],
+            x["logits"],
+            x["scores"],
+            block=slice(4, 8),
+            mask_token_id=MASK,
+            policy="sequential",
+            backend=backend,
+        )
+
+    return {
+        f.__name__: f
+        for f in (scores, scores_of_layers, attention, confidence, sample, select, step, step_from_scores)
+    }
+
+
+NAMES = list(functions("auto"))
+
+
+def same(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_to_one_graph(backend, device, name, dynamic):
+    """One graph without a break; with dynamic shapes it serves other batch sizes, rows and keys too."""
+    torch._dynamo.reset()
+    function = functions(backend)[name]
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    sizes = [{}, {}] if dynamic is None else [{}, {"batch": 11}, {"n_keys": 15, "n_rows": 9}]
+    for index, size in enumerate(sizes):
+        x, y = inputs(device, **size), inputs(device, **size)
+        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+            actual = compiled(x)
+        same(actual, function(y))
+        same(x, y)  # committed tokens and accumulated scores too
+
+
+def test_moving_blocks_do_not_recompile(backend, device):
+    """Each step of a decoder has its own block."""
+    torch._dynamo.reset()
+
+    def step(x, start):
+        block = slice(start, start + 4)
+        return decode_step(
+            x["tokens"],
+            x["logits"],
+            [(x["q"], x["k"], x["lse"])],
+            block=block,
+            mask_token_id=MASK,
+            backend=backend,
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for index, start in enumerate((2, 3, 4, 5, 7, 8)):
+        x, y = inputs(device), inputs(device)
+        with torch._dynamo.config.patch(error_on_recompile=index > 1):
+            actual = compiled(x, start)
+        same(actual, step(y, start))
+
+
+@pytest.mark.parametrize("name", ["scores_of_layers", "step"])
+def test_inductor_gives_the_same(backend, device, name):
+    torch._dynamo.reset()
+    function = functions(backend)[name]
+    compiled = torch.compile(function, fullgraph=True)
+    x, y = inputs(device), inputs(device)
+    torch.testing.assert_close(compiled(x), function(y))
+    same(x["tokens"], y["tokens"])
+
+
+def test_checks_run_while_compiling(backend, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        functools.partial(column_scores, columns=slice(4, 4), backend=backend), backend="aot_eager"
+    )
+    x = inputs(device)
+    with pytest.raises(ValueError, match=r"^columns: expected at least one"):
+        compiled(x["q"], x["k"])
+
+
+def test_meta_tensors_have_the_shapes():
+    x = inputs(torch.device("cpu"))
+    meta = {name: value.to("meta") for name, value in x.items()}
+    for function in functions("auto").values():
+        actual, expected = (torch.utils._pytree.tree_leaves(function(values)) for values in (meta, x))
+        assert len(actual) == len(expected) >= 1
+        for a, e in zip(actual, expected, strict=True):
+            assert a.device.type == "meta"
+            assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+
+
+def test_fake_tensors_stay_fake():
+    with FakeTensorMode() as mode:
+        x = {name: mode.from_tensor(value) for name, value in inputs(torch.device("cpu")).items()}
+        for function in functions("auto").values():
+            for leaf in torch.utils._pytree.tree_leaves(function(x)):
+                assert isinstance(leaf, torch._subclasses.FakeTensor)
+
+
+def test_no_gradient_and_no_warning_where_inputs_require_one(backend, device, recwarn):
+    x = inputs(device)
+    for name in ("q", "k", "logits"):
+        x[name].requires_grad_()
+    for name in ("scores", "attention", "sample", "step"):
+        for leaf in torch.utils._pytree.tree_leaves(functions(backend)[name](x)):
+            assert not leaf.requires_grad
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]

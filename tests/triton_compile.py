@@ -1,0 +1,394 @@
+"""Compile every kernel for GPUs that are not here, as its launcher would launch it, and look at the code.
+
+``test_triton.py`` runs this file in a process of its own, without ``TRITON_INTERPRET``. The launchers run
+on CPU tensors that are never touched, against a stand-in for the driver that names the target: shapes,
+strides and alignment are specialised exactly as on the device. ``python tests/triton_compile.py FOLDER``
+writes the table of registers, shared memory and instructions to FOLDER.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from attn_sampler.kernels import launch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from attn_sampler import kernels
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "sm120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that one program can have.
+SHARED_LIMIT = {
+    "sm80": 163 << 10,
+    "sm90": 227 << 10,
+    "sm100": 227 << 10,
+    "sm120": 99 << 10,
+    "gfx942": 64 << 10,
+}
+PROCESSORS = {"sm80": 108, "sm90": 132, "sm100": 148, "sm120": 170, "gfx942": 304}
+# The assembler of older Triton releases gives up a register or two for occupancy.
+SPILLS_ALLOWED = 0 if triton.__version__ >= "3.9" else 16
+MATRIX_INSTRUCTION = {
+    "sm80": "mma.sync",
+    "sm90": "wgmma",
+    "sm100": "tcgen05.mma",
+    "sm120": "mma.sync",
+    "gfx942": "v_mfma",
+}
+
+
+def attention(
+    kernel: Callable[..., None],
+    *,
+    batch: int = 1,
+    heads: tuple[int, int] = (32, 32),
+    rows: int = 1280,
+    keys: int = 1280,
+    columns: int = 32,
+    headdim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    lse: bool = True,
+    causal: bool = False,
+    scope: str = "sequence",
+    per_head: bool = False,
+    reduction: str = "sum",
+) -> None:
+    """Launch column_scores or attention_map on tensors [B, H, M, D] that are views of [B, M, H, D]."""
+    q = torch.empty(batch, rows, heads[0], headdim, dtype=dtype).transpose(1, 2)
+    k = torch.empty(batch, keys, heads[1], headdim, dtype=dtype).transpose(1, 2)
+    softmax_lse = torch.empty(batch, heads[0], rows) if lse else None
+    first = (keys - columns) // 16 * 16
+    span = (first, first + columns)
+    is_map = kernel is kernels.attention_map
+    shape = (batch, *([heads[0]] if per_head else []), *([min(columns, rows)] if is_map else []), columns)
+    kernel(
+        torch.empty(shape),
+        q,
+        k,
+        softmax_lse,
+        None,
+        None,
+        *((0, min(columns, rows)) if is_map else ()),
+        *span,
+        keys - rows,
+        headdim**-0.5,
+        "e",
+        causal,
+        scope,
+        True,
+        *(() if is_map else (reduction,)),
+        per_head,
+        False,
+    )
+
+
+columns = functools.partial(attention, kernels.column_scores)
+attention_map = functools.partial(attention, kernels.attention_map)
+
+
+def confidence(
+    metric: str = "probability",
+    temperature: float = 0.0,
+    dtype: torch.dtype = torch.bfloat16,
+    vocab: int = 126464,
+) -> None:
+    logits = torch.empty(1, 32, vocab, dtype=dtype)
+    ids = torch.empty(1, 32, dtype=torch.int64)
+    kernels.token_confidence(ids, torch.empty(1, 32), logits, None, metric, temperature, 7, 126336)
+
+
+def select() -> None:
+    scores, masked = torch.empty(8, 32), torch.empty(8, 32, dtype=torch.bool)
+    kernels.select_tokens(
+        torch.empty_like(masked), scores, torch.empty(8, 32), masked, "parallel", 0.9, "score"
+    )
+
+
+def step(
+    layers: int = 32,
+    batch: int = 1,
+    heads: tuple[int, int] = (32, 32),
+    rows: int = 1280,
+    keys: int = 1280,
+    columns: int = 32,
+    headdim: int = 128,
+    vocab: int = 126464,
+    lse: bool = True,
+    given_scores: bool = False,
+) -> None:
+    def empty(n_heads: int, length: int) -> list[Tensor]:
+        shape = (batch, length, n_heads, headdim)
+        return [torch.empty(shape, dtype=torch.bfloat16).transpose(1, 2) for _ in range(layers)]
+
+    first = (keys - columns) // 16 * 16
+    kernels.decode_step(
+        torch.empty(batch, keys, dtype=torch.int64),
+        torch.empty(batch, columns),
+        torch.empty(batch, columns, dtype=torch.int64),
+        torch.empty(batch, columns),
+        torch.empty(batch, columns, dtype=torch.bool),
+        torch.empty(batch, columns, vocab, dtype=torch.bfloat16),
+        [] if given_scores else empty(heads[0], rows),
+        [] if given_scores else empty(heads[1], keys),
+        [torch.empty(batch, heads[0], rows) for _ in range(layers)] if lse else [],
+        None,
+        None,
+        None,
+        first,
+        first + columns,
+        126336,
+        False,
+        first,
+        first + columns,
+        keys - rows,
+        None,
+        "e",
+        False,
+        "sequence",
+        True,
+        "sum",
+        "probability",
+        0.0,
+        0,
+        "parallel",
+        0.9,
+        "confidence",
+    )
+
+
+#: Launches by name: decode shapes, the peer's shapes, and what is hardest on registers.
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "columns, LSE given": columns,
+    "columns, LSE given, block decode": functools.partial(columns, batch=8, rows=32),
+    "columns, GQA 8, few rows": functools.partial(columns, heads=(32, 4), rows=8, columns=8),
+    "columns, D 96, mean": functools.partial(columns, headdim=96, reduction="mean"),
+    "columns, D 512, 256 columns, max": functools.partial(
+        columns, heads=(8, 4), rows=256, columns=256, headdim=512, reduction="max"
+    ),
+    "columns, D 128, block scope": functools.partial(columns, lse=False, scope="block"),
+    "columns, block scope, 128 columns": functools.partial(columns, lse=False, scope="block", columns=128),
+    "all columns per head, no LSE": functools.partial(
+        columns, columns=1024, rows=1024, keys=1024, lse=False, per_head=True, dtype=torch.float16
+    ),
+    "all columns per head, no LSE, causal, few rows": functools.partial(
+        columns,
+        columns=16384,
+        rows=64,
+        keys=16384,
+        lse=False,
+        per_head=True,
+        causal=True,
+        dtype=torch.float16,
+    ),
+    "all columns, no LSE, D 512": functools.partial(
+        columns, heads=(8, 4), columns=1280, lse=False, headdim=512
+    ),
+    "columns, float32, no LSE": functools.partial(columns, lse=False, dtype=torch.float32),
+    "map, LSE given": attention_map,
+    "map, 256 columns, no LSE, D 192": functools.partial(attention_map, columns=256, lse=False, headdim=192),
+    "confidence": confidence,
+    "confidence, margin, sampled": functools.partial(confidence, metric="margin", temperature=0.7),
+    "confidence, entropy, float32": functools.partial(confidence, metric="entropy", dtype=torch.float32),
+    "select": select,
+    "step, 32 layers": step,
+    "step, 28 layers, GQA 7, no LSE": functools.partial(
+        step, layers=28, heads=(28, 4), rows=1024, keys=1024, vocab=152064, lse=False
+    ),
+    "step, scores given": functools.partial(step, given_scores=True),
+}
+
+
+class StandIn:
+    """A driver that knows its target and nothing else: enough to compile, not to launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled(NamedTuple):
+    """One kernel of a scenario, compiled."""
+
+    kernel: str
+    parameters: launch.Config
+    binary: Any
+    dtype: str
+
+
+def compile_scenario(scenario: Callable[[], None], target: str) -> list[Compiled]:
+    """What the scenario launches, compiled for the target."""
+    compiled: list[Compiled] = []
+
+    def record(
+        kernel: Any,
+        programs: int,
+        arguments: Sequence[Any],
+        constants: Mapping[str, object],
+        parameters: launch.Config,
+        *,
+        device: torch.device,
+        fuse_multiply_add: bool = True,
+    ) -> None:
+        kernel.device_caches.clear()  # they are kept by device, and all targets stand in for device 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            binary = kernel.warmup(
+                *arguments,
+                **constants,
+                grid=(programs,),
+                num_warps=parameters.num_warps,
+                num_stages=parameters.num_stages,
+                enable_fp_fusion=fuse_multiply_add,
+            )
+        operand = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+        compiled.append(Compiled(kernel.__name__, parameters, binary, str(operand.dtype)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "launch", record)
+        patch.setattr(launch, "architecture", lambda device: "hip" if target == "gfx942" else target)
+        patch.setattr(launch, "processors", lambda device: PROCESSORS[target])
+        patch.setattr(launch, "last_program_commits", lambda device: True)
+        driver.set_active(StandIn(TARGETS[target]))
+        scenario()
+    assert compiled
+    return compiled
+
+
+def resources(binary: Any) -> dict[str, int]:
+    """Registers, bytes of local memory (what is spilled, and arrays), bytes of shared memory."""
+    shared = binary.metadata.shared
+    if "amdgcn" in binary.asm:
+        text = binary.asm["amdgcn"]
+        found = {
+            name: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])  # type: ignore[index]
+            for name, key in (("registers", "vgpr_count"), ("local", "private_segment_fixed_size"))
+        }
+        return {**found, "shared": shared}
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found, text
+    registers, stack, local = (int(group) for group in found.groups())
+    return {"registers": registers, "local": stack + local, "shared": shared}
+
+
+def assembly(binary: Any) -> str:
+    return binary.asm.get("ptx") or binary.asm["amdgcn"]
+
+
+def instructions(text: str) -> dict[str, int]:
+    """How many of the instructions that decide speed."""
+    wide = (
+        r"ld\.global\S*\.v[48]|cp\.async\.c[ag]\S* \[[^;]*, (?:0x10|16)|(?:global|buffer)_load\S*_dwordx[24]"
+    )
+    return {
+        "matrix": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma", text)),
+        "wide loads": len(re.findall(wide, text)),
+    }
+
+
+@functools.cache
+def compiled(name: str, target: str) -> list[Compiled]:
+    return compile_scenario(SCENARIOS[name], target)
+
+
+ATTENTION_KERNELS = ("column_scores_kernel", "_row_lse_kernel", "_attention_map_kernel")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_compiles_without_spills(name: str, target: str) -> None:
+    for kernel, _, binary, _ in compiled(name, target):
+        used = resources(binary)
+        assert used["local"] <= SPILLS_ALLOWED, f"{kernel}: {used}"
+        assert used["shared"] <= SHARED_LIMIT[target], f"{kernel}: {used}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_products_run_on_the_matrix_units(name: str, target: str) -> None:
+    """Every product of 16-bit tiles; those of 64 rows and more on the wide units of sm90 and sm100."""
+    for kernel, _, binary, dtype in compiled(name, target):
+        products = re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x\w+> \*", binary.asm["ttir"])
+        assert bool(products) == (kernel in ATTENTION_KERNELS)
+        if not products or dtype == "torch.float32":
+            continue
+        wanted = MATRIX_INSTRUCTION[target]
+        if target in ("sm90", "sm100") and int(products[0]) < 64:
+            wanted = "mma.sync"
+        text = assembly(binary)
+        assert text.count(wanted) >= len(products), kernel
+        assert wanted == "mma.sync" or "mma.sync" not in text, kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_large_tensors_are_read_in_vectors(name: str, target: str) -> None:
+    """q, k and logits come 16 bytes at a time (8 at least on gfx942), and no element of q or k by itself."""
+    for kernel, _, binary, dtype in compiled(name, target):
+        if kernel not in (*ATTENTION_KERNELS, "_token_partials_kernel"):
+            continue
+        text = assembly(binary)
+        assert instructions(text)["wide loads"] >= 2, kernel
+        if kernel in ATTENTION_KERNELS and dtype == "torch.bfloat16":
+            assert not re.search(r"ld\.global\S*\.[bu]16\b|global_load\S*_(ushort|short)", text), kernel
+
+
+def main(folder: Path) -> None:
+    """Write the table of what every scenario compiles to."""
+    lines = [
+        f"# What the Triton kernels compile to (Triton {triton.__version__})",
+        "",
+        "No GPU takes part: each row is a kernel as its launcher would launch it on the target. *Local* is",
+        "local memory in bytes, where spilled registers go. *Tile* is `block_m x block_n, warps, stages` of",
+        "the launch table (a launch with fewer rows or columns than that cuts it down).",
+        "",
+        "| scenario | target | kernel | tile | registers | local | shared | matrix instr. | wide loads |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in SCENARIOS:
+        for target in TARGETS:
+            for kernel, (block_m, block_n, warps, stages), binary, _ in compiled(name, target):
+                used, counts = resources(binary), instructions(assembly(binary))
+                lines.append(
+                    f"| {name} | {target} | `{kernel}` | {block_m} x {block_n}, {warps}, {stages} "
+                    f"| {used['registers']} | {used['local']} | {used['shared']} "
+                    f"| {counts['matrix']} | {counts['wide loads']} |"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "triton_compile.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
