@@ -128,7 +128,7 @@ int64_t attention_map(const AttentionProblem &p, const attn_sampler_exec &exec, 
         args.accumulate = p.params.accumulate != 0;
         const int64_t tiles = static_cast<int64_t>(a.batch) * args.row_tiles * args.column_tiles * args.bins;
         args.members =
-            static_cast<int32_t>(clamp(launcher.target_blocks() / tiles, 1, args.bins > 1 ? 1 : a.heads));
+            static_cast<int32_t>(clamp(launcher.target_blocks(2, 0) / tiles, 1, args.bins > 1 ? 1 : a.heads));
         if (args.members > 1) {
             args.partial = launcher.take<float>(tiles * args.members * kBlockRows * kMapColumns);
             args.arrived = launcher.counters(tiles);

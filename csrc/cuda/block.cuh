@@ -11,6 +11,16 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kLog2e = 0x1.715476p+0f;
 
+/* Blocks of an attention kernel on a multiprocessor, as many as its registers take without spills. */
+constexpr int resident_blocks(int columns, int element_size) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+    constexpr int kWide = 2;
+#else
+    constexpr int kWide = 3;
+#endif
+    return element_size == 4 ? 2 : columns <= 32 ? 4 : kWide;
+}
+
 /* The front of every block's shared memory; keys follow it. */
 struct alignas(16) Shared {
     bool is_last;

@@ -191,19 +191,8 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
     return true;
 }
 
-/* Blocks on a multiprocessor for which the registers suffice without spills. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kResidentWide = 2;
-#else
-constexpr int kResidentWide = 3;
-#endif
 template <typename T, int kTiles>
-constexpr int kResidentBlocks = sizeof(T) == 4 ? 2
-                                : kTiles == 8  ? kResidentWide
-                                               : 4;
-
-template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kTiles>)
+__global__ void __launch_bounds__(kThreads, resident_blocks(8 * kTiles, sizeof(T)))
     decode_step_kernel(const __grid_constant__ StepArgs args) {
     const int block = static_cast<int>(blockIdx.x);
     if (block < args.confidence_blocks) {
@@ -245,13 +234,12 @@ void plan_scores(ScoreArgs &s, const AttentionProblem &p, Launcher &launcher) {
     s.lists = a.heads / s.heads_per_list;
     s.rows_per_list = a.rows * s.heads_per_list;
     s.bins = heads_apart ? a.layers * s.lists : 1;
+    int64_t keys_bytes = 0;
+    dispatch_type(p.dtype, [&](auto type) { keys_bytes = tile_bytes<decltype(type)>(a, columns); });
     s.slots = 1;
-    while (s.bins == 1 && s.slots < kWarps && 2 * s.slots * s.rows_per_list <= kBlockRows)
+    while (s.bins == 1 && s.slots < kWarps && 2 * s.slots * s.rows_per_list <= kBlockRows &&
+           2 * s.slots * keys_bytes <= 48 * 1024)
         s.slots *= 2;
-    dispatch_type(p.dtype, [&](auto type) {
-        while (s.slots > 1 && tile_bytes<decltype(type)>(a, columns) * s.slots > 48 * 1024)
-            s.slots /= 2;
-    });
     s.steps_per_list =
         static_cast<int32_t>(clamp(ceil_div(s.rows_per_list, kBlockRows / s.slots), 1, INT32_MAX));
     const int64_t lists = heads_apart ? 1 : static_cast<int64_t>(a.layers) * s.lists;
@@ -261,8 +249,10 @@ void plan_scores(ScoreArgs &s, const AttentionProblem &p, Launcher &launcher) {
     s.steps = static_cast<int32_t>(steps);
     const int64_t outputs = static_cast<int64_t>(a.batch) * s.tiles * s.bins;
     /* As few blocks as finish together. The maxima of heads are added up: one block for each. */
-    const int64_t most =
-        s.bins > 1 && !s.per_head ? 1 : clamp(launcher.target_blocks() / outputs, 1, s.steps);
+    const int64_t busy = launcher.target_blocks(
+        resident_blocks(static_cast<int>(columns), p.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2),
+        keys_bytes * s.slots);
+    const int64_t most = s.bins > 1 && !s.per_head ? 1 : clamp(busy / outputs, 1, s.steps);
     s.members = static_cast<int32_t>(ceil_div(s.steps, ceil_div(s.steps, most)));
     const int64_t groups = s.per_head ? outputs : static_cast<int64_t>(a.batch) * s.tiles;
     if (outputs * s.members > groups) {

@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kCounters = 1 << 14;
-constexpr int64_t kBlocksPerProcessor = 4;
+constexpr int kKnownDevices = 64;
 
 void check(cudaError_t status, const char *call) {
     if (status == cudaSuccess)
@@ -17,18 +17,19 @@ void check(cudaError_t status, const char *call) {
     throw Error(ATTN_SAMPLER_INTERNAL_ERROR, "%s: %s", call, cudaGetErrorString(status));
 }
 
-int64_t processors(int device) {
-    static std::atomic<int> known[64] = {};
-    std::atomic<int> *const slot = device < 64 ? &known[device] : nullptr;
-    int count = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
-    if (count == 0) {
-        check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-              "cudaDeviceGetAttribute");
+/* An attribute of a device, asked for once. */
+int64_t attribute(cudaDeviceAttr which, int device, std::atomic<int> (&known)[kKnownDevices]) {
+    std::atomic<int> *const slot = device < kKnownDevices ? &known[device] : nullptr;
+    int value = slot != nullptr ? slot->load(std::memory_order_relaxed) : 0;
+    if (value == 0) {
+        check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
         if (slot != nullptr)
-            slot->store(count, std::memory_order_relaxed);
+            slot->store(value, std::memory_order_relaxed);
     }
-    return count;
+    return value;
 }
+
+std::atomic<int> known_processors[kKnownDevices], known_shared[kKnownDevices];
 
 } // namespace
 
@@ -61,7 +62,9 @@ DeviceGuard::~DeviceGuard() {
 Launcher::Launcher(const attn_sampler_exec &exec, bool launch)
     : launch_(launch), stream_(static_cast<cudaStream_t>(exec.stream)),
       memory_(static_cast<char *>(exec.workspace)), used_(kCounters * 4), counters_used_(0),
-      target_blocks_(processors(exec.device_index) * kBlocksPerProcessor) {}
+      processors_(attribute(cudaDevAttrMultiProcessorCount, exec.device_index, known_processors)),
+      shared_of_processor_(
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device_index, known_shared)) {}
 
 void *Launcher::take_bytes(int64_t bytes) {
     asked_ = true;

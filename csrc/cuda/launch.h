@@ -31,8 +31,11 @@ class Launcher {
   public:
     Launcher(const attn_sampler_exec &exec, bool launch);
 
-    /* Blocks that keep the device busy. */
-    int64_t target_blocks() const { return target_blocks_; }
+    /* Blocks that run at a time: `resident` on a multiprocessor, or as many as its shared memory takes. */
+    int64_t target_blocks(int64_t resident, int64_t shared_bytes) const {
+        const int64_t reserved = 1024; /* of each block */
+        return processors_ * clamp(shared_of_processor_ / (shared_bytes + reserved), 1, resident);
+    }
     /* Of workspace, if any was asked for. */
     int64_t bytes() const { return asked_ ? used_ : 0; }
 
@@ -70,7 +73,7 @@ class Launcher {
     bool launch_, asked_ = false;
     cudaStream_t stream_;
     char *memory_;
-    int64_t used_, counters_used_, target_blocks_;
+    int64_t used_, counters_used_, processors_, shared_of_processor_;
 };
 
 /* Runs plan(launcher) once to measure the workspace and, with `launch`, again to launch. */

@@ -116,7 +116,7 @@ ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher) {
     a.inverse_temperature = a.sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f;
     /* A group more than the vocabulary fills: rows may start within one. */
     const int64_t rows = p.batch * p.positions, groups = p.vocab / kGroup + 2;
-    const int64_t wanted = 2 * launcher.target_blocks() / clamp(rows, 1, INT32_MAX);
+    const int64_t wanted = 2 * launcher.target_blocks(4, 0) / clamp(rows, 1, INT32_MAX);
     a.groups_per_split = static_cast<int32_t>(
         ceil_div(groups, clamp(wanted, 1, clamp(groups / kMinSplitGroups, 1, kThreads))));
     a.splits = static_cast<int32_t>(ceil_div(groups, a.groups_per_split));

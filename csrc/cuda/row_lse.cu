@@ -162,7 +162,9 @@ void launch(LseArgs &args, Launcher &launcher) {
     args.row_tiles = static_cast<int32_t>(ceil_div(n_rows, kBlockRows));
     const int64_t units = lists * args.row_tiles, key_tiles = ceil_div(a.keys, kColumns);
     /* A split is worth at least four tiles of keys. */
-    const int64_t wanted = clamp(launcher.target_blocks() / clamp(units, 1, INT32_MAX), 1, INT32_MAX);
+    const int64_t shared = static_cast<int64_t>(sizeof(Shared)) + 2 * tile_bytes<T>(a, kColumns);
+    const int64_t busy = launcher.target_blocks(resident_blocks(64, sizeof(T)), shared);
+    const int64_t wanted = clamp(busy / clamp(units, 1, INT32_MAX), 1, INT32_MAX);
     const int64_t splits = clamp(wanted, 1, clamp(key_tiles / 4, 1, INT32_MAX));
     args.tiles_per_split = static_cast<int32_t>(ceil_div(key_tiles, splits));
     args.splits = static_cast<int32_t>(ceil_div(key_tiles, args.tiles_per_split));
@@ -170,8 +172,7 @@ void launch(LseArgs &args, Launcher &launcher) {
         args.partial = launcher.take<float2>(units * args.splits * kBlockRows);
         args.arrived = launcher.counters(units);
     }
-    launcher.launch("row_lse", row_lse_kernel<T, kTiles>, args, units * args.splits,
-                    static_cast<int64_t>(sizeof(Shared)) + 2 * tile_bytes<T>(a, kColumns));
+    launcher.launch("row_lse", row_lse_kernel<T, kTiles>, args, units * args.splits, shared);
 }
 
 } // namespace

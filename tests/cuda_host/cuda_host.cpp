@@ -390,8 +390,8 @@ cudaError_t cudaSetDevice(int device) {
     cuda_host::device = device;
     return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
-    *value = cuda_host::processors;
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_host::processors : 100 * 1024;
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -111,7 +111,7 @@ enum cudaError_t {
     cudaErrorLaunchFailure = 719
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
 typedef struct CUstream_st *cudaStream_t;
 
 cudaError_t cudaGetDeviceCount(int *count);
