@@ -10,7 +10,8 @@
  * Shapes: B sequences, Hq query heads, Hkv key heads (Hq a multiple of Hkv; query head h reads key
  * head h / (Hq / Hkv)), M query rows, N keys, D head dimension, C candidate columns, V vocabulary.
  *
- * Results do not depend on the number of threads: the same input gives the same bits.
+ * Results do not depend on the number of threads: the same input gives the same bits (on CUDA: on devices of
+ * one model).
  */
 #ifndef ATTN_SAMPLER_H_
 #define ATTN_SAMPLER_H_
@@ -97,6 +98,7 @@ typedef struct attn_sampler_tensor {
  * another lies in the workspace: device memory of the caller's, at least as large as the function's
  * _workspace twin says and aligned to 256 bytes. It must be zero-filled before its first use; each call
  * leaves it ready for the next, of any function and shape. Calls that may run at the same time need one each.
+ * The CUDA kernels take head dimensions up to 512.
  */
 typedef struct attn_sampler_exec {
     int32_t device;         /* attn_sampler_device */
