@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from cmake_build import ROOT, build, python_module
 
 from attn_sampler import _core
 
-ROOT = Path(__file__).resolve().parent.parent
 TESTS = ("test_column_scores.py", "test_attention_map.py", "test_token_confidence.py", "test_decode_step.py")
 
 pytestmark = pytest.mark.skipif(_core.UNAVAILABLE is not None, reason=str(_core.UNAVAILABLE))
@@ -58,23 +58,12 @@ def test_unknown_isa_runs_the_portable_kernels() -> None:
 def test_contract_on_emulated_amx(tmp_path: Path) -> None:
     if _isa("avx512_bf16", ROOT) != "avx512_bf16":
         pytest.skip("this processor does not run the avx512_bf16 code around the tiles")
-    import pybind11
-
-    tools = Path(sys.executable).parent
-    build = tmp_path / "build"
-    configure = [
-        *(str(tools / "cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
-        *("-DATTN_SAMPLER_PYTHON=ON", "-DATTN_SAMPLER_CUDA=0", "-DATTN_SAMPLER_EMULATE_AMX=ON"),
-        f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]
-    for command in (configure, [str(tools / "cmake"), "--build", str(build)]):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
+    folder = tmp_path / "build"
+    folder.mkdir()
+    build(folder, *python_module(), "-DATTN_SAMPLER_CUDA=0", "-DATTN_SAMPLER_EMULATE_AMX=ON")
     package = tmp_path / "attn_sampler"
     shutil.copytree(ROOT / "attn_sampler", package, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
-    (module,) = build.glob("_C.*.so")
+    (module,) = folder.glob("_C.*.so")
     shutil.copy(module, package)
     assert _isa("amx", tmp_path) == "amx"
     _run_tests("amx", tmp_path, "test_column_scores.py", "test_attention_map.py")
