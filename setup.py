@@ -46,6 +46,8 @@ class CMakeBuild(build_ext):
             f"-DATTN_SAMPLER_CUDA={os.environ.get('ATTN_SAMPLER_CUDA', 'auto')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            # Named, because an earlier build's may lie in an isolated environment that is gone.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
         ]
         subprocess.run(configure, cwd=build, check=True)
         subprocess.run(["cmake", "--build", "."], cwd=build, check=True)

@@ -38,6 +38,11 @@ _FALLBACK = {"confidence": 0, "score": 1}
 _MAX_HEADDIM = 512  # of the CUDA kernels: a tile of keys has to fit the shared memory
 
 
+def cpu_unavailable() -> str | None:
+    """Why the extension's CPU kernels cannot run here; None where they can."""
+    return _C.cpu_unavailable() if UNAVAILABLE is None else UNAVAILABLE
+
+
 def cuda_unavailable() -> str | None:
     """Why the extension's CUDA kernels cannot run here; None where they can."""
     return _C.cuda_unavailable() if UNAVAILABLE is None else UNAVAILABLE

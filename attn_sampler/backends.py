@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from attn_sampler import _core, checks
 
@@ -26,6 +27,9 @@ AUTO_ORDER = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 #: Where the Triton kernels live, imported when first asked for: the functions of a backend, and
 #: ``problem(op, tensors) -> str | None``, which says why they do not serve a problem.
 TRITON_MODULE = "attn_sampler.kernels"
+
+#: What they need; an older Triton cannot import them.
+OLDEST_TRITON = "3.6"
 
 
 class BackendUnavailableError(RuntimeError):
@@ -48,13 +52,16 @@ def installation_problem(backend: str) -> str | None:
         return _triton_problem()
     if _core.UNAVAILABLE is not None:
         return _core.UNAVAILABLE
-    return _core.cuda_unavailable() if backend == "cuda" else None
+    return _core.cuda_unavailable() if backend == "cuda" else _core.cpu_unavailable()
 
 
 def _triton_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
+        version = importlib.import_module("triton").__version__
+        if TorchVersion(version) < OLDEST_TRITON:
+            return f"triton {version} is installed; the kernels need {OLDEST_TRITON} or newer"
         importlib.import_module(TRITON_MODULE)
     except ImportError as error:
         if error.name == TRITON_MODULE:

@@ -71,6 +71,10 @@ class AttentionCapture(TorchFunctionMode):
     ``TorchFunctionMode``s are. A model under ``torch.compile`` is served without a graph break and without
     recompilation from step to step, without gradients.
 
+    With ``keep`` or negative ``layers``, what is set aside refers to the model's own queries and mask, and to
+    its keys where all columns are taken. None of these may be overwritten before the scores are read: a
+    mask must not be refilled in place between layers. Under ``torch.compile`` they are copied.
+
     ``nn.MultiheadAttention``, ``flex_attention``, other libraries' kernels and attention written out by hand
     are not seen. A boolean ``attn_mask`` that is the same for all heads and rows ([B, 1, 1, N], or expanded
     from it) and ``is_causal`` are handed to the kernels; any other mask or bias is served by plain PyTorch
@@ -166,8 +170,9 @@ class AttentionCapture(TorchFunctionMode):
     @property
     def step_options(self) -> dict[str, Any]:
         """The keywords with which ``decode_step`` reads ``layers``."""
-        first, *others = self._chosen_records()
-        if any(other.geometry != first.geometry for other in others):
+        records = self._chosen_records()
+        first = records[0]
+        if not _reducible_in_one_call(records):
             raise NotImplementedError(
                 "the layers differ in mask, scale, shape or positions and cannot be reduced in one "
                 "call: use keep=False, or pass capture.scores"
@@ -189,7 +194,7 @@ class AttentionCapture(TorchFunctionMode):
         """
         if self.keep:
             records = self._chosen_records()
-            if all(r.bias is None and r.geometry == records[0].geometry for r in records):
+            if all(r.bias is None for r in records) and _reducible_in_one_call(records):
                 return self.layers, self.step_options
         return self.scores, {}
 
@@ -223,8 +228,10 @@ class AttentionCapture(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        *,
+        copy: bool = False,
     ) -> None:
-        """Reduce one attention call, or put it aside."""
+        """Reduce one attention call, or put it aside: its tensors, or copies of them."""
         index = self.num_calls
         if query.dim() != 4:
             raise ValueError(
@@ -256,8 +263,12 @@ class AttentionCapture(TorchFunctionMode):
         if not (self.keep or self._lookback):
             self._sum = self._reduce(record, self._sum)
             return
-        # A view would keep all keys alive.
-        self._records.append((index, record._replace(k=k.clone() if hi - lo < n_keys else k)))
+        if copy:
+            key_mask, bias = (None if x is None else _copy(x) for x in (key_mask, bias))
+            record = record._replace(q=_copy(q), k=_copy(k), key_mask=key_mask, bias=bias)
+        elif hi - lo < n_keys:
+            record = record._replace(k=_copy(k))  # a view would keep all keys alive
+        self._records.append((index, record))
         if self._lookback:
             fixed = () if isinstance(self._selection, (str, slice)) else self._selection
             oldest = self.num_calls - self._lookback
@@ -299,10 +310,25 @@ class _Record(NamedTuple):
     @property
     def geometry(self) -> tuple:
         """What layers that are reduced in one call have in common."""
-        (batch, _, n_rows, headdim), mask = self.q.shape, self.key_mask
-        memory = None if mask is None else (mask.data_ptr(), mask.stride())
+        batch, _, n_rows, headdim = self.q.shape
         shape = (batch, n_rows, headdim, self.k.shape[2], self.q.dtype)
-        return (*shape, memory, self.query_start, self.causal, self.softmax_scale)
+        return (*shape, self.key_mask is None, self.query_start, self.causal, self.softmax_scale)
+
+
+def _reducible_in_one_call(records: Sequence[_Record]) -> bool:
+    """Whether the layers have geometry and key mask in common."""
+    if len({record.geometry for record in records}) > 1:
+        return False
+    # Eager models mostly pass all layers one mask. Only others are compared, which waits for the GPU.
+    masks = {(m.data_ptr(), m.stride()): m for r in records if (m := r.key_mask) is not None}
+    first, *others = masks.values() or (None,)
+    return first is None or not others or bool((torch.stack(others) == first).all())
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy of the elements; what repeats in memory, as an expanded axis does, repeats in the copy."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())
+    return x[once].clone().expand(x.shape)
 
 
 def _check_selection(layers: Any) -> str | slice | tuple[int, ...]:
@@ -461,7 +487,8 @@ def _captured_attention(
         output, softmax_lse = attention_with_lse(query, key, value, **keywords)
         for capture in _active_captures():
             if capture._wants(capture.num_calls):
-                capture._record(softmax_lse, query, key, value, **keywords)  # type: ignore[arg-type]
+                # The graph uses the memory of its tensors again after this, their last use that it knows of.
+                capture._record(softmax_lse, query, key, value, **keywords, copy=True)  # type: ignore[arg-type]
             else:
                 capture.num_calls += 1
     return output

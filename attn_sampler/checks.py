@@ -6,7 +6,7 @@ written. Shapes are checked with plain comparisons so that torch.compile can tra
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -100,19 +100,21 @@ def unit_interval(name: str, value: object) -> float:
 
 def non_negative(name: str, value: object) -> float:
     """A finite number, zero or more."""
-    return _number(name, value, "a finite number >= 0", lambda x: 0.0 <= x < math.inf)
+    # The largest float, written out, as a constant elsewhere would be no constant to torch.compile.
+    return _number(name, value, "a finite number >= 0", lambda x: 0.0 <= x <= 1.7976931348623157e308)
 
 
 def finite(name: str, value: object) -> float:
-    """A finite number."""
-    return _number(name, value, "a finite number", lambda x: -math.inf < x < math.inf)
+    """A number that is finite in float32, its product with log2(e) too."""
+    what = "a finite number of magnitude up to 2.35e+38"
+    return _number(name, value, what, lambda x: -2.35e38 <= x <= 2.35e38)
 
 
 def _number(name: str, value: object, what: str, accepted: Callable[[float], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     if not accepted(value):
-        raise ValueError(f"{name}: expected {what}, got {value}")
+        raise ValueError(f"{name}: expected {what}, got {_shown(value)}")
     return float(value)
 
 
@@ -123,19 +125,29 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
     if (low is not None and value < low) or (high is not None and value >= high):
         lower = "-inf" if low is None else low
         upper = "inf" if high is None else high
-        raise ValueError(f"{name}: expected an integer in [{lower}, {upper}), got {value}")
+        raise ValueError(f"{name}: expected an integer in [{lower}, {upper}), got {_shown(value)}")
     return value  # type: ignore[return-value]
 
 
 def writable(name: str, value: Tensor) -> None:
     """A tensor that can be updated in place."""
-    if any(n > 1 and s == 0 for n, s in zip(value.shape, value.stride(), strict=True)):
-        raise ValueError(
-            f"{name}: expected a tensor whose elements are apart in memory, "
-            f"got an expanded one with strides {list(value.stride())}"
-        )
+    if not value.is_contiguous():
+        axes = [(s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1]
+        for stride, size in axes:  # each must step over all that the axes of smaller strides reach
+            reach = sum([(n - 1) * s for s, n in axes if s <= stride]) - (size - 1) * stride
+            if stride <= reach:
+                raise ValueError(
+                    f"{name}: expected a tensor whose elements are apart in memory, "
+                    f"got shape {list(value.shape)} with strides {list(value.stride())}"
+                )
     if value.requires_grad:
         raise ValueError(f"{name}: expected a tensor that does not require a gradient")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and abs(value) > sys.float_info.max:  # Python may refuse to print it
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

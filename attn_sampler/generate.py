@@ -73,7 +73,8 @@ def generate(
 
     Every masked position is filled: those in the prompt (infilling) and ``gen_length`` more appended to it.
     Blocks of ``block_length`` positions are decoded from left to right; inside a block the policy chooses the
-    order. A sequence gets the same tokens alone and in a batch, as far as the model's logits are the same.
+    order. A sequence gets the same tokens alone and in a batch, as far as the model's logits (and, on a
+    GPU, the last bits of its scores) are the same.
 
     Parameters
     ----------

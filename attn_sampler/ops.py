@@ -7,7 +7,9 @@ class) with the same functions, writing into tensors that are allocated here.
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,14 +54,22 @@ def _store(out: Tensor, result: Tensor, accumulate: bool) -> None:
         out.copy_(result)
 
 
-class _Reference:
-    """``attn_sampler.reference`` behind the signatures of a backend.
+def _plain(function: Callable[..., None]) -> Callable[..., None]:
+    """Without gradients, which would tie ``out`` to the graph of q and k, and without autocast."""
 
-    Without gradients: they would tie ``out`` to the graph of q and k.
-    """
+    @functools.wraps(function)
+    def run(*arguments: Any) -> None:
+        with torch.no_grad(), torch.autocast(arguments[0].device.type, enabled=False):
+            function(*arguments)
+
+    return run
+
+
+class _Reference:
+    """``attn_sampler.reference`` behind the signatures of a backend."""
 
     @staticmethod
-    @torch.no_grad()
+    @_plain
     def column_scores(
         out: Tensor,
         q: Tensor,
@@ -98,7 +108,7 @@ class _Reference:
         _store(out, result, accumulate)
 
     @staticmethod
-    @torch.no_grad()
+    @_plain
     def attention_map(
         out: Tensor,
         q: Tensor,
@@ -138,7 +148,7 @@ class _Reference:
         _store(out, result, accumulate)
 
     @staticmethod
-    @torch.no_grad()
+    @_plain
     def token_confidence(
         token_ids: Tensor,
         confidence: Tensor,
@@ -160,7 +170,7 @@ class _Reference:
         confidence.copy_(value)
 
     @staticmethod
-    @torch.no_grad()
+    @_plain
     def select_tokens(
         selected: Tensor,
         scores: Tensor,
@@ -175,7 +185,7 @@ class _Reference:
         )
 
     @staticmethod
-    @torch.no_grad()
+    @_plain
     def decode_step(
         tokens: Tensor,
         scores: Tensor,

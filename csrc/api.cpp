@@ -31,6 +31,16 @@ struct Failure {
     throw Failure{status};
 }
 
+/* Says of a failure that names q, k or softmax_lse which layer it is about. */
+void name_layer_in_error(int64_t layer) {
+    if (strncmp(last_error, "q:", 2) != 0 && strncmp(last_error, "k:", 2) != 0 &&
+        strncmp(last_error, "softmax_lse:", 12) != 0)
+        return;
+    char message[sizeof(last_error)];
+    snprintf(message, sizeof(message), "layers[%lld].%.400s", static_cast<long long>(layer), last_error);
+    memcpy(last_error, message, sizeof(message));
+}
+
 /* Runs an entry point's body; no exception leaves the library. */
 template <typename Body>
 attn_sampler_status guarded(Body body) {
@@ -56,9 +66,6 @@ void require_memory(bool done) {
     if (!done)
         throw std::bad_alloc();
 }
-
-/* ---- Checks
- * ------------------------------------------------------------------------------------------------ */
 
 using Tensor = attn_sampler_tensor;
 
@@ -149,10 +156,13 @@ int check_exec(const attn_sampler_exec *exec) {
             fail(ATTN_SAMPLER_INVALID_ARGUMENT, "exec.workspace: expected an address aligned to 256 bytes");
         return 1;
     }
+    if (const char *const reason = attn_sampler_cpu_unavailable())
+        fail(ATTN_SAMPLER_UNSUPPORTED, "exec.device: %s", reason);
     if (exec->num_threads < 1)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "exec.num_threads: expected at least 1, got %d",
              exec->num_threads);
-    return exec->num_threads;
+    constexpr int kMostThreads = 256; /* each has memory of its own */
+    return exec->num_threads < kMostThreads ? exec->num_threads : kMostThreads;
 }
 
 void check_workspace_answer(const int64_t *bytes) {
@@ -251,9 +261,10 @@ ConfidenceProblem check_confidence(const Tensor *logits, const Tensor *seeds,
     check_like("token_ids", token_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
     check_like("confidence", confidence, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
     check_choice("params.metric", params.metric, 3);
-    if (!(params.temperature >= 0.0 && std::isfinite(params.temperature)))
-        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "params.temperature: expected a finite number >= 0, got %g",
-             params.temperature);
+    /* Logits are multiplied by its inverse, in float32. */
+    if (!(params.temperature == 0.0 || (params.temperature >= 0x1p-120 && std::isfinite(params.temperature))))
+        fail(ATTN_SAMPLER_INVALID_ARGUMENT,
+             "params.temperature: expected 0, or a finite number >= 2^-120, got %g", params.temperature);
     p.dtype = logits->dtype;
     p.logits = logits->data;
     copy_strides(logits, p.logits_stride, 2);
@@ -276,9 +287,6 @@ void check_select_params(const attn_sampler_select_params &params) {
     if (!(params.tau >= 0.0 && params.tau <= 1.0))
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "params.tau: expected a number in [0, 1], got %g", params.tau);
 }
-
-/* ---- The entry points' bodies
- * ------------------------------------------------------------------------------ */
 
 cuda::SelectProblem select_problem(const Tensor *scores, const Tensor *confidence, const Tensor *selected,
                                    const attn_sampler_select_params &params) {
@@ -391,8 +399,8 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     const int num_threads = check_exec(exec);
     check_tensor("tokens", tokens, 2);
     check_dtype("tokens", tokens, ATTN_SAMPLER_INT64);
-    const int64_t batch = tokens->shape[0], block = params->block_stop - params->block_start;
     check_range("params.block", params->block_start, params->block_stop, tokens->shape[1]);
+    const int64_t batch = tokens->shape[0], block = params->block_stop - params->block_start;
     check_tensor("logits", logits, 3);
     check_size("logits", logits, 0, batch);
     check_size("logits", logits, 1, block);
@@ -415,8 +423,13 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     attention.accumulate = 1;
     std::vector<AttentionProblem> problems;
     for (int64_t i = 0; i < num_layers; ++i) {
-        problems.push_back(check_attention(layers[i].q, layers[i].k, layers[i].softmax_lse, key_mask,
-                                           query_mask, attention, num_threads));
+        try {
+            problems.push_back(check_attention(layers[i].q, layers[i].k, layers[i].softmax_lse, key_mask,
+                                               query_mask, attention, num_threads));
+        } catch (const Failure &) {
+            name_layer_in_error(i);
+            throw;
+        }
         AttentionProblem &p = problems.back();
         if (p.batch != batch)
             fail(ATTN_SAMPLER_INVALID_ARGUMENT, "layers[%lld].q: expected %lld sequences, got %lld",
@@ -430,8 +443,9 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     }
 
     const bool masked_rows_only = params->masked_rows_only && num_layers > 0;
-    const int64_t first_row = attention.query_start - attention.column_start + params->block_start;
+    int64_t first_row = 0; /* the token at which query row 0 stands */
     if (masked_rows_only) {
+        first_row = attention.query_start - attention.column_start + params->block_start;
         const int64_t rows = problems[0].n_rows;
         for (const AttentionProblem &p : problems)
             if (p.n_rows != rows)
@@ -616,6 +630,8 @@ const char *attn_sampler_last_error(void) { return attn_sampler::last_error; }
 const char *attn_sampler_version(void) { return ATTN_SAMPLER_VERSION; }
 
 const char *attn_sampler_cpu_isa(void) { return attn_sampler::cpu_kernels().name; }
+
+const char *attn_sampler_cpu_unavailable(void) { return attn_sampler::cpu_problem(); }
 
 const char *attn_sampler_cuda_unavailable(void) { return attn_sampler::cuda::device_problem(); }
 

@@ -210,5 +210,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("decode_step", &decode_step);
     m.def("version", [] { return attn_sampler_version(); });
     m.def("cpu_isa", [] { return attn_sampler_cpu_isa(); });
+    m.def("cpu_unavailable", [] { return attn_sampler_cpu_unavailable(); });
     m.def("cuda_unavailable", [] { return attn_sampler_cuda_unavailable(); });
 }

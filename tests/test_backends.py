@@ -80,6 +80,16 @@ def test_auto_serves_what_only_the_reference_can():
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"softmax_scope": "block", "columns": slice(2, 9)}], ids=str)
+@pytest.mark.parametrize("function", [column_scores, attn_sampler.attention_map])
+def test_autocast_changes_nothing(function, options, backend, device):
+    q, k = normal(0, 2, 4, 11, 32).to(device), normal(1, 2, 2, 11, 32).to(device)
+    expected = function(q, k, backend=backend, **options)
+    with torch.autocast(device.type, torch.bfloat16):
+        result = function(q, k, backend=backend, **options)
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_unknown_names():
     with pytest.raises(
         ValueError, match=r"^backend: expected one of cuda, triton, cpu, reference, got 'tpu'"
@@ -98,6 +108,7 @@ def triton_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, TRITON_MODULE, module)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     sys.modules["triton"].__spec__ = types.SimpleNamespace()
+    sys.modules["triton"].__version__ = "3.6.0"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     backends.installation_problem.cache_clear()
     yield module
@@ -125,6 +136,22 @@ def test_triton_takes_gpu_tensors_outside_the_interpreter(triton_kernels, monkey
 def test_a_broken_triton_module_is_a_reason(triton_kernels, monkeypatch):
     monkeypatch.setitem(sys.modules, TRITON_MODULE, None)
     assert "no Triton kernels" in is_backend_supported("select_tokens", "triton").reason
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.2.0", "3.5.1", "3.5.1+git0a1b2c3d"])
+def test_an_old_triton_is_a_reason(triton_kernels, monkeypatch, version):
+    """The kernels are not imported then: they cannot be."""
+    monkeypatch.setattr(sys.modules["triton"], "__version__", version)
+    monkeypatch.setitem(sys.modules, TRITON_MODULE, None)
+    reason = is_backend_supported("select_tokens", "triton").reason
+    assert reason == f"triton {version} is installed; the kernels need 3.6 or newer"
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.6.0+git0a1b2c3d", "3.10.0", "4.0.0"])
+def test_a_triton_that_is_new_enough(triton_kernels, monkeypatch, version):
+    monkeypatch.setattr(sys.modules["triton"], "__version__", version)
+    x = torch.zeros(2, 3)
+    assert is_backend_supported("select_tokens", "triton", x, x) == Support(True, "")
 
 
 def test_importing_does_not_import_triton_or_ask_for_a_gpu():

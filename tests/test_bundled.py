@@ -34,6 +34,10 @@ from attn_sampler.bundled.train import main as training_main
 PACKAGE = Path(bundled.__file__).parent
 TINY = TinyMaskedLMConfig(13, 12, hidden_size=32, num_layers=2, num_heads=2, ffn_size=48)
 
+needs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="training needs torch.optim.Muon, from torch 2.9 on"
+)
+
 
 # --- the split ------------------------------------------------------------------------------------------
 
@@ -67,6 +71,7 @@ def test_each_side_of_the_split_yields_only_its_own_sequences(name: str) -> None
     assert is_held_out(tokens).all()
 
 
+@needs_muon
 @pytest.mark.parametrize("name", TASKS)
 def test_training_never_sees_a_held_out_sequence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task(name)
@@ -360,6 +365,7 @@ def test_weights_survive_the_file(tmp_path: Path) -> None:
 # --- training -------------------------------------------------------------------------------------------
 
 
+@needs_muon
 def test_training_lowers_the_loss_and_repeats_exactly() -> None:
     task = Addition(2)
     recipe = Recipe(steps=120, batch_size=64, warmup_steps=10)
@@ -378,6 +384,13 @@ def test_training_lowers_the_loss_and_repeats_exactly() -> None:
     assert not torch.equal(other.head.weight, first.head.weight)
 
 
+def test_training_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(RuntimeError, match=r"^training needs torch\.optim\.Muon, from torch 2\.9 on"):
+        train(Addition(2), Recipe(steps=1), TINY)
+
+
+@needs_muon
 def test_training_command_writes_what_it_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "addition.safetensors"
     common = ["--problems", "3", "--seed", "4", "--threads", str(torch.get_num_threads())]

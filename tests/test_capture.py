@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -331,6 +332,27 @@ def test_layers_that_cannot_be_kept_are_summed() -> None:
     torch.testing.assert_close(capture.step_input()[0].double(), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_layers_with_key_masks_of_their_own() -> None:
+    """Reduced in one call where the masks are equal, and only there."""
+    q, k, v = qkv()
+    mask = random_bool(B, 1, 1, N)
+    other = mask.clone()
+    other[0, 0, 0, 4].logical_not_()
+    for masks, equal in (([mask, mask.clone()], True), ([mask, other], False), ([mask, mask, None], False)):
+        with AttentionCapture(COLUMNS, keep=True) as capture:
+            for attn_mask in masks:
+                F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        layers, keywords = capture.step_input()
+        assert isinstance(layers, list) == equal
+        truth = sum(by_hand(q, k, mask=attn_mask) for attn_mask in masks)
+        torch.testing.assert_close(capture.scores.double(), truth, rtol=1e-5, atol=1e-5)
+        if equal:
+            assert torch.equal(keywords["key_mask"], mask[:, 0, 0, COLUMNS])
+        else:
+            with pytest.raises(NotImplementedError, match="differ in mask, scale"):
+                _ = capture.step_options
+
+
 def test_kept_keys_are_copies_of_the_columns() -> None:
     q, k, v = qkv()
     _, capture = captured(q, k, v, {}, keep=True)
@@ -593,6 +615,14 @@ def test_compiled_model() -> None:
             with AttentionCapture(slice(2, 5)) as eager:
                 assert torch.equal(output, model(x, attn_mask))
             assert torch.equal(capture.scores, eager.scores)
+        with AttentionCapture(slice(2, 5), keep=True) as capture:
+            compiled(x, mask)
+        with AttentionCapture(slice(2, 5), keep=True) as eager:
+            model(x, mask)
+        (layers, options), (expected, _) = capture.step_input(), eager.step_input()
+        assert torch.equal(options["key_mask"], mask[:, 0, 0, 2:5])
+        for layer, other in zip(layers, expected, strict=True):
+            assert all(map(torch.equal, layer, other))
         assert torch.equal(compiled(x), model(x))  # no capture: the graph without it
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with AttentionCapture(slice(2, 5)) as capture:
@@ -603,6 +633,51 @@ def test_compiled_model() -> None:
     with pytest.raises(RuntimeError, match="carries no gradient"), AttentionCapture(slice(2, 5)):
         compiled(x)
     assert nothing_is_left()
+
+
+class Deep(torch.nn.Module):
+    """Queries, keys, biases and outputs of one size, and masks made from masks: inductor uses their memory
+    again."""
+
+    def __init__(self, masks: Sequence[str]) -> None:
+        super().__init__()
+        self.masks = masks
+        for name in ("q", "k", "v", "out", "up", "see", "bias"):
+            width = 1 if name == "see" else 64
+            linear = (torch.nn.Linear(64, width, bias=False) for _ in masks)
+            self.register_module(name, torch.nn.ModuleList(linear))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sees = x.sum(dim=-1) > 0
+        for i, kind in enumerate(self.masks):
+            q, k, v = (
+                linear[i](x).view(*x.shape[:2], 4, 16).transpose(1, 2) for linear in (self.q, self.k, self.v)
+            )
+            mask = None
+            if kind == "key mask":
+                sees = sees ^ (self.see[i](x)[..., 0] > 0)
+                mask = sees[:, None, None, :]
+            elif kind == "bias":
+                mask = self.bias[i](x)[:, None]
+            attention = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + self.up[i](torch.relu(self.out[i](attention.transpose(1, 2).reshape(x.shape))))
+        return x
+
+
+@torch.no_grad()
+def test_what_is_kept_outlives_the_memory_of_a_compiled_graph() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Deep(["", "key mask", "key mask", "bias", "bias", "key mask", ""])
+    compiled, x = torch.compile(model, fullgraph=True), torch.randn(2, 64, 64)
+    for columns in (slice(8, 16), None):
+        for layers in (*([i] for i in range(7)), [-1], [-6, -3], slice(-4, None), "all"):
+            keep = layers not in ([-1], [-6, -3])
+            with AttentionCapture(columns, layers, keep=keep) as capture:  # type: ignore[arg-type]
+                output = compiled(x)
+            with AttentionCapture(columns, layers, keep=keep) as eager:  # type: ignore[arg-type]
+                torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(capture.scores, eager.scores, rtol=1e-4, atol=1e-4)
 
 
 def test_operator_of_compiled_graphs() -> None:

@@ -106,6 +106,10 @@ ATTENTION = [
     ({"lse_base": 2}, ValueError, "lse_base", ["e, 2"]),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale", ["finite", "nan"]),
     ({"softmax_scale": float("inf")}, ValueError, "softmax_scale", ["finite", "inf"]),
+    ({"softmax_scale": 10**400}, ValueError, "softmax_scale", ["finite", "an integer of 1329 bits"]),
+    ({"softmax_scale": -(10**5000)}, ValueError, "softmax_scale", ["finite", "an integer of"]),
+    ({"softmax_scale": 2.4e38}, ValueError, "softmax_scale", ["finite", "2.35e+38", "2.4e+38"]),
+    ({"softmax_scale": -1e300}, ValueError, "softmax_scale", ["finite", "-1e+300"]),
     ({"softmax_scale": "0.1"}, TypeError, "softmax_scale", ["finite number", "str"]),
     ({"causal": 1}, TypeError, "causal", ["True or False", "1"]),
     ({"diagonal": None}, TypeError, "diagonal", ["True or False"]),
@@ -146,10 +150,34 @@ def test_out(function, per_head):
         (torch.ones(*shape, 1), ["dimensional"]),
         (torch.ones(*shape, device="meta"), ["cpu", "meta"]),
         (torch.ones(1, *shape[1:]).expand(*shape), ["apart in memory"]),
+        (torch.ones(100).as_strided(shape, [1] * len(shape)), ["apart in memory"]),
+        (torch.ones(100).as_strided(shape, [C - 1] * (len(shape) - 1) + [1]), ["apart in memory"]),
         (torch.ones(*shape, requires_grad=True), ["gradient"]),
     ):
         rejects(function, arguments | {"out": out}, ValueError, "out", *words)
     rejects(function, arguments | {"out": [0.0]}, TypeError, "out", "list")
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.zeros(B, C),
+        torch.zeros(C, B).T,
+        torch.zeros(B, 2 * C - 1)[:, ::2],  # the rows are closer than C strides of a column
+        torch.zeros(B, 3, C)[:, 1],
+        torch.zeros(1000).as_strided((B, C), (1, 7)),
+        torch.zeros(B, C + 3)[:, :C],
+    ],
+)
+def test_views_that_can_be_written(out):
+    arguments = attention_arguments() | {"softmax_scale": 0.3}
+    expected = column_scores(**arguments)
+    assert column_scores(**arguments, out=out) is out
+    torch.testing.assert_close(out, expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(column_scores, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(**arguments, out=out)
+    torch.testing.assert_close(out, 2 * expected)
 
 
 def test_column_scores_alone():
@@ -181,6 +209,8 @@ def test_attention_map_alone(rows, error, words):
         ({"temperature": -0.1}, ValueError, "temperature", [">= 0", "-0.1"]),
         ({"temperature": float("nan")}, ValueError, "temperature", ["nan"]),
         ({"temperature": float("inf")}, ValueError, "temperature", ["inf"]),
+        ({"temperature": 10**400}, ValueError, "temperature", ["finite", "an integer of 1329 bits"]),
+        ({"temperature": 1e-40, "seed": 1}, ValueError, "temperature", ["0 or at least", "1e-40"]),
         ({"temperature": "hot"}, TypeError, "temperature", ["str"]),
         ({"temperature": 1.0}, ValueError, "seed", ["temperature > 0"]),
         ({"temperature": 1.0, "seed": 1.5}, TypeError, "seed", ["integer", "float"]),
@@ -278,6 +308,15 @@ def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
         ({"lse_base": "10"}, ValueError, "lse_base", ["'10'"]),
         ({"softmax_scale": None, "softmax_scope": "window"}, ValueError, "softmax_scope", ["'window'"]),
         ({"softmax_scale": float("inf")}, ValueError, "softmax_scale", ["finite"]),
+        ({"softmax_scale": 10**400}, ValueError, "softmax_scale", ["finite"]),
+        ({"temperature": 10**400, "seed": 1}, ValueError, "temperature", ["finite"]),
+        ({"seed": 10**5000}, ValueError, "seed", ["an integer of"]),
+        (
+            {"tokens": zeros(2 * T - 1, dtype=torch.int64).as_strided((B, T), (T - 1, 1))},
+            ValueError,
+            "tokens",
+            ["apart in memory", "[11, 1]"],
+        ),
         ({"softmax_scope": "block"}, ValueError, "layers[0] softmax_lse", ["block"]),
         ({"causal": "yes"}, TypeError, "causal", ["True or False"]),
         ({"diagonal": 0}, TypeError, "diagonal", ["True or False"]),

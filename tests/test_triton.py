@@ -6,7 +6,6 @@ elsewhere they are interpreted on CPU tensors, and what a GPU would be given is 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,11 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from attn_sampler.backends import installation_problem
+
 TESTS = Path(__file__).parent
+
+
+PROBLEM = installation_problem("triton")
+if PROBLEM is not None and PROBLEM.startswith("torch sees no GPU"):
+    PROBLEM = None  # these tests do without
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM)),
 ]
 
 

@@ -126,7 +126,16 @@ def train(
     -------
     TinyMaskedLM
         In evaluation mode, float32.
+
+    Raises
+    ------
+    RuntimeError
+        This torch has no ``torch.optim.Muon``.
     """
+    if not hasattr(torch.optim, "Muon"):
+        raise RuntimeError(
+            f"training needs torch.optim.Muon, from torch 2.9 on, and this is torch {torch.__version__}"
+        )
     with torch.random.fork_rng(devices=[]):  # the caller's global stream stays as it was
         torch.manual_seed(recipe.seed)
         model = TinyMaskedLM(config or TinyMaskedLMConfig(task.vocab_size, task.mask_token_id))

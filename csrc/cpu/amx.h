@@ -27,18 +27,18 @@ struct Tiles {
     float a[2][16][16], b[2][16][16];
 
     void zero() { memset(sum, 0, sizeof(sum)); }
-    template <int kTile>
+    template <int kIndex>
     void load_a(const void *p, int64_t stride) {
-        copy(a[kTile], p, stride);
+        copy(a[kIndex], p, stride);
     }
-    template <int kTile>
+    template <int kIndex>
     void load_b(const void *p, int64_t stride) {
-        copy(b[kTile], p, stride);
+        copy(b[kIndex], p, stride);
     }
-    template <int kTile>
+    template <int kIndex>
     void store_sum(float *p, int64_t stride) {
         for (int r = 0; r < 16; ++r)
-            memcpy(reinterpret_cast<char *>(p) + r * stride, sum[kTile][r], 64);
+            memcpy(reinterpret_cast<char *>(p) + r * stride, sum[kIndex][r], 64);
     }
     template <int kA, int kB>
     void multiply() {
@@ -66,8 +66,10 @@ struct Tiles {
 /* Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 of b. */
 struct Tiles {
     Tiles() {
-        const TileConfig config;
+        static constexpr TileConfig config{};
         _tile_loadconfig(&config);
+        /* The intrinsics do not tell the compiler which memory a tile is loaded from. */
+        __asm__ volatile("" ::: "memory");
     }
     ~Tiles() { _tile_release(); }
     Tiles(const Tiles &) = delete;
@@ -80,27 +82,27 @@ struct Tiles {
         _tile_zero(3);
     }
     /* GCC's intrinsics take a tile's number as a literal only. */
-    template <int kTile>
+    template <int kIndex>
     void load_a(const void *p, int64_t stride) {
-        if constexpr (kTile == 0)
+        if constexpr (kIndex == 0)
             _tile_loadd(4, p, stride);
         else
             _tile_loadd(5, p, stride);
     }
-    template <int kTile>
+    template <int kIndex>
     void load_b(const void *p, int64_t stride) {
-        if constexpr (kTile == 0)
+        if constexpr (kIndex == 0)
             _tile_loadd(6, p, stride);
         else
             _tile_loadd(7, p, stride);
     }
-    template <int kTile>
+    template <int kIndex>
     void store_sum(float *p, int64_t stride) {
-        if constexpr (kTile == 0)
+        if constexpr (kIndex == 0)
             _tile_stored(0, p, stride);
-        else if constexpr (kTile == 1)
+        else if constexpr (kIndex == 1)
             _tile_stored(1, p, stride);
-        else if constexpr (kTile == 2)
+        else if constexpr (kIndex == 2)
             _tile_stored(2, p, stride);
         else
             _tile_stored(3, p, stride);

@@ -8,8 +8,8 @@
  *    the sum over rows is a vertical add; the log-sum-exp puts rows there, so that the sum over keys is.
  * 3. Query heads that share a key head are one long list of rows. Rows that cannot count are not even
  *    gathered.
- * 4. Work is cut by the problem's shape alone, and partial sums are added in the order of the cuts: any
- *    number of threads gives the same bits.
+ * 4. Work is cut by the shape of one sequence's problem, and partial sums are added in the order of the cuts:
+ * a sequence has the same bits for any number of threads, alone or in a batch.
  */
 
 #include <cmath>
@@ -27,7 +27,8 @@ constexpr int64_t kTasks = 64;        /* as many as this keep a large machine bu
 constexpr int64_t kKeysPerSplit = 1024;
 constexpr int64_t kSoftmaxBytes =
     3 << 18; /* of a row tile's logits over all keys, in the second-level cache */
-constexpr int64_t kPartialBytes = 8 << 20; /* of partial sums, at the most */
+constexpr int64_t kSequenceBytes = 1 << 20; /* of a sequence's partial sums, at the most */
+constexpr int64_t kPartialBytes = 8 << 20;  /* of all that are held at once */
 constexpr double kLog2e = 1.4426950408889634;
 
 /* What the kernels below share of one problem. */
@@ -127,6 +128,27 @@ void for_each_task(int num_threads, int64_t count, Body &body) {
         &body);
 }
 
+/* Turns products into base-2 logits, -inf where a row (lane) does not see the key; returns the largest, or
+ * `top`. */
+inline VecF scale_logits(const Plan &plan, float *logits, int width, int64_t count, const int32_t *keys,
+                         VecI position, VecF top) {
+    for (int64_t i = 0; i < count; ++i) {
+        VecF x = load<VecF>(logits + i * width) * plan.scale;
+        if (plan.p.params.causal)
+            x = position >= keys[i] ? x : splat(-kInf);
+        store(logits + i * width, x);
+        top = x > top ? x : top;
+    }
+    return top;
+}
+
+/* What to subtract from logits whose maximum this is: never inf - inf, and far above what is not +inf beside
+ * it. */
+inline VecF shift_of(VecF top) {
+    const VecF finite = splat(__FLT_MAX__);
+    return top > finite ? finite : top < -finite ? VecF{} : top;
+}
+
 /* Base-2 log-sum-exp of up to kTile of a key head's rows, over keys [key, key_stop): maximum and sum by lane.
  */
 template <typename Words>
@@ -157,12 +179,12 @@ struct LseTask {
         if (p.params.causal)
             key_stop = min_of(key_stop, static_cast<int64_t>(furthest) + 1);
         while (key < key_stop) {
-            int64_t at[kTile];
+            int32_t at[kTile];
             int64_t count = 0;
             for (; key < key_stop && count < kTile; ++key)
                 if (plan.key_counts(b, key)) {
                     address[count] = plan.key(b, hkv, key);
-                    at[count++] = key;
+                    at[count++] = static_cast<int32_t>(key);
                 }
             if (count == 0)
                 break;
@@ -173,19 +195,11 @@ struct LseTask {
         }
     }
 
-    void update(float *logits, int width, int64_t count, const int64_t *at, VecI position, float *maximum,
+    void update(float *logits, int width, int64_t count, const int32_t *at, VecI position, float *maximum,
                 float *sum) const {
         const VecF old_max = load<VecF>(maximum);
-        VecF new_max = old_max;
-        for (int64_t i = 0; i < count; ++i) {
-            VecF x = load<VecF>(logits + i * width) * plan.scale;
-            if (plan.p.params.causal)
-                x = position >= static_cast<int32_t>(at[i]) ? x : splat(-kInf);
-            store(logits + i * width, x);
-            new_max = x > new_max ? x : new_max;
-        }
-        /* A maximum that is not finite would make inf - inf. */
-        const VecF shift = new_max - new_max == 0.0f ? new_max : VecF{};
+        const VecF new_max = scale_logits(plan, logits, width, count, at, position, old_max);
+        const VecF shift = shift_of(new_max);
         VecF total = load<VecF>(sum) * exp2_vec(old_max - shift);
         for (int64_t i = 0; i < count; ++i)
             total += exp2_vec(load<VecF>(logits + i * width) - shift);
@@ -206,7 +220,8 @@ bool compute_lse(Plan &plan, double *lse) {
     if (units == 0)
         return true;
     /* Few rows, many keys: cut the keys too. */
-    const int64_t splits = max_of(1, min_of(kTasks / units, keys / kKeysPerSplit));
+    const int64_t tasks = min_of(p.kv_heads * tiles, kTasks); /* of one sequence */
+    const int64_t splits = max_of(1, min_of(kTasks / tasks, keys / kKeysPerSplit));
     const int64_t keys_per_split = ceil_div(keys, splits);
     const Workspace work(p.num_threads, p.headdim, units * splits * 2 * kTile * 4);
     if (!work)
@@ -235,7 +250,8 @@ bool compute_lse(Plan &plan, double *lse) {
             for (int64_t split = 0; split < splits; ++split) {
                 const float *const part = result + split * 2 * kTile;
                 const float part_shift = std::isfinite(part[0]) ? part[0] : 0.0f;
-                sum += std::exp2(static_cast<double>(part_shift) - shift) * part[kTile];
+                if (part[kTile] != 0.0f) /* else nothing was seen, and its shift means nothing */
+                    sum += std::exp2(static_cast<double>(part_shift) - shift) * part[kTile];
             }
             const int64_t f = first + i, h = bh % p.kv_heads * plan.group + f / rows;
             lse[(bh / p.kv_heads * p.heads + h) * p.n_rows + plan.row_start + f % rows] =
@@ -332,7 +348,7 @@ inline void weights_tile(const Plan &plan, const Columns &columns, const RowTile
 }
 
 /* The larger, NaN if one is. */
-inline VecF max_or_nan(VecF a, VecF b) { return (a > b) | (a != a) ? a : b; }
+inline VecF max_or_nan(VecF a, VecF b) { return ((a > b) | (a != a)) ? a : b; }
 
 inline void write(float *out, double value, bool accumulate) {
     *out = accumulate ? *out + static_cast<float>(value) : static_cast<float>(value);
@@ -466,14 +482,13 @@ struct SoftmaxTask {
             float *const logits = s.product + i * width;
             multiply<Words>(keys, count, s.packed, width, p.headdim / Words::kElements, logits);
             for (int j = 0; j < width; j += kLanes)
-                scale_logits(logits + j, width, count, s.keys + i, load<VecI>(position + j),
-                             largest_logit[j / kLanes]);
+                largest_logit[j / kLanes] = scale_logits(plan, logits + j, width, count, s.keys + i,
+                                                         load<VecI>(position + j), largest_logit[j / kLanes]);
         }
 
         VecF inverse[kTile / kLanes];
         for (int j = 0; j < width; j += kLanes) {
-            const VecF top = largest_logit[j / kLanes];
-            const VecF shift = top - top == 0.0f ? top : VecF{}; /* else inf - inf */
+            const VecF shift = shift_of(largest_logit[j / kLanes]);
             VecF sum[4] = {};
             int64_t i = 0;
             for (; i + 4 <= seen; i += 4)
@@ -482,11 +497,10 @@ struct SoftmaxTask {
             for (; i < seen; ++i)
                 sum[0] += exponential(s.product + i * width + j, shift);
             const VecF total_sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-            const VecI counts = lane_index() + j < static_cast<int32_t>(n);
-            inverse[j / kLanes] = (total_sum == 0.0f) | ~counts ? VecF{} : 1.0f / total_sum;
+            inverse[j / kLanes] = total_sum == 0.0f ? VecF{} : 1.0f / total_sum;
         }
 
-        const bool select = p.params.causal || !p.params.diagonal;
+        const bool select = p.params.causal || !p.params.diagonal || n < width;
         const bool is_max = p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
         for (int64_t i = 0; i < seen; ++i) {
             const int32_t key = s.keys[i];
@@ -497,9 +511,10 @@ struct SoftmaxTask {
                 VecF weight = load<VecF>(s.product + i * width + j) * inverse[j / kLanes];
                 if (select) {
                     const VecI at = load<VecI>(position + j);
+                    const VecI padding = lane_index() + j >= static_cast<int32_t>(n);
                     const VecI unseen = p.params.causal ? at < key : VecI{};
                     const VecI dropped = p.params.diagonal ? VecI{} : at == key;
-                    weight = unseen | dropped ? VecF{} : weight;
+                    weight = (unseen | dropped | padding) ? VecF{} : weight;
                 }
                 sum += weight;
                 maximum = max_or_nan(weight, maximum);
@@ -516,19 +531,6 @@ struct SoftmaxTask {
         return first;
     }
 
-    void scale_logits(float *logits, int width, int64_t count, const int32_t *keys, VecI position,
-                      VecF &largest_logit) const {
-        VecF top = largest_logit;
-        for (int64_t i = 0; i < count; ++i) {
-            VecF x = load<VecF>(logits + i * width) * plan.scale;
-            if (plan.p.params.causal)
-                x = position >= keys[i] ? x : splat(-kInf);
-            store(logits + i * width, x);
-            top = x > top ? x : top;
-        }
-        largest_logit = top;
-    }
-
     static VecF exponential(float *at, VecF shift) {
         const VecF x = exp2_vec(load<VecF>(at) - shift);
         store(at, x);
@@ -541,6 +543,7 @@ struct SoftmaxTask {
  * splits. */
 struct Cut {
     int64_t tiles, tile_columns, unit_rows, units_per_list, units, splits;
+    int64_t batch;     /* sequences at a time */
     bool partial_sums; /* the splits' sums are added up at the end */
 
     Cut(const Plan &plan, int64_t columns, int64_t most_columns, int64_t rows_per_unit)
@@ -551,14 +554,16 @@ struct Cut {
         unit_rows = heads_apart ? rows : rows_per_unit;
         units_per_list = heads_apart ? plan.group : ceil_div(list, rows_per_unit);
         units = p.kv_heads * units_per_list;
-        const int64_t tasks = max_of(p.batch * tiles, 1);
-        splits = min_of(units, min_of(kTasks / tasks, kPartialBytes / (tasks * tile_columns * 8)));
+        const int64_t sequence_bytes = tiles * tile_columns * 8;
+        splits = min_of(units, min_of(kTasks / tiles, kSequenceBytes / sequence_bytes));
         splits = max_of(splits, 1);
         partial_sums = splits > 1 && !p.params.per_head;
+        batch =
+            partial_sums ? max_of(1, min_of(p.batch, kPartialBytes / (splits * sequence_bytes))) : p.batch;
     }
     /* Columns' sums that are held at once: all partial ones, or one tile for each thread. */
     int64_t totals(const AttentionProblem &p) const {
-        return (partial_sums ? p.batch * tiles * splits : p.num_threads) * tile_columns;
+        return (partial_sums ? batch * tiles * splits : p.num_threads) * tile_columns;
     }
 };
 
@@ -579,9 +584,10 @@ void reduce_columns(const Plan &plan, const Cut &cut, double *totals, const Make
                   p.params.accumulate != 0);
         }
     };
+    int64_t first_sequence = 0;
     auto body = [&](int64_t index, int worker) {
         const int64_t split = index % cut.splits, tile = index / cut.splits % cut.tiles;
-        const int64_t b = index / cut.splits / cut.tiles;
+        const int64_t b = first_sequence + index / cut.splits / cut.tiles;
         double *const total = totals + (cut.partial_sums ? index : worker) * cut.tile_columns;
         const size_t bytes = static_cast<size_t>(cut.tile_columns) * sizeof(double);
         memset(total, 0, bytes);
@@ -597,14 +603,16 @@ void reduce_columns(const Plan &plan, const Cut &cut, double *totals, const Make
         if (!cut.partial_sums && !p.params.per_head)
             write_columns(b, 0, tile, total);
     };
-    for_each_task(p.num_threads, p.batch * cut.tiles * cut.splits, body);
-
-    for (int64_t bt = 0; cut.partial_sums && bt < p.batch * cut.tiles; ++bt) {
-        double *const total = totals + bt * cut.splits * cut.tile_columns;
-        for (int64_t split = 1; split < cut.splits; ++split)
-            for (int64_t c = 0; c < cut.tile_columns; ++c)
-                total[c] += total[split * cut.tile_columns + c];
-        write_columns(bt / cut.tiles, 0, bt % cut.tiles, total);
+    for (; first_sequence < p.batch; first_sequence += cut.batch) {
+        const int64_t sequences = min_of(cut.batch, p.batch - first_sequence);
+        for_each_task(p.num_threads, sequences * cut.tiles * cut.splits, body);
+        for (int64_t i = 0; cut.partial_sums && i < sequences * cut.tiles; ++i) {
+            double *const total = totals + i * cut.splits * cut.tile_columns;
+            for (int64_t split = 1; split < cut.splits; ++split)
+                for (int64_t c = 0; c < cut.tile_columns; ++c)
+                    total[c] += total[split * cut.tile_columns + c];
+            write_columns(first_sequence + i / cut.tiles, 0, i % cut.tiles, total);
+        }
     }
 }
 
@@ -654,7 +662,7 @@ bool attention_map_of(const AttentionProblem &p) {
     const int64_t row_tiles = ceil_div(map_rows, kTile);
     const int64_t column_tiles = ceil_div(p.params.column_stop - p.params.column_start, kTile);
     const int64_t units = p.batch * row_tiles * column_tiles;
-    const int64_t splits = max_of(1, min_of(p.heads, kTasks / max_of(units, 1)));
+    const int64_t splits = max_of(1, min_of(p.heads, kTasks / 4 / (row_tiles * column_tiles)));
     const bool partial_sums = splits > 1 && !p.params.per_head;
     const int64_t lse_count = p.softmax_lse == nullptr ? p.batch * p.heads * p.n_rows : 0;
     const int64_t partial_count = partial_sums ? units * splits : p.num_threads;

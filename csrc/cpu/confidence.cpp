@@ -220,7 +220,8 @@ namespace ATTN_SAMPLER_ISA {
 
 bool token_confidence(const ConfidenceProblem &p) {
     const int64_t rows = p.batch * p.positions;
-    const int64_t splits = max_of(1, min_of(kTasks / max_of(rows, 1), p.vocab / kMinSplit));
+    /* By the vocabulary alone: a position has the same bits alone and in a batch. */
+    const int64_t splits = max_of(1, min_of(kTasks, p.vocab / kMinSplit));
     const int64_t tokens_per_split = ceil_div(ceil_div(p.vocab, splits), kChunk) * kChunk;
     State *const state =
         static_cast<State *>(std::malloc(static_cast<size_t>(max_of(rows * splits, 1)) * sizeof(State)));

@@ -1,5 +1,7 @@
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <string>
 
 #if defined(ATTN_SAMPLER_X86)
 #include <cpuid.h>
@@ -17,14 +19,19 @@ namespace {
 
 /* Best first. */
 const CpuKernels kKernels[] = {
+#if defined(ATTN_SAMPLER_WITH_AMX)
+    ATTN_SAMPLER_KERNELS(amx, avx512),
+#endif
+#if defined(ATTN_SAMPLER_WITH_AVX512_BF16)
+    ATTN_SAMPLER_KERNELS(avx512_bf16, avx512),
+#endif
 #if defined(ATTN_SAMPLER_X86)
-    ATTN_SAMPLER_KERNELS(amx, avx512),        ATTN_SAMPLER_KERNELS(avx512_bf16, avx512),
-    ATTN_SAMPLER_KERNELS(avx512, avx512),     ATTN_SAMPLER_KERNELS(avx2, avx2),
+    ATTN_SAMPLER_KERNELS(avx512, avx512),      ATTN_SAMPLER_KERNELS(avx2, avx2),
 #endif
     ATTN_SAMPLER_KERNELS(portable, portable),
 };
 
-#if defined(ATTN_SAMPLER_X86)
+#if defined(ATTN_SAMPLER_WITH_AVX512_BF16)
 /* Whether the processor has AMX tiles for bfloat16 and the kernel lets this process use them. */
 bool has_amx() {
 #if defined(ATTN_SAMPLER_AMX_EMULATED)
@@ -45,11 +52,13 @@ bool processor_runs(const char *isa) {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(ATTN_SAMPLER_WITH_AVX512_BF16)
     const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
     if (strcmp(isa, "amx") == 0)
         return bf16 && has_amx();
     if (strcmp(isa, "avx512_bf16") == 0)
         return bf16;
+#endif
     if (strcmp(isa, "avx512") == 0)
         return avx512;
     if (strcmp(isa, "avx2") == 0)
@@ -58,20 +67,33 @@ bool processor_runs(const char *isa) {
     return strcmp(isa, "portable") == 0;
 }
 
-const CpuKernels &choose() {
-    const char *const pinned = std::getenv("ATTN_SAMPLER_CPU_ISA");
-    for (const CpuKernels &kernels : kKernels)
-        if ((pinned == nullptr || strcmp(pinned, kernels.name) == 0) && processor_runs(kernels.name))
-            return kernels;
-    /* A pinned set that cannot run: the one that always does. attn_sampler_cpu_isa() tells which it is. */
-    return kKernels[sizeof(kKernels) / sizeof(kKernels[0]) - 1];
+struct Choice {
+    const CpuKernels *kernels;
+    std::string problem; /* empty where the kernels run */
+};
+
+const Choice &choice() {
+    static const Choice made = []() -> Choice {
+        const char *const pinned = std::getenv("ATTN_SAMPLER_CPU_ISA");
+        const bool is_pinned = pinned != nullptr && pinned[0] != '\0';
+        std::string names;
+        for (const CpuKernels &kernels : kKernels) {
+            if (!processor_runs(kernels.name))
+                continue;
+            if (!is_pinned || strcmp(pinned, kernels.name) == 0)
+                return {&kernels, ""};
+            names += (names.empty() ? "" : ", ") + std::string(kernels.name);
+        }
+        return {std::end(kKernels) - 1,
+                "ATTN_SAMPLER_CPU_ISA: expected one of " + names + " here, got " + std::string(pinned)};
+    }();
+    return made;
 }
 
 } // namespace
 
-const CpuKernels &cpu_kernels() {
-    static const CpuKernels &kernels = choose();
-    return kernels;
-}
+const CpuKernels &cpu_kernels() { return *choice().kernels; }
+
+const char *cpu_problem() { return choice().problem.empty() ? nullptr : choice().problem.c_str(); }
 
 } // namespace attn_sampler

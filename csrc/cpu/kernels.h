@@ -36,8 +36,11 @@ ATTN_SAMPLER_DECLARE_CONFIDENCE(avx512)
 #undef ATTN_SAMPLER_DECLARE_ATTENTION
 #undef ATTN_SAMPLER_DECLARE_CONFIDENCE
 
-/* The best set that this processor runs; ATTN_SAMPLER_CPU_ISA pins another by its name. */
+/* The best set that this processor runs, or the one that ATTN_SAMPLER_CPU_ISA asks for. */
 const CpuKernels &cpu_kernels();
+
+/* Why that one cannot run; null where it can. */
+const char *cpu_problem();
 
 } // namespace attn_sampler
 

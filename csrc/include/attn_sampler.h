@@ -172,7 +172,7 @@ attn_sampler_attention_map(const attn_sampler_tensor *q, const attn_sampler_tens
  */
 typedef struct attn_sampler_confidence_params {
     int32_t metric;           /* attn_sampler_metric */
-    double temperature;       /* 0 is greedy */
+    double temperature;       /* 0 is greedy; else at least 2^-120 */
     uint64_t seed;            /* of every row, unless `seeds` is given */
     int64_t exclude_token_id; /* a token treated as absent; negative for none */
 } attn_sampler_confidence_params;
@@ -275,8 +275,12 @@ ATTN_SAMPLER_API const char *attn_sampler_last_error(void);
 /* The library's version, e.g. "0.1.0". */
 ATTN_SAMPLER_API const char *attn_sampler_version(void);
 
-/* The instruction set that the CPU kernels run with here: "avx512", "avx2" or "portable". */
+/* The instruction set that the CPU kernels run with here: "amx", "avx512_bf16", "avx512", "avx2" or
+ * "portable". The environment variable ATTN_SAMPLER_CPU_ISA, read once, asks for one by its name. */
 ATTN_SAMPLER_API const char *attn_sampler_cpu_isa(void);
+
+/* NULL, or why the CPU kernels cannot run: ATTN_SAMPLER_CPU_ISA asks for what is not there. */
+ATTN_SAMPLER_API const char *attn_sampler_cpu_unavailable(void);
 
 /* NULL if this build has CUDA kernels and a usable device; else the reason why not. */
 ATTN_SAMPLER_API const char *attn_sampler_cuda_unavailable(void);

@@ -7,7 +7,6 @@ allocates. They run on CUDA and ROCm devices, and on CPU tensors under ``TRITON_
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from . import launch
@@ -27,8 +26,6 @@ __all__ = [
     "token_partials",
 ]
 
-_OLDEST_TRITON = (3, 6)
-
 
 def problem(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why ``op`` cannot be served on these floating-point tensors; None where it can.
@@ -38,12 +35,8 @@ def problem(op: str, tensors: tuple[Tensor, ...]) -> str | None:
     op
         A name of ``attn_sampler.backends.OPS``.
     tensors
-        q and k; logits; scores and confidence; or, for decode_step, logits and the layers' q and k. With
-        none, the answer is about the installation alone.
+        q and k; logits; scores and confidence; or, for decode_step, logits and the layers' q and k.
     """
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _OLDEST_TRITON:
-        return f"it needs Triton 3.6 or later, and this is {triton.__version__}"
     for tensor in tensors:
         if tensor.device.type != "cuda" and not (launch.INTERPRET and tensor.device.type == "cpu"):
             return f"it takes cuda tensors, and these are on {tensor.device}"

@@ -1,0 +1,93 @@
+"""What the C++ CPU kernels promise beyond the contract, and corners of how they cut their work."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_sampler import _core, attention_map, column_scores, token_confidence
+
+pytestmark = pytest.mark.skipif(_core.UNAVAILABLE is not None, reason=str(_core.UNAVAILABLE))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32)
+
+
+@pytest.mark.parametrize("function", [column_scores, attention_map])
+@pytest.mark.parametrize("n_keys", [200, 1000, 9000, 30000])
+@pytest.mark.parametrize("given_lse", [False, True])
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(function, n_keys: int, given_lse: bool) -> None:
+    torch.manual_seed(0)
+    batch = 9
+    q, k = torch.randn(batch, 4, 5, 32), torch.randn(batch, 2, n_keys, 32)
+    lse = torch.randn(batch, 4, 5) + 8 if given_lse else None
+    columns = slice(3, 90) if function is attention_map or given_lse else None
+    together = function(q, k, columns=columns, softmax_lse=lse, backend="cpu")
+    for b in range(batch):
+        one = slice(b, b + 1)
+        alone = function(
+            q[one], k[one], columns=columns, softmax_lse=None if lse is None else lse[one], backend="cpu"
+        )
+        assert torch.equal(_bits(alone), _bits(together[one]))
+
+
+@pytest.mark.parametrize("metric", ["probability", "margin", "entropy"])
+def test_a_position_has_the_same_confidence_alone_and_in_a_batch(metric: str) -> None:
+    logits = torch.randn(20, 3, 40000, generator=torch.Generator().manual_seed(0))
+    ids, confidence = token_confidence(logits, metric=metric, backend="cpu")
+    for b in range(20):
+        alone_ids, alone = token_confidence(logits[b : b + 1], metric=metric, backend="cpu")
+        assert torch.equal(alone_ids[0], ids[b])
+        assert torch.equal(_bits(alone[0]), _bits(confidence[b]))
+
+
+@pytest.mark.parametrize("n_keys", [4096, 32768])
+@pytest.mark.parametrize("hidden", ["masked", "causal"])
+def test_a_split_of_the_keys_that_no_row_sees(n_keys: int, hidden: str) -> None:
+    """Logits far below the zero that an empty split starts from."""
+    q, k = torch.ones(1, 1, 4, 16), torch.full((1, 1, n_keys, 16), -200.0)
+    options: dict = {"causal": True, "query_start": 10}
+    if hidden == "masked":
+        options = {"key_mask": torch.arange(n_keys)[None] >= n_keys // 2}
+    for function in (column_scores, attention_map):
+        expected = function(q, k, backend="reference", **options)
+        assert torch.isfinite(expected).all()
+        torch.testing.assert_close(function(q, k, backend="cpu", **options), expected)
+
+
+@pytest.mark.parametrize(
+    "keys", [[-math.inf, 1.0, 2.0], [math.inf, 200.0, 0.0], [math.nan, 1.0, 2.0], [-math.inf, -math.inf, 0.0]]
+)
+@pytest.mark.parametrize("reduction", ["sum", "max", "mean"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_keys_that_are_not_finite(keys: list[float], reduction: str, rows: int) -> None:
+    q, k = torch.ones(1, 1, rows, 1), torch.tensor(keys).view(1, 1, 3, 1)
+    expected = column_scores(q, k, reduction=reduction, backend="reference")
+    torch.testing.assert_close(
+        column_scores(q, k, reduction=reduction, backend="cpu"), expected, equal_nan=True
+    )
+
+
+def test_unknown_isa_is_refused_by_name() -> None:
+    code = """
+import torch, attn_sampler
+q = torch.ones(1, 1, 2, 4)
+print(attn_sampler.is_backend_supported("column_scores", "cpu", q).reason)
+print(attn_sampler.column_scores(q, q).tolist())
+attn_sampler.column_scores(q, q, backend="cpu")
+"""
+    environment = {**os.environ, "ATTN_SAMPLER_CPU_ISA": "sse9"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    reason = "ATTN_SAMPLER_CPU_ISA: expected one of "
+    assert reason in done.stdout
+    assert "portable here, got sse9" in done.stdout
+    assert "[[1.0, 1.0]]" in done.stdout, "auto goes on to the reference"
+    assert done.returncode == 1
+    assert reason in done.stderr
