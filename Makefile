@@ -16,7 +16,7 @@ help: ## List the verbs
 demo: $(VENV)/installed ## Decode held-out problems with every rule, live (options: ARGS="--task sudoku --tau 0.95")
 	$(bin)/attn-sampler demo $(ARGS)
 
-test: $(VENV)/tests ## Run the tests (options for pytest: ARGS="-k sampler")
+test: $(VENV)/dev ## Run the tests (options for pytest: ARGS="-k sampler")
 	$(bin)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/dev ## Check style, types and formatting
@@ -25,7 +25,7 @@ lint: $(VENV)/dev ## Check style, types and formatting
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-bench: $(VENV)/tests ## Measure the kernels on this machine
+bench: $(VENV)/dev ## Measure the kernels on this machine
 	$(bin)/python -m bench $(ARGS)
 
 clean: ## Remove what the other verbs made
@@ -40,12 +40,8 @@ $(VENV)/installed: $(VENV)/torch $(sources)
 	$(pip) --editable .
 	touch $@
 
-$(VENV)/tests: $(VENV)/installed
-	$(pip) --editable '.[test,triton]'
-	touch $@
-
-$(VENV)/dev: $(VENV)/installed
-	$(pip) --editable '.[dev]'
-	touch $@
+$(VENV)/dev: $(VENV)/torch $(sources)
+	$(pip) --editable '.[dev,test,triton]'
+	touch $(VENV)/installed $@
 
 .PHONY: help demo test lint bench clean
