@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        # Not setuptools' own folder, which an editable installation throws away: this one builds incrementally.
+        # Not setuptools' own folder: an editable installation throws that away, and this one is incremental.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
