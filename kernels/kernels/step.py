@@ -27,6 +27,8 @@ def decode_step(
     q: list[Tensor],
     k: list[Tensor],
     softmax_lse: list[Tensor],
+    q_descale: list[Tensor],
+    k_descale: list[Tensor],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     seeds: Tensor | None,

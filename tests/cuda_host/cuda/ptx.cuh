@@ -13,6 +13,9 @@ struct Half {
 struct BFloat16 {
     uint16_t bits;
 };
+struct Float8 {
+    uint8_t bits;
+};
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -21,6 +24,24 @@ inline float to_float(Half x) {
     const float magnitude = __uint_as_float((x.bits & 0x7FFFu) << 13) * 0x1p112f;
     const uint32_t special = magnitude >= 65536.0f ? 0x7F800000u : 0u;
     return __uint_as_float(__float_as_uint(magnitude) | special | (x.bits & 0x8000u) << 16);
+}
+
+/* By the definition of the format, so that it shares nothing with the bit tricks of the kernels. */
+inline uint32_t float16_of_e4m3(uint32_t byte) {
+    const uint32_t exponent = byte >> 3 & 0xFu, fraction = byte & 7u, sign = (byte & 0x80u) << 8;
+    if (exponent == 15 && fraction == 7)
+        return sign | 0x7FFFu;
+    if (exponent > 0)
+        return sign | (exponent + 8) << 10 | fraction << 7;
+    /* fraction * 2^-9, whose leading bit stands at 2^-9, 2^-8 or 2^-7. */
+    return sign | (fraction == 0   ? 0
+                   : fraction == 1 ? 6u << 10
+                   : fraction < 4  ? 7u << 10 | (fraction & 1u) << 9
+                                   : 8u << 10 | (fraction & 3u) << 8);
+}
+inline void widen(uint32_t x, uint32_t &first, uint32_t &second) {
+    first = float16_of_e4m3(x & 0xFFu) | float16_of_e4m3(x >> 8 & 0xFFu) << 16;
+    second = float16_of_e4m3(x >> 16 & 0xFFu) | float16_of_e4m3(x >> 24) << 16;
 }
 
 inline unsigned char *dynamic_shared() { return cuda_host::shared_memory(); }
