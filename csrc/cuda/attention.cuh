@@ -176,6 +176,24 @@ __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int k
     copy_commit();
 }
 
+/* Four e4m3 numbers as float16, which can hold every one of them: two pairs, in an order that is the same for
+ * all x. */
+__device__ inline void widen(uint32_t x, uint32_t (&pair)[2]) {
+#if __CUDA_ARCH__ >= 890
+    pair[0] = convert_e4m3x2(static_cast<uint16_t>(x));
+    pair[1] = convert_e4m3x2(static_cast<uint16_t>(x >> 16));
+#else
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t high = i == 0 ? x << 8 : x; /* the numbers are the high bytes of the halves */
+        /* Exponent and fraction moved into place, a NaN's exponent filled up; the product rebases it. */
+        uint32_t magnitude = high >> 1 & 0x3F803F80u;
+        magnitude |= (magnitude + 0x00800080u) & 0x40004000u;
+        constexpr uint32_t k256 = 0x5C005C00u;
+        pair[i] = multiply_f16x2(magnitude | (high & 0x80008000u), k256);
+    }
+#endif
+}
+
 /* 16 rows of a warp and their product with 8 * kTiles keys. */
 template <typename T, int kTiles>
 class WarpTile {
@@ -295,11 +313,11 @@ class WarpTile {
     /* Four e4m3 elements of each operand, multiplied as float16: the sums are float32's in full, which those
      * of the tensor cores' own e4m3 product are not on sm_90. */
     __device__ static void add_word(float (&sum)[kPartials], uint32_t q0, uint32_t q1, uint32_t k) {
-        uint32_t a[4], b[2];
-        widen(q0, a[0], a[2]);
-        widen(q1, a[1], a[3]);
-        widen(k, b[0], b[1]);
-        mma(sum, a, b[0], b[1], Half{});
+        uint32_t a0[2], a1[2], b[2];
+        widen(q0, a0);
+        widen(q1, a1);
+        widen(k, b);
+        mma(sum, {a0[0], a1[0], a0[1], a1[1]}, b[0], b[1], Half{});
     }
 
     /* Adds the four lanes' parts; each lane keeps the two columns that are its own. */

@@ -27,24 +27,20 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ inline float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 
-/* Four e4m3 numbers as float16, which can hold every one of them: two pairs, in an order that is the same for
- * every x. */
-__device__ inline void widen(uint32_t x, uint32_t &first, uint32_t &second) {
 #if __CUDA_ARCH__ >= 890
-    asm volatile("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(first) : "h"(static_cast<uint16_t>(x)));
-    asm volatile("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(second) : "h"(static_cast<uint16_t>(x >> 16)));
-#else
-    first = x << 8, second = x;
-    for (uint32_t *const y : {&first, &second}) {
-        /* Exponent and fraction of the high bytes moved into place, those of NaN filled up; the product
-         * rebases the exponent. */
-        uint32_t magnitude = *y >> 1 & 0x3F803F80u;
-        magnitude |= (magnitude + 0x00800080u) & 0x40004000u;
-        asm volatile("mul.rn.f16x2 %0, %1, %2;"
-                     : "=r"(*y)
-                     : "r"(magnitude | (*y & 0x80008000u)), "r"(0x5C005C00u)); /* 2^8 */
-    }
+/* Two e4m3 numbers as float16, the low one in the low half. */
+__device__ inline uint32_t convert_e4m3x2(uint16_t x) {
+    uint32_t y;
+    asm volatile("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(x));
+    return y;
+}
 #endif
+
+/* The products of two pairs of float16. */
+__device__ inline uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm volatile("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
 }
 
 /* The shared memory that the launch asked for. */

@@ -26,22 +26,17 @@ inline float to_float(Half x) {
     return __uint_as_float(__float_as_uint(magnitude) | special | (x.bits & 0x8000u) << 16);
 }
 
-/* By the definition of the format, so that it shares nothing with the bit tricks of the kernels. */
-inline uint32_t float16_of_e4m3(uint32_t byte) {
-    const uint32_t exponent = byte >> 3 & 0xFu, fraction = byte & 7u, sign = (byte & 0x80u) << 8;
-    if (exponent == 15 && fraction == 7)
-        return sign | 0x7FFFu;
-    if (exponent > 0)
-        return sign | (exponent + 8) << 10 | fraction << 7;
-    /* fraction * 2^-9, whose leading bit stands at 2^-9, 2^-8 or 2^-7. */
-    return sign | (fraction == 0   ? 0
-                   : fraction == 1 ? 6u << 10
-                   : fraction < 4  ? 7u << 10 | (fraction & 1u) << 9
-                                   : 8u << 10 | (fraction & 3u) << 8);
-}
-inline void widen(uint32_t x, uint32_t &first, uint32_t &second) {
-    first = float16_of_e4m3(x & 0xFFu) | float16_of_e4m3(x >> 8 & 0xFFu) << 16;
-    second = float16_of_e4m3(x >> 16 & 0xFFu) | float16_of_e4m3(x >> 24) << 16;
+/* Of results that are 0, normal or NaN; exact where they have a float16. */
+inline uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
+    auto product = [&](int shift) -> uint32_t {
+        const float x = to_float(Half{static_cast<uint16_t>(a >> shift)}) *
+                        to_float(Half{static_cast<uint16_t>(b >> shift)});
+        const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7FFFFFFFu;
+        return (bits >> 16 & 0x8000u) | (x != x           ? 0x7FFFu
+                                         : magnitude == 0 ? 0
+                                                          : (magnitude >> 13) - (112u << 10));
+    };
+    return product(0) | product(16) << 16;
 }
 
 inline unsigned char *dynamic_shared() { return cuda_host::shared_memory(); }
