@@ -97,8 +97,13 @@ def block_d(headdim: int, element_size: int) -> int:
     Chosen for the least padded work, each chunk costing about as much as 8 elements of padding: 96 is 3 x 32
     and 192 is 3 x 64, but 100 is 1 x 128.
     """
-    sizes = (128, 64, 32, 16) if element_size == 2 else (32, 16)
+    sizes = (32, 16) if element_size == 4 else (128, 64, 32, 16)
     return min(sizes, key=lambda size: triton.cdiv(headdim, size) * (size + 8))
+
+
+def converts_float8(device: torch.device) -> bool:
+    """Whether e4m3 is a type of the device, and its conversion an instruction (8.9 counts as 8.0)."""
+    return architecture(device) in ("sm90", "sm100", "sm120")
 
 
 def last_program_commits(device: torch.device) -> bool:
