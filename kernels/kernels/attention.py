@@ -73,7 +73,7 @@ def _load_chunk(
     mask = ok[:, None]
     if HEADDIM % BLOCK_D != 0:
         mask = mask & (offs_d < HEADDIM)[None, :]
-    x = tl.load(pointers[:, None] + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0)
+    x = tl.load(pointers[:, None] + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
     x = _widened(x)
     if UPCAST:
         x = x.to(tl.float32)
