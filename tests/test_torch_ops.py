@@ -57,7 +57,7 @@ def calls(x: dict, backend: str) -> dict:
     layers = ([x["q"]] * 2, [x["k"]] * 2, [x["lse"]] * 2, x["key_mask"], None, x["seeds"])
     no_layers = ([], [], [], None, None, None)
     place = (4, 8, MASK, False, 4, 8, 5)  # from block_start to query_start
-    step_options = (None, "e", True, "sequence", True, "sum", "probability")  # from softmax_scale to metric
+    step_options = (0.2, "e", True, "sequence", True, "sum", "probability")  # from softmax_scale to metric
     return {
         "column_scores": [
             (scores, *attention, 4, 8, *options, "sum", False, True, backend),

@@ -42,6 +42,7 @@ def load(path: str) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    module.read_tensors_of(Tensor)
     return module
 
 
