@@ -63,13 +63,14 @@ def cpu_isa() -> str:
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
-def _run(function: Callable[..., int], like: Tensor, *arguments: Any) -> None:
+def _run(function: Callable[..., int], like: Tensor, arguments: tuple) -> None:
     """Run a function of the extension on the device of ``like``, on CUDA on torch's current stream."""
     if like.is_cpu:
         function(*arguments, (0, torch.get_num_threads(), 0, 0, 0, 0))
         return
     index = like.get_device()
-    stream = torch.cuda.current_stream(index).cuda_stream
+    # What torch.cuda.current_stream(index).cuda_stream is, without an object made for it.
+    stream = torch._C._cuda_getCurrentRawStream(index)
     # A captured graph outlives this call and may be replayed beside others: it has memory of its own.
     capturing = torch.cuda.is_current_stream_capturing()
     workspace = None if capturing else _workspaces.get((index, stream))
@@ -81,11 +82,11 @@ def _run(function: Callable[..., int], like: Tensor, *arguments: Any) -> None:
         address, size = workspace.data_ptr(), needed
 
 
-def attempt(op: str, like: Tensor, *arguments: Any) -> bool:
+def attempt(op: str, like: Tensor, arguments: tuple) -> bool:
     """Run ``op`` of the extension on unchecked arguments, in its own order; False, and nothing has been
     written, where it does not take them as they are."""
     try:
-        _run(getattr(_C, op), like, *arguments)
+        _run(getattr(_C, op), like, arguments)
     except _C.Refused:
         return False
     return True
@@ -117,9 +118,7 @@ def column_scores(
     per_head: bool,
     accumulate: bool,
 ) -> None:
-    _run(
-        _C.column_scores,
-        q,
+    arguments = (
         *map(_view, (out, q, k, softmax_lse, key_mask, query_mask)),
         slice(column_start, column_stop),
         lse_base,
@@ -132,6 +131,7 @@ def column_scores(
         per_head,
         accumulate,
     )
+    _run(_C.column_scores, q, arguments)
 
 
 def attention_map(
@@ -154,9 +154,7 @@ def attention_map(
     per_head: bool,
     accumulate: bool,
 ) -> None:
-    _run(
-        _C.attention_map,
-        q,
+    arguments = (
         *map(_view, (out, q, k, softmax_lse, key_mask, query_mask)),
         slice(row_start, row_stop),
         slice(column_start, column_stop),
@@ -169,6 +167,7 @@ def attention_map(
         per_head,
         accumulate,
     )
+    _run(_C.attention_map, q, arguments)
 
 
 def token_confidence(
@@ -181,15 +180,14 @@ def token_confidence(
     seed: int,
     exclude_token_id: int,
 ) -> None:
-    _run(
-        _C.token_confidence,
-        logits,
+    arguments = (
         *map(_view, (token_ids, confidence, logits)),
         metric,
         temperature,
         seed if seeds is None else _view(seeds),
         None if exclude_token_id < 0 else exclude_token_id,
     )
+    _run(_C.token_confidence, logits, arguments)
 
 
 def select_tokens(
@@ -201,7 +199,8 @@ def select_tokens(
     tau: float,
     fallback: str,
 ) -> None:
-    _run(_C.select_tokens, scores, *map(_view, (selected, scores, confidence, masked)), policy, tau, fallback)
+    tensors = map(_view, (selected, scores, confidence, masked))
+    _run(_C.select_tokens, scores, (*tensors, policy, tau, fallback))
 
 
 def decode_step(
@@ -239,9 +238,7 @@ def decode_step(
 ) -> None:
     fields = [map(_view, field) for field in (q, k, softmax_lse) if field]
     scores = _view(scores)
-    _run(
-        _C.decode_step,
-        logits,
+    arguments = (
         _view(tokens),
         scores,
         *map(_view, (token_ids, confidence, selected, logits)),
@@ -266,3 +263,4 @@ def decode_step(
         diagonal,
         reduction,
     )
+    _run(_C.decode_step, logits, arguments)

@@ -111,7 +111,7 @@ def column_scores(
         result = _new_output(q, per_head, hi - lo) if out is None else out
         tensors = (result, q, k, softmax_lse, key_mask, query_mask)
         options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, reduction, per_head)
-        if _core.attempt("column_scores", q, *tensors, columns, *options, out is not None):
+        if _core.attempt("column_scores", q, (*tensors, columns, *options, out is not None)):
             return result
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.flag("per_head", per_head)
@@ -195,7 +195,7 @@ def attention_map(
         result = _new_output(q, per_head, last - first, hi - lo) if out is None else out
         tensors = (result, q, k, softmax_lse, key_mask, query_mask)
         options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, per_head)
-        if _core.attempt("attention_map", q, *tensors, rows, columns, *options, out is not None):
+        if _core.attempt("attention_map", q, (*tensors, rows, columns, *options, out is not None)):
             return result
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.flag("per_head", per_head)
@@ -278,7 +278,7 @@ def token_confidence(
     if ops.is_direct(backend, logits):
         outputs = ops.token_confidence_outputs(logits)
         options = (metric, temperature, seed, exclude_token_id)
-        if _core.attempt("token_confidence", logits, *outputs, logits, *options):
+        if _core.attempt("token_confidence", logits, (*outputs, logits, *options)):
             return outputs
     checks.choice("backend", backend, _BACKEND_CHOICES)
     checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
@@ -347,10 +347,10 @@ def select_tokens(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
-    if ops.is_direct(backend, scores, confidence, masked):
+    if ops.is_direct(backend, masked):
         selected = ops.select_tokens_output(scores, confidence, masked)
         tensors = (selected, scores, confidence, masked)
-        if _core.attempt("select_tokens", scores, *tensors, policy, tau, fallback):
+        if _core.attempt("select_tokens", masked, (*tensors, policy, tau, fallback)):
             return selected
     checks.choice("backend", backend, _BACKEND_CHOICES)
     tau = _check_selection(policy, tau, fallback)
@@ -436,17 +436,18 @@ def decode_step(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``. ``tokens`` is untouched then.
     """
-    if ops.is_direct(backend, tokens, logits):
+    if ops.is_direct(backend, tokens) and type(logits) is Tensor and logits.dim() == 3:
         masks: tuple[Tensor | None, ...] = (key_mask, query_mask)
         if isinstance(layers, Tensor):
             scores, masks = layers, (None, None)  # the scores are made: there is nothing left to mask
         else:
-            scores = logits.new_empty(logits.shape[:2], dtype=torch.float32)
+            scores = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
         outputs = token_ids, confidence, selected = ops.decode_step_outputs(tokens, scores)
         tensors = (tokens, scores, *outputs, logits, layers, *masks)
         choosing = (block, mask_token_id, policy, tau, fallback, metric, temperature, seed, rows, columns)
         options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, reduction)
-        if not scores.requires_grad and _core.attempt("decode_step", tokens, *tensors, *choosing, *options):
+        arguments = (*tensors, *choosing, *options)
+        if not scores.requires_grad and _core.attempt("decode_step", tokens, arguments):
             return StepResult(tokens, token_ids, confidence, scores, selected)
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.choice("rows", rows, ("all", "masked"))
@@ -527,15 +528,16 @@ def decode_step(
 def _is_direct(backend: str, q: Any, k: Any, out: Any) -> bool:
     """Whether an attention function may go the direct way."""
     return (
-        ops.is_direct(backend, q, k, *(() if out is None else (out,)))
+        ops.is_direct(backend, q)
+        and type(k) is Tensor
         and q.dim() == k.dim() == 4
-        and not (out is not None and out.requires_grad)
+        and (out is None or (type(out) is Tensor and not out.requires_grad))
     )
 
 
 def _new_output(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
     """float32 [B, *sizes] or, per head, [B, Hq, *sizes]."""
-    return q.new_empty((*q.shape[: 2 if per_head else 1], *sizes), dtype=torch.float32)
+    return q.new_empty(*q.shape[: 2 if per_head else 1], *sizes, dtype=torch.float32)
 
 
 def _output(

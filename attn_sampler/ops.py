@@ -253,14 +253,14 @@ class _Reference:
             scores.copy_(result.scores)
 
 
-def is_direct(backend: str, *tensors: Any) -> bool:
-    """Whether a call may go straight to the extension: it is the backend, the tensors are plain, and nothing
+def is_direct(backend: str, tensor: Any) -> bool:
+    """Whether a call may go straight to the extension: that is the backend for this plain tensor, and nothing
     is at work that has to see a torch operator."""
     return (
         not torch.compiler.is_compiling()
         and _core.READS_TENSORS
-        and all(type(x) is Tensor for x in tensors)
-        and names_extension(backend, tensors[0])
+        and type(tensor) is Tensor
+        and names_extension(backend, tensor)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._autograd._profiler_enabled()
@@ -298,7 +298,7 @@ def _token_confidence(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def token_confidence_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """token_ids and confidence."""
-    confidence = logits.new_empty(logits.shape[:2], dtype=torch.float32)
+    confidence = logits.new_empty(*logits.shape[:2], dtype=torch.float32)
     return torch.empty_like(confidence, dtype=torch.int64), confidence
 
 

@@ -497,6 +497,8 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     if (masked_rows_only && batch > 0)
         step.row_tokens = &element<int64_t>(*tokens, 0, first_row);
     dispatch(exec, workspace, cuda::decode_step, step, [&] {
+        if (batch == 0)
+            return;
         std::vector<uint8_t> masked_rows;
         if (masked_rows_only) {
             const int64_t rows = problems[0].n_rows;
