@@ -41,23 +41,24 @@ def inputs(device: torch.device, *, batch: int = 10, n_rows: int = 7, n_keys: in
         "confidence": torch.rand(batch, 4, generator=g),
         "masked": torch.rand(batch, 4, generator=g) < 0.7,
         "seeds": torch.arange(batch),
+        "descale": torch.rand(3, generator=g).expand(batch, 3),
     }
     return {name: value.to(device) for name, value in values.items()}
 
 
 def calls(x: dict, backend: str) -> dict:
     """Arguments for every operator."""
-    attention = (x["q"], x["k"], x["lse"], x["key_mask"], None)
-    unmasked = (x["q"], x["k"], None, None, None)
+    attention = (x["q"], x["k"], x["lse"], None, None, x["key_mask"], None)
+    unmasked = (x["q"], x["k"], None, None, None, None, None)
     options = (5, 0.2, "e", True, "sequence", False)  # from query_start to diagonal
     scores = torch.zeros_like(x["scores"])
     scores_per_head = torch.zeros_like(x["lse"][..., :4])
     weights = torch.zeros_like(x["scores"])[:, None].repeat(1, 3, 1)
     step = (x["tokens"], x["scores"], x["logits"])
-    layers = ([x["q"]] * 2, [x["k"]] * 2, [x["lse"]] * 2, x["key_mask"], None, x["seeds"])
-    no_layers = ([], [], [], None, None, None)
+    layers = ([x["q"]] * 2, [x["k"]] * 2, [x["lse"]] * 2, [], [], x["key_mask"], None, x["seeds"])
+    no_layers = ([], [], [], [], [], None, None, None)
     place = (4, 8, MASK, False, 4, 8, 5)  # from block_start to query_start
-    step_options = (None, "e", True, "sequence", True, "sum", "probability")  # from softmax_scale to metric
+    step_options = (0.2, "e", True, "sequence", True, "sum", "probability")  # from softmax_scale to metric
     return {
         "column_scores": [
             (scores, *attention, 4, 8, *options, "sum", False, True, backend),
@@ -124,6 +125,17 @@ def functions(backend: str) -> dict:
         )
         return result, (x["tokens"] == MASK).sum(dim=1)
 
+    def step_in_float8(x):
+        q, k = (x[name].to(torch.float8_e4m3fn) for name in "qk")
+        return decode_step(
+            x["tokens"],
+            x["logits"],
+            [(q, k, None, None, x["descale"]), (q, k, None, None, x["descale"] * 2)],
+            block=slice(4, 8),
+            mask_token_id=MASK,
+            backend=backend,
+        )
+
     def step_from_scores(x):
         return decode_step(
             x["tokens"],
@@ -137,7 +149,10 @@ def functions(backend: str) -> dict:
 
     return {
         f.__name__: f
-        for f in (scores, scores_of_layers, attention, confidence, sample, select, step, step_from_scores)
+        for f in (
+            *(scores, scores_of_layers, attention, confidence, sample, select),
+            *(step, step_in_float8, step_from_scores),
+        )
     }
 
 
