@@ -87,7 +87,7 @@ class Views {
             PyErr_Clear();
             throw Refused("a tensor has no plain memory");
         }
-        if (views_.size() == 1)
+        if (device_.device_type == 0)
             device_ = tensor.device;
         if (tensor.device.device_type != device_.device_type || tensor.device.device_id != device_.device_id)
             throw Refused("the tensors are on different devices");
@@ -123,7 +123,7 @@ class Views {
     }
 
     std::vector<attn_sampler_tensor> views_;
-    DLDevice device_{};
+    DLDevice device_{}; /* its type is 0 as long as no tensor has said it */
 };
 
 /* The items of a list or tuple, one at least. */
