@@ -8,6 +8,7 @@ of a backend are called with validated tensors by ``attn_sampler.ops``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -243,9 +244,9 @@ def decode_step(
     tau: float,
     fallback: str,
 ) -> None:
-    none: list[Any] = [None] * len(q)
-    fields = (q, k, softmax_lse or none, q_descale or none, k_descale or none)
-    layers = [tuple(map(_view, layer)) for layer in zip(*fields, strict=True)]
+    # What no layer has, is None in all of them.
+    fields = (map(_view, x) if x else repeat(None) for x in (k, softmax_lse, q_descale, k_descale))
+    layers = list(zip(map(_view, q), *fields, strict=False))
     scores = _view(scores)
     arguments = (
         _view(tokens),

@@ -638,33 +638,38 @@ def _check_layers(
             "layers: expected a score buffer [B, C] or a non-empty sequence of (q, k, softmax_lse), "
             f"got {'an empty one' if isinstance(layers, (list, tuple)) else type(layers).__name__}"
         )
-    result: tuple[list[Tensor], ...] = ([], [], [], [], [])
-    first: tuple[Any, ...] = ()
+    first: Sequence[Any] = ()
     for index, layer in enumerate(layers):
         if not isinstance(layer, (list, tuple)) or len(layer) not in (2, 3, 5):
             raise TypeError(
                 f"layers[{index}]: expected (q, k), (q, k, softmax_lse) or "
                 "(q, k, softmax_lse, q_descale, k_descale)"
             )
-        fields = (*layer, None, None, None)[:5]
-        if not (first and all(map(_alike, fields, first))):  # most layers are like the first: a quick way
-            first = first or fields
-            prefix = f"layers[{index}] "
-            q, k, lse, q_descale, k_descale = fields
-            dtypes = checks.ATTENTION_DTYPES if index == 0 else (first[0].dtype,)
-            _check_layer(prefix, q, k, lse, q_descale, k_descale, softmax_scope, dtypes=dtypes, like=tokens)
-            batch, (n_rows, headdim), n_keys = tokens.shape[0], first[0].shape[2:], first[1].shape[2]
-            checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], n_rows, headdim))
-            checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
-        for values, value in zip(result, fields, strict=True):
-            if value is not None:
-                values.append(value)
-    for name, values in zip(("softmax_lse", "q_descale", "k_descale"), result[2:], strict=True):
-        if values and len(values) != len(layers):
+        if len(layer) == len(first) and all(map(_alike, layer, first)):
+            continue  # most layers are like the first: a quick way
+        first = first or layer
+        prefix = f"layers[{index}] "
+        q, k, lse, q_descale, k_descale = _padded(layer)
+        dtypes = checks.ATTENTION_DTYPES if index == 0 else (first[0].dtype,)
+        _check_layer(prefix, q, k, lse, q_descale, k_descale, softmax_scope, dtypes=dtypes, like=tokens)
+        batch, (n_rows, headdim), n_keys = tokens.shape[0], first[0].shape[2:], first[1].shape[2]
+        checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], n_rows, headdim))
+        checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
+    names = ("q", "k", "softmax_lse", "q_descale", "k_descale")
+    fields = []
+    for name, values in zip(names, zip(*map(_padded, layers), strict=True), strict=True):
+        given = [x for x in values if x is not None]
+        if given and len(given) != len(layers):
             raise ValueError(
-                f"layers: expected {name} for all layers or for none, got {len(values)} of {len(layers)}"
+                f"layers: expected {name} for all layers or for none, got {len(given)} of {len(layers)}"
             )
-    return result
+        fields.append(given)
+    return tuple(fields)
+
+
+def _padded(layer: Sequence[Any]) -> tuple[Any, ...]:
+    """(q, k, softmax_lse, q_descale, k_descale), with None for what is left out."""
+    return (*layer, None, None, None)[:5]
 
 
 def _alike(x: object, y: Tensor | None) -> bool:

@@ -410,5 +410,5 @@ def test_the_extension_refuses_what_it_must_not_write():
     options = (None, "e", None, False, None, "sequence", True, "sum", False, False, (0, 1, 0, 0, 0, 0))
     for out in (torch.zeros(1, 3).expand(2, 3), torch.zeros(4).as_strided((2, 3), (1, 1))):
         with pytest.raises(_core._C.Refused, match="out: expected elements that are apart in memory"):
-            _core._C.column_scores(*map(_core._view, (out, q, q)), None, None, None, *options)
+            _core._C.column_scores(*map(_core._view, (out, q, q)), *[None] * 5, *options)
         assert not out.any()
