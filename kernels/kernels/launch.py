@@ -39,7 +39,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("column_scores", "any", "wide"): Config(64, 64, 4, 3),
     ("column_scores", "any", "deep"): Config(32, 32, 4, 1),
     ("column_scores", "any", "float32"): Config(16, 32, 4, 1),
-    ("column_scores", "any", "float8"): Config(64, 32, 4, 3),
+    ("column_scores", "any", "float8"): Config(32, 32, 4, 3),
     # block_m query rows resident, keys streamed.
     ("row_lse", "any", "narrow"): Config(32, 64, 4, 3),
     ("row_lse", "any", "wide"): Config(64, 64, 4, 3),
