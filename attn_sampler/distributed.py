@@ -175,7 +175,7 @@ def decode_step(
     checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES, like=tokens)
     checks.shape("logits", logits, "[B, C, V]", (*shape, logits.shape[2]))
     shard = _Shard(logits, vocab_start, vocab_size, metric, temperature, seed, mask_token_id, backend)
-    partial = _partial_scores(tokens, layers, lo, hi, mask_token_id, backend=backend, **score_options)
+    partial = partial_scores(tokens, layers, lo, hi, mask_token_id, backend=backend, **score_options)
     checks.tensor("layers", partial, "[B, C]", (torch.float32,), like=tokens)
     checks.shape("layers", partial, "[B, C]", shape)
 
@@ -348,7 +348,7 @@ def _of_token(value: Tensor, ids: Tensor, token: Tensor) -> Tensor:
     return value.masked_fill(ids != token, 0.0).sum(dim=0)
 
 
-def _partial_scores(
+def partial_scores(
     tokens: Tensor,
     layers: Tensor | Sequence[Sequence[Tensor | None]],
     lo: int,
@@ -361,7 +361,7 @@ def _partial_scores(
     query_start: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """The column scores of this rank's heads, as ``functional.decode_step`` reads its layers."""
+    """float32 [B, C], the column scores of this rank's heads, as ``functional.decode_step`` reads layers."""
     if isinstance(layers, Tensor):
         return layers
     all_q, all_k, all_lse = functional._check_layers(layers, tokens, options.get("softmax_scope", "sequence"))
