@@ -8,8 +8,8 @@ Install: ``pip install git+https://github.com/inclusionAI/dInfer`` (the ``dinfer
     llm.generate(prompt, gen_length=256, block_length=32)
 
 Serves all its runners, without a cache and with the prefix, dual and vicinity caches. The decoder watches the
-model's attention, which has to be PyTorch's ``scaled_dot_product_attention`` and outside of CUDA graphs. Under
-tensor parallelism, give the ``group`` of the attention heads. Interface of version 0.1, commit fce4e32.
+model's attention, which has to be PyTorch's ``scaled_dot_product_attention`` and outside of CUDA graphs.
+Under tensor parallelism, give the ``group`` of the attention heads. Interface of version 0.1, commit fce4e32.
 """
 
 from __future__ import annotations

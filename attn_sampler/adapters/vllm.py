@@ -181,8 +181,8 @@ def _use(sampler: Any, remask: Remask) -> None:
     """Let a ``DiffusionSampler`` remask by the policy."""
     if not hasattr(sampler, "_remask_fn"):
         raise RuntimeError(
-            f"this dllm-plugin's {type(sampler).__name__} has no _remask_fn for the adapter to replace (tested "
-            "with commit 33cd242)"
+            f"this dllm-plugin's {type(sampler).__name__} has no _remask_fn to be replaced (the adapter was "
+            "tested with commit 33cd242)"
         )
     denoise = sampler._denoise
 
