@@ -1,15 +1,19 @@
-"""A block-causal toy model, whole and as an engine with a cache runs it, and stand-ins for engines.
+"""A block-causal toy model, whole and as an engine with a cache runs it; stand-ins for engines' modules.
 
-The engines cannot be installed where these tests run (most need a GPU build, and gigabytes), so the tests of their
-adapters bring stand-ins: classes of our own with the signatures that the engine had in the version that the
-adapter names.
+The engines cannot be imported where these tests run (most need a GPU build, and gigabytes), so the tests
+of their adapters bring stand-ins: classes of our own with the signatures that the engine had in the version
+that the adapter names. Where an engine's files are installed (``pip install --no-deps`` will do), those that
+call the adapter are loaded among the stand-ins, and the same tests run over the engine's own loop.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +43,35 @@ def stub(monkeypatch: pytest.MonkeyPatch, modules: dict[str, dict[str, Any]]) ->
                 setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], sys.modules[path])
         for key, value in contents.items():
             setattr(sys.modules[name], key, value)
+
+
+def installed(distribution: str, path: str) -> Path | None:
+    """An installed engine's source file."""
+    try:
+        file = Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return file if file.exists() else None
+
+
+def sources(distribution: str, path: str) -> list[str]:
+    """Over what to run an adapter's tests."""
+    return ["stand-in"] if installed(distribution, path) is None else ["stand-in", "installed"]
+
+
+def load(monkeypatch: pytest.MonkeyPatch, name: str, distribution: str, path: str) -> ModuleType:
+    """A module of an engine from its installed source, with the stand-ins for whatever it imports."""
+    file = installed(distribution, path)
+    assert file is not None
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, own = name.rpartition(".")
+    setattr(sys.modules[parent], own, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclasses.dataclass

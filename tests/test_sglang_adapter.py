@@ -1,8 +1,9 @@
-"""The SGLang adapter, driven by a stand-in for SGLang 0.5.23's ``DllmAlgorithm`` and FlashInfer backend."""
+"""The SGLang adapter, driven by a stand-in for SGLang 0.5.23's ``DllmAlgorithm``, or by the installed one."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import sys
 from enum import Enum
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine_toy import BLOCK, FlatToy, Request, attend, decode_whole, stub, toy
+from tests.engine_toy import BLOCK, FlatToy, Request, attend, decode_whole, load, sources, stub, toy
 from tests.toy_model import MASK
 
+SOURCE = ("sglang", "sglang/srt/dllm/algorithm/base.py")
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [6] * 8, [2, 3, 5, 7, 11, 13]]
 
 
@@ -52,16 +54,22 @@ class DllmAlgorithm:
         raise NotImplementedError
 
     def run(self, model_runner: Any, forward_batch: Any, algo_states: Any = None) -> tuple[Any, ...]:
-        states = [None] * forward_batch.batch_size if algo_states is None else algo_states
+        batch = forward_batch.batch_size
+        tokens = forward_batch.input_ids.view(batch, self.block_size)
+        given = (tokens != self.mask_id).sum(dim=1).tolist()
+        states = [None] * batch
         for _ in range(1 if self.fdfo else self.block_size + 1):
             self.prepare_inputs(model_runner, forward_batch, states)
             out = model_runner.forward(forward_batch, pp_proxy_tensors=None)
+            if not self.fdfo and min(given) == self.block_size:
+                return out.logits_output, [], None, None, False
             done = self.step(forward_batch, out.logits_output.full_logits, states)
             if all(done):
                 break
-        tokens = forward_batch.input_ids.view(-1, self.block_size).tolist()
-        lengths = [self.block_size if d else 0 for d in done] if self.fdfo else None
-        return out.logits_output, tokens, lengths, states, False
+        if self.fdfo:
+            lengths = [self.block_size if d else 0 for d in done]
+            return out.logits_output, tokens.tolist(), lengths, states, False
+        return out.logits_output, [row[n:] for row, n in zip(tokens, given, strict=True)], None, None, False
 
 
 class RadixAttention(nn.Module):
@@ -129,15 +137,15 @@ class ModelRunner:
         return SimpleNamespace(logits_output=SimpleNamespace(full_logits=logits), can_run_graph=False)
 
 
-@pytest.fixture
-def adapter(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(params=sources(*SOURCE))
+def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     HookRegistry.hooks = []
     group = SimpleNamespace(world_size=1, device_group=None)
     stub(
         monkeypatch,
         {
             "sglang": {"__version__": "0.5.23"},
-            "sglang.srt.dllm.algorithm": {"algo_name_to_cls": {}},
+            "sglang.srt.dllm.algorithm": {"algo_name_to_cls": {}, "get_algorithm": None},
             "sglang.srt.dllm.algorithm.base": {"DllmAlgorithm": DllmAlgorithm},
             "sglang.srt.dllm.config": {"DllmConfig": DllmConfig},
             "sglang.srt.layers.radix_attention": {"RadixAttention": RadixAttention},
@@ -149,8 +157,25 @@ def adapter(monkeypatch: pytest.MonkeyPatch):
             },
         },
     )
+    if request.param == "installed":
+        stub(
+            monkeypatch,
+            {
+                "sglang.srt.layers.logits_processor": {"LogitsProcessorOutput": object},
+                "sglang.srt.model_executor.forward_batch_info": {"ForwardBatch": object},
+                "sglang.srt.model_executor.model_runner": {"ModelRunner": object},
+                "sglang.srt.server_args": {"ServerArgs": object},
+                "sglang.srt.utils": {"is_npu": lambda: False},
+            },
+        )
+        load(monkeypatch, "sglang.srt.dllm.algorithm.base", *SOURCE)
     monkeypatch.delitem(sys.modules, "attn_sampler.adapters.sglang", raising=False)
     return importlib.import_module("attn_sampler.adapters.sglang")
+
+
+@pytest.mark.skipif(len(sources(*SOURCE)) > 1, reason="its tests run")
+def test_installed_engine():
+    pytest.skip("SGLang is not installed (pip install --no-deps sglang): judged over the stand-in alone")
 
 
 def make_batch(requests: list[Request], **fields: Any) -> Any:
@@ -172,20 +197,22 @@ def make_batch(requests: list[Request], **fields: Any) -> Any:
 def serve(algorithm: Any, runner: ModelRunner, num_blocks: int) -> list[list[int]]:
     """All prompts at once, block after block, as the scheduler does."""
     requests = [Request(prompt) for prompt in PROMPTS]
-    states: list[Any] = [None] * len(requests)
     goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in PROMPTS]
     for _ in range(100):
-        running = [i for i, request in enumerate(requests) if request.cached < goals[i] * BLOCK]
+        running = [r for r, goal in zip(requests, goals, strict=True) if r.cached < goal * BLOCK]
         if not running:
             return [request.tokens for request in requests]
-        batch = make_batch([requests[i] for i in running])
-        _, tokens, lengths, new_states, _ = algorithm.run(runner, batch, [states[i] for i in running])
-        for place, i in enumerate(running):
-            states[i] = new_states[place]
-            if lengths is None or lengths[place]:
-                requests[i].store(tokens[place])
+        batch = make_batch(running)
+        _, tokens, lengths, *_ = algorithm.run(runner, batch)
+        for place, request in enumerate(running):
+            block = request.block()
+            if lengths is None:  # what was asked for, of finished blocks
+                given = [token for token in block if token != MASK]
+                request.store(given + torch.as_tensor(tokens[place]).tolist() if tokens else block)
+            elif lengths[place]:
+                request.store(tokens[place])
             else:
-                requests[i].tokens[requests[i].cached :] = tokens[place]
+                request.tokens[request.cached :] = tokens[place]
     raise AssertionError("the blocks are never done")
 
 
@@ -244,9 +271,10 @@ def test_a_mask_token_in_a_prompt_is_text(adapter: Any):
     algorithm, runner, request = adapter.algorithm()(config), ModelRunner(config), Request([5, MASK, 7])
     literal = torch.tensor([[True, True, True, False]])
     batch = make_batch([request], dllm_prompt_mask=literal)
-    _, tokens, *_ = algorithm.run(runner, batch)
-    assert tokens[0][:3] == [5, MASK, 7]
-    assert tokens[0][3] != MASK
+    algorithm.run(runner, batch)
+    tokens = batch.input_ids.tolist()
+    assert tokens[:3] == [5, MASK, 7]
+    assert tokens[3] != MASK
 
 
 def test_policies_without_attention_watch_nothing(adapter: Any):
@@ -280,7 +308,7 @@ def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
     unseen.prepare_inputs(ModelRunner(config), batch, [])
     with pytest.raises(RuntimeError, match="no attention of the model was seen"):
         unseen.step(make_batch([Request([])]), torch.zeros(BLOCK, MASK + 1), [None])
-    sys.modules["sglang"].__version__ = "0.4.9"
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.4.9")
     with pytest.raises(RuntimeError, match=r"sglang 0\.4\.9 is installed"):
         adapter.register()
     monkeypatch.setitem(sys.modules, "sglang.srt.dllm.algorithm", None)

@@ -46,6 +46,7 @@ class Unmasking:
         self._seed = seed
         self._layers = layers
         self._score_options = score_options
+        self._consts = _require("lmdeploy.pytorch.consts")
         self._scores: BlockScores | None = None
         self._steps = 0
 
@@ -78,7 +79,7 @@ class Unmasking:
         self, processor: Any, logits: Tensor, input_ids: Tensor, token_ids: Tensor, dllm_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The states and tokens ``[B * C]`` after the step, from those before it and the tokens drawn."""
-        consts = _require("lmdeploy.pytorch.consts")
+        consts = self._consts
         block_length = processor.dllm_config.block_length
         state = dllm_mask.unflatten(0, (-1, block_length)).clone()
         state[(state == consts.DLLM_UNMASKED).all(dim=1)] = consts.DLLM_CACHED
@@ -104,7 +105,8 @@ class Unmasking:
         return torch.where(selected, consts.DLLM_UNMASKED, state).flatten(), token_ids
 
 
-_original: dict[str, Any] = {}
+#: What ``install`` has replaced: where, under which name, and what was there.
+_replaced: list[tuple[Any, str, Any]] = []
 
 
 def install(
@@ -147,32 +149,31 @@ def install(
     processor = _require("lmdeploy.pytorch.strategies.dllm.unmasking").UnmaskingProcessor
     agent = _require("lmdeploy.pytorch.engine.model_agent.agent")
     uninstall()
-    _original.update(call=processor.__call__, build=agent.build_patched_model)
+    own_call, own_build = processor.__call__, agent.build_patched_model
 
-    @functools.wraps(processor.__call__)
+    @functools.wraps(own_call)
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if self.dllm_config.unmasking_strategy is None:
-            return _original["call"](self, *arguments, **keywords)
+            return own_call(self, *arguments, **keywords)
         return unmasking(self, *arguments, **keywords)
 
-    @functools.wraps(agent.build_patched_model)
+    @functools.wraps(own_build)
     def build(*arguments: Any, **keywords: Any) -> nn.Module:
-        model = _original["build"](*arguments, **keywords)
+        model = own_build(*arguments, **keywords)
         if chosen.needs_scores:
             unmasking.watch(model)
         return model
 
-    processor.__call__ = call
-    agent.build_patched_model = build
+    for owner, name, replacement in ((processor, "__call__", call), (agent, "build_patched_model", build)):
+        _replaced.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, replacement)
     return unmasking
 
 
 def uninstall() -> None:
     """Give LMDeploy its own unmasking back."""
-    if _original:
-        _require("lmdeploy.pytorch.strategies.dllm.unmasking").UnmaskingProcessor.__call__ = _original["call"]
-        _require("lmdeploy.pytorch.engine.model_agent.agent").build_patched_model = _original["build"]
-        _original.clear()
+    while _replaced:
+        setattr(*_replaced.pop())
 
 
 def _head_group() -> Any:
