@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attn_sampler import decode_step, distributed
+from attn_sampler.adapters._engine import BlockScores
 from attn_sampler.reference import StepResult
+from tests.engine_toy import stub
 
 BATCH, BLOCK, LENGTH, VOCAB, HEADS, KV_HEADS, HEADDIM = 3, 8, 20, 101, 8, 4, 16
 PADDING = 5  # columns beyond the vocabulary on the last rank
@@ -58,6 +62,39 @@ def share(case: Case, rank: int, ranks: int) -> Case:
         logits = torch.cat([logits, poison], dim=-1)
     layers = [tuple(heads(x) for x in layer) for layer in case.layers]
     return dataclasses.replace(case, logits=logits, layers=layers, bounds={1: (start, stop)})
+
+
+class HeadShard(nn.Module):
+    """A model with some of the heads of the case's first layer."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__()
+        (q, k, _), *_ = CASES["probability, temperature 0.0"].layers
+        self.q, self.k = (x.tensor_split(ranks, dim=1)[rank] for x in (q, k))
+
+    def forward(self) -> Tensor:
+        return F.scaled_dot_product_attention(self.q, self.k, self.k, enable_gqa=True)
+
+
+def adapters_step(rank: int, ranks: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Tokens that the dInfer decoder commits, and scores as the engines with paged caches add them up."""
+    case = CASES["probability, temperature 0.0"]
+    with pytest.MonkeyPatch.context() as patch:
+        decoder = type("ParallelDecoder", (), {"__init__": lambda self, *_, **__: None})
+        modules = {"dinfer": {"__version__": "0.1"}}
+        stub(patch, modules | {"dinfer.decoding.parallel_strategy": {"ParallelDecoder": decoder}})
+        from attn_sampler.adapters.dinfer import AttnParallelDecoder
+    model = HeadShard(rank, ranks)
+    adapter = AttnParallelDecoder(model, mask_id=case.options["mask_token_id"], tau=0.3, group=group)
+    model()
+    tokens, block = case.tokens.clone(), case.options["block"]
+    adapter.decode(case.logits, block.start, block.stop, tokens)
+
+    scores = BlockScores(BLOCK, group=group)
+    for first in (True, False):
+        q, k = (x[:, :, block].transpose(1, 2).flatten(0, 1) for x in (model.q, model.k))
+        scores.add(q, k, first=first, last=not first)
+    return tokens, scores.read(BATCH)
 
 
 def _case(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from attn_sampler import distributed
-from tests.distributed_cases import CASES, share
+from tests.distributed_cases import CASES, adapters_step, share
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:
@@ -24,6 +24,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     for name, case in CASES.items():
         for ranks, group in ((4, None), (2, pairs[rank // 2])):
             results[name, ranks] = case.run(share(case, dist.get_rank(group), ranks), group)
+    results["adapters", 4] = adapters_step(rank, world_size, dist.group.WORLD)
     scores = torch.full((2, 3), 0.1 * (rank + 1))
     results["sum_scores", 4] = (distributed.sum_scores(scores),)
     torch.save(results, folder / f"rank{rank}.pt")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attn_sampler import distributed, token_confidence
 from attn_sampler.reference import StepResult
-from tests.distributed_cases import CASES, Case
+from tests.distributed_cases import CASES, Case, adapters_step
 
 RANKS = 4
 TIME_LIMIT = 100  # seconds
@@ -113,6 +113,15 @@ def test_sum_scores(results: list[dict]):
     exact = sum(torch.full((2, 3), 0.1 * (rank + 1)).double() for rank in range(RANKS))
     for result in results:
         assert torch.equal(result["sum_scores", 4][0], exact.float())
+
+
+def test_adapters_add_up_the_heads_of_all_ranks(results: list[dict]):
+    tokens, scores = adapters_step(0, 1, None)
+    assert (tokens != CASES["probability, temperature 0.0"].tokens).any()
+    for result in results:
+        assert torch.equal(result["adapters", 4][0], tokens)
+        assert same_bits(result["adapters", 4][1], results[0]["adapters", 4][1])
+        torch.testing.assert_close(result["adapters", 4][1], scores, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
