@@ -35,6 +35,7 @@ from attn_sampler.reference import StepResult
 _NO_TOKEN = float(1 << 53)  # above every token id, exact in float64
 
 
+@torch.no_grad()
 def sum_scores(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The column scores of all heads, from those of this rank's heads.
 
@@ -61,6 +62,7 @@ def sum_scores(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     return _gather(scores.double(), group).sum(dim=0).float()
 
 
+@torch.no_grad()
 def token_confidence(
     logits: Tensor,  # [B, C, V of this rank]
     *,
@@ -113,6 +115,7 @@ def token_confidence(
     return shard.merge(_gather(torch.stack(shard.statistics()), group))
 
 
+@torch.no_grad()
 def decode_step(
     tokens: Tensor,  # [B, T]
     logits: Tensor,  # [B, C, V of this rank]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attn_sampler import generate, reference
-from tests.engine_toy import load, sources, stub
+from tests.engine_toy import load, needs_installed, stub
 from tests.toy_model import EOS, MASK, ToyModel, rotate
 
 SOURCE = ("dinfer", "dinfer/decoding/generate_uniform.py")
@@ -222,13 +222,7 @@ def test_other_policies(adapter: Any, policy: str):
     assert torch.equal(run(model, decoder, PROMPT), generate(CachedToy(), PROMPT, **options).tokens)
 
 
-@pytest.mark.skipif(len(sources(*SOURCE)) > 1, reason="its test runs")
-def test_installed_engine():
-    pytest.skip("dInfer is not installed (from its repository): judged over the stand-in alone")
-
-
-@pytest.mark.skipif(len(sources(*SOURCE)) == 1, reason="see test_installed_engine")
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(n, marks=needs_installed(*SOURCE)) for n in (1, 2)])
 def test_installed_loop(adapter: Any, monkeypatch: pytest.MonkeyPatch, batch: int):
     name = "transformers.models.layoutlmv2.modeling_layoutlmv2"  # imported there, and not used
     stub(monkeypatch, {name: {"relative_position_bucket": None}})

@@ -151,6 +151,18 @@ def test_given_scores_are_added_up(one_rank: None):
     assert torch.equal(step.tokens, whole.tokens)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_carries_no_gradient(one_rank: None, inference: bool):
+    case = CASES["margin, temperature 0.7"]
+    with torch.inference_mode(inference):
+        logits = case.logits.clone().requires_grad_(not inference)
+        layers = [tuple(x.clone().requires_grad_(not inference) for x in layer) for layer in case.layers]
+        tokens = case.tokens.clone()
+        step = distributed.decode_step(tokens, logits, layers, vocab_start=0, vocab_size=101, **case.options)
+        assert torch.equal(step.tokens, case.whole().tokens)
+        assert not any(field.requires_grad for field in step)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -79,11 +79,6 @@ def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("attn_sampler.adapters.dllm")
 
 
-@pytest.mark.skipif(len(sources(*SOURCE)) > 1, reason="its tests run")
-def test_installed_engine():
-    pytest.skip("dLLM is not installed (from its repository): judged over the stand-in alone")
-
-
 def alone(prompt: list[int], **options: Any) -> list[int]:
     options = {"mask_token_id": MASK, "block_length": 4} | options
     return generate(ToyModel(), torch.tensor([prompt]), **options).tokens[0].tolist()

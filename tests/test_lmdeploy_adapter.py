@@ -96,11 +96,6 @@ def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     module.uninstall()
 
 
-@pytest.mark.skipif(len(sources(*SOURCE)) > 1, reason="its tests run")
-def test_installed_engine():
-    pytest.skip("LMDeploy is not installed (pip install --no-deps lmdeploy): judged over the stand-in alone")
-
-
 def engine(
     strategy: UnmaskingStrategy | None = UnmaskingStrategy.LOW_CONFIDENCE_DYNAMIC, seed: int = 0
 ) -> Any:
@@ -110,6 +105,11 @@ def engine(
     )
     model = sys.modules["lmdeploy.pytorch.engine.model_agent.agent"].build_patched_model(seed)
     return processor, model
+
+
+def forward(model: FlatToy, tokens: Tensor, requests: list[Request]) -> Tensor:
+    metadata = SimpleNamespace(is_decoding=True, requests=requests)
+    return model(tokens, requests, lambda layer, q, k, v: layer(q, k, v, None, None, metadata))
 
 
 def serve(processor: Any, model: FlatToy, num_blocks: int) -> list[list[int]]:
@@ -122,8 +122,7 @@ def serve(processor: Any, model: FlatToy, num_blocks: int) -> list[list[int]]:
         if not running:
             return [request.tokens for request in requests]
         tokens = torch.tensor([token for request in running for token in request.block()])
-        metadata = SimpleNamespace(is_decoding=True, requests=running)
-        logits = model(tokens, running, lambda layer, q, k, v: layer(q, k, v, None, None, metadata))
+        logits = forward(model, tokens, running)
         drawn = logits.argmax(dim=-1)
         state = torch.cat([states[id(request)] for request in running])
         state, drawn = processor(logits, tokens, drawn, state)

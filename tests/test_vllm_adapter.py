@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_sampler import column_scores
-from tests.engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, stub, toy
+from tests.engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, needs_installed, stub, toy
 from tests.toy_model import MASK
 
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [2, 3, 5, 7, 11, 13]]
@@ -242,28 +242,52 @@ def test_remasking_policy(adapter: Any):
         remask.apply(input_draft=(MASK,) * BLOCK)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm_dllm_plugin") is not None, reason="its test runs")
-def test_installed_plugin():
-    pytest.skip("vllm-dllm-plugin is not installed (from its repository): judged over the stand-in alone")
+PLUGIN = ("vllm-dllm-plugin", "vllm_dllm_plugin/remasking/handoff.py")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm_dllm_plugin") is None, reason="see test_installed_plugin")
-def test_installed_plugin_hands_over(adapter: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("size", [pytest.param(32, marks=needs_installed(*PLUGIN))])
+def test_installed_plugin_hands_over(adapter: Any, monkeypatch: pytest.MonkeyPatch, size: int):
     monkeypatch.delitem(sys.modules, "dllm_plugin")
-    from vllm_dllm_plugin.config import DRAFT_SIZE
     from vllm_dllm_plugin.remasking import RemaskingPolicy, remask_after_block_forward
 
-    policy = adapter.Remask(MASK, DRAFT_SIZE, policy="confidence")
+    policy = adapter.Remask(MASK, size, policy="confidence")
     assert isinstance(policy, RemaskingPolicy)
-    logits = torch.randn(DRAFT_SIZE, MASK + 1, generator=torch.Generator().manual_seed(0))
-    draft, steps = (MASK,) * DRAFT_SIZE, 0
+    logits = torch.randn(size, MASK + 1, generator=torch.Generator().manual_seed(0))
+    draft, steps = (MASK,) * size, 0
     while True:
         result = remask_after_block_forward(input_draft=draft, logits=logits, policy=policy)
         draft, steps = result.next_input_block, steps + 1
         if result.committed_token_ids:
             break
-    assert steps == DRAFT_SIZE
+    assert steps == size
     assert result.committed_token_ids == tuple(logits[:, :MASK].argmax(dim=-1).tolist())
+
+
+def test_draws_a_stream_of_its_own_for_each_row_and_step(adapter: Any):
+    """Uniform logits, so that all depends on the noise."""
+    logits, draft = torch.zeros(3, BLOCK, MASK + 1), torch.full((3, BLOCK), MASK)
+
+    def draw(seed: int) -> list[list[int]]:
+        remask = adapter.Remask(MASK, BLOCK, policy="threshold", tau=0.0, temperature=1.0, seed=seed)
+        return [remask(logits, draft, MASK, 0.9)[0].flatten().tolist() for _ in range(3)]
+
+    drawn = draw(7)
+    assert draw(7) == drawn
+    assert draw(8) != drawn
+    rows = {tuple(step[i : i + BLOCK]) for step in drawn for i in range(0, 3 * BLOCK, BLOCK)}
+    assert len(rows) == 9
+    assert MASK not in {token for row in rows for token in row}
+
+
+def test_scores_that_are_nan_end_with_an_error(adapter: Any):
+    model = make_model()
+    remask = adapter.Remask(MASK, BLOCK)
+    remask.watch(model)
+    q, k = torch.full((BLOCK, 32), torch.nan), torch.randn(BLOCK, 16)
+    for layer in model.attention:
+        layer(q, k, k)
+    with pytest.raises(RuntimeError, match="nothing could be committed: the attention scores are NaN"):
+        remask(torch.randn(1, BLOCK, MASK + 1), torch.full((1, BLOCK), MASK), MASK, 0.9)
 
 
 def test_switched_off(adapter: Any):
@@ -284,6 +308,9 @@ def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
         remask(logits, draft, 3, 0.9)
     with pytest.raises(RuntimeError, match="Linear has no Attention layer"):
         remask.watch(nn.Linear(1, 1))
+    for layers in ([5], [-3, 0], slice(2, None)):
+        with pytest.raises(RuntimeError, match="does not fit the 2 attention layers of the model"):
+            adapter.Remask(MASK, BLOCK, layers=layers).watch(make_model())
     with pytest.raises(TypeError, match="threshold"):
         start(adapter, make_model(), {"threshold": 0.5})
     monkeypatch.delattr(DiffusionSampler, "__call__")
