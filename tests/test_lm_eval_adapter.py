@@ -255,6 +255,34 @@ def test_command_line(
     assert re.search(r"\|letters\|.*\|exact_match\|.*0\.6667", capsys.readouterr().out)
 
 
+def test_checkpoint_in_a_folder(tmp_path: Path):
+    """The loader of ``attn-sampler generate`` on a Llama of random weights, made bidirectional."""
+    run = pytest.importorskip("attn_sampler.adapters.run", reason="the loader of checkpoints is not there")
+    transformers = pytest.importorskip("transformers", reason="the loader needs transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="the loader needs transformers")
+    words = ["[UNK]", "[PAD]", "[EOS]", *(f"w{i}" for i in range(28)), "[MASK]"]
+    by_word = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    by_word.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=by_word, **special).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(words), initializer_range=0.4, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+
+    lm = AttnSamplerLM(str(tmp_path), family="bidirectional", device="cpu", batch_size=2, **OPTIONS)
+    contexts = ["w3 w4", "w9", "w1 w2 w5 w7"]
+    checkpoint = run.load(str(tmp_path), family="bidirectional", device="cpu")
+    options = {"gen_length": 8, "block_length": 4, "tau": 0.3}
+    expected = [run.decode(checkpoint, [context], **options)[0][0] for context in contexts]
+    assert lm.generate_until([ask(context) for context in contexts]) == expected
+    assert len(set(expected)) == 3
+    ((value, _),) = lm.loglikelihood([Instance("loglikelihood", {}, ("w3 w4", " w5 w6"), 0)])
+    assert -60.0 < value < 0.0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
