@@ -7,7 +7,7 @@ numbers for each position, in one collective, and ends with the same tokens on e
 - A token's confidence is a function of each shard's most probable token, its logit and its probability within
   the shard (and the shard's margin or entropy). Logits stay where they are.
 
-The numbers are gathered and merged by every rank in rank order. An all-reduce would leave the order of the
+The numbers are gathered, and every rank merges them alike. An all-reduce would leave the order of the
 additions to the communication library: it may differ from one run, or one number of ranks, to the next, and
 nothing promises that all ranks get equal bits. A gather moves bits and computes nothing.
 
