@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from attn_sampler import distributed, token_confidence
@@ -107,6 +111,32 @@ def test_cases_reach_what_they_are_for():
         [False] * 8,
         [False] * 8,
     ]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_any_split_of_the_vocabulary(data: st.DataObject):
+    """Any shares; ties, infinities and NaN; any temperature: what the ranks would gather, merged."""
+    vocab = data.draw(st.integers(2, 24), label="vocabulary")
+    cuts = data.draw(st.lists(st.integers(0, vocab), max_size=4), label="cuts")
+    exclude = data.draw(st.none() | st.integers(0, vocab - 1), label="excluded")
+    metric = data.draw(st.sampled_from(["probability", "margin", "entropy"]), label="metric")
+    temperature = data.draw(st.sampled_from([0.0, 0.0, 1e-3, 0.7, 1.0, 50.0]), label="temperature")
+    special = [-math.inf, -math.inf, math.nan, math.inf, 0.0, 1.0, 2.0, -300.0, 3e38, -3e38]
+    values = st.sampled_from(special) | st.floats(-20.0, 20.0, width=32)
+    rows = data.draw(st.lists(st.lists(values, min_size=vocab, max_size=vocab), min_size=3, max_size=3))
+    logits = torch.tensor([rows])
+    options = {"metric": metric, "temperature": temperature, "seed": data.draw(st.integers(0, 2**64 - 1))}
+
+    expected_ids, expected = token_confidence(logits, exclude_token_id=exclude, **options)
+    bounds = [0, *sorted(cuts), vocab]
+    shards = [
+        distributed._Shard(logits[..., lo:hi], lo, vocab, exclude_token_id=exclude, backend="auto", **options)
+        for lo, hi in itertools.pairwise(bounds)
+    ]
+    ids, confidence = shards[0].merge(torch.stack([torch.stack(shard.statistics()) for shard in shards]))
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(confidence, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
 def test_sum_scores(results: list[dict]):
