@@ -49,7 +49,7 @@ def require(module: str, distribution: str, install: str, oldest: str, below: st
         version = getattr(importlib.import_module(engine), "__version__", "0")
     if not oldest <= TorchVersion(version) < below:
         raise RuntimeError(
-            f"{engine} {version} is installed; the adapter was tested with {oldest} and newer, below {below}"
+            f"{engine} {version} is outside the tested range, {oldest} to below {below}: {install}"
         )
     return found
 
