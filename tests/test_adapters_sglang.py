@@ -252,9 +252,9 @@ def test_the_model_is_watched_when_it_is_loaded(adapter: Any):
     assert algorithm._scores.read(len(PROMPTS)).sum() > 0
 
 
-def test_models_of_other_algorithms_are_left_alone(adapter: Any):
+def test_models_that_need_no_watching_are_left_alone(adapter: Any):
     adapter.register()
-    for config in (None, SimpleNamespace(algorithm="LowConfidence")):
+    for config in (None, SimpleNamespace(algorithm="LowConfidence"), DllmConfig({"policy": "threshold"})):
         runner = ModelRunner(DllmConfig({}))
         runner.server_args.dllm_config = config
         HookRegistry.hooks[0][1](None, runner)

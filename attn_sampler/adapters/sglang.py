@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
-from attn_sampler.adapters._engine import BlockDecoder, BlockScores, attention_layers, require
+from attn_sampler.adapters._engine import (
+    BlockDecoder,
+    BlockScores,
+    attention_layers,
+    require,
+    stateless_policy,
+)
 
 NAME = "AttnSampler"
 
@@ -52,8 +58,11 @@ def register() -> None:
 
 def _watch_loaded(result: Any, model_runner: Any, *_: Any, **__: Any) -> None:
     config = _require("sglang.srt.dllm.config").DllmConfig.from_server_args(model_runner.server_args)
-    if config is not None and config.algorithm == NAME:
-        watch(model_runner.model, config.block_size, config.algorithm_config)
+    if config is None or config.algorithm != NAME:
+        return
+    options = config.algorithm_config or {}
+    if stateless_policy(options.get("policy", "attn"), options.get("tau")).needs_scores:
+        watch(model_runner.model, config.block_size, options)
 
 
 def watch(model: torch.nn.Module, block_length: int, options: dict[str, Any]) -> BlockScores:
