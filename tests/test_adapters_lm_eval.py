@@ -78,6 +78,22 @@ def test_generates_as_generate(batch_size: int | str):
     assert len(set(expected)) > 2
 
 
+def test_block_causal_models_get_prompts_whose_lengths_agree(monkeypatch: pytest.MonkeyPatch):
+    lm, batches = make(batch_size=2), []
+    lm.model.causal_block = 4
+
+    def decode(
+        prompts: list[list[int]], length: int, temperature: float, seeds: list[int]
+    ) -> list[list[int]]:
+        batches.append([len(prompt) % 4 for prompt in prompts])
+        return [[4 + seed] for seed in seeds]
+
+    monkeypatch.setattr(lm, "_decode", decode)
+    answers = lm.generate_until([ask("a" * n) for n in (3, 8, 7, 4, 11, 12)])
+    assert sorted(batches) == [[0], [0, 0], [1], [1, 1]]
+    assert answers == list("abcdef")
+
+
 def test_options_of_the_request():
     lm = make(seed=5)
     context = max(CONTEXTS, key=lambda c: len(set(answer(c))))

@@ -3,7 +3,7 @@
 Install: ``pip install 'attn_sampler[lm-eval]'``. The harness knows models of other packages only when these
 have been imported, so its command line is started through this module:
 
-    python -m attn_sampler.adapters.lm_eval --model attn_sampler --tasks gsm8k --batch_size 4 \\
+    python -m attn_sampler.adapters.lm_eval --model attn_sampler --tasks gsm8k \\
         --model_args pretrained=GSAI-ML/LLaDA-1.5,trust_remote_code=true,policy=attn,tau=0.9
 
 In Python, importing it is enough: ``lm_eval.simple_evaluate(model="attn_sampler", ...)``, or with
@@ -66,7 +66,7 @@ class AttnSamplerLM(_api.TemplateLM):
     policy, tau, seed
         As in ``generate``; request i draws from the stream ``seed + i``.
     batch_size
-        Requests decoded together, padded on the left.
+        Requests decoded together, padded on the left: more than 1 needs a model that masks padding.
     max_gen_toks
         Tokens decoded where the task does not say how many.
     max_length
@@ -186,15 +186,17 @@ class AttnSamplerLM(_api.TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each request, up to the first of its stop sequences."""
         answers = [""] * len(requests)
-        jobs: dict[tuple[int, float], list[_Job]] = {}
+        jobs: dict[tuple[int, float, int], list[_Job]] = {}
         for index, request in enumerate(requests):
             context, keywords = request.args
             keywords = _utils.normalize_gen_kwargs(keywords, self._max_gen_toks)
             length, temperature = keywords["max_gen_toks"], keywords.get("temperature", 0.0)
             prompt = self._fitting(self.tok_encode(context), length)
-            jobs.setdefault((length, temperature), []).append(_Job(index, prompt, keywords["until"]))
+            # A block-causal model takes padding by whole blocks.
+            residue = len(prompt) % (getattr(self.model, "causal_block", None) or 1)
+            jobs.setdefault((length, temperature, residue), []).append(_Job(index, prompt, keywords["until"]))
         batches: list[tuple[int, float, list[_Job]]] = []
-        for (length, temperature), members in jobs.items():
+        for (length, temperature, _), members in jobs.items():
             members.sort(key=lambda job: len(job.prompt))  # little padding
             for start in range(0, len(members), self.batch_size):
                 batches.append((length, temperature, members[start : start + self.batch_size]))
