@@ -117,11 +117,11 @@ class CLAD(_MapPolicy):
     """CLAD (arXiv 2605.29607): runs of confident positions, of which two that depend on each other wait.
 
     Candidates are the positions with p >= ``tau``, at least the most confident; a cluster is a run of
-    adjacent ones. The link of two positions is the larger of their attention to each other; that of a position
-    to a cluster its mean over the cluster; that of two clusters the largest of any position of one to the
-    other, in either direction. Two clusters conflict where each is the other's strongest link (the left one on
-    ties) and the link is at least each one's mean link; of only two clusters, at least ``tau_link`` / C.
-    The shorter of a conflicting pair waits (the right one on ties).
+    adjacent ones. The link of two positions is the larger of their attention to each other; that of a
+    position to a cluster its mean over the cluster; that of two clusters the largest of any position of one
+    to the other, in either direction. Two clusters conflict where each is the other's strongest link (the
+    left one on ties) and the link is at least each one's mean link; of only two clusters, at least
+    ``tau_link`` / C. The shorter of a conflicting pair waits (the right one on ties).
 
     The paper's text was not at hand beyond its abstract: this is the rule of its authors' code. Added: a
     link of 0 is no conflict.
