@@ -23,13 +23,15 @@ from attn_sampler import checks
 from attn_sampler.sampler import Policy, StepState, ranked_positions, register_policy, top_positions
 
 
-class _MapPolicy(Policy):
+class MapPolicy(Policy):
+    """A policy whose ``select`` reads ``state.attention_map``."""
+
     needs_scores: ClassVar[bool] = True
     needs_map: ClassVar[bool] = True
 
 
 @dataclasses.dataclass
-class DAWN(_MapPolicy):
+class DAWN(MapPolicy):
     """DAWN (arXiv 2602.06953): confident positions, those anchored by committed ones, and an independent set.
 
     Columns whose mean weight over the block's rows exceeds ``tau_sink`` are sinks and dropped. Position i
@@ -54,7 +56,7 @@ class DAWN(_MapPolicy):
 
     def select(self, state: StepState) -> Tensor:
         p, masked = state.confidence, state.masked
-        attention = _weights(state, keep_diagonal=True)
+        attention = attention_weights(state, keep_diagonal=True)
         sink = attention.mean(dim=1) > self.tau_sink  # [B, C]
         attention = _without_diagonal(attention.masked_fill(sink[:, None, :], 0.0))
         depends = attention >= self.tau_edge  # [B, C, C]: row on column
@@ -63,12 +65,12 @@ class DAWN(_MapPolicy):
         first = masked & ((p >= self.tau) | (induced & (p >= self.tau_induced)))
         conflict = depends | depends.transpose(1, 2)
         candidates = masked & (p >= self.tau_low) & ~first & ~(conflict & first[:, None, :]).any(dim=2)
-        selected = first | _independent_set(candidates, conflict, p)
+        selected = first | independent_set(candidates, conflict, p)
         return _or_most_confident(selected, state)
 
 
 @dataclasses.dataclass
-class DAPD(_MapPolicy):
+class DAPD(MapPolicy):
     """DAPD (arXiv 2603.12996): an independent set of the masked positions, by degree times confidence.
 
     The edge weight of two masked positions is the mean of their attention to each other. In descending
@@ -102,18 +104,18 @@ class DAPD(_MapPolicy):
             self._first = (state.sequence, count)
         sequence, at_first = self._first
         left = count / at_first[torch.searchsorted(sequence, state.sequence)].to(torch.float64)
-        weight = _weights(state)
+        weight = attention_weights(state)
         weight = 0.5 * (weight + weight.transpose(1, 2))
         weight = weight.masked_fill(~(masked[:, :, None] & masked[:, None, :]), 0.0)
         threshold = self.tau_min + (self.tau_max - self.tau_min) * (1.0 - left)
         value = weight.sum(dim=2) * p
-        independent = _independent_set(masked, weight > threshold[:, None, None], value)
+        independent = independent_set(masked, weight > threshold[:, None, None], value)
         confident = _or_most_confident(masked & (p > self.tau), state)
         return torch.where((left < self.switch_ratio)[:, None], confident, independent)
 
 
 @dataclasses.dataclass
-class CLAD(_MapPolicy):
+class CLAD(MapPolicy):
     """CLAD (arXiv 2605.29607): runs of confident positions, of which two that depend on each other wait.
 
     Candidates are the positions with p >= ``tau``, at least the most confident; a cluster is a run of
@@ -145,7 +147,7 @@ class CLAD(_MapPolicy):
         exists = size > 0
         number = exists.sum(dim=1)[:, None]
 
-        link = _weights(state)
+        link = attention_weights(state)
         link = torch.maximum(link, link.transpose(1, 2))
         to_cluster = link @ member.transpose(1, 2).to(link.dtype) / size.clamp(min=1)[:, None, :]
         to_cluster = to_cluster.masked_fill(~candidate[:, :, None], 0.0)
@@ -171,7 +173,7 @@ class CLAD(_MapPolicy):
 
 
 @dataclasses.dataclass
-class ADAS(_MapPolicy):
+class ADAS(MapPolicy):
     """ADAS (arXiv 2606.10829): as many positions as another rule commits, chosen with an eye on each other.
 
     The base rule says how many: ``count``, or, where that is None, as many as have p >= ``tau`` (Fast-dLLM's
@@ -197,7 +199,7 @@ class ADAS(_MapPolicy):
         masked = state.masked
         passing = masked & (state.confidence >= self.tau)
         count = passing.sum(dim=1, keepdim=True).clamp(min=1) if self.count is None else self.count
-        attention, value = _weights(state), state.confidence.to(torch.float64)
+        attention, value = attention_weights(state), state.confidence.to(torch.float64)
         doubt = 1.0 - value.nan_to_num(nan=0.0)
         selected = torch.zeros_like(masked)
         for rank in range(masked.shape[1]):
@@ -208,8 +210,8 @@ class ADAS(_MapPolicy):
         return selected
 
 
-def _weights(state: StepState, keep_diagonal: bool = False) -> Tensor:
-    """The attention map in float64, which adds up float32 weights without rounding that could decide."""
+def attention_weights(state: StepState, keep_diagonal: bool = False) -> Tensor:
+    """The attention map [B, C, C], float64, in which sums of its weights hardly round, and without NaN."""
     assert state.attention_map is not None
     weights = state.attention_map.to(torch.float64).nan_to_num(nan=0.0)
     return weights if keep_diagonal else _without_diagonal(weights)
@@ -220,7 +222,7 @@ def _without_diagonal(weights: Tensor) -> Tensor:
     return weights.masked_fill(diagonal, 0.0)
 
 
-def _independent_set(
+def independent_set(
     candidates: Tensor,  # [B, C] bool
     conflict: Tensor,  # [B, C, C] bool, symmetric
     value: Tensor,  # [B, C]

@@ -162,8 +162,8 @@ def _layers(text: str) -> str | slice | list[int]:
 class Results:
     """What has been decoded so far, by task and rule, kept in a JSON file.
 
-    ``cells[task]["rules"][label]`` holds ``right`` and ``passes`` for the first so many problems;
-    ``["orders"]`` holds ``nats`` and ``passes``.
+    ``cells[task]["rules"][label]`` holds what ``decode`` gives for the first so many problems, ``["orders"]``
+    what ``order_log_likelihood`` does.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -232,7 +232,7 @@ class _Revealing(Policy):
 
 
 def decode(problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Rule) -> dict[str, list]:
-    """Decode some problems in one batch: ``right`` (0 or 1) and ``passes``, a value for each."""
+    """Decode some problems in one batch: ``right`` and other measures (0 or 1) and ``passes`` of each."""
     result = generate(
         model.model,
         [problems.prompts[i] for i in indices],
@@ -242,9 +242,11 @@ def decode(problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Ru
         logit_shift=model.logit_shift,
         **rule.attention,
     )
-    filled = zip(indices, result.tokens.cpu(), result.attention_mask.cpu(), strict=True)
-    right = [int(problems.judge(i, tokens[mask], model.mask_token_id)) for i, tokens, mask in filled]
-    return {"right": right, "passes": result.num_forward_passes.tolist()}
+    batch = zip(result.tokens.cpu(), result.attention_mask.cpu(), strict=True)
+    filled = [tokens[mask] for tokens, mask in batch]
+    right = [problems.judge(i, f, model.mask_token_id) for i, f in zip(indices, filled, strict=True)]
+    measured = {name: [int(measure(f)) for f in filled] for name, measure in problems.measures.items()}
+    return {"right": [int(r) for r in right], **measured, "passes": result.num_forward_passes.tolist()}
 
 
 def order_log_likelihood(

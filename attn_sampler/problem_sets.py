@@ -90,6 +90,8 @@ class ProblemSet:
     answers: list[Tensor]  # int64 each: the true tokens of the blanks
     block_length: int
     task: Task | None = None  # whose rules judge an answer; without it the true answer does
+    #: More to know of a filled prompt, int64 [L], by name: whether it parses, for example.
+    measures: dict[str, Callable[[Tensor], bool]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -58,7 +58,7 @@ def bootstrap_mean(values: Sequence[float]) -> tuple[float, float, float]:
 def summarise(tasks: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:
     """A row for each task and rule decoded to the end, differences where the baseline is one of them.
 
-    ``right``, ``nats``, ``difference`` and ``nats_difference`` are (value, low, high).
+    ``right`` and other measures, ``nats``, ``difference`` and ``nats_difference`` are (value, low, high).
     """
     rows = []
     for task, cell in tasks.items():
@@ -67,8 +67,11 @@ def summarise(tasks: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:
             decoded, order = (_complete(cell[kind], label, total) for kind in ("rules", "orders"))
             row: dict[str, Any] = {"task": task, "rule": label, "problems": total}
             if decoded is not None:
-                score = Score(sum(decoded["right"]), total)
-                row |= {"right": (score.rate, *score.interval), "passes": float(np.mean(decoded["passes"]))}
+                row["passes"] = float(np.mean(decoded["passes"]))
+                row["measures"] = [name for name in decoded if name not in ("right", "passes")]
+                for name in ("right", *row["measures"]):
+                    score = Score(sum(decoded[name]), total)
+                    row[name] = (score.rate, *score.interval)
                 base = _complete(cell["rules"], baseline, total)
                 if base is not None and label != baseline:
                     row["difference"] = paired_rate_difference(decoded["right"], base["right"])
@@ -103,16 +106,20 @@ def markdown(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         chosen = [row for row in rows if row["task"] == task]
         chosen.sort(key=lambda row: (-row["right"][0], row["passes"]) if "right" in row else (1.0, 0.0))
+        measures = list(dict.fromkeys(name for row in chosen for name in row.get("measures", ())))
+        headings = ["rule", "passes", "right", "95 %", f"less {baseline}", "95 %", "p"]
+        headings += ["nats", f"less {baseline}", "95 %", *measures]
         parts.append(
             f"### {task}, {chosen[0]['problems']} problems\n\n"
-            f"| rule | passes | right | 95 % | less {baseline} | 95 % | p | nats | less {baseline} | 95 % |\n"
-            "|---|---|---|---|---|---|---|---|---|---|\n" + "".join(map(_markdown_row, chosen))
+            f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
+            + "".join(_markdown_row(row, measures) for row in chosen)
         )
     return "\n".join(parts)
 
 
-def _markdown_row(row: Mapping[str, Any]) -> str:
-    cells = [f"`{row['rule']}`", *[""] * 9]
+def _markdown_row(row: Mapping[str, Any], measures: Sequence[str]) -> str:
+    rates = [f"{100 * row[name][0]:.1f}" if name in row else "" for name in measures]
+    cells = [f"`{row['rule']}`", *[""] * 9, *rates]
     if "right" in row:
         rate, low, high = (100 * x for x in row["right"])
         cells[1:4] = [f"{row['passes']:.2f}", f"{rate:.1f}", f"{low:.1f} to {high:.1f}"]
@@ -155,7 +162,7 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             panel.errorbar(
                 [row["passes"] for row in points],
                 rate,
-                yerr=(rate - low, high - rate),
+                yerr=np.maximum(0.0, (rate - low, high - rate)),  # rounding at 0 and 100 %
                 label=family,
                 color=f"C{index % 10}",
                 marker="osD^v"[index // 10 % 5],
