@@ -239,6 +239,7 @@ def decode(problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Ru
         mask_token_id=model.mask_token_id,
         block_length=problems.block_length,
         policy=rule.make(),
+        seed=list(indices),  # a problem's own random stream, in whatever batch it is
         logit_shift=model.logit_shift,
         **rule.attention,
     )
@@ -269,6 +270,7 @@ def order_log_likelihood(
         mask_token_id=model.mask_token_id,
         block_length=problems.block_length,
         policy=policy,
+        seed=list(indices),
         logit_shift=model.logit_shift,
         **rule.attention,
     )

@@ -221,6 +221,7 @@ def by_hand(problems: evaluation.ProblemSet, index: int, rule: Rule) -> tuple[in
         [problems.prompts[index]],
         policy=rule.make(),
         block_length=problems.block_length,
+        seed=index,
         **rule.attention,
     )
     truth = problems.truth(index, MASK)
@@ -232,12 +233,11 @@ def test_evaluate_decodes_each_problem_and_resumes(toy_file: Path, tmp_path: Pat
     for i in (0, 5, 7):  # answers that the model gives, so that some are right
         result = decode_toy(TOY.model, [problems.prompts[i]], policy="confidence", block_length=4)
         problems.answers[i] = result.tokens[0][problems.prompts[i] == MASK]
-    rules = expand(
-        ["confidence", "threshold:tau=0.2", "attn-parallel:tau=0.2,layers=last", "dawn:tau_low=0.2"]
-    )
+    rules = expand(["confidence", "threshold:tau=0.2", "attn-parallel:tau=0.2,layers=last"])
+    rules += expand(["dawn:tau_low=0.2", "attn-random:tau=0.2"])
     results, batches = Results(tmp_path / "out.json"), []
     arguments = {"batch_size": 5, "on_batch": lambda *event: batches.append(event)}
-    assert evaluate([(problems, TOY, "toy")], rules, results, **arguments, time_limit=0.0) == 48  # type: ignore[arg-type]
+    assert evaluate([(problems, TOY, "toy")], rules, results, **arguments, time_limit=0.0) == 60  # type: ignore[arg-type]
     assert not batches
     assert evaluate([(problems, TOY, "toy")], rules[:2], results, **arguments) == 0  # type: ignore[arg-type]
     assert [(rule, count) for _, rule, count in batches] == [
@@ -249,7 +249,7 @@ def test_evaluate_decodes_each_problem_and_resumes(toy_file: Path, tmp_path: Pat
     held["threshold:tau=0.2"] = {key: value[:7] for key, value in held["threshold:tau=0.2"].items()}
     batches.clear()
     assert evaluate([(problems, TOY, "toy")], rules, results, **arguments) == 0  # type: ignore[arg-type]
-    assert [count for *_, count in batches] == [5, *(5, 5, 2) * 2]
+    assert [count for *_, count in batches] == [5, *(5, 5, 2) * 3]
     saved = json.loads((tmp_path / "out.json").read_text())
     for rule in rules:
         cell = saved["tasks"]["toy"]["rules"][rule.label]
