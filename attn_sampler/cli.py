@@ -62,7 +62,8 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=sorted(POLICIES),
         metavar="NAME",
-        help=f"rules to compare, of {', '.join(sorted(POLICIES))} (default: all)",
+        help=f"rules to compare, of {', '.join(sorted(POLICIES))} (default: all but attn-random "
+        "and those on attention maps)",
     )
     parser.add_argument(
         "--tau", type=_unit_interval, help="confidence threshold of the rules that read one (default: 0.9)"

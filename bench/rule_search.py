@@ -19,10 +19,10 @@ from torch import Tensor
 from attn_sampler import Policy, StepState, register_policy
 from attn_sampler.cli import main as command
 from attn_sampler.dependency import MapPolicy, attention_weights, independent_set
-from attn_sampler.problem_sets import BUNDLED
 from attn_sampler.sampler import top_positions
 
 RESULTS = Path(__file__).parent / "results" / "quality"
+TASKS = ("sudoku", "addition", "addition-second")
 TAUS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)
 CANDIDATES = (
     "confidence",
@@ -31,7 +31,7 @@ CANDIDATES = (
     *(f"eb:gamma={gamma}" for gamma in (0.005, 0.02, 0.05)),
     *(f"joint:budget={budget}" for budget in (0.02, 0.05, 0.1)),
     *(f"settled:tau={tau},tau_low={low}" for tau, low in ((0.99, 0.9), (0.98, 0.9), (0.99, 0.8))),
-    *(f"doubt:budget={budget}" for budget in (0.02, 0.05)),
+    "doubt:budget=0.02",
     *(
         f"dawn:tau=0.99,tau_induced=0.99,tau_low={low},tau_sink=1,tau_edge={edge}"
         for low, edge in ((0.9, 0.02), (0.9, 0.05), (0.8, 0.02), (0.95, 0.02))
@@ -39,9 +39,9 @@ CANDIDATES = (
     "dawn:tau=0.99,tau_induced=0.99,tau_low=0.9,tau_sink=1,tau_edge=0.05,layers=last",
     "dawn:tau=0.99,tau_induced=0.95,tau_low=0.9,tau_sink=1,tau_edge=0.05",
     "same-token:tau=0.99,tau_low=0.9,tau_edge=0.02",
-    *(f"dapd:tau=0.99,tau_min={low},tau_max={high}" for low, high in ((0.01, 0.05), (0.001, 0.004))),
-    *(f"clad:tau={tau}" for tau in (0.9, 0.98, 0.99)),
-    *(f"adas:tau={tau},strength=4" for tau in (0.9, 0.98, 0.99)),
+    "dapd:tau=0.99,tau_min=0.001,tau_max=0.004",
+    *(f"clad:tau={tau}" for tau in (0.9, 0.99)),
+    *(f"adas:tau={tau},strength=4" for tau in (0.9, 0.98)),
 )
 #: What the development problems speak for, beside the thresholds around the best one.
 CHOSEN = (
@@ -126,7 +126,8 @@ def main(arguments: list[str]) -> int:
         register_policy(name, policy)
     held_out = "--heldout" in arguments
     name = "search_heldout" if held_out else "search_dev"
-    words = ["eval", "--split", "heldout" if held_out else "dev", "--task", *BUNDLED, "--batch", "500"]
+    words = ["eval", "--split", "heldout" if held_out else "dev", "--task", *TASKS, "--batch", "250"]
+    words += ["--problems", "500" if held_out else "250"]
     words += ["--rule", *(CHOSEN if held_out else CANDIDATES)]
     words += ["--out", str(RESULTS / f"{name}.json"), "--table", str(RESULTS / f"{name}.md")]
     return command([*words, *(word for word in arguments if word != "--heldout")])
