@@ -135,7 +135,10 @@ def _markdown_row(row: Mapping[str, Any], measures: Sequence[str]) -> str:
 
 
 def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against forward passes, a panel for each task; rules that differ in tau alone are joined.
+    """Accuracy against forward passes, a panel for each task.
+
+    A colour and marker for each policy; rules that differ in tau alone are joined, and those with other
+    options are hollow.
 
     Raises
     ------
@@ -150,10 +153,13 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     rows = [row for row in rows if "right" in row]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     families = list(dict.fromkeys(_without_tau(row["rule"]) for row in rows))
+    policies = list(dict.fromkeys(family.partition(":")[0] for family in families))
     figure = Figure(figsize=(6.5 * max(1, len(tasks)), 5.5), layout="constrained")
     panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=False):
-        for index, family in enumerate(families):
+        for family in families:
+            policy, _, switches = family.partition(":")
+            index = policies.index(policy)
             points = [row for row in rows if row["task"] == task and _without_tau(row["rule"]) == family]
             points.sort(key=lambda row: row["passes"])
             if not points:
@@ -163,10 +169,11 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 [row["passes"] for row in points],
                 rate,
                 yerr=np.maximum(0.0, (rate - low, high - rate)),  # rounding at 0 and 100 %
-                label=family,
+                label=policy if policy == family or policy not in families else None,
                 color=f"C{index % 10}",
                 marker="osD^v"[index // 10 % 5],
                 markersize=4,
+                markerfacecolor="none" if switches else None,
                 linewidth=0.8,
                 elinewidth=0.6,
             )
@@ -177,7 +184,9 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.set(title=task, xlabel="forward passes per answer", ylabel="right, % (Wilson's 95 % interval)")
         panel.grid(alpha=0.3, which="both")
     if rows:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+        handles, labels = panels[0].get_legend_handles_labels()
+        legend = dict(zip(labels, handles, strict=True))  # each policy once
+        figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=130)
 
 
