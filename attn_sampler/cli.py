@@ -110,7 +110,7 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
         return evaluate.run(options)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         parser.error(str(error))
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -170,7 +171,10 @@ class Results:
         self.path = path
         self.cells: dict[str, Any] = {}
         if path is not None and path.exists():
-            self.cells = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+            try:
+                self.cells = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}: holds no results of an evaluation: {error!r}") from None
 
     def of(self, problems: ProblemSet, model: str) -> dict[str, Any]:
         """The cells of these problems decoded by this model.
@@ -404,7 +408,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises
     ------
-    ValueError, RuntimeError
+    ValueError
         An option is not accepted, or what it needs is not installed.
     """
     from rich.console import Console
@@ -417,12 +421,15 @@ def run(options: argparse.Namespace) -> int:
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--{name}: expected a file in a folder that exists, got {path}")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[eval]'")
     rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
     results = Results(options.out)
-    torch.set_num_threads(options.threads)
     work = list(_work(options))
     total = len(rules) * sum(len(problems) for problems, *_ in work) * (1 + options.order_log_likelihood)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -442,6 +449,7 @@ def run(options: argparse.Namespace) -> int:
                 bar, description=f"{task} {rule}", advance=count
             ),
         )
+    torch.set_num_threads(threads)
     rows = summarise(results.cells, BASELINE)
     table = markdown(rows, BASELINE)
     if options.table is None:

@@ -138,18 +138,11 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy against forward passes, a panel for each task.
 
     A colour and marker for each policy; rules that differ in tau alone are joined, and those with other
-    options are hollow.
-
-    Raises
-    ------
-    RuntimeError
-        matplotlib is not installed.
+    options are hollow. Needs matplotlib, which the extra ``eval`` brings.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, ScalarFormatter
-    except ImportError:
-        raise RuntimeError("a plot needs matplotlib: pip install 'attn_sampler[eval]'") from None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
     rows = [row for row in rows if "right" in row]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     families = list(dict.fromkeys(_without_tau(row["rule"]) for row in rows))

@@ -377,10 +377,21 @@ def test_summary_table_and_plot(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(RuntimeError, match=r"a plot needs matplotlib: pip install 'attn_sampler\[eval\]'"):
-        plot_frontier([], tmp_path / "plot.png")
+def test_a_plot_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before anything is decoded."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["eval", "--plot", str(tmp_path / "plot.png")])
+    assert "--plot: needs matplotlib: pip install 'attn_sampler[eval]'" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else(tmp_path: Path) -> None:
+    for text in ("{}", "[1]", "tokens"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=r"other\.json: holds no results of an evaluation"):
+            Results(tmp_path / "other.json")
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: Path) -> None:
