@@ -167,8 +167,9 @@ class Results:
     what ``order_log_likelihood`` does.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, baseline: str = BASELINE) -> None:
         self.path = path
+        self.baseline = baseline  # the rule with which the summary compares
         self.cells: dict[str, Any] = {}
         if path is not None and path.exists():
             try:
@@ -199,7 +200,7 @@ class Results:
             return
         content: dict[str, Any] = {"tasks": self.cells}
         if with_summary:
-            content["summary"] = summarise(self.cells, BASELINE)
+            content["summary"] = summarise(self.cells, self.baseline)
         text = json.dumps(content, indent=1)
         text = re.sub(r"\[\s+([-\d][^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
         scratch = self.path.with_name(self.path.name + ".part")
@@ -364,6 +365,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RULE",
         help="policies, with options as in attn-parallel:tau=0.95,layers=last (default: every policy)",
     )
+    parser.add_argument(
+        "--baseline",
+        default=BASELINE,
+        metavar="RULE",
+        help=f"the rule that differences are to (default: {BASELINE})",
+    )
     parser.add_argument("--switches", action="store_true", help="add Attn-Sampler's switches, one at a time")
     parser.add_argument(
         "--tau",
@@ -424,7 +431,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[eval]'")
     rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
-    results = Results(options.out)
+    results = Results(options.out, options.baseline)
     work = list(_work(options))
     total = len(rules) * sum(len(problems) for problems, *_ in work) * (1 + options.order_log_likelihood)
 
@@ -450,8 +457,8 @@ def run(options: argparse.Namespace) -> int:
             ),
         )
     torch.set_num_threads(threads)
-    rows = summarise(results.cells, BASELINE)
-    table = markdown(rows, BASELINE)
+    rows = summarise(results.cells, options.baseline)
+    table = markdown(rows, options.baseline)
     if options.table is None:
         print(table)
     else:

@@ -8,14 +8,18 @@ percentile bootstrap over problems (10,000 resamples, fixed seed).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from attn_sampler.bundled.tasks import Score
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _RESAMPLES = 10_000
 
@@ -49,16 +53,21 @@ def mcnemar(first: Sequence[int], second: Sequence[int]) -> float:
 def bootstrap_mean(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean over problems and its 95 % percentile bootstrap interval."""
     x = np.asarray(values, float)
-    rng = np.random.default_rng(0)
-    means = [x[rng.integers(len(x), size=(100, len(x)))].mean(axis=1) for _ in range(_RESAMPLES // 100)]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    low, high = np.percentile(_resamples(len(x)) @ x / len(x), [2.5, 97.5])
     return float(x.mean()), float(low), float(high)
+
+
+@functools.lru_cache(maxsize=1)
+def _resamples(n: int) -> NDArray[np.float64]:
+    """How often each of n problems is drawn, [resamples, n]."""
+    drawn = np.random.default_rng(0).integers(n, size=(_RESAMPLES, n)) + n * np.arange(_RESAMPLES)[:, None]
+    return np.bincount(drawn.ravel(), minlength=n * _RESAMPLES).reshape(_RESAMPLES, n).astype(float)
 
 
 def summarise(tasks: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:
     """A row for each task and rule decoded to the end, differences where the baseline is one of them.
 
-    ``right`` and other measures, ``nats``, ``difference`` and ``nats_difference`` are (value, low, high).
+    ``right`` and other measures, ``nats`` and the differences are (value, low, high).
     """
     rows = []
     for task, cell in tasks.items():
@@ -76,6 +85,8 @@ def summarise(tasks: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:
                 if base is not None and label != baseline:
                     row["difference"] = paired_rate_difference(decoded["right"], base["right"])
                     row["p_value"] = mcnemar(decoded["right"], base["right"])
+                    passes = np.subtract(decoded["passes"], base["passes"])
+                    row["passes_difference"] = bootstrap_mean(passes.tolist())
             if order is not None:
                 row |= {
                     "nats": bootstrap_mean(order["nats"]),

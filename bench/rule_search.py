@@ -50,6 +50,7 @@ CHOSEN = (
     "factor:factor=0.05",
     "factor:factor=0.1",
     "factor:factor=0.15",
+    "joint:budget=0.02",
     "dawn:tau=0.99,tau_induced=0.99,tau_low=0.9,tau_sink=1,tau_edge=0.05",
 )
 

@@ -361,6 +361,8 @@ def test_summary_table_and_plot(tmp_path: Path) -> None:
     low, high = Score(3, 4).interval
     assert rows[1]["right"] == pytest.approx([0.75, low, high], abs=1e-5)
     assert (rows[1]["passes"], rows[1]["difference"][0], rows[1]["p_value"]) == (1.5, 0.25, 1.0)
+    assert rows[1]["passes_difference"][0] == -2.5
+    assert rows[1]["passes_difference"][1] < -2.5 < rows[1]["passes_difference"][2]
     assert not {"difference", "p_value", "nats_difference"} & set(rows[0])
     assert "right" not in rows[2]
     assert (rows[2]["nats"][0], rows[2]["nats_difference"][0]) == (-1.75, -0.75)
@@ -421,16 +423,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: P
         == {"confidence", "threshold:tau=0.5", "threshold:tau=0.99"}
     )
     assert "### addition, 6 problems" in table.read_text()
-    own = [
-        "--task-file",
-        str(toy_file),
-        "--model",
-        "test_evaluate:toy_model",
-        "--block-length",
-        "4",
-        "--problems",
-        "3",
-    ]
+    assert main([*words, "--out", str(out), "--baseline", "threshold:tau=0.5"]) == 0
+    assert "less threshold:tau=0.5 |" in capsys.readouterr().out
+    own = ["--task-file", str(toy_file), "--model", "test_evaluate:toy_model", "--problems", "3"]
     assert main(["eval", *own, "--rule", "confidence", "clad"]) == 0
     assert "### toy, 3 problems" in capsys.readouterr().out
 
