@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler.demo import default_tau
-from attn_sampler.generate import generate
+from attn_sampler.generate import Generation, generate
 from attn_sampler.problem_sets import (
     BUNDLED,
     SPLITS,
@@ -238,16 +238,7 @@ class _Revealing(Policy):
 
 def decode(problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Rule) -> dict[str, list]:
     """Decode some problems in one batch: ``right`` and other measures (0 or 1) and ``passes`` of each."""
-    result = generate(
-        model.model,
-        [problems.prompts[i] for i in indices],
-        mask_token_id=model.mask_token_id,
-        block_length=problems.block_length,
-        policy=rule.make(),
-        seed=list(indices),  # a problem's own random stream, in whatever batch it is
-        logit_shift=model.logit_shift,
-        **rule.attention,
-    )
+    result = _generate(problems, indices, model, rule, rule.make())
     batch = zip(result.tokens.cpu(), result.attention_mask.cpu(), strict=True)
     filled = [tokens[mask] for tokens, mask in batch]
     right = [problems.judge(i, f, model.mask_token_id) for i, f in zip(indices, filled, strict=True)]
@@ -269,20 +260,23 @@ def order_log_likelihood(
     padded = torch.stack([torch.nn.functional.pad(t, (length - len(t), 0)) for t in truths])
     parameter = next(model.model.parameters(), None) if isinstance(model.model, torch.nn.Module) else None
     policy = _Revealing(rule.make(), padded if parameter is None else padded.to(parameter.device))
-    result = generate(
+    result = _generate(problems, indices, model, rule, policy)
+    nats = [round(x, 6) for x in policy.nats.tolist()]
+    return {"nats": nats, "passes": result.num_forward_passes.tolist()}
+
+
+def _generate(
+    problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Rule, policy: Policy
+) -> Generation:
+    options = {"block_length": problems.block_length, **model.options, **rule.attention}
+    return generate(
         model.model,
         [problems.prompts[i] for i in indices],
         mask_token_id=model.mask_token_id,
-        block_length=problems.block_length,
         policy=policy,
-        seed=list(indices),
-        logit_shift=model.logit_shift,
-        **rule.attention,
+        seed=list(indices),  # a problem's own random stream, in whatever batch it is
+        **options,
     )
-    return {
-        "nats": [round(x, 6) for x in policy.nats.tolist()],
-        "passes": result.num_forward_passes.tolist(),
-    }
 
 
 def evaluate(

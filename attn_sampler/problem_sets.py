@@ -35,7 +35,8 @@ class EvaluatedModel:
     model: Callable[..., Any]  # as ``generate`` takes it
     mask_token_id: int
     tokenizer: Any = None  # with ``encode(text, add_special_tokens=False)``, for problems given as text
-    logit_shift: bool = False
+    #: Further keywords of ``generate``, such as ``logit_shift``; a ``block_length`` here comes before others.
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load_model(spec: str) -> EvaluatedModel:

@@ -266,6 +266,18 @@ def test_evaluate_decodes_each_problem_and_resumes(toy_file: Path, tmp_path: Pat
         evaluate([(problems, TOY, "toy")], rules, Results(tmp_path / "out.json"))
 
 
+def test_a_model_brings_options_of_its_own(toy_file: Path) -> None:
+    model = EvaluatedModel(TOY.model, MASK, options={"block_length": 2, "logit_shift": True})
+    problems = read_problems(toy_file, model, 4)
+    for i in range(4):
+        own = decode_toy(
+            TOY.model, [problems.prompts[i]], policy="confidence", block_length=2, logit_shift=True
+        )
+        problems.answers[i] = own.tokens[0][problems.prompts[i] == MASK]
+    assert evaluation.decode(problems, range(4), model, Rule.parse("confidence"))["right"] == [1] * 4
+    assert evaluation.decode(problems, range(4), TOY, Rule.parse("confidence"))["right"] != [1] * 4
+
+
 @pytest.mark.parametrize(
     "rule", ["confidence", "threshold:tau=0.1", "left-to-right", "attn-sequential", "dapd"]
 )
