@@ -8,8 +8,8 @@ or PSF licences; one file in 32, by the hash of its text, is held out. The model
 million parameters. Problems are whole small functions of held-out files with a run of tokens blanked; every
 rule fills them in. Measured are exact match, whether the function parses, passes, and order log-likelihood.
 
-Designed for 9 minutes on one H100 or H200, where it has not run yet: 5.5 to train, the rest to read, decode
-and report. Decoding stops at ``--eval-seconds``, and rules that were not reached are missing from the table;
+Designed for 9 minutes on one H100 or H200, where it has not run yet: 5 to train, 2 to decode, the rest to
+read and report. Decoding stops at ``--eval-seconds``, and rules that were not reached are missing from the table;
 a rerun with the same ``--out`` goes on from the saved weights.
 """
 
@@ -111,11 +111,11 @@ def permissive_files() -> Iterator[Path]:
             )
 
 
-def read_texts(paths: Iterable[Path], max_files: int | None = None) -> tuple[list[str], list[str]]:
+def read_texts(paths: Iterable[Path], max_files: int = 4000) -> tuple[list[str], list[str]]:
     """Texts to train on and held-out ones, each once, whatever the number of copies."""
     texts: dict[str, str] = {}
     for path in paths:
-        if max_files is not None and len(texts) >= max_files:
+        if len(texts) >= max_files:
             break
         try:
             text = path.read_text(encoding="utf-8")
@@ -203,14 +203,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.train_code_model")
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=330.0, help="of training (default: 330)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of training (default: 300)")
     parser.add_argument("--eval-seconds", type=float, default=120.0, help="of decoding (default: 120)")
     parser.add_argument("--problems", type=int, default=300)
-    parser.add_argument("--max-files", type=int, help="read no more (default: all)")
+    parser.add_argument("--max-files", type=int, default=4000, help="read no more (default: 4000)")
+    parser.add_argument("--backend", default="auto", help="of the sampling step (default: auto)")
     parser.add_argument("--rule", nargs="+", default=list(RULES), help="(default: every policy)")
     parser.add_argument("--tau", nargs="+", type=float, default=[0.7, 0.9, 0.95])
     parser.add_argument("--out", type=Path, required=True, help="folder of weights and results")
     options = parser.parse_args(arguments)
+    if options.device != "cpu":
+        torch.set_float32_matmul_precision("high")
     size = SIZES[options.size]
     rules = expand(options.rule, options.tau)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -233,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     problems = infilling_problems(held_out, tokenizer, size, options.problems)
     results = Results(options.out / "results.json")
-    work = [(problems, EvaluatedModel(model, model.mask_token_id, tokenizer), f"code-{options.size}")]
+    evaluated = EvaluatedModel(model, model.mask_token_id, tokenizer, {"backend": options.backend})
+    work = [(problems, evaluated, f"code-{options.size}")]
     left = evaluate(work, rules, results, orders=True, time_limit=options.eval_seconds)
     rows = summarise(results.cells, BASELINE)
     (options.out / "results.md").write_text(markdown(rows, BASELINE), encoding="utf-8")
