@@ -9,8 +9,8 @@ million parameters. Problems are whole small functions of held-out files with a 
 rule fills them in. Measured are exact match, whether the function parses, passes, and order log-likelihood.
 
 Designed for 9 minutes on one H100 or H200, where it has not run yet: 5 to train, 2 to decode, the rest to
-read and report. Decoding stops at ``--eval-seconds``, and rules that were not reached are missing from the table;
-a rerun with the same ``--out`` goes on from the saved weights.
+read and report. Decoding stops at ``--eval-seconds``, and rules that were not reached are missing from the
+table; a rerun with the same ``--out`` goes on from the saved weights.
 """
 
 from __future__ import annotations
