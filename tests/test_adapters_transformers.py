@@ -225,14 +225,6 @@ def test_attention_that_is_never_seen() -> None:
         _ = capture.scores
 
 
-def test_versions() -> None:
-    assert adapter.check_version() is None, "TESTED_VERSIONS lag behind the version that the tests run with"
-    assert adapter.check_version("5.24.9.dev0") is None
-    for version in ("5.23.0", "4.57.1", "6.0.0"):
-        message = f"transformers {version} is outside the tested range, 5.24 to below 5.25"
-        assert adapter.check_version(version) == message
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["attn_sampler", "sdpa"])
 def test_compiled_model_is_compiled_once(attention: str) -> None:

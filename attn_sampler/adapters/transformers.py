@@ -24,7 +24,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import (
@@ -50,18 +49,6 @@ from transformers.masking_utils import (
 )
 
 from attn_sampler.capture import report_attention
-
-TESTED_VERSIONS = ("5.24", "5.25")
-"""The first transformers version that the tests cover, and the first that they do not."""
-
-
-def check_version(version: str = transformers.__version__) -> str | None:
-    """Why this transformers version may not work, or None where it is in the tested range."""
-    first, end = (tuple(map(int, v.split("."))) for v in TESTED_VERSIONS)
-    if first <= tuple(int(part) for part in version.split(".")[:2]) < end:
-        return None
-    tested = f"{TESTED_VERSIONS[0]} to below {TESTED_VERSIONS[1]}"
-    return f"transformers {version} is outside the tested range, {tested}"
 
 
 def make_bidirectional(model: torch.nn.Module) -> torch.nn.Module:
