@@ -25,6 +25,9 @@ from attn_sampler.backends import BACKENDS
 from attn_sampler.functional import column_scores
 
 
+_ATTENTION = F.scaled_dot_product_attention
+
+
 class CapturedLayer(NamedTuple):
     """What one attention call left behind, in the form that ``decode_step`` takes."""
 
@@ -132,9 +135,9 @@ class AttentionCapture(TorchFunctionMode):
         _active_captures().remove(self)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not _ATTENTION:  # every torch function of the model comes by here
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
         if torch.compiler.is_compiling():
             return _compiled_attention(*args, **kwargs)
         if not self._wants(self.num_calls):

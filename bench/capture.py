@@ -172,7 +172,7 @@ def main() -> None:
     )
     for name, default in (
         *(("width", 256), ("heads", 8), ("layers", 6), ("vocab", 8192), ("batch", 1), ("threads", 1)),
-        *(("prompt-length", 192), ("gen-length", 32), ("block-length", 32), ("repeats", 5)),
+        *(("prompt-length", 480), ("gen-length", 32), ("block-length", 32), ("repeats", 4)),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
