@@ -7,7 +7,7 @@ cache chosen. Models take part through ``CacheableModel``; the adapters of known
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from attn_sampler import checks
 CACHES = ("none", "prefix", "dual")
 
 
-@runtime_checkable
 class CacheableModel(Protocol):
     """A model that runs over a slice of positions.
 
@@ -87,6 +86,7 @@ class ForwardPasses:
             accepted = ", ".join(repr(name) for name in ("none", *served))
             raise ValueError(f"cache: {type(model).__name__} serves {accepted}, got {cache!r}")
         self._model, self._cache, self._shift = model, cache, logit_shift
+        self._rows_model = cast(CacheableModel, model)  # asked for more than a call where there is a cache
         self.causal_block: int | None = getattr(model, "causal_block", None)
         self._past: Any = None  # of the sequences below
         self._sequences: Tensor | None = None
@@ -108,7 +108,7 @@ class ForwardPasses:
         if start > self._prefix_length:
             rows = slice(self._prefix_length, start)
             mask = None if attention_mask is None else attention_mask[:, :start]
-            logits, self._prefix = self._model.forward_rows(  # type: ignore[attr-defined]
+            logits, self._prefix = self._rows_model.forward_rows(
                 tokens[:, rows], rows, self._prefix, attention_mask=mask, store=True
             )
             self._prefix_length, self._carry = start, logits[:, -1]
@@ -133,20 +133,16 @@ class ForwardPasses:
         if self.causal_block is not None:
             attention_mask = None if attention_mask is None else attention_mask[:, : rows.stop]
         if self._cache == "none":
-            given = tokens[:, rows]
-            return (
-                self._model(given)
-                if attention_mask is None
-                else self._model(given, attention_mask=attention_mask)
-            )
+            keywords = {} if attention_mask is None else {"attention_mask": attention_mask}
+            return self._model(tokens[:, rows], **keywords)
         self._narrow(sequences)
         fills = self.causal_block is None and self._past is None
-        logits, past = self._model.forward_rows(  # type: ignore[attr-defined]
+        logits, past = self._rows_model.forward_rows(
             tokens[:, rows], rows, self._past, attention_mask=attention_mask, store=fills
         )
         if fills:
             if self._cache == "prefix":
-                past = self._model.crop(past, max(block.start - self._shift, 0))  # type: ignore[attr-defined]
+                past = self._rows_model.crop(past, max(block.start - self._shift, 0))
             self._past, self._sequences = past, sequences
         return logits
 
@@ -158,7 +154,7 @@ class ForwardPasses:
 
     def _narrow(self, sequences: Tensor) -> None:
         """Leave out of the cache the sequences that have finished."""
-        if self._past is not None and len(sequences) < len(self._sequences):  # type: ignore[arg-type]
-            index = torch.searchsorted(self._sequences, sequences)  # type: ignore[arg-type]
-            self._past = self._model.select(self._past, index)  # type: ignore[attr-defined]
+        if self._sequences is not None and len(sequences) < len(self._sequences):
+            index = torch.searchsorted(self._sequences, sequences)
+            self._past = self._rows_model.select(self._past, index)
             self._sequences = sequences

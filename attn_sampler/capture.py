@@ -24,7 +24,6 @@ from attn_sampler import checks
 from attn_sampler.backends import BACKENDS
 from attn_sampler.functional import column_scores
 
-
 _ATTENTION = F.scaled_dot_product_attention
 
 

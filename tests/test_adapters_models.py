@@ -262,6 +262,15 @@ def test_sequences_that_finish_a_block_early_leave_its_cache(name: str, cache: s
         assert mine == [c[1:] for c in commits(alone)]
 
 
+@pytest.mark.parametrize("name", [*BIDIRECTIONAL, "sdar", "fast-dllm-v2"])
+def test_caches_of_an_empty_prompt(name: str) -> None:
+    options: dict[str, Any] = {"policy": "threshold", "tau": 0.0, "gen_length": 9}
+    plain = decode(ALL[name](seed=12, block_size=4, bd_size=4), [[]], **options)
+    for cache in adapt(ALL[name]())[0].caches:
+        cached = decode(ALL[name](seed=12, block_size=4, bd_size=4), [[]], cache=cache, **options)
+        assert_same_decoding(plain, cached)
+
+
 def test_caches_that_a_model_does_not_serve() -> None:
     hub = published.PublishedLLaDA()  # the code on the hub takes no cache
     with pytest.raises(ValueError, match="cache: LLaDA serves 'none', got 'prefix'"):

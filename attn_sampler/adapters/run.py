@@ -80,8 +80,6 @@ def load(
         raise LoadError(f"{problem}; --any-version tries it")
     import transformers
 
-    from attn_sampler.adapters.transformers import make_bidirectional
-
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise LoadError(f"{path}: no such folder")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line tells what its retries would
@@ -98,6 +96,8 @@ def load(
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **code)
         mask_token_id = _mask_token(path, mask_token_id, config, tokenizer, FAMILIES[family])
+        from attn_sampler.adapters.transformers import make_bidirectional
+
         if attention is None and type(config).__module__.startswith("transformers."):
             attention = "attn_sampler"
         given = {} if attention is None else {"attn_implementation": attention}

@@ -26,13 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import (
-    AuxRequest,
-    BlockMask,
-    create_block_mask,
-    create_mask,
-    flex_attention,
-)
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
@@ -206,6 +200,8 @@ def flex_attention_forward(
     NotImplementedError
         As ``attention_forward``, and for dropout or a mask that is no BlockMask.
     """
+    from torch.nn.attention.flex_attention import AuxRequest  # of torch 2.9 and newer
+
     _refuse(keywords)
     if dropout > 0.0 or not (attention_mask is None or isinstance(attention_mask, BlockMask)):
         raise NotImplementedError("attn_sampler_flex: dropout and additive masks are not served")
