@@ -477,6 +477,11 @@ def report_attention(
                 capture.num_calls += 1
 
 
+def is_capturing() -> bool:
+    """Whether this thread has a capture open, so that reporting to it is worth preparing."""
+    return bool(_active_captures())
+
+
 _THREAD = threading.local()
 
 

@@ -88,7 +88,8 @@ def generate(
         of the current of those blocks.
     prompt_ids
         int64 [B, T], or a sequence of B prompts of any lengths, which are padded on the left and put on the
-        device of the model's parameters.
+        device of the model's parameters. For a block-causal model their lengths agree modulo its
+        ``causal_block``, so that padding moves none of its blocks.
     mask_token_id
         The id of ``[MASK]``.
     gen_length

@@ -15,7 +15,7 @@ from toy_model import ToyModel
 
 from attn_sampler import capture as capture_module
 from attn_sampler import decode_step
-from attn_sampler.capture import AttentionCapture, attention_with_lse, report_attention
+from attn_sampler.capture import AttentionCapture, attention_with_lse, is_capturing, report_attention
 
 B, H, M, N, D = 2, 4, 7, 13, 16
 COLUMNS = slice(3, 9)
@@ -530,6 +530,7 @@ def test_reported_attention_counts_as_seen_attention(name: str, keep: bool) -> N
     softmax_lse = attention_with_lse(q, k, v, **call)[1]
     reported = {key: value for key, value in call.items() if key != "enable_gqa"}
     with AttentionCapture(COLUMNS, [0, 1], keep=keep) as capture:
+        assert is_capturing()
         report_attention(q, k, softmax_lse, **reported)
         F.scaled_dot_product_attention(q, k, v, **call)
         report_attention(q, k, softmax_lse, **reported)
@@ -538,6 +539,7 @@ def test_reported_attention_counts_as_seen_attention(name: str, keep: bool) -> N
         for _ in range(2):
             F.scaled_dot_product_attention(q, k, v, **call)
     assert torch.equal(capture.scores, seen.scores)
+    assert not is_capturing()
     report_attention(q, k, softmax_lse)  # nothing is open
     assert capture.num_calls == 3
 

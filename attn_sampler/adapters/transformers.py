@@ -42,7 +42,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from attn_sampler.capture import report_attention
+from attn_sampler.capture import is_capturing, report_attention
 
 
 def make_bidirectional(model: torch.nn.Module) -> torch.nn.Module:
@@ -213,11 +213,7 @@ def flex_attention_forward(
             output, aux = flex_attention(query, key, value, **options)
     else:
         output, aux = compile_friendly_flex_attention(query, key, value, training=module.training, **options)
-    mask = None
-    if attention_mask is not None:
-        shape = (query.shape[0], 1, query.shape[2], key.shape[2])
-        mask = create_mask(attention_mask.mask_mod, *shape, device=str(query.device))
-    report_attention(query, key, aux.lse, attn_mask=mask, scale=scaling)
+    _report_flex(query, key, aux.lse, attention_mask, scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -306,6 +302,19 @@ def _reporting(function: Callable[..., Any]) -> Callable[..., Tensor]:
 
     flash_attn_func.__wrapped__ = function  # type: ignore[attr-defined]
     return flash_attn_func
+
+
+@torch.compiler.disable
+def _report_flex(
+    query: Tensor, key: Tensor, softmax_lse: Tensor, block_mask: BlockMask | None, scale: float | None
+) -> None:
+    if not is_capturing():
+        return
+    mask = None
+    if block_mask is not None:
+        shape = (query.shape[0], 1, query.shape[2], key.shape[2])
+        mask = create_mask(block_mask.mask_mod, *shape, device=str(query.device))
+    report_attention(query, key, softmax_lse, attn_mask=mask, scale=scale)
 
 
 def _refuse(keywords: dict[str, Any]) -> None:
