@@ -77,6 +77,11 @@ class Model(nn.Module):
             x = x + down(F.silu(a) * b)
         return self.head(F.rms_norm(x, width))
 
+    @property
+    def received(self) -> Tensor:
+        """The attention [B, T] that each position received in the last eager pass."""
+        return torch.stack([weights.sum(dim=(1, 2)) for weights in self.weights]).sum(dim=0)
+
     def rotation(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         half = like.shape[-1] // self.heads // 2
         rate = 10000.0 ** (-torch.arange(half, device=like.device) / half)
@@ -96,9 +101,7 @@ class EagerExtraction(Policy):
         raise NotImplementedError  # step does it
 
     def step(self, tokens: Tensor, logits: Tensor, attention: Any = None, **options: Any) -> Any:
-        received = sum(weights[..., options["block"]].sum(dim=(1, 2)) for weights in self.model.weights)
-        scores = received.float()
-        self.model.weights = []
+        scores = self.model.received[:, options["block"]].float().contiguous()
         del options["sequence"]
         options["seed"] = options.pop("seeds")
         return decode_step(tokens, logits, scores, policy="sequential", **options)
