@@ -54,8 +54,9 @@ class Adapter:
             return
         tokens = torch.tensor([[0, 2], [1, 2]], device=device)
         mask = torch.tensor([[False, True]], device=device).expand(2, 2)
-        first, second = self(tokens, attention_mask=mask)[:, 1].float()
-        if not torch.allclose(first, second, rtol=1e-2, atol=1e-3 * float(first.abs().max())):
+        masked, seen = (self(tokens, attention_mask=m)[:, 1].float() for m in (mask, None))
+        # How far the padding's token moves the logits; rounding may leave a little, in low precision.
+        if (masked[0] - masked[1]).norm() > 0.1 * (seen[0] - seen[1]).norm():
             raise ValueError(
                 f"attention_mask: {type(self.model).__name__} ignores it, so that padding would be read as "
                 "text; decode the prompts one by one, or those of one length together"
