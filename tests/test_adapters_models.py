@@ -357,7 +357,7 @@ def test_sdar_with_flash_attn_decodes_as_without(cache: str, monkeypatch: pytest
 
 
 def test_flash_attn_is_given_back_after_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attn_sampler.adapters.transformers import reported_flash_attention
+    from attn_sampler.adapters.remote_code import reported_flash_attention
 
     module = types.ModuleType("remote")
     module.flash_attn_func = flash_attn_stub

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from attn_sampler.adapters.transformers import RowCache
+    from attn_sampler.adapters.remote_code import RowCache
 
 
 class Adapter:
@@ -205,7 +205,7 @@ class SDAR(BlockCausal):
     def _run(
         self, tokens: Tensor, rows: slice, padding: Tensor | None, options: dict[str, Any], *, store: bool
     ) -> Tensor:
-        from attn_sampler.adapters.transformers import reported_flash_attention
+        from attn_sampler.adapters.remote_code import reported_flash_attention
 
         with reported_flash_attention(sys.modules[type(self.model).__module__]):
             return self.model(
@@ -331,7 +331,7 @@ def adapt(model: torch.nn.Module, family: str | None = None) -> tuple[Adapter, d
 
 def _row_cache(past: RowCache | None, rows: slice, store: bool) -> RowCache:
     """The cache, told what to do with the keys of these rows."""
-    from attn_sampler.adapters.transformers import RowCache
+    from attn_sampler.adapters.remote_code import RowCache
 
     past = RowCache() if past is None else past
     past.store = store or (rows if past.get_seq_length() > rows.start else False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import sys
@@ -61,7 +62,8 @@ def load(
     trust_remote_code
         Whether code that comes with the checkpoint may run.
     any_version
-        Whether versions of transformers that the tests do not cover may be used.
+        Whether versions of transformers that the tests do not cover may be used. Code that comes with
+        checkpoints is often written for version 4; with 4.57 the adapters' tests have passed by hand.
 
     Raises
     ------
@@ -96,10 +98,9 @@ def load(
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **code)
         mask_token_id = _mask_token(path, mask_token_id, config, tokenizer, FAMILIES[family])
-        from attn_sampler.adapters.transformers import make_bidirectional
-
-        if attention is None and type(config).__module__.startswith("transformers."):
-            attention = "attn_sampler"
+        if type(config).__module__.startswith("transformers."):  # else the attention is the code's own
+            importlib.import_module("attn_sampler.adapters.transformers")  # registers the names
+            attention = "attn_sampler" if attention is None else attention
         given = {} if attention is None else {"attn_implementation": attention}
         auto_class = getattr(transformers, FAMILIES[family].auto_class)
         model = auto_class.from_pretrained(path, dtype=dtype, **given, **code).eval()
@@ -107,6 +108,8 @@ def load(
         raise LoadError(f"cannot load {path}: {_reason(error)}") from error
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if family == "bidirectional":
+        from attn_sampler.adapters.transformers import make_bidirectional
+
         make_bidirectional(model)
     adapter, options = adapt(model, family)
     options["mask_token_id"] = mask_token_id
