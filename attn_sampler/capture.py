@@ -71,7 +71,8 @@ class AttentionCapture(TorchFunctionMode):
     Entering the context forgets the last forward pass, so one object serves a whole decoding run;
     ``columns``, ``query_mask`` and ``query_start`` may be assigned in between. Contexts nest, and are
     thread-local, as all ``TorchFunctionMode``s are. A model under ``torch.compile`` is served without a graph
-    break and without recompilation from step to step, without gradients.
+    break and without recompilation from step to step, without gradients; but ``Tensor.unflatten``, which torch
+    cannot trace under a ``TorchFunctionMode``, breaks its graph.
 
     With ``keep`` or negative ``layers``, what is set aside refers to the model's own queries and mask, and to
     its keys where all columns are taken. None of these may be overwritten before the scores are read: a

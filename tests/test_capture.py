@@ -683,6 +683,39 @@ def test_compiled_model() -> None:
     assert nothing_is_left()
 
 
+@torch.no_grad()
+def test_compiled_attention_with_a_cache() -> None:
+    """Fewer rows than keys, grouped and repeated heads: one graph over steps and columns."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def model(q: Tensor, past: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = torch.cat([past, k], dim=2)
+        v = torch.cat([past, v], dim=2)
+        grouped = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        return F.scaled_dot_product_attention(grouped, k, v)
+
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for seed, columns in enumerate((slice(6, 10), slice(9, 13), slice(6, 13))):
+        q, k, v = qkv(seed, rows=M, kv_heads=2)
+        past, k, v = k[:, :, :6], k[:, :, 6:], v[:, :, 6:]
+        with AttentionCapture(columns, keep=seed == 1) as capture:
+            output = compiled(q, past, k, v)
+        with AttentionCapture(columns, [0]) as first:
+            assert torch.equal(output, model(q, past, k, v))
+        keys = torch.cat([past, k], dim=2)
+        torch.testing.assert_close(
+            first.scores.double(), by_hand(q, keys, columns=columns), rtol=1e-5, atol=1e-5
+        )
+        grouped = F.scaled_dot_product_attention(q, keys, torch.cat([past, v], dim=2), enable_gqa=True)
+        truth = by_hand(q, keys, columns=columns) + by_hand(grouped, keys, columns=columns)
+        torch.testing.assert_close(capture.scores.double(), truth, rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count == 1
+
+
 class Deep(torch.nn.Module):
     """Queries, keys, biases and outputs of one size, and masks made from masks: inductor uses their memory
     again."""
