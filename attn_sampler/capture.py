@@ -71,8 +71,8 @@ class AttentionCapture(TorchFunctionMode):
     Entering the context forgets the last forward pass, so one object serves a whole decoding run;
     ``columns``, ``query_mask`` and ``query_start`` may be assigned in between. Contexts nest, and are
     thread-local, as all ``TorchFunctionMode``s are. A model under ``torch.compile`` is served without a graph
-    break and without recompilation from step to step, without gradients; but ``Tensor.unflatten``, which torch
-    cannot trace under a ``TorchFunctionMode``, breaks its graph.
+    break and without recompilation from step to step, without gradients; but ``Tensor.unflatten``, which
+    torch cannot trace under a ``TorchFunctionMode``, breaks its graph.
 
     With ``keep`` or negative ``layers``, what is set aside refers to the model's own queries and mask, and to
     its keys where all columns are taken. None of these may be overwritten before the scores are read: a
@@ -440,7 +440,6 @@ def attention_with_lse(query: Tensor, key: Tensor, *arguments: Any, **keywords: 
     return output, tap.softmax_lse.narrow(len(shape) - 1, 0, shape[-1]).view(shape)
 
 
-@torch.compiler.disable
 def report_attention(
     query: Tensor,
     key: Tensor,
@@ -452,8 +451,8 @@ def report_attention(
 ) -> None:
     """Hand an attention call that no mode can see to the captures open in this thread; none is no error.
 
-    For an attention that knows its log-sum-exp: flash-attn, FlexAttention, a kernel of one's own. Breaks the
-    graph of ``torch.compile``.
+    For an attention that knows its log-sum-exp: flash-attn, FlexAttention, a kernel of one's own. Inside a
+    compiled model call ``torch.compiler.disable(report_attention)``, which breaks the graph.
 
     Parameters
     ----------

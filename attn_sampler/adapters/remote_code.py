@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from attn_sampler.capture import report_attention
+from attn_sampler import capture
+
+report_attention = torch.compiler.disable(capture.report_attention)
 
 
 class RowCache(DynamicCache):

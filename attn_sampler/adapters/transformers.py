@@ -37,8 +37,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from attn_sampler.adapters.remote_code import flash_mask
-from attn_sampler.capture import is_capturing, report_attention
+from attn_sampler.adapters.remote_code import flash_mask, report_attention
+from attn_sampler.capture import is_capturing
 
 
 def make_bidirectional(model: torch.nn.Module) -> torch.nn.Module:
