@@ -24,6 +24,8 @@ from attn_sampler import checks
 from attn_sampler.backends import BACKENDS
 from attn_sampler.functional import attention_map, column_scores
 
+_ATTENTION = F.scaled_dot_product_attention
+
 
 class CapturedLayer(NamedTuple):
     """What one attention call left behind, in the form that ``decode_step`` takes."""
@@ -66,20 +68,22 @@ class AttentionCapture(TorchFunctionMode):
 
     Notes
     -----
-    Entering the context forgets the last forward pass, so one object serves a whole decoding run; ``columns``
-    and ``query_mask`` may be assigned in between. Contexts nest, and are thread-local, as all
-    ``TorchFunctionMode``s are. A model under ``torch.compile`` is served without a graph break and without
-    recompilation from step to step, without gradients.
+    Entering the context forgets the last forward pass, so one object serves a whole decoding run;
+    ``columns``, ``query_mask`` and ``query_start`` may be assigned in between. Contexts nest, and are
+    thread-local, as all ``TorchFunctionMode``s are. A model under ``torch.compile`` is served without a graph
+    break and without recompilation from step to step, without gradients; but ``Tensor.unflatten``, which
+    torch cannot trace under a ``TorchFunctionMode``, breaks its graph.
 
     With ``keep`` or negative ``layers``, what is set aside refers to the model's own queries and mask, and to
     its keys where all columns are taken. None of these may be overwritten before the scores are read: a
     mask must not be refilled in place between layers. Under ``torch.compile`` they are copied.
 
     ``nn.MultiheadAttention``, ``flex_attention``, other libraries' kernels and attention written out by hand
-    are not seen. A boolean ``attn_mask`` that is the same for all heads and rows ([B, 1, 1, N], or expanded
-    from it) and ``is_causal`` are handed to the kernels; any other mask or bias is served by plain PyTorch
-    over the candidate columns, and cannot be kept. A bias of -inf, or of the lowest finite value of its
-    dtype, masks; a row that is masked everywhere contributes 0. Dropout is not applied to the scores.
+    are not seen, unless they call ``report_attention``. A boolean ``attn_mask`` that is the same for all
+    heads and rows ([B, 1, 1, N], or expanded from it) and ``is_causal`` are handed to the kernels; any other
+    mask or bias is served by plain PyTorch over the candidate columns, and cannot be kept. A bias of -inf, or
+    of the lowest finite value of its dtype, masks; a row that is masked everywhere contributes 0. Dropout is
+    not applied to the scores.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class AttentionCapture(TorchFunctionMode):
         self.query_mask = query_mask
         self._selection = _check_selection(layers)
         self._lookback = _lookback(self._selection)
-        self._query_start = query_start
+        self.query_start = query_start
         self._options: dict[str, Any] = {"softmax_scope": softmax_scope, "diagonal": diagonal}
         self._options["reduction"] = reduction
         self._backend = backend
@@ -131,9 +135,9 @@ class AttentionCapture(TorchFunctionMode):
         _active_captures().remove(self)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not _ATTENTION:  # every torch function of the model comes by here
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
         if torch.compiler.is_compiling():
             return _compiled_attention(*args, **kwargs)
         if not self._wants(self.num_calls):
@@ -226,8 +230,9 @@ class AttentionCapture(TorchFunctionMode):
         if self.num_calls == 0:
             raise RuntimeError(
                 "AttentionCapture saw no call of torch.nn.functional.scaled_dot_product_attention: the "
-                "model may use nn.MultiheadAttention, a fused custom operator or attention "
-                "written out by hand, or no forward pass ran inside the context"
+                "model may use nn.MultiheadAttention, flash-attn, a fused custom operator or attention "
+                "written out by hand (attn_implementation='eager' in transformers), or no forward pass ran "
+                "inside the context"
             )
         chosen = _choose(self._selection, self.num_calls)
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_calls:
@@ -261,8 +266,8 @@ class AttentionCapture(TorchFunctionMode):
         lo, hi = checks.span("columns", self.columns, n_keys, "key positions (N)")
         checks.optional("query_mask", self.query_mask, "[B, M]", (batch, n_rows), (torch.bool,), q)
         start = 0 if is_causal else n_keys - n_rows
-        if self._query_start is not None:
-            start = self._query_start
+        if self.query_start is not None:
+            start = self.query_start
         if is_causal and start != 0:  # the kernels' causal mask moves with the rows' positions
             attn_mask = torch.ones(n_rows, n_keys, dtype=torch.bool, device=q.device).tril()
             is_causal = False
@@ -481,6 +486,48 @@ def attention_with_lse(query: Tensor, key: Tensor, *arguments: Any, **keywords: 
     # Some kernels pad the rows, or add a last axis of 1.
     shape = query.shape[:-1]
     return output, tap.softmax_lse.narrow(len(shape) - 1, 0, shape[-1]).view(shape)
+
+
+def report_attention(
+    query: Tensor,
+    key: Tensor,
+    softmax_lse: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> None:
+    """Hand an attention call that no mode can see to the captures open in this thread; none is no error.
+
+    For an attention that knows its log-sum-exp: flash-attn, FlexAttention, a kernel of one's own. Inside a
+    compiled model call ``torch.compiler.disable(report_attention)``, which breaks the graph.
+
+    Parameters
+    ----------
+    query, key
+        ``[B, Hq, M, D]`` and ``[B, Hkv, N, D]``, after RoPE.
+    softmax_lse
+        ``[B, Hq, M]``, natural logarithm, float32.
+    attn_mask, is_causal, scale
+        As in ``F.scaled_dot_product_attention``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As the reduction of ``AttentionCapture`` that receives it.
+    """
+    with torch._C.DisableTorchFunction():  # the captures' own mode is on
+        for capture in _active_captures():
+            if capture._wants(capture.num_calls):
+                options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
+                capture._record(softmax_lse, query, key, key, **options)  # type: ignore[arg-type]
+            else:
+                capture.num_calls += 1
+
+
+def is_capturing() -> bool:
+    """Whether this thread has a capture open, so that reporting to it is worth preparing."""
+    return bool(_active_captures())
 
 
 _THREAD = threading.local()

@@ -1,4 +1,5 @@
-"""The command ``attn-sampler``: ``demo`` with the bundled models, ``eval`` of the rules, and ``info``."""
+"""The command ``attn-sampler``: ``demo`` with the bundled models, ``generate`` with one's own, ``eval`` of the
+rules, and ``info``."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ from pathlib import Path
 import torch
 
 from attn_sampler import __version__, collect_env, evaluate
+from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
-from attn_sampler.sampler import POLICIES
+from attn_sampler.caching import CACHES
+from attn_sampler.sampler import POLICIES, make_policy
 
 _MAX_PROBLEMS = 500  # as many sudoku puzzles are packaged
 _DEFAULT_PROBLEMS = 100
@@ -29,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0; 1 where a file could not be read or written; 130 where the user interrupted. Bad
-        arguments exit with status 2.
+        The exit status: 0; 1 where a file could not be read or written, or a model not be loaded or decoded;
+        130 where the user interrupted. Bad arguments exit with status 2.
     """
     parser = argparse.ArgumentParser(
         prog="attn-sampler", description="Attention-guided decoding of masked-diffusion language models."
@@ -43,11 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo_arguments(demo)
     evaluation = commands.add_parser("eval", help="accuracy against forward passes of every rule")
     evaluate.add_arguments(evaluation)
+    generate = commands.add_parser("generate", help="decode prompts with a model of your own")
+    _add_generate_arguments(generate)
     options = parser.parse_args(arguments)
     if options.command == "info":
         return collect_env.run(options)
     try:
-        return _eval(evaluation, options) if options.command == "eval" else _demo(demo, options)
+        if options.command == "eval":
+            return _eval(evaluation, options)
+        return _generate(generate, options) if options.command == "generate" else _demo(demo, options)
     except OSError as error:
         print(f"attn-sampler: {error}", file=sys.stderr)
         return 1
@@ -165,6 +172,100 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="PATH", help="a folder, or an id on the hub")
+    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="decoded together")
+    parser.add_argument(
+        "--policy", choices=sorted(POLICIES), metavar="NAME", default="attn", help="the rule (default: attn)"
+    )
+    parser.add_argument("--tau", type=_unit_interval, help="confidence threshold of rules that read one")
+    parser.add_argument(
+        "--gen-length", type=_positive, default=128, metavar="N", help="tokens to append (default: 128)"
+    )
+    parser.add_argument(
+        "--block-length",
+        type=_positive,
+        metavar="N",
+        help="positions decoded together (default: the model's)",
+    )
+    parser.add_argument("--cache", choices=CACHES, default="none", help="of keys and values (default: none)")
+    parser.add_argument(
+        "--layers", type=_layers, default="all", help="whose attention counts, as in demo (default: all)"
+    )
+    parser.add_argument(
+        "--temperature", type=_non_negative, default=0.0, help="0 takes the most probable token (default)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
+    parser.add_argument("--trace", type=_writable, metavar="FILE", help="write every commit as JSON")
+    parser.add_argument("--no-chat", dest="chat", action="store_false", help="leave out the chat template")
+    parser.add_argument("--device", help="default: cuda where there is one, or else cpu")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: auto"
+    )
+    parser.add_argument(
+        "--adapter", choices=tuple(FAMILIES), help="how the model is called (default: by its model_type)"
+    )
+    parser.add_argument("--attention", metavar="NAME", help="attn_implementation of transformers")
+    parser.add_argument("--mask-token-id", type=_seed, metavar="ID", help="default: the model's")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model, as most need"
+    )
+    parser.add_argument("--any-version", action="store_true", help="use an untested version of transformers")
+
+
+def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from attn_sampler.adapters.run import LoadError, decode, load
+
+    if options.tau is not None:
+        try:
+            make_policy(options.policy, tau=options.tau)
+        except TypeError:
+            parser.error(f"argument --tau: the rule {options.policy} does not read it")
+    try:
+        checkpoint = load(
+            options.model,
+            family=options.adapter,
+            mask_token_id=options.mask_token_id,
+            device=options.device,
+            dtype=options.dtype,
+            attention=options.attention,
+            trust_remote_code=options.trust_remote_code,
+            any_version=options.any_version,
+        )
+        texts, generation = decode(
+            checkpoint,
+            options.prompt,
+            chat=options.chat,
+            policy=options.policy,
+            tau=options.tau,
+            gen_length=options.gen_length,
+            block_length=options.block_length,
+            cache=options.cache,
+            layers=options.layers,
+            temperature=options.temperature,
+            seed=options.seed,
+            backend=options.backend,
+            trace=options.trace is not None,
+            progress=sys.stderr.isatty(),
+        )
+    except (LoadError, ValueError, RuntimeError) as error:
+        print(f"attn-sampler: {error}", file=sys.stderr)
+        return 1
+    for text in texts:
+        print(text)
+    seconds = generation.forward_seconds + generation.sampling_seconds
+    print(
+        f"{generation.num_forward_passes.tolist()} forward passes, {seconds:.1f} s, "
+        f"{generation.sampling_seconds / seconds:.1%} of it sampling",
+        file=sys.stderr,
+    )
+    if generation.trace is not None:
+        generation.trace.save(options.trace)
+        print(f"wrote {options.trace}", file=sys.stderr)
+    return 0
+
+
 def _unit_interval(text: str) -> float:
     return _number(text, 0.0, 1.0, "a number in [0, 1]")
 
@@ -185,6 +286,10 @@ def _number(text: str, low: float, high: float, accepted: str) -> float:
 
 def _problems(text: str) -> int:
     return _integer(text, 1, _MAX_PROBLEMS)
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1, 2**31)
 
 
 def _threads(text: str) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attn_sampler import checks
 from attn_sampler.backends import choose_backend
+from attn_sampler.caching import ForwardPasses
 from attn_sampler.capture import AttentionCapture
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
@@ -59,6 +60,7 @@ def generate(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
     logit_shift: bool = False,
+    cache: str = "none",
     layers: str | slice | Sequence[int] = "all",
     rows: str = "all",
     softmax_scope: str = "sequence",
@@ -81,16 +83,20 @@ def generate(
     model
         Any callable ``model(tokens [B, T]) -> logits [B, T, V]`` (or an object with ``.logits``). A padded
         batch is passed as ``model(tokens, attention_mask=mask)`` with a boolean [B, T] mask. Policies that
-        read attention need it to call ``F.scaled_dot_product_attention``.
+        read attention need it to call ``F.scaled_dot_product_attention``. A model whose ``causal_block`` says
+        that its attention is block-causal (``caching.CacheableModel``) is given the tokens up to the end
+        of the current of those blocks.
     prompt_ids
         int64 [B, T], or a sequence of B prompts of any lengths, which are padded on the left and put on the
-        device of the model's parameters.
+        device of the model's parameters. For a block-causal model their lengths agree modulo its
+        ``causal_block``, so that padding moves none of its blocks.
     mask_token_id
         The id of ``[MASK]``.
     gen_length
         Masked positions appended to each prompt.
     block_length
-        Positions decoded together. Blocks are counted from the end of the prompt, in both directions.
+        Positions decoded together. Blocks are counted from the end of the prompt, in both directions; for a
+        block-causal model from position 0, and this must divide its ``causal_block``.
     policy, tau
         A name of ``sampler.POLICIES`` or a Policy; tau goes with names that take one.
     temperature, seed
@@ -107,6 +113,15 @@ def generate(
         masked from attention.
     logit_shift
         True for models that predict position j from hidden row j - 1 (Dream, Fast-dLLM v2).
+    cache
+        What a ``caching.CacheableModel`` need not compute again in each pass. ``"none"``; ``"prefix"``, the
+        keys and values of all positions before the block; ``"dual"``, those behind it too (Fast-dLLM,
+        arXiv 2505.22618).
+        Where attention is block-causal, what precedes a block is final, and decoding with the prefix
+        cached agrees with decoding without, but for rounding. Where it is bidirectional, every commit changes
+        the keys of all positions: a cache holds those of the block's first pass, which runs all positions,
+        and the passes after that are an approximation, so tokens may differ from ``cache="none"``; a
+        block that takes one pass agrees. The attention that scores count is then that of the rows run.
     layers, rows, softmax_scope, diagonal
         Which attention counts: the calls by their order; the query rows, ``"all"`` or ``"masked"`` (those
         still masked); ``"sequence"`` or ``"block"``; whether attention to oneself does.
@@ -123,7 +138,7 @@ def generate(
     -------
     Generation
         Times are the host's: on an accelerator, which works behind the host, the wait for the model
-        counts as sampling.
+        counts as sampling. A pass that only fills a cache counts as time, not as a pass.
 
     Raises
     ------
@@ -149,8 +164,12 @@ def generate(
     capture = AttentionCapture(
         layers=layers, keep=keep, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
     )
+    forward = ForwardPasses(model, cache, logit_shift)
     tokens, visible = _prompts(model, prompt_ids, attention_mask, mask_token_id, eos_token_id, pad_token_id)
     prompt_length = tokens.shape[1]
+    if forward.causal_block is not None:
+        _check_alignment(visible, forward.causal_block, block_length)
+        prompt_length = 0  # where blocks are counted from
     tokens, visible = _append(tokens, visible, gen_length, mask_token_id)
     seeds = _sequence_seeds(seed, tokens)
     choose_backend("decode_step", backend, tokens)
@@ -171,22 +190,36 @@ def generate(
         for block in _blocks(prompt_length, tokens.shape[1], block_length):
             chosen.reset()
             active = (to_fill[:, block].any(dim=1) & ~finished).nonzero().squeeze(1)
+            if len(active):
+                began = time.perf_counter()
+                forward.enter(tokens, visible if padded else None, block)
+                forward_seconds += time.perf_counter() - began
             while len(active):
                 began = time.perf_counter()
                 batch, mask = tokens[active], visible[active]
+                run = forward.rows(block, tokens.shape[1])
                 if chosen.needs_scores:
                     voting = mask & (batch == mask_token_id) if rows == "masked" else mask
                     capture.columns = block
-                    capture.query_mask = voting if padded or rows == "masked" else None
+                    capture.query_mask = voting[:, run] if padded or rows == "masked" else None
+                    capture.query_start = None if cache == "none" else run.start
                 with capture if chosen.needs_scores else contextlib.nullcontext():
-                    output = model(batch, attention_mask=mask) if padded else model(batch)
+                    output = forward.logits(batch, mask if padded else None, block, active)
                 between = time.perf_counter()
                 attention, score_options = (
                     capture.step_input(chosen.needs_map) if chosen.needs_scores else (None, {})
                 )
                 result = chosen.step(
                     batch,
-                    _block_logits(output, batch, block, logit_shift, mask_token_id),
+                    _block_logits(
+                        output,
+                        batch[:, run],
+                        block,
+                        run.start,
+                        logit_shift,
+                        mask_token_id,
+                        forward.before(block, active),
+                    ),
                     attention,
                     block=block,
                     mask_token_id=mask_token_id,
@@ -257,7 +290,7 @@ def _prompts(
         raise ValueError("prompt_ids: expected [B, T], or a sequence of 1-dimensional int64 prompts")
     if pad_token_id is None:
         pad_token_id = int(mask_token_id == 0) if eos_token_id is None else eos_token_id
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
     device = rows[0].device if parameter is None and rows else getattr(parameter, "device", None)
     length = max(map(len, rows), default=0)
     tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.int64, device=device)
@@ -266,6 +299,19 @@ def _prompts(
         tokens[i, length - len(row) :] = row
         visible[i, length - len(row) :] = True
     return tokens, visible
+
+
+def _check_alignment(visible: Tensor, causal_block: int, block_length: int) -> None:
+    """The blocks that are decoded lie in those of a block-causal model."""
+    if causal_block % block_length != 0:
+        raise ValueError(
+            f"block_length: expected a divisor of the model's blocks of {causal_block}, got {block_length}"
+        )
+    if ((~visible).sum(dim=1) % causal_block != 0).any():
+        raise ValueError(
+            f"prompt_ids: expected padding by multiples of the model's blocks of {causal_block}, so prompts "
+            f"whose lengths agree modulo {causal_block}, got lengths {visible.sum(dim=1).tolist()}"
+        )
 
 
 def _append(tokens: Tensor, visible: Tensor, count: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
@@ -298,17 +344,25 @@ def _blocks(prompt_length: int, length: int, block_length: int) -> Iterator[slic
         yield slice(start, stop)
 
 
-def _block_logits(output: Any, tokens: Tensor, block: slice, logit_shift: bool, mask_token_id: int) -> Tensor:
-    """The predictions [B, C, V] for the block's positions."""
+def _block_logits(
+    output: Any,
+    tokens: Tensor,
+    block: slice,
+    start: int,
+    logit_shift: bool,
+    mask_token_id: int,
+    before: Tensor | None = None,
+) -> Tensor:
+    """The predictions [B, C, V] for the block's positions; the output's rows stand at ``start`` and on."""
     logits = getattr(output, "logits", output)
     checks.tensor("model output", logits, "[B, T, V]", checks.FLOAT_DTYPES, like=tokens)
     checks.shape("model output", logits, "[B, T, V]", (*tokens.shape, logits.shape[2]))
     checks.integer("mask_token_id", mask_token_id, 0, logits.shape[2])
-    if not logit_shift:
-        return logits[:, block]
-    if block.start > 0:
-        return logits[:, block.start - 1 : block.stop - 1]
-    return torch.cat([logits[:, :1], logits[:, : block.stop - 1]], dim=1)  # nothing precedes row 0
+    first, last = block.start - start - logit_shift, block.stop - start - logit_shift
+    if first >= 0:
+        return logits[:, first:last]
+    # Nothing precedes row 0: it predicts its own position too.
+    return torch.cat([logits[:, :1] if before is None else before, logits[:, :last]], dim=1)
 
 
 def _check_progress(

@@ -15,7 +15,7 @@ from toy_model import ToyModel
 
 from attn_sampler import capture as capture_module
 from attn_sampler import decode_step
-from attn_sampler.capture import AttentionCapture, attention_with_lse
+from attn_sampler.capture import AttentionCapture, attention_with_lse, is_capturing, report_attention
 
 B, H, M, N, D = 2, 4, 7, 13, 16
 COLUMNS = slice(3, 9)
@@ -521,6 +521,56 @@ def test_threads_capture_apart() -> None:
     assert nothing_is_left()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["plain", "causal", "cache", "key mask, grouped", "bias", "scale"])
+def test_reported_attention_counts_as_seen_attention(name: str, keep: bool) -> None:
+    """An attention of one's own, inside which nothing is seen, among calls that are."""
+    call = dict(CALLS[name])
+    q, k, v = qkv(2, rows=call.pop("rows", N), kv_heads=call.pop("kv_heads", H))
+    softmax_lse = attention_with_lse(q, k, v, **call)[1]
+    reported = {key: value for key, value in call.items() if key != "enable_gqa"}
+    with AttentionCapture(COLUMNS, [0, 1], keep=keep) as capture:
+        assert is_capturing()
+        report_attention(q, k, softmax_lse, **reported)
+        F.scaled_dot_product_attention(q, k, v, **call)
+        report_attention(q, k, softmax_lse, **reported)
+    assert capture.num_calls == 3
+    with AttentionCapture(COLUMNS, keep=keep) as seen:
+        for _ in range(2):
+            F.scaled_dot_product_attention(q, k, v, **call)
+    assert torch.equal(capture.scores, seen.scores)
+    assert not is_capturing()
+    report_attention(q, k, softmax_lse)  # nothing is open
+    assert capture.num_calls == 3
+
+
+def test_reported_attention_in_a_compiled_model() -> None:
+    """The graph breaks, and is not compiled anew from step to step."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    report = torch.compiler.disable(report_attention)
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = q @ k.transpose(-1, -2) * D**-0.5
+        report(q * 1.0, k, torch.logsumexp(logits, dim=-1))
+        return logits.softmax(dim=-1) @ v
+
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=graphs)
+    counts = []
+    with torch.no_grad():
+        for seed in range(4):
+            with AttentionCapture(slice(seed, seed + 3), keep=seed == 3) as capture:
+                compiled(*qkv(seed))
+            q, k, _ = qkv(seed)
+            truth = by_hand(q, k, columns=slice(seed, seed + 3))
+            torch.testing.assert_close(capture.scores.double(), truth, rtol=1e-5, atol=1e-5)
+            counts.append(graphs.frame_count)
+    assert counts == counts[:1] * 4
+    assert counts[0] <= 2
+
+
 def test_no_attention_call() -> None:
     with AttentionCapture() as capture:
         torch.nn.MultiheadAttention(16, 2)(*[torch.randn(3, 1, 16)] * 3)
@@ -633,6 +683,39 @@ def test_compiled_model() -> None:
     with pytest.raises(RuntimeError, match="carries no gradient"), AttentionCapture(slice(2, 5)):
         compiled(x)
     assert nothing_is_left()
+
+
+@torch.no_grad()
+def test_compiled_attention_with_a_cache() -> None:
+    """Fewer rows than keys, grouped and repeated heads: one graph over steps and columns."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def model(q: Tensor, past: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k = torch.cat([past, k], dim=2)
+        v = torch.cat([past, v], dim=2)
+        grouped = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        return F.scaled_dot_product_attention(grouped, k, v)
+
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for seed, columns in enumerate((slice(6, 10), slice(9, 13), slice(6, 13))):
+        q, k, v = qkv(seed, rows=M, kv_heads=2)
+        past, k, v = k[:, :, :6], k[:, :, 6:], v[:, :, 6:]
+        with AttentionCapture(columns, keep=seed == 1) as capture:
+            output = compiled(q, past, k, v)
+        with AttentionCapture(columns, [0]) as first:
+            assert torch.equal(output, model(q, past, k, v))
+        keys = torch.cat([past, k], dim=2)
+        torch.testing.assert_close(
+            first.scores.double(), by_hand(q, keys, columns=columns), rtol=1e-5, atol=1e-5
+        )
+        grouped = F.scaled_dot_product_attention(q, keys, torch.cat([past, v], dim=2), enable_gqa=True)
+        truth = by_hand(q, keys, columns=columns) + by_hand(grouped, keys, columns=columns)
+        torch.testing.assert_close(capture.scores.double(), truth, rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count == 1
 
 
 class Deep(torch.nn.Module):

@@ -56,7 +56,13 @@ def test_wheel_of_the_sdist_holds_everything_and_runs_outside_the_tree(tmp_path:
     site = tmp_path / "site"
     _python("-m", "pip", "install", "--no-deps", "--target", str(site), str(wheel), cwd=tmp_path)
     package = site / "attn_sampler"
-    for name in ("py.typed", "kernels/__init__.py", "bundled/MODEL_CARD.md", "bundled/sudoku.safetensors"):
+    for name in (
+        "py.typed",
+        "kernels/__init__.py",
+        "adapters/models.py",
+        "bundled/MODEL_CARD.md",
+        "bundled/sudoku.safetensors",
+    ):
         assert (package / name).is_file(), name
     assert not (site / "kernels").exists(), "a top-level package named kernels would shadow others"
     output = _python("-c", _USE, cwd=tmp_path, PYTHONPATH=str(site))

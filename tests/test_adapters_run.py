@@ -1,0 +1,281 @@
+"""``attn-sampler generate``, on small checkpoints in a folder, and what it says where it cannot run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attn_sampler.adapters import version_problem
+from attn_sampler.cli import main
+
+pytest.importorskip("transformers", reason="the command loads models with it")
+
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from attn_sampler import DecodeTrace, generate
+from attn_sampler.adapters.models import adapt
+from attn_sampler.adapters.transformers import make_bidirectional
+
+WORDS = ["[UNK]", "[PAD]", "[EOS]", *(f"w{i}" for i in range(28)), "[MASK]"]
+MASK = len(WORDS) - 1
+
+# Remote code as a checkpoint brings it: LLaDA's call structure around a Llama.
+REMOTE = """
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel, PretrainedConfig
+import torch, types
+
+class TinyConfig(PretrainedConfig):
+    model_type = "llada"
+
+class TinyLLaDA(PreTrainedModel):
+    config_class = TinyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        inner = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                            num_attention_heads=2, is_causal=False, attn_implementation="sdpa")
+        self.inner, self.head = LlamaModel(inner), torch.nn.Linear(16, 32)
+        for module in self.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.inner(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return types.SimpleNamespace(logits=self.head(hidden))
+"""
+
+
+def save_tokenizer(path: Path, *, mask: bool = True) -> None:
+    vocabulary = {word: i for i, word in enumerate(WORDS) if mask or word != "[MASK]"}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]"}
+    if mask:
+        special["mask_token"] = "[MASK]"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights and a tokenizer of words."""
+    path = tmp_path_factory.mktemp("llama")
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    start = ["generate", "--model", str(folder), "--adapter", "bidirectional", "--gen-length", "12"]
+    return [*start, "--block-length", "4", *more]
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_the_command_decodes_as_generate_does(
+    folder: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "t.json"
+    given = ["--policy", "attn", "--tau", "0.3", "--temperature", "0.7", "--seed", "5", "--cache", cache]
+    given += ["--trace", str(trace), "--device", "cpu", "--dtype", "float32", "--layers", "last"]
+    assert main(arguments(folder, "--prompt", "w1 w2 w3 w4 w5", "w6 w7", *given)) == 0
+    captured = capsys.readouterr()
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="attn_sampler").eval()
+    adapter, options = adapt(make_bidirectional(model), "bidirectional")
+    options |= {"block_length": 4, "mask_token_id": MASK, "eos_token_id": 2, "cache": cache, "layers": (-1,)}
+    expected = generate(
+        adapter, [[4, 5, 6, 7, 8], [9, 10]],
+        gen_length=12, tau=0.3, temperature=0.7, seed=5, trace=True, **options,
+    )  # fmt: skip
+    texts = [" ".join(WORDS[t] for t in row if t > 2) for row in expected.tokens[:, 5:].tolist()]
+    assert captured.out.splitlines() == texts
+    assert f"{expected.num_forward_passes.tolist()} forward passes" in captured.err
+    assert f"wrote {trace}" in captured.err
+    assert DecodeTrace.load(trace) == expected.trace
+
+
+def test_a_chat_template_is_used_unless_told_not_to(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chat"
+    path.mkdir()
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config["chat_template"] = "w9 {{ messages[0]['content'] }} w8"
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    seen: list[Any] = []
+    original = generate
+
+    def spy(model: Any, prompts: Any, **options: Any) -> Any:
+        seen.append(prompts)
+        return original(model, prompts, **options)
+
+    monkeypatch.setattr("attn_sampler.adapters.run.generate", spy)
+    assert main(arguments(path, "--prompt", "w1")) == 0
+    assert main(arguments(path, "--prompt", "w1", "--no-chat")) == 0
+    assert seen == [[[12, 4, 11]], [[4]]]
+
+
+def test_remote_code_runs_where_it_is_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = tmp_path / "remote"
+    path.mkdir()
+    (path / "modeling_tiny.py").write_text(REMOTE)
+    names = {"AutoConfig": "modeling_tiny.TinyConfig", "AutoModel": "modeling_tiny.TinyLLaDA"}
+    config = {"model_type": "llada", "auto_map": names, "mask_token_id": MASK, "architectures": ["TinyLLaDA"]}
+    (path / "config.json").write_text(json.dumps(config))
+    save_tokenizer(path)
+    command = [
+        "generate",
+        "--model",
+        str(path),
+        "--prompt",
+        "w1 w2",
+        "w3",
+        "--gen-length",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    assert main(command) == 1
+    assert "its code comes with the checkpoint; --trust-remote-code runs it" in capsys.readouterr().err
+    module = transformers.dynamic_module_utils.get_class_from_dynamic_module(names["AutoModel"], str(path))
+    torch.manual_seed(0)
+    model = module(module.config_class(mask_token_id=MASK))
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    assert main([*command, "--trust-remote-code"]) == 0
+    captured = capsys.readouterr()
+    expected = generate(
+        *adapt(model.eval())[:1], [[4, 5], [6]], gen_length=4, mask_token_id=MASK, eos_token_id=2
+    )
+    texts = [" ".join(WORDS[t] for t in row if t > 2) for row in expected.tokens[:, 2:].tolist()]
+    assert captured.out.splitlines() == texts
+    assert main([*command, "--trust-remote-code", "--cache", "prefix"]) == 1
+    assert capsys.readouterr().err.endswith("cache: LLaDA serves 'none', got 'prefix'\n")
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a run that cannot be made."""
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_a_checkpoint_that_is_not_to_be_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["generate", "--prompt", "w1", "--model"]
+    assert failure([*command, "/no/such"], capsys) == "attn-sampler: /no/such: no such folder"
+    assert failure([*command, str(tmp_path)], capsys).startswith(f"attn-sampler: cannot load {tmp_path}: ")
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as where there is no network
+    line = failure([*command, "GSAI-ML/LLaDA-8B-Instruct"], capsys)
+    assert line.startswith("attn-sampler: cannot load GSAI-ML/LLaDA-8B-Instruct: ")
+
+
+def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert "no file named model.safetensors" in failure(arguments(tmp_path, "--prompt", "w1"), capsys)
+
+
+def test_an_unknown_family_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(["generate", "--model", str(folder), "--prompt", "w1"], capsys)
+    assert f"{folder}: its model_type 'llama' is none that is known here; --adapter names" in line
+    assert "llada, dream, fast-dllm-v2, llada2, sdar, bidirectional" in line
+
+
+def test_a_mask_token_that_the_tokenizer_lacks(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--prompt", "w1", "--mask-token-id", "126336"]
+    line = failure(arguments(folder, *more), capsys)
+    assert (
+        line == f"attn-sampler: {folder}: its tokenizer has no token 126336, which was to be the mask token"
+    )
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_tokenizer(tmp_path, mask=False)
+    line = failure(arguments(tmp_path, "--prompt", "w1"), capsys)
+    assert "neither its config nor its tokenizer names a mask token; --mask-token-id does" in line
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--layers", "2"], "layers: (2,) does not fit the 2 attention calls of the model"),
+        (["--attention", "eager"], "saw no call of torch.nn.functional.scaled_dot_product_attention"),
+        (["--attention", "none_such"], 'Specified `attn_implementation="none_such"` is not supported'),
+    ],
+)
+def test_attention_that_cannot_be_read(
+    folder: Path, given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in failure(arguments(folder, "--prompt", "w1", *given), capsys)
+
+
+def test_versions(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert version_problem("engine", "5.24.9.dev0", "5.24", "5.25") is None
+    assert version_problem("engine", "0.10", "0.9", "1.0") is None
+    for version in ("5.23.0", "4.57.1", "5.25", "6.0.0"):
+        message = f"engine {version} is outside the tested range, 5.24 to below 5.25"
+        assert version_problem("engine", version, "5.24", "5.25") == message
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "5.99.0")
+    line = failure(arguments(folder, "--prompt", "w1"), capsys)
+    assert line == (
+        "attn-sampler: transformers 5.99.0 is outside the tested range, 5.24 to below 5.25; "
+        "--any-version tries it"
+    )
+    assert main(arguments(folder, "--prompt", "w1", "--any-version")) == 0
+
+    def missing(_: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    capsys.readouterr()
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    line = failure(arguments(folder, "--prompt", "w1"), capsys)
+    assert line == (
+        "attn-sampler: transformers is not installed; pip install 'attn_sampler[transformers]' brings it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--prompt", "w"], "required: --model"),
+        (["--model", "m"], "required: --prompt"),
+        (
+            ["--model", "m", "--prompt", "w", "--gen-length", "0"],
+            "argument --gen-length: expected an integer from 1",
+        ),
+        (["--model", "m", "--prompt", "w", "--cache", "all"], "argument --cache: invalid choice: 'all'"),
+        (["--model", "m", "--prompt", "w", "--adapter", "gpt"], "argument --adapter: invalid choice: 'gpt'"),
+        (
+            ["--model", "m", "--prompt", "w", "--tau", "0.5", "--policy", "confidence"],
+            "argument --tau: the rule confidence does not read it",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", *given])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
