@@ -1,5 +1,4 @@
-"""The command ``attn-sampler``: ``demo`` with the bundled models, ``generate`` with one's own, ``eval`` of the
-rules, and ``info``."""
+"""The command ``attn-sampler``: ``demo`` (bundled models), ``generate`` (yours), ``eval`` (rules), ``info``."""
 
 from __future__ import annotations
 
@@ -115,8 +114,13 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from attn_sampler.adapters.run import LoadError
+
     try:
         return evaluate.run(options)
+    except LoadError as error:
+        print(f"attn-sampler: {error}", file=sys.stderr)
+        return 1
     except ValueError as error:
         parser.error(str(error))
 

@@ -349,8 +349,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="SPEC",
-        help="a .safetensors file of the bundled format, a folder with one, or module:function "
-        "(default: the task's bundled model)",
+        help="hub:ID or hub:FOLDER (a checkpoint), a .safetensors file of the bundled format, a folder with "
+        "one, or module:function (default: the task's bundled model)",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with a checkpoint"
     )
     parser.add_argument(
         "--rule",
@@ -468,7 +471,7 @@ def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedMo
     if options.task_file is not None:
         if options.model is None:
             raise ValueError("--task-file: needs --model")
-        model = _on_device(load_model(options.model), options.device)
+        model = _load(options.model, options)
         yield (
             read_problems(options.task_file, model, options.block_length, options.problems),
             model,
@@ -477,14 +480,12 @@ def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedMo
         return
     for name in options.task:
         spec = options.model or name.partition("-")[0]
-        model = _on_device(load_model(spec), options.device)
+        model = _load(spec, options)
         yield bundled_problems(name, options.problems, options.split), model, spec
 
 
-def _on_device(model: EvaluatedModel, device: str) -> EvaluatedModel:
-    if isinstance(model.model, torch.nn.Module):
-        model.model.to(device)
-    return model
+def _load(spec: str, options: argparse.Namespace) -> EvaluatedModel:
+    return load_model(spec, options.device, trust_remote_code=options.trust_remote_code)
 
 
 def _held(cell: dict[str, Any], rules: Sequence[Rule], orders: bool) -> int:

@@ -22,9 +22,6 @@ from attn_sampler.bundled.tasks import Addition, Task, make_sudoku_puzzles
 BUNDLED = ("sudoku", "addition", "addition-first", "addition-second")
 #: Disjoint problems: rules and thresholds are chosen on "dev" and reported on "heldout".
 SPLITS = ("heldout", "dev")
-#: Loaders of models by prefix: ``--model hub:NAME`` calls ``MODEL_LOADERS["hub"]("NAME")``.
-MODEL_LOADERS: dict[str, Callable[[str], EvaluatedModel]] = {}
-
 _DEV_SEED = 21
 
 
@@ -39,46 +36,57 @@ class EvaluatedModel:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load_model(spec: str) -> EvaluatedModel:
+def load_model(spec: str, device: str = "cpu", *, trust_remote_code: bool = False) -> EvaluatedModel:
     """The model that ``spec`` names.
 
     Parameters
     ----------
     spec
         A bundled task; a ``.safetensors`` file of ``bundled.model.save_weights``, or a folder that holds
-        exactly one; ``prefix:rest`` with a loader in ``MODEL_LOADERS``; or ``module:function``, called
-        without arguments for an ``EvaluatedModel``.
+        exactly one; ``hub:ID`` or ``hub:FOLDER`` for a checkpoint of a family in ``adapters.models``; or
+        ``module:function``, called without arguments for an ``EvaluatedModel``.
+    device
+        Of the model; one that ``module:function`` made is moved if it is a module.
+    trust_remote_code
+        Whether code that comes with a checkpoint may run.
 
     Raises
     ------
     ValueError
         It names none of these.
+    adapters.run.LoadError
+        The checkpoint cannot be had or decoded here.
     """
     if spec in BUNDLED:
         spec = spec.partition("-")[0]
-        model = load_bundled_model(spec)
+        model = load_bundled_model(spec).to(device)
         return EvaluatedModel(model, model.mask_token_id)
     path = Path(spec)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if path.is_dir() and len(files) != 1:
         raise ValueError(f"model: expected one .safetensors file in {spec}, got {len(files)}")
     if files[0].is_file():
-        model = load_weights(files[0])
+        model = load_weights(files[0]).to(device)
         return EvaluatedModel(model, model.mask_token_id)
     prefix, colon, rest = spec.partition(":")
-    if prefix in MODEL_LOADERS:
-        return MODEL_LOADERS[prefix](rest)
     if not colon:
         raise ValueError(
             f"model: expected a bundled task ({', '.join(BUNDLED)}), a .safetensors file, a folder with "
-            f"one, or module:function, got {spec!r}"
+            f"one, hub:ID or module:function, got {spec!r}"
         )
+    if prefix == "hub":
+        from attn_sampler.adapters.run import load
+
+        adapter, tokenizer, options = load(rest, device=device, trust_remote_code=trust_remote_code)
+        return EvaluatedModel(adapter, options.pop("mask_token_id"), tokenizer, options)
     try:
         loaded = getattr(importlib.import_module(prefix), rest)()
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model: {spec!r} cannot be loaded: {error}") from error
     if not isinstance(loaded, EvaluatedModel):
         raise ValueError(f"model: {spec} must return an EvaluatedModel, got {type(loaded).__name__}")
+    if isinstance(loaded.model, torch.nn.Module):
+        loaded.model.to(device)
     return loaded
 
 

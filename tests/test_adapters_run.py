@@ -166,6 +166,21 @@ def test_remote_code_runs_where_it_is_trusted(
     assert main([*command, "--trust-remote-code", "--cache", "prefix"]) == 1
     assert capsys.readouterr().err.endswith("cache: LLaDA serves 'none', got 'prefix'\n")
 
+    # `attn-sampler eval` decodes the same: the second of these answers is made wrong.
+    options = {"gen_length": 4, "mask_token_id": MASK, "eos_token_id": 2, "policy": "confidence"}
+    answers = [
+        generate(*adapt(model)[:1], [p], **options).tokens[0, len(p) :].tolist() for p in ([4, 5], [6])
+    ]
+    answers[1][0] += 1
+    problems = [{"prompt": p, "answer": a} for p, a in zip(("w1 w2", "w3"), answers, strict=True)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    command = ["eval", "--model", f"hub:{path}", "--task-file", str(tmp_path / "problems.jsonl")]
+    command += ["--rule", "confidence", "--out", str(tmp_path / "results.json")]
+    assert main(command) == 1
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert main([*command, "--trust-remote-code"]) == 0
+    assert "| `confidence` | 4.00 | 50.0 |" in capsys.readouterr().out
+
 
 def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line of a run that cannot be made."""

@@ -29,7 +29,6 @@ from attn_sampler.evaluate import (
 )
 from attn_sampler.problem_sets import (
     BUNDLED,
-    MODEL_LOADERS,
     EvaluatedModel,
     bundled_problems,
     load_model,
@@ -190,7 +189,7 @@ def test_bad_problems(record: object, message: str, tmp_path: Path) -> None:
         read_problems(tmp_path / "empty.jsonl", TOY, 4)
 
 
-def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_by_name(tmp_path: Path) -> None:
     packaged = Path(evaluation.__file__).parent / "bundled" / "sudoku.safetensors"
     (tmp_path / "weights.safetensors").write_bytes(packaged.read_bytes())
     tokens = bundled_problems("sudoku", 2).prompts[0][None]
@@ -200,8 +199,6 @@ def test_models_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert loaded.mask_token_id == 6
         assert torch.equal(loaded.model(tokens), expected)
     assert load_model("test_evaluate:toy_model") is not None
-    monkeypatch.setitem(MODEL_LOADERS, "hub", lambda name: EvaluatedModel(TOY.model, MASK, name))
-    assert load_model("hub:org/name").tokenizer == "org/name"
     (tmp_path / "more.safetensors").write_bytes(b"")
     for spec, message in (
         (str(tmp_path), "expected one .safetensors file"),
