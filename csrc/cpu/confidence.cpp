@@ -17,7 +17,7 @@ namespace attn_sampler {
 namespace {
 
 constexpr int64_t kChunk = 2048;
-constexpr int64_t kPadding = 32; /* of a chunk, with -inf: the sampler takes two vectors at a time */
+constexpr int64_t kPadding = 64; /* of a chunk, with -inf: the sampler takes four vectors at a time */
 constexpr int64_t kTasks = 64;
 constexpr int64_t kMinSplit = 8192; /* tokens that are worth a task */
 constexpr float kLog2e = 0x1.715476p+0f;
@@ -79,8 +79,8 @@ inline float largest(const float *x, int64_t n) {
     return result;
 }
 
-/* The sums of a chunk. Sixteen accumulators whatever the vector's
- * width, so that none adds up many terms. */
+/* The sums of a chunk; fetches as many tokens from `ahead` on the way. Sixteen accumulators whatever the
+ * vector's width, so that none adds up many terms. */
 template <bool kMoment>
 inline void add_exponentials(const float *x, int64_t n, const char *ahead, int64_t size, State &state) {
     constexpr int kVectors = 16 / kLanes;
@@ -121,17 +121,32 @@ inline void update_two_largest(const float *x, int64_t n, State &state) {
     }
 }
 
+/* Two vectors of counters, to keep the multipliers busy. */
+struct Counters {
+    VecL a, b;
+
+    friend Counters operator+(Counters x, uint64_t y) { return {x.a + y, x.b + y}; }
+    friend Counters operator^(Counters x, uint64_t y) { return {x.a ^ y, x.b ^ y}; }
+    friend Counters operator^(Counters x, Counters y) { return {x.a ^ y.a, x.b ^ y.b}; }
+    friend Counters operator&(Counters x, uint64_t y) { return {x.a & y, x.b & y}; }
+    friend Counters operator|(Counters x, Counters y) { return {x.a | y.a, x.b | y.b}; }
+    friend Counters operator<<(Counters x, int n) { return {x.a << n, x.b << n}; }
+    friend Counters operator>>(Counters x, int n) { return {x.a >> n, x.b >> n}; }
+};
+
 /* The sampling stream's arithmetic across the lanes. */
 struct VectorLane {
     using Float = VecF;
     using Int = VecI;
     using Word = VecU;
-    using Wide = VecL;
+    using Wide = Counters;
     template <typename T>
     static Float to_float(T x) {
         return __builtin_convertvector(x, VecF);
     }
-    static Wide multiply(Wide a, uint32_t b) { return multiply_low_halves(a, VecL{} + b); }
+    static Wide multiply(Wide x, uint32_t y) {
+        return {multiply_low_halves(x.a, VecL{} + y), multiply_low_halves(x.b, VecL{} + y)};
+    }
 };
 
 /* Draws from one position's stream. */
@@ -142,9 +157,9 @@ struct Sampler {
 
     VecF key(VecF x, VecU word) const { return x * inverse_temperature + gumbel<VectorLane>(word); }
 
-    /* Not above the bits of the largest random word, as a float, whose key can exceed best_key. The noise is
-     * above t where the word is below 2^32 (1 - exp(-exp(-t))), which is less than 2^32 exp(-t); the bits of
-     * a float, read as a number, are a piecewise linear logarithm that is nowhere above the true one. */
+    /* A token's key can exceed best_key only where its random word is at most this. Noise is above t where
+     * the word is below 2^32 (1 - exp(-exp(-t))), which is less than 2^32 exp(-t). The exponential is that of
+     * straight lines between powers of two, nowhere below the true one: a number read as a float's bits. */
     VecF word_bound(VecF x, float best_key) const {
         constexpr float kUnit = 0x1p23f;                              /* one in the exponent */
         constexpr float kOffset = (127.0f + 32.0f + 0x1p-9f) * kUnit; /* with room for the roundings */
@@ -152,21 +167,24 @@ struct Sampler {
         return (VecF) __builtin_convertvector(clamp(bits, 0.0f, 255.0f * kUnit), VecI);
     }
 
-    /* Takes the token of the largest key among the n of a chunk, if it exceeds the state's. x is padded to a
-     * multiple of 2 kLanes. Few tokens can win, and only their noise is worked out. */
+    /* Takes the token of the largest key among the n of a chunk, if it exceeds the state's. Few tokens can
+     * win, and only their noise is worked out. */
     void choose(const float *x, int64_t n, int64_t first_token, State &state) const {
-        constexpr int kGroups = kLanes / 2; /* counters at a time, each good for four tokens */
-        VecL group;
-        for (int i = 0; i < kGroups; ++i)
-            group[i] = static_cast<uint64_t>(first_token / 4 + i / 2 + i % 2 * (kGroups / 2));
-        for (int64_t i = 0; i < n; i += 2 * kLanes, group += kGroups) {
-            const PhiloxWords<VecL> w = philox<VectorLane>(seed, group, position);
-            VecL words[2];
-            interleave(w.word[0] | w.word[1] << 32, w.word[2] | w.word[3] << 32, words[0], words[1]);
-            for (int half = 0; half < 2; ++half) {
-                const int64_t at = i + half * kLanes;
+        Counters group; /* each counter good for four tokens */
+        for (int i = 0; i < kLanes / 2; ++i)
+            group.a[i] = static_cast<uint64_t>(first_token / 4 + i / 2 + i % 2 * (kLanes / 4));
+        group.b = group.a + kLanes / 2;
+        for (int64_t i = 0; i < n; i += 4 * kLanes, group = group + kLanes) {
+            const PhiloxWords<Counters> w = philox<VectorLane>(seed, group, position);
+            const Counters even = w.word[0] | w.word[1] << 32, odd = w.word[2] | w.word[3] << 32;
+            VecL words[4];
+            interleave(even.a, odd.a, words[0], words[1]);
+            interleave(even.b, odd.b, words[2], words[3]);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) {
+                const int64_t at = i + v * kLanes;
                 const VecF logits = load<VecF>(x + at);
-                const VecU word = (VecU)words[half];
+                const VecU word = (VecU)words[v];
                 if (!any_at_least(word_bound(logits, state.best_key), VectorLane::to_float(word)))
                     continue;
                 const VecF keys = key(logits, word);
@@ -202,7 +220,8 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
     alignas(64) float x[kChunk];
     for (int64_t v = first; v < last; v += kChunk) {
         const int64_t n = min_of(kChunk, last - v), padded = round_up(n, kPadding);
-        const char *const next = row + min_of(v + kChunk, last - 1) * size;
+        const char *const next =
+            row + min_of(v + kChunk, last - 1) * size; /* a fetch past the end is no read */
         convert_to_float(row + v * size, p.dtype, n, x);
         for (int64_t i = n; i < padded; ++i)
             x[i] = -kInf;

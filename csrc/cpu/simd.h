@@ -156,7 +156,13 @@ inline void interleave(VecL a, VecL b, VecL &low, VecL &high) {
 #endif
 }
 
-inline VecF bf16_to_float(VecH h) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
+inline VecF bf16_to_float(VecH h) {
+#if defined(__AVX512F__)
+    return (VecF)((VecU)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)h) << 16);
+#else
+    return (VecF)(__builtin_convertvector(h, VecU) << 16);
+#endif
+}
 
 inline VecF fp16_to_float(VecH h) {
 #if defined(__AVX512F__)
