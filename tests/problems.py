@@ -111,13 +111,14 @@ def random_attention(
     seed: int,
     *,
     sizes: Sequence[int] = SIZES,
+    key_sizes: Sequence[int] = (),
     headdims: Sequence[int] = HEAD_DIMS,
     groups: Sequence[int] = GROUPS,
 ) -> AttentionProblem:
-    """A problem drawn from all layouts, sizes, masks and options."""
+    """A problem drawn from all layouts, sizes (of the keys: ``key_sizes`` if given), masks and options."""
     rng = random.Random(seed)
     batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 2), rng.choice(groups)
-    n_rows, n_keys = rng.choice(sizes), rng.choice(sizes)
+    n_rows, n_keys = rng.choice(sizes), rng.choice(key_sizes or sizes)
     headdim, dtype = rng.choice(headdims), rng.choice(DTYPES)
     spread = rng.choice((0.3, 1.0, 1.7))  # near uniform to peaked
     q = normal(rng.randrange(1 << 30), batch, kv_heads * group, n_rows, headdim, dtype=dtype) * spread
