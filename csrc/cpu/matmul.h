@@ -63,14 +63,19 @@ inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int wi
             store(c + r * width + v * kLanes, sum[r][v]);
 }
 
-/* The same for any number of rows: as many as possible at a time, then half as many. */
+/* The same for any number of rows: as many as possible at a time, then fewer, so that 8, 32 and 64 leave no
+ * single ones. */
 template <typename Words, int kRows, int kVectors>
 inline void micro_rows(const char *a, int64_t a_stride, int64_t rows, const float *b, int width,
                        int64_t words, float *c) {
     for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * width)
         micro_kernel<Words, kRows, kVectors>(a, a_stride, b, width, words, c);
     if constexpr (kRows > 1)
-        micro_rows<Words, kRows / 2, kVectors>(a, a_stride, rows, b, width, words, c);
+        micro_rows<Words,
+                   (kRows > 8   ? 8
+                    : kRows > 4 ? 4
+                                : kRows / 2),
+                   kVectors>(a, a_stride, rows, b, width, words, c);
 }
 
 /* Rows of words as `multiply` walks them. */
@@ -158,10 +163,15 @@ inline void pack(const void *const *address, int64_t n, int dtype, int64_t depth
         int64_t d = 0;
 #if defined(__AVX512F__)
         for (; d + 16 <= words; d += 16) {
-            VecF x[16];
+            VecF x[16] = {};
+            if (count == 16) {
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i)
-                x[i] = i < count ? load<VecF>(first + i * rows.stride + d * 4) : VecF{};
+                for (int i = 0; i < 16; ++i)
+                    x[i] = load<VecF>(first + i * rows.stride + d * 4);
+            } else {
+                for (int i = 0; i < count; ++i)
+                    x[i] = load<VecF>(first + i * rows.stride + d * 4);
+            }
             transpose(x);
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i)
