@@ -130,22 +130,33 @@ inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t de
 }
 
 #if defined(__AVX512F__)
+/* Lanes of two vectors (0 to 15 and 16 to 31) for each stage of a transposition. */
+struct Shuffles {
+    int32_t low[4][16] = {}, high[4][16] = {};
+
+    constexpr Shuffles() {
+        for (int stage = 0; stage < 4; ++stage)
+            for (int l = 0, step = 1 << stage; l < 16; ++l) {
+                low[stage][l] = (l & step) == 0 ? l : 16 + l - step;
+                high[stage][l] = (l & step) == 0 ? l + step : 16 + l;
+            }
+    }
+};
+alignas(64) constexpr Shuffles kShuffles;
+
 /* x[i][j] = x[j][i]: pairs of lanes change places, then pairs of pairs, and so on. */
 inline void transpose(VecF *x) {
 #pragma GCC unroll 4
-    for (int step = 1; step < 16; step *= 2) {
-        VecI low, high;
-        for (int l = 0; l < 16; ++l) { /* lanes of the first operand are 0 to 15, of the second 16 to 31 */
-            low[l] = (l & step) == 0 ? l : 16 + l - step;
-            high[l] = (l & step) == 0 ? l + step : 16 + l;
-        }
+    for (int stage = 0; stage < 4; ++stage) {
+        const __m512i low = (__m512i)load<VecI>(kShuffles.low[stage]);
+        const __m512i high = (__m512i)load<VecI>(kShuffles.high[stage]);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-            if ((i & step) != 0)
+            if ((i >> stage & 1) != 0)
                 continue;
-            const __m512 a = (__m512)x[i], b = (__m512)x[i + step];
-            x[i] = (VecF)_mm512_permutex2var_ps(a, (__m512i)low, b);
-            x[i + step] = (VecF)_mm512_permutex2var_ps(a, (__m512i)high, b);
+            const __m512 a = (__m512)x[i], b = (__m512)x[i + (1 << stage)];
+            x[i] = (VecF)_mm512_permutex2var_ps(a, low, b);
+            x[i + (1 << stage)] = (VecF)_mm512_permutex2var_ps(a, high, b);
         }
     }
 }
