@@ -70,12 +70,9 @@ inline void micro_rows(const char *a, int64_t a_stride, int64_t rows, const floa
                        int64_t words, float *c) {
     for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * width)
         micro_kernel<Words, kRows, kVectors>(a, a_stride, b, width, words, c);
+    constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
     if constexpr (kRows > 1)
-        micro_rows<Words,
-                   (kRows > 8   ? 8
-                    : kRows > 4 ? 4
-                                : kRows / 2),
-                   kVectors>(a, a_stride, rows, b, width, words, c);
+        micro_rows<Words, kFewer, kVectors>(a, a_stride, rows, b, width, words, c);
 }
 
 /* Rows of words as `multiply` walks them. */
@@ -102,7 +99,7 @@ inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t wo
     for (; j + 2 * kLanes <= width; j += 2 * kLanes)
         micro_rows<Words, kLanes == 16 ? 12 : 6, 2>(a.data, a.stride, rows, b + j, width, words, c + j);
     for (; j + kLanes <= width; j += kLanes)
-        micro_rows<Words, kLanes == 16 ? 12 : 8, 1>(a.data, a.stride, rows, b + j, width, words, c + j);
+        micro_rows<Words, kLanes == 16 ? 16 : 8, 1>(a.data, a.stride, rows, b + j, width, words, c + j);
 }
 
 /* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
