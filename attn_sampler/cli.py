@@ -1,4 +1,4 @@
-"""The command ``attn-sampler``: ``demo`` (bundled models), ``generate`` (yours), ``eval`` (rules), ``info``."""
+"""The command ``attn-sampler``: ``demo`` (bundled models), ``generate`` (others), ``eval`` and ``info``."""
 
 from __future__ import annotations
 

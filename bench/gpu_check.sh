@@ -25,7 +25,7 @@ echo "build: $folder/build.txt"
 echo "tests: $folder/tests.txt"
 {
     # Several processes on one GPU: compiling the Triton kernels is most of the time.
-    timeout 240 "$python" -m pytest -q -n 8 --dist worksteal --durations=10 -m "not slow" &&
+    timeout 240 "$python" -m pytest -q -n 8 --dist worksteal --durations=10 -m "not slow and not long" &&
         timeout 90 "$python" -m pytest -q -n 4 --dist worksteal tests/triton_kernels.py
 } >"$folder/tests.txt" 2>&1 || status=1
 tail -15 "$folder/tests.txt"

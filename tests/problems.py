@@ -128,14 +128,15 @@ def random_attention(
     seed: int,
     *,
     sizes: Sequence[int] = SIZES,
+    key_sizes: Sequence[int] = (),
     headdims: Sequence[int] = HEAD_DIMS,
     groups: Sequence[int] = GROUPS,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> AttentionProblem:
-    """A problem drawn from all layouts, sizes, masks and options."""
+    """A problem drawn from all layouts, sizes (of the keys: ``key_sizes`` if given), masks and options."""
     rng = random.Random(seed)
     batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 2), rng.choice(groups)
-    n_rows, n_keys = rng.choice(sizes), rng.choice(sizes)
+    n_rows, n_keys = rng.choice(sizes), rng.choice(key_sizes or sizes)
     headdim, dtype = rng.choice(headdims), rng.choice(dtypes)
     spread = rng.choice((0.3, 1.0, 1.7))  # near uniform to peaked
     wide = torch.float32 if dtype == FLOAT8 else dtype

@@ -34,7 +34,7 @@ def _problem(isa: str, package_root: Path) -> str:
 
 def _run_tests(isa: str, package_root: Path, *files: str) -> None:
     command = [
-        *(sys.executable, "-m", "pytest", "-q", "--backend", "cpu", "-m", "not slow"),
+        *(sys.executable, "-m", "pytest", "-q", "--backend", "cpu", "-m", "not slow and not long"),
         *("-p", "no:cacheprovider", "-o", f"pythonpath={package_root}"),
         *(str(ROOT / "tests" / name) for name in files),
     ]

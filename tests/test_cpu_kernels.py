@@ -48,6 +48,21 @@ def test_a_position_has_the_same_confidence_alone_and_in_a_batch(metric: str) ->
         assert torch.equal(_bits(alone[0]), _bits(confidence[b]))
 
 
+@pytest.mark.parametrize("background", [0.0, -3e38, -math.inf, math.nan])
+@pytest.mark.parametrize("peak", [[], [3e38, 3e38], [-3e38], [90.0, 90.5], [math.inf]])
+@pytest.mark.parametrize("temperature", [2.0**-120, 0.01, 1.0, 1e30])
+def test_sampling_where_few_tokens_can_win(background: float, peak: list[float], temperature: float) -> None:
+    """Noise is worked out for the tokens that can still win only: they are found at every scale."""
+    logits = torch.full((1, 4, 5000), background)
+    for c, at in enumerate((0, 31, 2047, 4990)):
+        logits[0, c, at : at + len(peak)] = torch.tensor(peak)
+    options: dict = {"temperature": temperature, "seed": 7}
+    for excluded in (None, 0, 4990):
+        ids, _ = token_confidence(logits, backend="cpu", exclude_token_id=excluded, **options)
+        expected, _ = token_confidence(logits, backend="reference", exclude_token_id=excluded, **options)
+        assert torch.equal(ids, expected)
+
+
 @pytest.mark.parametrize("n_keys", [4096, 32768])
 @pytest.mark.parametrize("hidden", ["masked", "causal"])
 def test_a_split_of_the_keys_that_no_row_sees(n_keys: int, hidden: str) -> None:

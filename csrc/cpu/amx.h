@@ -14,13 +14,6 @@
 namespace attn_sampler {
 namespace {
 
-/* Eight tiles of 16 rows of 64 bytes. */
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 #if defined(ATTN_SAMPLER_AMX_EMULATED)
 struct Tiles {
     float sum[4][16][16];
@@ -63,6 +56,13 @@ struct Tiles {
     }
 };
 #else
+/* Eight tiles of 16 rows of 64 bytes. */
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
 /* Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 of b. */
 struct Tiles {
     Tiles() {

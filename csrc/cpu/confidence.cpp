@@ -16,7 +16,8 @@
 namespace attn_sampler {
 namespace {
 
-constexpr int64_t kChunk = 1024;
+constexpr int64_t kChunk = 2048;
+constexpr int64_t kPadding = 64; /* of a chunk, with -inf: the sampler takes four vectors at a time */
 constexpr int64_t kTasks = 64;
 constexpr int64_t kMinSplit = 8192; /* tokens that are worth a task */
 constexpr float kLog2e = 0x1.715476p+0f;
@@ -30,6 +31,12 @@ struct State {
     double sum = 0.0;                     /* of exp(x - shift) */
     double moment = 0.0;                  /* of exp(x - shift) (x - shift) */
     float shift = 0.0f;                   /* max, or 0 where that is not finite */
+
+    void choose(float key, float logit, int64_t token) {
+        best_key = key;
+        best_logit = logit;
+        best = token;
+    }
 
     /* A NaN is nowhere the largest; it makes the sums NaN. */
     void raise(float new_max) {
@@ -49,11 +56,8 @@ struct State {
 
     /* Takes in a later stretch. */
     void merge(State other) {
-        if (best < 0 || other.best_key > best_key) {
-            best_key = other.best_key;
-            best_logit = other.best_logit;
-            best = other.best;
-        }
+        if (best < 0 || other.best_key > best_key)
+            choose(other.best_key, other.best_logit, other.best);
         push_second(other.max > max ? max : other.max);
         push_second(other.runner_up);
         raise(other.max);
@@ -75,13 +79,14 @@ inline float largest(const float *x, int64_t n) {
     return result;
 }
 
-/* The sums of a chunk, whose padding to a multiple of 16 is -inf. Sixteen accumulators whatever the vector's
- * width, so that none adds up many terms. */
+/* The sums of a chunk; fetches as many tokens from `ahead` on the way. Sixteen accumulators whatever the
+ * vector's width, so that none adds up many terms. */
 template <bool kMoment>
-inline void add_exponentials(const float *x, int64_t n, State &state) {
+inline void add_exponentials(const float *x, int64_t n, const char *ahead, int64_t size, State &state) {
     constexpr int kVectors = 16 / kLanes;
     VecF sum[kVectors] = {}, moment[kVectors] = {};
     for (int64_t i = 0; i < n; i += 16) {
+        __builtin_prefetch(ahead + i * size);
         for (int v = 0; v < kVectors; ++v) {
             VecF d = load<VecF>(x + i + v * kLanes) - state.shift;
             const VecF e = exp2_vec(d * kLog2e);
@@ -101,50 +106,104 @@ inline void add_exponentials(const float *x, int64_t n, State &state) {
 
 /* Both largest values of a chunk. */
 inline void update_two_largest(const float *x, int64_t n, State &state) {
-    float first = state.max, second = state.runner_up;
-    for (int64_t i = 0; i < n; ++i) {
-        if (x[i] > first) {
-            second = first;
-            first = x[i];
-        } else if (x[i] > second) {
-            second = x[i];
-        }
+    VecF first = splat(-kInf), second = first;
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const VecF v = load<VecF>(x + i);
+        const VecF lower = first < v ? first : v;
+        second = lower > second ? lower : second;
+        first = v > first ? v : first;
     }
-    state.runner_up = second;
+    float largest = state.max;
+    for (int i = 0; i < kLanes; ++i) {
+        state.push_second(second[i]);
+        state.push_second(first[i] > largest ? largest : first[i]);
+        largest = first[i] > largest ? first[i] : largest;
+    }
 }
+
+/* Two vectors of counters, to keep the multipliers busy. */
+struct Counters {
+    VecL a, b;
+
+    friend Counters operator+(Counters x, uint64_t y) { return {x.a + y, x.b + y}; }
+    friend Counters operator^(Counters x, uint64_t y) { return {x.a ^ y, x.b ^ y}; }
+    friend Counters operator^(Counters x, Counters y) { return {x.a ^ y.a, x.b ^ y.b}; }
+    friend Counters operator&(Counters x, uint64_t y) { return {x.a & y, x.b & y}; }
+    friend Counters operator|(Counters x, Counters y) { return {x.a | y.a, x.b | y.b}; }
+    friend Counters operator<<(Counters x, int n) { return {x.a << n, x.b << n}; }
+    friend Counters operator>>(Counters x, int n) { return {x.a >> n, x.b >> n}; }
+};
 
 /* The sampling stream's arithmetic across the lanes. */
 struct VectorLane {
     using Float = VecF;
     using Int = VecI;
     using Word = VecU;
-    using Wide = VecL;
+    using Wide = Counters;
     template <typename T>
     static Float to_float(T x) {
         return __builtin_convertvector(x, VecF);
     }
-    static Wide multiply(Wide a, uint32_t b) { return multiply_low_halves(a, VecL{} + b); }
+    static Wide multiply(Wide x, uint32_t y) {
+        return {multiply_low_halves(x.a, VecL{} + y), multiply_low_halves(x.b, VecL{} + y)};
+    }
 };
 
-/* key[i] = x[i] / T + noise, in float32 as the specification rounds it; n is padded to a multiple of 16. */
-inline void sampling_keys(const float *x, int64_t n, int64_t first_token, float inverse_temperature,
-                          uint64_t seed, int64_t position, float *key) {
-    constexpr int kGroups = kLanes / 2; /* counters at a time, each good for four tokens */
-    VecL group;
-    for (int i = 0; i < kGroups; ++i)
-        group[i] = static_cast<uint64_t>(first_token / 4 + i);
-    alignas(64) uint64_t pair[kChunk / 2]; /* two tokens' words */
-    for (int64_t g = 0; g < n / 4; g += kGroups, group += kGroups) {
-        const PhiloxWords<VecL> w = philox<VectorLane>(seed, group, static_cast<uint32_t>(position));
-        const VecL first = w.word[0] | w.word[1] << 32, second = w.word[2] | w.word[3] << 32;
-        for (int i = 0; i < kGroups; ++i) {
-            pair[2 * (g + i)] = first[i];
-            pair[2 * (g + i) + 1] = second[i];
+/* Draws from one position's stream. */
+struct Sampler {
+    uint64_t seed;
+    uint32_t position;
+    float inverse_temperature;
+
+    VecF key(VecF x, VecU word) const { return x * inverse_temperature + gumbel<VectorLane>(word); }
+
+    /* A token's key can exceed best_key only where its random word is at most this. Noise is above t where
+     * the word is below 2^32 (1 - exp(-exp(-t))), which is less than 2^32 exp(-t). The exponential is that of
+     * straight lines between powers of two, nowhere below the true one: a number read as a float's bits. */
+    VecF word_bound(VecF x, float best_key) const {
+        constexpr float kUnit = 0x1p23f;                              /* one in the exponent */
+        constexpr float kOffset = (127.0f + 32.0f + 0x1p-9f) * kUnit; /* with room for the roundings */
+        const VecF bits = (x * inverse_temperature - best_key) * (kLog2e * kUnit) + kOffset;
+        return (VecF) __builtin_convertvector(clamp(bits, 0.0f, 255.0f * kUnit), VecI);
+    }
+
+    /* Takes the token of the largest key among the n of a chunk, if it exceeds the state's. Few tokens can
+     * win, and only their noise is worked out. */
+    void choose(const float *x, int64_t n, int64_t first_token, State &state) const {
+        Counters group; /* each counter good for four tokens */
+        for (int i = 0; i < kLanes / 2; ++i)
+            group.a[i] = static_cast<uint64_t>(first_token / 4 + i / 2 + i % 2 * (kLanes / 4));
+        group.b = group.a + kLanes / 2;
+        for (int64_t i = 0; i < n; i += 4 * kLanes, group = group + kLanes) {
+            const PhiloxWords<Counters> w = philox<VectorLane>(seed, group, position);
+            const Counters even = w.word[0] | w.word[1] << 32, odd = w.word[2] | w.word[3] << 32;
+            VecL words[4];
+            interleave(even.a, odd.a, words[0], words[1]);
+            interleave(even.b, odd.b, words[2], words[3]);
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) {
+                const int64_t at = i + v * kLanes;
+                const VecF logits = load<VecF>(x + at);
+                const VecU word = (VecU)words[v];
+                if (!any_at_least(word_bound(logits, state.best_key), VectorLane::to_float(word)))
+                    continue;
+                const VecF keys = key(logits, word);
+                for (int lane = 0; lane < kLanes && at + lane < n; ++lane)
+                    if (keys[lane] > state.best_key)
+                        state.choose(keys[lane], logits[lane], first_token + at + lane);
+            }
         }
     }
-    const uint32_t *const word = reinterpret_cast<const uint32_t *>(pair);
-    for (int64_t i = 0; i < n; i += kLanes)
-        store(key + i, load<VecF>(x + i) * inverse_temperature + gumbel<VectorLane>(load<VecU>(word + i)));
+};
+
+/* The first token of a chunk with its largest logit. */
+inline int64_t find(const float *x, float value) {
+    int64_t i = 0;
+    while (!any_at_least(load<VecF>(x + i), splat(value)))
+        i += kLanes;
+    while (!(x[i] >= value))
+        ++i;
+    return i;
 }
 
 /* Tokens [first, last) of one position; first is a multiple of 4. */
@@ -153,15 +212,16 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
     const char *const row =
         static_cast<const char *>(p.logits) + (b * p.logits_stride[0] + c * p.logits_stride[1]) * size;
     const bool sample = p.params.temperature > 0.0;
-    const float inverse_temperature = sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f;
-    const uint64_t seed =
-        p.seeds == nullptr ? p.params.seed : static_cast<uint64_t>(p.seeds[b * p.seeds_stride]);
+    const Sampler sampler{
+        p.seeds == nullptr ? p.params.seed : static_cast<uint64_t>(p.seeds[b * p.seeds_stride]),
+        static_cast<uint32_t>(c), sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f};
     const int64_t excluded = p.params.exclude_token_id;
     State state;
     alignas(64) float x[kChunk];
-    alignas(64) float key[kChunk];
     for (int64_t v = first; v < last; v += kChunk) {
-        const int64_t n = min_of(kChunk, last - v), padded = ceil_div(n, 16) * 16;
+        const int64_t n = min_of(kChunk, last - v), padded = round_up(n, kPadding);
+        const char *const next =
+            row + min_of(v + kChunk, last - 1) * size; /* a fetch past the end is no read */
         convert_to_float(row + v * size, p.dtype, n, x);
         for (int64_t i = n; i < padded; ++i)
             x[i] = -kInf;
@@ -169,34 +229,20 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
             x[excluded - v] = -kInf;
         const float chunk_max = largest(x, padded);
         if (p.params.metric == ATTN_SAMPLER_METRIC_MARGIN && chunk_max > state.runner_up)
-            update_two_largest(x, n, state);
+            update_two_largest(x, padded, state);
         state.raise(chunk_max);
         if (p.params.metric == ATTN_SAMPLER_METRIC_ENTROPY)
-            add_exponentials<true>(x, padded, state);
+            add_exponentials<true>(x, padded, next, size, state);
         else
-            add_exponentials<false>(x, padded, state);
+            add_exponentials<false>(x, padded, next, size, state);
 
-        const float *keys = x;
-        float best = chunk_max;
-        if (sample) {
-            sampling_keys(x, padded, v, inverse_temperature, seed, c, key);
-            if (excluded >= v && excluded < v + n)
-                key[excluded - v] = -kInf;
-            keys = key;
-            best = largest(key, padded);
-        }
-        /* Strictly larger, so that the lowest token wins; any token is better than none. */
-        if (state.best >= 0 && !(best > state.best_key))
-            continue;
-        for (int64_t i = 0; i < n; ++i) {
-            const float k = keys[i] == keys[i] ? keys[i] : -kInf;
-            if (k == best && v + i != excluded) {
-                state.best_key = k;
-                state.best_logit = x[i];
-                state.best = v + i;
-                break;
-            }
-        }
+        /* Any token is better than none; then strictly larger ones, so that the lowest wins ties. */
+        if (state.best < 0 && !(n == 1 && excluded == v))
+            state.choose(-kInf, x[excluded == v], v + (excluded == v));
+        if (sample)
+            sampler.choose(x, n, v, state);
+        else if (chunk_max > state.best_key)
+            state.choose(chunk_max, chunk_max, v + find(x, chunk_max));
     }
     return state;
 }

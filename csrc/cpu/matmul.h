@@ -63,14 +63,16 @@ inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int wi
             store(c + r * width + v * kLanes, sum[r][v]);
 }
 
-/* The same for any number of rows: as many as possible at a time, then half as many. */
+/* The same for any number of rows: as many as possible at a time, then fewer, so that 8, 32 and 64 leave no
+ * single ones. */
 template <typename Words, int kRows, int kVectors>
 inline void micro_rows(const char *a, int64_t a_stride, int64_t rows, const float *b, int width,
                        int64_t words, float *c) {
     for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * width)
         micro_kernel<Words, kRows, kVectors>(a, a_stride, b, width, words, c);
+    constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
     if constexpr (kRows > 1)
-        micro_rows<Words, kRows / 2, kVectors>(a, a_stride, rows, b, width, words, c);
+        micro_rows<Words, kFewer, kVectors>(a, a_stride, rows, b, width, words, c);
 }
 
 /* Rows of words as `multiply` walks them. */
@@ -97,7 +99,7 @@ inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t wo
     for (; j + 2 * kLanes <= width; j += 2 * kLanes)
         micro_rows<Words, kLanes == 16 ? 12 : 6, 2>(a.data, a.stride, rows, b + j, width, words, c + j);
     for (; j + kLanes <= width; j += kLanes)
-        micro_rows<Words, kLanes == 16 ? 12 : 8, 1>(a.data, a.stride, rows, b + j, width, words, c + j);
+        micro_rows<Words, kLanes == 16 ? 16 : 8, 1>(a.data, a.stride, rows, b + j, width, words, c + j);
 }
 
 /* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
@@ -128,22 +130,33 @@ inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t de
 }
 
 #if defined(__AVX512F__)
+/* Lanes of two vectors (0 to 15 and 16 to 31) for each stage of a transposition. */
+struct Shuffles {
+    int32_t low[4][16] = {}, high[4][16] = {};
+
+    constexpr Shuffles() {
+        for (int stage = 0; stage < 4; ++stage)
+            for (int l = 0, step = 1 << stage; l < 16; ++l) {
+                low[stage][l] = (l & step) == 0 ? l : 16 + l - step;
+                high[stage][l] = (l & step) == 0 ? l + step : 16 + l;
+            }
+    }
+};
+alignas(64) constexpr Shuffles kShuffles;
+
 /* x[i][j] = x[j][i]: pairs of lanes change places, then pairs of pairs, and so on. */
 inline void transpose(VecF *x) {
 #pragma GCC unroll 4
-    for (int step = 1; step < 16; step *= 2) {
-        VecI low, high;
-        for (int l = 0; l < 16; ++l) { /* lanes of the first operand are 0 to 15, of the second 16 to 31 */
-            low[l] = (l & step) == 0 ? l : 16 + l - step;
-            high[l] = (l & step) == 0 ? l + step : 16 + l;
-        }
+    for (int stage = 0; stage < 4; ++stage) {
+        const __m512i low = (__m512i)load<VecI>(kShuffles.low[stage]);
+        const __m512i high = (__m512i)load<VecI>(kShuffles.high[stage]);
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-            if ((i & step) != 0)
+            if ((i >> stage & 1) != 0)
                 continue;
-            const __m512 a = (__m512)x[i], b = (__m512)x[i + step];
-            x[i] = (VecF)_mm512_permutex2var_ps(a, (__m512i)low, b);
-            x[i + step] = (VecF)_mm512_permutex2var_ps(a, (__m512i)high, b);
+            const __m512 a = (__m512)x[i], b = (__m512)x[i + (1 << stage)];
+            x[i] = (VecF)_mm512_permutex2var_ps(a, low, b);
+            x[i + (1 << stage)] = (VecF)_mm512_permutex2var_ps(a, high, b);
         }
     }
 }
@@ -161,10 +174,15 @@ inline void pack(const void *const *address, int64_t n, int dtype, int64_t depth
         int64_t d = 0;
 #if defined(__AVX512F__)
         for (; d + 16 <= words; d += 16) {
-            VecF x[16];
+            VecF x[16] = {};
+            if (count == 16) {
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i)
-                x[i] = i < count ? load<VecF>(first + i * rows.stride + d * 4) : VecF{};
+                for (int i = 0; i < 16; ++i)
+                    x[i] = load<VecF>(first + i * rows.stride + d * 4);
+            } else {
+                for (int i = 0; i < count; ++i)
+                    x[i] = load<VecF>(first + i * rows.stride + d * 4);
+            }
             transpose(x);
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i)

@@ -66,22 +66,68 @@ inline VecI lane_index() {
     return v;
 }
 
-/* 2^x with relative error below 2e-7; 0 below 2^-126.5, inf above 2^127.5; NaN stays NaN. */
+/* a * b + c, rounded once where the processor can. */
+inline VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+    return (VecF)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (VecF)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* Within [low, high]; NaN stays NaN. */
+inline VecF clamp(VecF x, float low, float high) {
+    const VecF at_least = splat(low), at_most = splat(high);
+    x = at_least > x ? at_least : x;
+    return at_most < x ? at_most : x;
+}
+
+/* Whether a >= b in any lane. */
+inline bool any_at_least(VecF a, VecF b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)(a >= b)) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)(a >= b)) != 0;
+#else
+    const VecI mask = a >= b;
+    int32_t any = 0;
+    for (int i = 0; i < kLanes; ++i)
+        any |= mask[i];
+    return any != 0;
+#endif
+}
+
+/* 2^x with relative error below 2e-7; 0 below 2^-126.5, inf above 2^127.5; NaN stays NaN. Never into the slow
+ * denormals. */
 inline VecF exp2_vec(VecF x) {
-    x = x < -127.0f ? splat(-127.0f) : x; /* never into the slow denormals */
-    x = x > 128.0f ? splat(128.0f) : x;
+#if defined(__AVX512F__)
+    /* The forms without a mask make GCC 12 warn of its own uninitialised variables. */
+    const VecF f = (VecF)_mm512_maskz_reduce_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT); /* 0 for inf */
+    const VecF integer = x - f;
+#else
+    x = clamp(x, -127.0f, 128.0f);
     /* Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. */
-    const VecF shifted = x + 0x1.8p23f;
-    const VecF f = x - (shifted - 0x1.8p23f); /* in [-1/2, 1/2] */
-    /* Minimax fit of 2^f. */
+    const VecF integer = x + 0x1.8p23f;
+    const VecF f = x - (integer - 0x1.8p23f);
+#endif
+    /* Minimax fit of 2^f on [-1/2, 1/2]. */
     VecF p = splat(0x1.5bba14p-10f);
-    p = p * f + 0x1.3cea88p-7f;
-    p = p * f + 0x1.c6b752p-5f;
-    p = p * f + 0x1.ebf9bcp-3f;
-    p = p * f + 0x1.62e42ap-1f;
-    p = p * f + 1.0f;
-    const VecU power = ((VecU)shifted + (127u - 0x4B400000u)) << 23;
+    p = multiply_add(p, f, splat(0x1.3cea88p-7f));
+    p = multiply_add(p, f, splat(0x1.c6b752p-5f));
+    p = multiply_add(p, f, splat(0x1.ebf9bcp-3f));
+    p = multiply_add(p, f, splat(0x1.62e42ap-1f));
+    p = multiply_add(p, f, splat(1.0f));
+#if defined(__AVX512F__)
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)integer);
+#else
+    const VecU power = ((VecU)integer + (127u - 0x4B400000u)) << 23;
     return p * (VecF)power;
+#endif
 }
 
 /* The 64-bit products of the low halves. */
@@ -97,7 +143,27 @@ inline VecL multiply_low_halves(VecL a, VecL b) {
 #endif
 }
 
-inline VecF bf16_to_float(VecH h) { return (VecF)(__builtin_convertvector(h, VecU) << 16); }
+/* Pairs of a's and b's 64-bit lanes: of the even lanes in low, of the odd ones in high. */
+inline void interleave(VecL a, VecL b, VecL &low, VecL &high) {
+#if defined(__AVX512F__)
+    low = (VecL)_mm512_maskz_unpacklo_epi64(0xFF, (__m512i)a, (__m512i)b);
+    high = (VecL)_mm512_maskz_unpackhi_epi64(0xFF, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    low = (VecL)_mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+    high = (VecL)_mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+#else
+    low = VecL{a[0], b[0]};
+    high = VecL{a[1], b[1]};
+#endif
+}
+
+inline VecF bf16_to_float(VecH h) {
+#if defined(__AVX512F__)
+    return (VecF)((VecU)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)h) << 16);
+#else
+    return (VecF)(__builtin_convertvector(h, VecU) << 16);
+#endif
+}
 
 inline VecF fp16_to_float(VecH h) {
 #if defined(__AVX512F__)
