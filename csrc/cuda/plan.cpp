@@ -41,6 +41,14 @@ bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
            (a.softmax_lse == nullptr || equal(a.lse_stride, b.lse_stride, 3));
 }
 
+/* A tile of rows and one of columns are to be filled; narrower ones waste what wgmma gains. */
+bool wgmma_serves(const AttentionArgs &a, int dtype, int64_t rows, int64_t columns,
+                  const Launcher &launcher) {
+    return kBuildsWgmma && launcher.is_hopper() &&
+           (dtype == ATTN_SAMPLER_FLOAT16 || dtype == ATTN_SAMPLER_BFLOAT16) &&
+           a.headdim <= kSliceChunks * kChunk<Half> && rows >= kBlockRows && columns > kWgmmaColumns / 2;
+}
+
 AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers) {
     const AttentionProblem &p = layers[0];
     const attn_sampler_attention_params &params = p.params;
