@@ -111,7 +111,7 @@ size_t scheduler_stack_size = 0;
 std::map<AnyKernel, int> shared_limit;
 std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of the resident blocks' threads, kept */
 std::string last_failure;
-int device = 0, processors = 2, launches = 0, launch_device = -1;
+int device = 0, processors = 2, launches = 0, launch_device = -1, products = 0;
 std::mt19937_64 random_order(0);
 
 /* Leaves a stack for another; returns when something leaves for this one. After a fiber's first entry no
@@ -397,10 +397,12 @@ void multiply_later(float *c, const Product &product) {
         fail("products with different accumulators in flight");
     }
     const size_t n = thread->n_products++;
-    if (n == block->matrices.size())
+    if (n == block->matrices.size()) {
         block->matrices.push_back(product.b);
-    else if (block->matrices[n] != product.b)
+        ++products;
+    } else if (block->matrices[n] != product.b) {
         fail("warps multiply by different matrices");
+    }
     thread->products.push_back(product);
     if (random_order() % 2 == 0)
         multiply_now();
@@ -537,6 +539,8 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t) 
 /* Seeds the orders of blocks and threads. */
 EXPORT void cuda_host_shuffle(uint64_t seed) { cuda_host::random_order.seed(seed); }
 EXPORT int cuda_host_launches() { return cuda_host::launches; }
+/* Asynchronous ones, each of a block. */
+EXPORT int cuda_host_products() { return cuda_host::products; }
 /* The device that was current at the latest launch, and the one that is now. */
 EXPORT int cuda_host_launch_device() { return cuda_host::launch_device; }
 EXPORT int cuda_host_current_device() { return cuda_host::device; }
