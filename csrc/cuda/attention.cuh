@@ -195,7 +195,12 @@ class WarpTile {
             for (int i = 0; i < kPartials; ++i)
                 sum[j][i] = 0.0f;
         const int n_chunks = chunks<T>(a);
-        for (int first = 0; first < n_chunks; first += kSliceChunks) {
+        /* From the slice that is there on: rows that are used again and again load one slice less each time.
+         */
+        const int last = (n_chunks - 1) / kSliceChunks * kSliceChunks;
+        const bool backwards = slice_ != 0;
+        for (int i = 0; i < n_chunks; i += kSliceChunks) {
+            const int first = backwards ? last - i : i;
             if (first != slice_)
                 load_slice(a, first);
 #pragma unroll
