@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT8 = torch.float8_e4m3fn
 
 
 def tensor(

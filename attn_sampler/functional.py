@@ -36,6 +36,8 @@ def column_scores(
     columns: slice | None = None,
     softmax_lse: Tensor | None = None,  # [B, Hq, M]
     lse_base: str = "e",
+    q_descale: Tensor | None = None,  # [B, Hkv]
+    k_descale: Tensor | None = None,  # [B, Hkv]
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,  # [B, N]
@@ -57,15 +59,19 @@ def column_scores(
     Parameters
     ----------
     q, k
-        Post-RoPE queries ``[B, Hq, M, D]`` and keys ``[B, Hkv, N, D]``; float32, float16, bfloat16 (float64:
-        reference only), one dtype and device. Hq is a multiple of Hkv: query head h reads key head
-        ``h // (Hq // Hkv)``. Strided views are read as they are.
+        Post-RoPE queries ``[B, Hq, M, D]`` and keys ``[B, Hkv, N, D]``; float32, float16, bfloat16 or
+        float8_e4m3fn (float64: reference only), one dtype and device. Hq is a multiple of Hkv: query head h
+        reads key head ``h // (Hq // Hkv)``. Strided views are read as they are.
     columns
         Slice of key positions, C of them. Default: all N.
     softmax_lse
         Row log-sum-exp ``[B, Hq, M]``, float32, of the scaled (and masked) logits. Default: computed.
     lse_base
         ``"e"``, or ``"2"`` where softmax_lse is a base-2 logarithm (FlashInfer).
+    q_descale, k_descale
+        Scales of float8 queries and keys, float32 ``[B, Hkv]`` of any strides (one scale for all:
+        ``scale.expand(B, Hkv)``): the real queries of head h are ``q * q_descale[:, h // (Hq // Hkv)]``, the
+        real keys of key head h ``k * k_descale[:, h]``. Finite; not read on the host. Default: 1.
     softmax_scale
         Default ``D ** -0.5``.
     causal
@@ -104,7 +110,7 @@ def column_scores(
     """
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.flag("per_head", per_head)
-    _check_layer("", q, k, softmax_lse, softmax_scope)
+    _check_layer("", q, k, softmax_lse, q_descale, k_descale, softmax_scope)
     _check_masks(q, k, key_mask, query_mask)
     (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
     lo, hi = checks.span("columns", columns, n_keys, "key positions (N)")
@@ -118,6 +124,8 @@ def column_scores(
         q,
         k,
         softmax_lse,
+        q_descale,
+        k_descale,
         key_mask,
         query_mask,
         lo,
@@ -144,6 +152,8 @@ def attention_map(
     columns: slice | None = None,
     softmax_lse: Tensor | None = None,  # [B, Hq, M]
     lse_base: str = "e",
+    q_descale: Tensor | None = None,  # [B, Hkv]
+    k_descale: Tensor | None = None,  # [B, Hkv]
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,  # [B, N]
@@ -180,7 +190,7 @@ def attention_map(
     """
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.flag("per_head", per_head)
-    _check_layer("", q, k, softmax_lse, softmax_scope)
+    _check_layer("", q, k, softmax_lse, q_descale, k_descale, softmax_scope)
     _check_masks(q, k, key_mask, query_mask)
     (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
     lo, hi = checks.span("columns", columns, n_keys, "key positions (N)")
@@ -194,6 +204,8 @@ def attention_map(
         q,
         k,
         softmax_lse,
+        q_descale,
+        k_descale,
         key_mask,
         query_mask,
         first,
@@ -375,10 +387,11 @@ def decode_step(
         ``[B, C, V]``: the predictions for the C positions of the block, already shifted for models
         that predict position j from row j - 1. The mask token is never predicted.
     layers
-        A sequence of ``(q, k, softmax_lse)``, one for each layer that counts, in the shapes of
-        ``column_scores``; or an accumulated score buffer, float32 ``[B, C]``, which is read as it is: what
-        follows from ``rows`` to ``reduction`` then changes nothing. The layers share B, M, N, D and dtype;
-        softmax_lse is given for all of them or (None, or left out) for none.
+        A sequence of ``(q, k, softmax_lse)`` or, in float8, ``(q, k, softmax_lse, q_descale, k_descale)``,
+        one for each layer that counts, in the shapes of ``column_scores``; or an accumulated score buffer,
+        float32 ``[B, C]``, which is read as it is: what follows from ``rows`` to ``reduction`` then changes
+        nothing. The layers share B, M, N, D and dtype; softmax_lse and the descales are each given for all
+        of them or (None, or left out) for none.
     block
         Slice of the T token positions, C of them.
     mask_token_id
@@ -422,15 +435,13 @@ def decode_step(
         raise ValueError("logits: expected a vocabulary with more than the mask token, got V = 1")
     seed, seeds, temperature = _check_sampling(logits, metric, temperature, seed)
 
-    q: list[Tensor] = []
-    k: list[Tensor] = []
-    lse: list[Tensor] = []
+    fields: tuple[list[Tensor], ...] = ([], [], [], [], [])  # of the layers, as the operator takes them
     column_start, column_stop, start = lo, hi, 0
     if isinstance(layers, Tensor):
         scores = _output(layers, tokens, "[B, C]", (batch, count), name="layers")
         key_mask = query_mask = None  # the scores are made: there is nothing left to mask
     else:
-        q, k, lse = _check_layers(layers, tokens, softmax_scope)
+        q, k, *_ = fields = _check_layers(layers, tokens, softmax_scope)
         _check_masks(q[0], k[0], key_mask, query_mask)
         n_rows, n_keys = q[0].shape[2], k[0].shape[2]
         column_start, column_stop = checks.span(
@@ -453,9 +464,7 @@ def decode_step(
         tokens,
         scores,
         logits,
-        q,
-        k,
-        lse,
+        *fields,
         key_mask,
         query_mask,
         seeds,
@@ -520,12 +529,14 @@ def _check_layer(
     q: Tensor,
     k: Tensor,
     softmax_lse: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
     softmax_scope: str,
     *,
-    dtypes: Sequence[torch.dtype] = checks.FLOAT_DTYPES,
+    dtypes: Sequence[torch.dtype] = (*checks.FLOAT_DTYPES, checks.FLOAT8),
     like: Tensor | None = None,
 ) -> None:
-    """q, k and softmax_lse are valid and fit together."""
+    """q, k and what belongs to them are valid and fit together."""
     checks.tensor(f"{prefix}q", q, "[B, Hq, M, D]", dtypes, like=like)
     checks.tensor(f"{prefix}k", k, "[B, Hkv, N, D]", (q.dtype,), like=q)
     batch, heads, n_rows, headdim = q.shape
@@ -545,6 +556,12 @@ def _check_layer(
             )
         dtypes = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
         checks.optional(f"{prefix}softmax_lse", softmax_lse, "[B, Hq, M]", (batch, heads, n_rows), dtypes, q)
+    for name, descale in (("q_descale", q_descale), ("k_descale", k_descale)):
+        if descale is not None and q.dtype != checks.FLOAT8:
+            raise ValueError(
+                f"{prefix}{name}: accepted with q and k of float8_e4m3fn only, these are {q.dtype}"
+            )
+        checks.optional(f"{prefix}{name}", descale, "[B, Hkv]", (batch, kv_heads), (torch.float32,), q)
 
 
 def _check_masks(q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> None:
@@ -554,38 +571,43 @@ def _check_masks(q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tens
 
 def _check_layers(
     layers: Sequence[Sequence[Tensor | None]], tokens: Tensor, softmax_scope: str
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The layers' q, k and (for all of them, or for none) softmax_lse, of one batch, M, N, D and dtype."""
+) -> tuple[list[Tensor], ...]:
+    """The layers' q, k and (each for all of them, or for none) softmax_lse, q_descale and k_descale.
+
+    They are of one batch, M, N, D and dtype.
+    """
     if not isinstance(layers, (list, tuple)) or not layers:
         raise TypeError(
             "layers: expected a score buffer [B, C] or a non-empty sequence of (q, k, softmax_lse), "
             f"got {'an empty one' if isinstance(layers, (list, tuple)) else type(layers).__name__}"
         )
-    all_q: list[Tensor] = []
-    all_k: list[Tensor] = []
-    all_lse: list[Tensor] = []
+    result: tuple[list[Tensor], ...] = ([], [], [], [], [])
     first: tuple[Any, ...] = ()
     for index, layer in enumerate(layers):
-        if not isinstance(layer, (list, tuple)) or len(layer) not in (2, 3):
-            raise TypeError(f"layers[{index}]: expected (q, k, softmax_lse) or (q, k)")
-        q, k, lse = fields = (*layer, None)[:3]
+        if not isinstance(layer, (list, tuple)) or len(layer) not in (2, 3, 5):
+            raise TypeError(
+                f"layers[{index}]: expected (q, k), (q, k, softmax_lse) or "
+                "(q, k, softmax_lse, q_descale, k_descale)"
+            )
+        fields = (*layer, None, None, None)[:5]
         if not (first and all(map(_alike, fields, first))):  # most layers are like the first: a quick way
             first = first or fields
             prefix = f"layers[{index}] "
-            dtypes = checks.FLOAT_DTYPES if index == 0 else (first[0].dtype,)
-            _check_layer(prefix, q, k, lse, softmax_scope, dtypes=dtypes, like=tokens)
+            q, k, *_ = fields
+            like = {"dtypes": (first[0].dtype,)} if index > 0 else {}
+            _check_layer(prefix, *fields, softmax_scope, **like, like=tokens)
             batch, (n_rows, headdim), n_keys = tokens.shape[0], first[0].shape[2:], first[1].shape[2]
             checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], n_rows, headdim))
             checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
-        all_q.append(q)
-        all_k.append(k)
-        if lse is not None:
-            all_lse.append(lse)
-    if all_lse and len(all_lse) != len(all_q):
-        raise ValueError(
-            f"layers: expected softmax_lse for all layers or for none, got {len(all_lse)} of {len(all_q)}"
-        )
-    return all_q, all_k, all_lse
+        for values, value in zip(result, fields, strict=True):
+            if value is not None:
+                values.append(value)
+    for name, values in zip(("softmax_lse", "q_descale", "k_descale"), result[2:], strict=True):
+        if values and len(values) != len(layers):
+            raise ValueError(
+                f"layers: expected {name} for all layers or for none, got {len(values)} of {len(layers)}"
+            )
+    return result
 
 
 def _alike(x: object, y: Tensor | None) -> bool:

@@ -19,7 +19,8 @@ from attn_sampler import _core, reference
 from attn_sampler.backends import TRITON_MODULE, choose_backend
 
 _ATTENTION = (
-    "Tensor q, Tensor k, Tensor? softmax_lse, Tensor? key_mask, Tensor? query_mask, "
+    "Tensor q, Tensor k, Tensor? softmax_lse, Tensor? q_descale, Tensor? k_descale, "
+    "Tensor? key_mask, Tensor? query_mask, "
     "{rows}SymInt column_start, SymInt column_stop, SymInt query_start, float softmax_scale, "
     "str lse_base, bool causal, str softmax_scope, bool diagonal, {reduction}bool per_head, "
     "bool accumulate, str backend"
@@ -36,7 +37,8 @@ for _schema in (
     "select_tokens(Tensor scores, Tensor confidence, Tensor masked, str policy, float tau, "
     "str fallback, str backend) -> Tensor",
     "decode_step(Tensor(a!) tokens, Tensor(b!) scores, Tensor logits, Tensor[] q, Tensor[] k, "
-    "Tensor[] softmax_lse, Tensor? key_mask, Tensor? query_mask, Tensor? seeds, "
+    "Tensor[] softmax_lse, Tensor[] q_descale, Tensor[] k_descale, "
+    "Tensor? key_mask, Tensor? query_mask, Tensor? seeds, "
     "SymInt block_start, SymInt block_stop, SymInt mask_token_id, bool masked_rows_only, "
     "SymInt column_start, SymInt column_stop, SymInt query_start, float? softmax_scale, "
     "str lse_base, bool causal, str softmax_scope, bool diagonal, str reduction, str metric, "
@@ -75,6 +77,8 @@ class _Reference:
         q: Tensor,
         k: Tensor,
         softmax_lse: Tensor | None,
+        q_descale: Tensor | None,
+        k_descale: Tensor | None,
         key_mask: Tensor | None,
         query_mask: Tensor | None,
         column_start: int,
@@ -94,6 +98,8 @@ class _Reference:
             k,
             columns=slice(column_start, column_stop),
             softmax_lse=softmax_lse,
+            q_descale=q_descale,
+            k_descale=k_descale,
             lse_base=lse_base,
             softmax_scale=softmax_scale,
             causal=causal,
@@ -114,6 +120,8 @@ class _Reference:
         q: Tensor,
         k: Tensor,
         softmax_lse: Tensor | None,
+        q_descale: Tensor | None,
+        k_descale: Tensor | None,
         key_mask: Tensor | None,
         query_mask: Tensor | None,
         row_start: int,
@@ -135,6 +143,8 @@ class _Reference:
             rows=slice(row_start, row_stop),
             columns=slice(column_start, column_stop),
             softmax_lse=softmax_lse,
+            q_descale=q_descale,
+            k_descale=k_descale,
             lse_base=lse_base,
             softmax_scale=softmax_scale,
             causal=causal,
@@ -196,6 +206,8 @@ class _Reference:
         q: list[Tensor],
         k: list[Tensor],
         softmax_lse: list[Tensor],
+        q_descale: list[Tensor],
+        k_descale: list[Tensor],
         key_mask: Tensor | None,
         query_mask: Tensor | None,
         seeds: Tensor | None,
@@ -219,7 +231,8 @@ class _Reference:
         tau: float,
         fallback: str,
     ) -> None:
-        layers = list(zip(q, k, softmax_lse, strict=True) if softmax_lse else zip(q, k, strict=True))
+        optional = (x or [None] * len(q) for x in (softmax_lse, q_descale, k_descale))
+        layers = list(zip(q, k, *optional, strict=True))
         result = reference.decode_step(
             tokens,
             logits,

@@ -34,6 +34,15 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _dequantised(x: Tensor, descale: Tensor | None) -> Tensor:
+    """The real values [B, H, ., D] that x stands for; descale is [B, Hkv], and H a multiple of Hkv."""
+    dtype = _compute_dtype(x)
+    if descale is None:
+        return x.to(dtype)
+    descale = descale.to(dtype).repeat_interleave(x.shape[1] // descale.shape[1], dim=1)
+    return x.to(dtype) * descale[:, :, None, None]
+
+
 def attention(
     q: Tensor,  # [B, Hq, M, D]
     k: Tensor,  # [B, Hkv, N, D]
@@ -41,6 +50,8 @@ def attention(
     columns: slice | None = None,
     softmax_lse: Tensor | None = None,  # [B, Hq, M]
     lse_base: str = "e",
+    q_descale: Tensor | None = None,  # [B, Hkv], of quantised q
+    k_descale: Tensor | None = None,  # [B, Hkv], of quantised k
     softmax_scale: float | None = None,
     causal: bool = False,
     key_mask: Tensor | None = None,  # [B, N] bool
@@ -67,14 +78,14 @@ def attention(
     if softmax_scope == "block":
         sees = sees & (lo <= row) & (row < hi) & (lo <= key) & (key < hi)
 
-    dtype = _compute_dtype(q)
+    q, k = _dequantised(q, q_descale), _dequantised(k, k_descale)
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    logits = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))
+    logits = scale * (q @ k.transpose(-1, -2))
     logits = logits.masked_fill(~sees, -_INF)
     if softmax_lse is None:
         lse = torch.logsumexp(logits, dim=-1)
     else:
-        lse = softmax_lse.to(dtype) * (math.log(2.0) if lse_base == "2" else 1.0)
+        lse = softmax_lse.to(q.dtype) * (math.log(2.0) if lse_base == "2" else 1.0)
     # A row that saw nothing has lse -inf; it contributes zeros, not exp(-inf - -inf).
     weights = torch.exp(logits - lse[..., None]).masked_fill((lse == -_INF)[..., None], 0.0)
     if not diagonal:
@@ -190,7 +201,7 @@ def _first_largest(value: Tensor, candidates: Tensor) -> Tensor:
 def decode_step(
     tokens: Tensor,  # [B, T] int64, updated in place
     logits: Tensor,  # [B, C, V], the predictions for the block
-    layers: Tensor | Sequence[Sequence[Any]],  # scores [B, C], or (q, k, softmax_lse or None)
+    layers: Tensor | Sequence[Sequence[Any]],  # scores [B, C], or (q, k, softmax_lse, q_descale, k_descale)
     *,
     block: slice,
     mask_token_id: int,
@@ -221,12 +232,15 @@ def decode_step(
             masked_rows = tokens[:, first : first + n_rows] == mask_token_id
             query_mask = masked_rows if query_mask is None else masked_rows & query_mask
         scores = torch.zeros(masked.shape, dtype=_compute_dtype(layers[0][0]), device=tokens.device)
-        for q, k, *lse in layers:
+        for layer in layers:
+            q, k, lse, q_descale, k_descale = (*layer, None, None, None)[:5]  # what is left out is None
             column_scores(
                 q,
                 k,
                 columns=columns,
-                softmax_lse=lse[0] if lse else None,
+                softmax_lse=lse,
+                q_descale=q_descale,
+                k_descale=k_descale,
                 query_mask=query_mask,
                 query_start=start,
                 out=scores,

@@ -31,10 +31,12 @@ struct Failure {
     throw Failure{status};
 }
 
-/* Says of a failure that names q, k or softmax_lse which layer it is about. */
+/* Says of a failure that names a tensor of a layer which layer it is about. */
 void name_layer_in_error(int64_t layer) {
-    if (strncmp(last_error, "q:", 2) != 0 && strncmp(last_error, "k:", 2) != 0 &&
-        strncmp(last_error, "softmax_lse:", 12) != 0)
+    bool of_layer = false;
+    for (const char *const start : {"q:", "k:", "softmax_lse:", "q_descale:", "k_descale:"})
+        of_layer = of_layer || strncmp(last_error, start, strlen(start)) == 0;
+    if (!of_layer)
         return;
     char message[sizeof(last_error)];
     snprintf(message, sizeof(message), "layers[%lld].%.400s", static_cast<long long>(layer), last_error);
@@ -70,8 +72,8 @@ void require_memory(bool done) {
 using Tensor = attn_sampler_tensor;
 
 const char *dtype_name(int dtype) {
-    static const char *const names[] = {"float32", "float16", "bfloat16", "int64", "bool"};
-    return dtype >= 0 && dtype < 5 ? names[dtype] : "an unknown dtype";
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int64", "bool", "float8_e4m3"};
+    return dtype >= 0 && dtype < 6 ? names[dtype] : "an unknown dtype";
 }
 
 void check_tensor(const char *name, const Tensor *t, int ndim) {
@@ -96,11 +98,11 @@ void check_dtype(const char *name, const Tensor *t, int dtype) {
              dtype_name(t->dtype));
 }
 
-void check_float(const char *name, const Tensor *t) {
+void check_float(const char *name, const Tensor *t, bool may_be_float8 = false) {
     if (t->dtype != ATTN_SAMPLER_FLOAT32 && t->dtype != ATTN_SAMPLER_FLOAT16 &&
-        t->dtype != ATTN_SAMPLER_BFLOAT16)
-        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "%s: expected dtype float32, float16 or bfloat16, got %s", name,
-             dtype_name(t->dtype));
+        t->dtype != ATTN_SAMPLER_BFLOAT16 && !(may_be_float8 && t->dtype == ATTN_SAMPLER_FLOAT8_E4M3))
+        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "%s: expected dtype float32, float16%s, got %s", name,
+             may_be_float8 ? ", bfloat16 or float8_e4m3" : " or bfloat16", dtype_name(t->dtype));
     const int last = t->ndim - 1;
     if (t->shape[last] > 1 && t->stride[last] != 1)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "%s: expected a contiguous last dimension, got stride %lld", name,
@@ -176,16 +178,31 @@ void copy_strides(const Tensor *t, To *stride, int count) {
         stride[i] = t->stride[i];
 }
 
+/* The scales of float8 q or k, if there are any. */
+void check_descale(const char *name, const Tensor *descale, const AttentionProblem &p, const float *&data,
+                   int64_t (&stride)[2]) {
+    if (descale == nullptr)
+        return;
+    if (p.dtype != ATTN_SAMPLER_FLOAT8_E4M3)
+        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "%s: expected NULL with q and k of dtype %s", name,
+             dtype_name(p.dtype));
+    check_like(name, descale, ATTN_SAMPLER_FLOAT32, {p.batch, p.kv_heads});
+    data = static_cast<const float *>(descale->data);
+    copy_strides(descale, stride, 2);
+}
+
 /* Everything of an attention problem but its output. */
-AttentionProblem check_attention(const Tensor *q, const Tensor *k, const Tensor *lse, const Tensor *key_mask,
+AttentionProblem check_attention(const attn_sampler_layer &layer, const Tensor *key_mask,
                                  const Tensor *query_mask, const attn_sampler_attention_params &params,
                                  int num_threads) {
+    const Tensor *const q = layer.q, *const k = layer.k, *const lse = layer.softmax_lse;
     check_tensor("q", q, 4);
     check_tensor("k", k, 4);
-    check_float("q", q);
-    check_float("k", k);
+    check_float("q", q, true);
+    check_float("k", k, true);
     check_dtype("k", k, q->dtype);
     AttentionProblem p{};
+    p.dtype = q->dtype;
     p.batch = q->shape[0];
     p.heads = q->shape[1];
     p.n_rows = q->shape[2];
@@ -204,6 +221,8 @@ AttentionProblem check_attention(const Tensor *q, const Tensor *k, const Tensor 
         fail(ATTN_SAMPLER_UNSUPPORTED, "k: expected fewer than 2^30 keys, got %lld",
              static_cast<long long>(p.n_keys));
     check_like("softmax_lse", lse, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, p.n_rows}, true);
+    check_descale("q_descale", layer.q_descale, p, p.q_descale, p.q_descale_stride);
+    check_descale("k_descale", layer.k_descale, p, p.k_descale, p.k_descale_stride);
     check_like("key_mask", key_mask, ATTN_SAMPLER_BOOL, {p.batch, p.n_keys}, true);
     check_like("query_mask", query_mask, ATTN_SAMPLER_BOOL, {p.batch, p.n_rows}, true);
     check_range("params.columns", params.column_start, params.column_stop, p.n_keys);
@@ -223,7 +242,6 @@ AttentionProblem check_attention(const Tensor *q, const Tensor *k, const Tensor 
              static_cast<long long>(params.query_start));
     if (lse != nullptr && params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "softmax_lse: expected NULL in block scope");
-    p.dtype = q->dtype;
     p.q = q->data;
     p.k = k->data;
     copy_strides(q, p.q_stride, 3);
@@ -318,11 +336,11 @@ void dispatch(const attn_sampler_exec *exec, int64_t *workspace,
         *workspace = bytes;
 }
 
-void column_scores(const Tensor *q, const Tensor *k, const Tensor *lse, const Tensor *key_mask,
-                   const Tensor *query_mask, const attn_sampler_attention_params *params, const Tensor *out,
+void column_scores(const attn_sampler_layer &layer, const Tensor *key_mask, const Tensor *query_mask,
+                   const attn_sampler_attention_params *params, const Tensor *out,
                    const attn_sampler_exec *exec, int64_t *workspace) {
     check_params(params);
-    AttentionProblem p = check_attention(q, k, lse, key_mask, query_mask, *params, check_exec(exec));
+    AttentionProblem p = check_attention(layer, key_mask, query_mask, *params, check_exec(exec));
     const int64_t columns = params->column_stop - params->column_start;
     if (params->per_head) {
         check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, columns});
@@ -337,11 +355,11 @@ void column_scores(const Tensor *q, const Tensor *k, const Tensor *lse, const Te
              [&] { require_memory(cpu_kernels().column_scores(p)); });
 }
 
-void attention_map(const Tensor *q, const Tensor *k, const Tensor *lse, const Tensor *key_mask,
-                   const Tensor *query_mask, const attn_sampler_attention_params *params, const Tensor *out,
+void attention_map(const attn_sampler_layer &layer, const Tensor *key_mask, const Tensor *query_mask,
+                   const attn_sampler_attention_params *params, const Tensor *out,
                    const attn_sampler_exec *exec, int64_t *workspace) {
     check_params(params);
-    AttentionProblem p = check_attention(q, k, lse, key_mask, query_mask, *params, check_exec(exec));
+    AttentionProblem p = check_attention(layer, key_mask, query_mask, *params, check_exec(exec));
     check_range("params.rows", params->row_start, params->row_stop, p.n_rows);
     const int64_t rows = params->row_stop - params->row_start;
     const int64_t columns = params->column_stop - params->column_start;
@@ -424,8 +442,7 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     std::vector<AttentionProblem> problems;
     for (int64_t i = 0; i < num_layers; ++i) {
         try {
-            problems.push_back(check_attention(layers[i].q, layers[i].k, layers[i].softmax_lse, key_mask,
-                                               query_mask, attention, num_threads));
+            problems.push_back(check_attention(layers[i], key_mask, query_mask, attention, num_threads));
         } catch (const Failure &) {
             name_layer_in_error(i);
             throw;
@@ -515,43 +532,51 @@ extern "C" {
 
 attn_sampler_status
 attn_sampler_column_scores(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
-                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *key_mask,
+                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *q_descale,
+                           const attn_sampler_tensor *k_descale, const attn_sampler_tensor *key_mask,
                            const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
                            const attn_sampler_tensor *out, const attn_sampler_exec *exec) {
     return attn_sampler::guarded([&] {
-        attn_sampler::column_scores(q, k, softmax_lse, key_mask, query_mask, params, out, exec, nullptr);
+        attn_sampler::column_scores({q, k, softmax_lse, q_descale, k_descale}, key_mask, query_mask, params,
+                                    out, exec, nullptr);
     });
 }
 
 attn_sampler_status attn_sampler_column_scores_workspace(
     const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *q_descale, const attn_sampler_tensor *k_descale,
     const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
     const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
     const attn_sampler_exec *exec, int64_t *bytes) {
     return attn_sampler::guarded([&] {
         attn_sampler::check_workspace_answer(bytes);
-        attn_sampler::column_scores(q, k, softmax_lse, key_mask, query_mask, params, out, exec, bytes);
+        attn_sampler::column_scores({q, k, softmax_lse, q_descale, k_descale}, key_mask, query_mask, params,
+                                    out, exec, bytes);
     });
 }
 
 attn_sampler_status
 attn_sampler_attention_map(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
-                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *key_mask,
+                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *q_descale,
+                           const attn_sampler_tensor *k_descale, const attn_sampler_tensor *key_mask,
                            const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
                            const attn_sampler_tensor *out, const attn_sampler_exec *exec) {
     return attn_sampler::guarded([&] {
-        attn_sampler::attention_map(q, k, softmax_lse, key_mask, query_mask, params, out, exec, nullptr);
+        attn_sampler::attention_map({q, k, softmax_lse, q_descale, k_descale}, key_mask, query_mask, params,
+                                    out, exec, nullptr);
     });
 }
 
 attn_sampler_status attn_sampler_attention_map_workspace(
     const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *q_descale, const attn_sampler_tensor *k_descale,
     const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
     const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
     const attn_sampler_exec *exec, int64_t *bytes) {
     return attn_sampler::guarded([&] {
         attn_sampler::check_workspace_answer(bytes);
-        attn_sampler::attention_map(q, k, softmax_lse, key_mask, query_mask, params, out, exec, bytes);
+        attn_sampler::attention_map({q, k, softmax_lse, q_descale, k_descale}, key_mask, query_mask, params,
+                                    out, exec, bytes);
     });
 }
 

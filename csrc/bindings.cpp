@@ -82,44 +82,51 @@ int64_t run(Call call, Workspace workspace) {
 }
 
 int64_t column_scores(const py::object &out, const py::object &q, const py::object &k, const py::object &lse,
-                      const py::object &key_mask, const py::object &query_mask, int64_t column_start,
-                      int64_t column_stop, int64_t query_start, double softmax_scale, int lse_base,
-                      bool causal, int softmax_scope, bool diagonal, int reduction, bool per_head,
-                      bool accumulate, const py::tuple &where) {
-    const View out_(out), q_(q), k_(k), lse_(lse), key_mask_(key_mask), query_mask_(query_mask);
+                      const py::object &q_descale, const py::object &k_descale, const py::object &key_mask,
+                      const py::object &query_mask, int64_t column_start, int64_t column_stop,
+                      int64_t query_start, double softmax_scale, int lse_base, bool causal, int softmax_scope,
+                      bool diagonal, int reduction, bool per_head, bool accumulate, const py::tuple &where) {
+    const View out_(out), q_(q), k_(k), lse_(lse), q_descale_(q_descale), k_descale_(k_descale),
+        key_mask_(key_mask), query_mask_(query_mask);
     const attn_sampler_attention_params params = {
         softmax_scale, column_start,  column_stop, 0,         0,        query_start, lse_base,
         causal,        softmax_scope, diagonal,    reduction, per_head, accumulate};
     const attn_sampler_exec exec = exec_of(where);
     return run(
         [&] {
-            return attn_sampler_column_scores(q_.get(), k_.get(), lse_.get(), key_mask_.get(),
-                                              query_mask_.get(), &params, out_.get(), &exec);
+            return attn_sampler_column_scores(q_.get(), k_.get(), lse_.get(), q_descale_.get(),
+                                              k_descale_.get(), key_mask_.get(), query_mask_.get(), &params,
+                                              out_.get(), &exec);
         },
         [&](int64_t *bytes) {
-            return attn_sampler_column_scores_workspace(q_.get(), k_.get(), lse_.get(), key_mask_.get(),
-                                                        query_mask_.get(), &params, out_.get(), &exec, bytes);
+            return attn_sampler_column_scores_workspace(q_.get(), k_.get(), lse_.get(), q_descale_.get(),
+                                                        k_descale_.get(), key_mask_.get(), query_mask_.get(),
+                                                        &params, out_.get(), &exec, bytes);
         });
 }
 
 int64_t attention_map(const py::object &out, const py::object &q, const py::object &k, const py::object &lse,
-                      const py::object &key_mask, const py::object &query_mask, int64_t row_start,
-                      int64_t row_stop, int64_t column_start, int64_t column_stop, int64_t query_start,
-                      double softmax_scale, int lse_base, bool causal, int softmax_scope, bool diagonal,
-                      bool per_head, bool accumulate, const py::tuple &where) {
-    const View out_(out), q_(q), k_(k), lse_(lse), key_mask_(key_mask), query_mask_(query_mask);
+                      const py::object &q_descale, const py::object &k_descale, const py::object &key_mask,
+                      const py::object &query_mask, int64_t row_start, int64_t row_stop, int64_t column_start,
+                      int64_t column_stop, int64_t query_start, double softmax_scale, int lse_base,
+                      bool causal, int softmax_scope, bool diagonal, bool per_head, bool accumulate,
+                      const py::tuple &where) {
+    const View out_(out), q_(q), k_(k), lse_(lse), q_descale_(q_descale), k_descale_(k_descale),
+        key_mask_(key_mask), query_mask_(query_mask);
     const attn_sampler_attention_params params = {
         softmax_scale, column_start,  column_stop, row_start, row_stop, query_start, lse_base,
         causal,        softmax_scope, diagonal,    0,         per_head, accumulate};
     const attn_sampler_exec exec = exec_of(where);
     return run(
         [&] {
-            return attn_sampler_attention_map(q_.get(), k_.get(), lse_.get(), key_mask_.get(),
-                                              query_mask_.get(), &params, out_.get(), &exec);
+            return attn_sampler_attention_map(q_.get(), k_.get(), lse_.get(), q_descale_.get(),
+                                              k_descale_.get(), key_mask_.get(), query_mask_.get(), &params,
+                                              out_.get(), &exec);
         },
         [&](int64_t *bytes) {
-            return attn_sampler_attention_map_workspace(q_.get(), k_.get(), lse_.get(), key_mask_.get(),
-                                                        query_mask_.get(), &params, out_.get(), &exec, bytes);
+            return attn_sampler_attention_map_workspace(q_.get(), k_.get(), lse_.get(), q_descale_.get(),
+                                                        k_descale_.get(), key_mask_.get(), query_mask_.get(),
+                                                        &params, out_.get(), &exec, bytes);
         });
 }
 
@@ -160,20 +167,24 @@ int64_t select_tokens(const py::object &selected, const py::object &scores, cons
 
 int64_t decode_step(const py::object &tokens, const py::object &scores, const py::object &token_ids,
                     const py::object &confidence, const py::object &selected, const py::object &logits,
-                    const py::list &q, const py::list &k, const py::list &lse, const py::object &key_mask,
-                    const py::object &query_mask, const py::object &seeds, int64_t block_start,
-                    int64_t block_stop, int64_t mask_token_id, bool masked_rows_only, int64_t column_start,
-                    int64_t column_stop, int64_t query_start, double softmax_scale, int lse_base, bool causal,
-                    int softmax_scope, bool diagonal, int reduction, int metric, double temperature,
-                    int64_t seed, int policy, double tau, int fallback, const py::tuple &where) {
+                    const py::list &q, const py::list &k, const py::list &lse, const py::list &q_descale,
+                    const py::list &k_descale, const py::object &key_mask, const py::object &query_mask,
+                    const py::object &seeds, int64_t block_start, int64_t block_stop, int64_t mask_token_id,
+                    bool masked_rows_only, int64_t column_start, int64_t column_stop, int64_t query_start,
+                    double softmax_scale, int lse_base, bool causal, int softmax_scope, bool diagonal,
+                    int reduction, int metric, double temperature, int64_t seed, int policy, double tau,
+                    int fallback, const py::tuple &where) {
     const View tokens_(tokens), scores_(scores), token_ids_(token_ids), confidence_(confidence);
     const View selected_(selected), logits_(logits), key_mask_(key_mask), query_mask_(query_mask),
         seeds_(seeds);
-    const std::vector<View> q_ = views(q), k_ = views(k), lse_ = views(lse);
+    const std::vector<View> q_ = views(q), k_ = views(k), lse_ = views(lse), q_descale_ = views(q_descale),
+                            k_descale_ = views(k_descale);
     std::vector<attn_sampler_layer> layers;
     layers.reserve(q_.size());
     for (size_t i = 0; i < q_.size(); ++i)
-        layers.push_back({q_[i].get(), k_.at(i).get(), lse_.empty() ? nullptr : lse_.at(i).get()});
+        layers.push_back({q_[i].get(), k_.at(i).get(), lse_.empty() ? nullptr : lse_.at(i).get(),
+                          q_descale_.empty() ? nullptr : q_descale_.at(i).get(),
+                          k_descale_.empty() ? nullptr : k_descale_.at(i).get()});
     const attn_sampler_decode_step_params params = {block_start,
                                                     block_stop,
                                                     mask_token_id,

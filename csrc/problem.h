@@ -14,8 +14,10 @@ struct AttentionProblem {
     int dtype; /* attn_sampler_dtype of q and k */
     const void *q, *k;
     int64_t q_stride[3], k_stride[3]; /* batch, head, row */
-    const float *softmax_lse;         /* may be null, as the masks */
+    const float *softmax_lse;         /* may be null, as what follows and the masks */
     int64_t lse_stride[3];
+    const float *q_descale, *k_descale; /* null unless dtype is float8 */
+    int64_t q_descale_stride[2], k_descale_stride[2];
     const uint8_t *key_mask, *query_mask;
     int64_t key_mask_stride[2], query_mask_stride[2];
     attn_sampler_attention_params params;
@@ -23,6 +25,11 @@ struct AttentionProblem {
     int64_t out_stride[4]; /* batch, head (0 without), row (0 without), column */
     int num_threads;
 };
+
+/* Internal linkage, as in cpu/simd.h. */
+static inline int64_t element_size(int dtype) {
+    return dtype == ATTN_SAMPLER_FLOAT32 ? 4 : dtype == ATTN_SAMPLER_FLOAT8_E4M3 ? 1 : 2;
+}
 
 struct ConfidenceProblem {
     int64_t batch, positions, vocab;

@@ -22,6 +22,8 @@ from attn_sampler import reference
 RELATIVE_TOLERANCE = 5e-6
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = torch.float8_e4m3fn
+ATTENTION_DTYPES = (*DTYPES, FLOAT8)
 SIZES = (1, 7, 63, 113)
 HEAD_DIMS = (32, 33, 40, 64, 80, 96, 128, 160, 256)
 GROUPS = (1, 4, 7)
@@ -35,6 +37,21 @@ def generator(seed: int) -> torch.Generator:
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=generator(seed)).to(dtype)
+
+
+def descale(rng: random.Random, batch: int, kv_heads: int) -> Tensor:
+    """Scales [B, Hkv] of a quantised tensor: one for all, or one for each head in memory of any order."""
+    if rng.random() < 0.3:
+        return torch.tensor(rng.uniform(0.25, 2.0)).expand(batch, kv_heads)
+    values = torch.rand(kv_heads, 2 * batch, generator=generator(rng.randrange(1 << 30))) * 1.75 + 0.25
+    return values[:, ::2].T
+
+
+def dequantised(x: Tensor, scale: Tensor | None) -> Tensor:
+    """The real values, in float64, of x [B, H, L, D] whose scales are [B, Hkv]."""
+    if scale is None:
+        return x.double()
+    return x.double() * scale.double().repeat_interleave(x.shape[1] // scale.shape[1], dim=1)[..., None, None]
 
 
 def strided(values: Tensor, layout: str) -> Tensor:
@@ -113,15 +130,17 @@ def random_attention(
     sizes: Sequence[int] = SIZES,
     headdims: Sequence[int] = HEAD_DIMS,
     groups: Sequence[int] = GROUPS,
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> AttentionProblem:
     """A problem drawn from all layouts, sizes, masks and options."""
     rng = random.Random(seed)
     batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 2), rng.choice(groups)
     n_rows, n_keys = rng.choice(sizes), rng.choice(sizes)
-    headdim, dtype = rng.choice(headdims), rng.choice(DTYPES)
+    headdim, dtype = rng.choice(headdims), rng.choice(dtypes)
     spread = rng.choice((0.3, 1.0, 1.7))  # near uniform to peaked
-    q = normal(rng.randrange(1 << 30), batch, kv_heads * group, n_rows, headdim, dtype=dtype) * spread
-    k = normal(rng.randrange(1 << 30), batch, kv_heads, n_keys, headdim, dtype=dtype) * spread
+    wide = torch.float32 if dtype == FLOAT8 else dtype
+    q = normal(rng.randrange(1 << 30), batch, kv_heads * group, n_rows, headdim, dtype=wide) * spread
+    k = normal(rng.randrange(1 << 30), batch, kv_heads, n_keys, headdim, dtype=wide) * spread
     key_mask = boolean_mask(rng, rng.choice(MASKS), batch, n_keys)
     query_mask = boolean_mask(rng, rng.choice(MASKS), batch, n_rows)
     options: dict[str, Any] = {
@@ -133,6 +152,11 @@ def random_attention(
         "key_mask": key_mask,
         "query_mask": query_mask,
     }
+    if dtype == FLOAT8:
+        scales = {name: descale(rng, batch, kv_heads) for name in ("q_descale", "k_descale")}
+        q = dequantised(q, 1.0 / scales["q_descale"]).to(FLOAT8)
+        k = dequantised(k, 1.0 / scales["k_descale"]).to(FLOAT8)
+        options |= {name: value for name, value in scales.items() if rng.random() < 0.8}
     if rng.random() < 0.7:
         start = rng.randrange(n_keys)
         options["columns"] = slice(start, rng.randint(start + 1, min(n_keys, start + 40)))
@@ -145,15 +169,15 @@ def random_attention(
         if rng.random() < 0.5:  # the strides of the CPU flash attention's lse
             lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
         options["softmax_lse"] = lse
-    poison = rng.choice((torch.nan, torch.inf, -torch.inf))
+    poison = torch.tensor(rng.choice((torch.nan, torch.inf, -torch.inf))).to(dtype)
     if key_mask is not None:
-        k = k.masked_fill(~key_mask[:, None, :, None], poison)
+        k = torch.where(key_mask[:, None, :, None], k, poison)
     if query_mask is not None:
-        q = q.masked_fill(~query_mask[:, None, :, None], poison)
+        q = torch.where(query_mask[:, None, :, None], q, poison)
     return AttentionProblem(strided(q, rng.choice(LAYOUTS)), strided(k, rng.choice(LAYOUTS)), options)
 
 
-_LSE_OPTIONS = ("causal", "softmax_scale", "query_start", "key_mask", "query_mask")
+_LSE_OPTIONS = ("q_descale", "k_descale", "causal", "softmax_scale", "query_start", "key_mask", "query_mask")
 
 
 def row_lse(q: Tensor, k: Tensor, **options: Any) -> Tensor:
@@ -161,8 +185,9 @@ def row_lse(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     batch, heads, n_rows, headdim = q.shape
     kv_heads, n_keys = k.shape[1:3]
     scale = options.get("softmax_scale") or headdim**-0.5
-    grouped = q.double().view(batch, kv_heads, heads // kv_heads, n_rows, headdim)
-    logits = scale * torch.einsum("bkgmd,bknd->bkgmn", grouped, k.double()).flatten(1, 2)
+    q, k = dequantised(q, options.get("q_descale")), dequantised(k, options.get("k_descale"))
+    grouped = q.view(batch, kv_heads, heads // kv_heads, n_rows, headdim)
+    logits = scale * torch.einsum("bkgmd,bknd->bkgmn", grouped, k).flatten(1, 2)
     start = options.get("query_start")
     start = n_keys - n_rows if start is None else start
     if options.get("causal"):

@@ -8,7 +8,16 @@ import math
 
 import pytest
 import torch
-from problems import DTYPES, AttentionProblem, judge, normal, random_attention, row_lse
+from problems import (
+    ATTENTION_DTYPES,
+    DTYPES,
+    FLOAT8,
+    AttentionProblem,
+    judge,
+    normal,
+    random_attention,
+    row_lse,
+)
 
 from attn_sampler import attention_map, column_scores, ops, reference
 
@@ -19,6 +28,12 @@ def test_random_problems(backend, device, seed):
     n_rows = problem.q.shape[2]
     rows = (None, slice(n_rows // 3, n_rows // 3 + 1), slice(n_rows // 2, n_rows))[seed % 3]
     judge("attention_map", backend, problem, rows=rows, per_head=seed % 4 == 0)
+
+
+@pytest.mark.parametrize("seed", range(3000, 3020))
+def test_random_float8_problems(backend, device, seed):
+    problem = random_attention(seed, dtypes=(FLOAT8,)).to(device)
+    judge("attention_map", backend, problem, per_head=seed % 4 == 0)
 
 
 @pytest.mark.parametrize("seed", range(2000, 2012))
@@ -33,7 +48,7 @@ def test_its_sums_over_rows_are_the_column_scores(backend, device, seed):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ATTENTION_DTYPES)
 def test_rows_over_all_keys_sum_to_one(backend, device, dtype):
     q, k = normal(0, 2, 4, 9, 40, dtype=dtype).to(device), normal(1, 2, 2, 21, 40, dtype=dtype).to(device)
     weights = attention_map(q, k, per_head=True, backend=backend)
@@ -70,7 +85,7 @@ def test_every_element_of_the_output_is_written(backend, device, per_head):
     key_mask = torch.rand(2, 21, generator=torch.Generator().manual_seed(0)).to(device) < 0.5
     out = torch.full((2, 4, 5, 11) if per_head else (2, 5, 11), torch.nan, device=device)
     arguments = (2, 7, 6, 17, 12, 40**-0.5, "e", True, "sequence", True, per_head, False)
-    ops.implementation(backend).attention_map(out, q, k, None, key_mask, None, *arguments)
+    ops.implementation(backend).attention_map(out, q, k, None, None, None, key_mask, None, *arguments)
     expected = attention_map(
         q,
         k,
@@ -102,7 +117,13 @@ def test_no_sequences(backend, device):
 @pytest.mark.parametrize("seed", range(100))
 def test_the_reference_is_the_definition(seed):
     """Entry by entry, in plain Python."""
-    problem = random_attention(seed, sizes=(1, 3, 5), headdims=(1, 3), groups=(1, 2)).double()
+    problem = random_attention(
+        seed,
+        sizes=(1, 3, 5),
+        headdims=(1, 3),
+        groups=(1, 2),
+        dtypes=(FLOAT8,) if seed % 4 == 0 else DTYPES,
+    ).double()
     actual = problem.run(reference.attention_map, per_head=True)
     expected = torch.tensor(_definition(problem), dtype=torch.float64).reshape(actual.shape)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, equal_nan=True)
@@ -131,8 +152,11 @@ def _definition(problem: AttentionProblem) -> list:
         )
 
     def logit(b: int, h: int, i: int, j: int) -> float:
-        key = k[b][h // (heads // kv_heads)][j]
-        return scale * sum(x * y for x, y in zip(q[b][h][i], key, strict=True))
+        kv_head = h // (heads // kv_heads)
+        product = scale * sum(x * y for x, y in zip(q[b][h][i], k[b][kv_head][j], strict=True))
+        for name in ("q_descale", "k_descale"):
+            product *= options[name][b, kv_head].item() if name in options else 1.0
+        return product
 
     def weight(b: int, h: int, i: int, j: int) -> float:
         if not visible(b, i, j) or (not options["diagonal"] and j == start + i):

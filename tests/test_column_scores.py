@@ -7,7 +7,9 @@ import itertools
 import pytest
 import torch
 from problems import (
+    ATTENTION_DTYPES,
     DTYPES,
+    FLOAT8,
     GROUPS,
     HEAD_DIMS,
     SIZES,
@@ -39,8 +41,66 @@ def test_random_problems(backend, device, seed):
     )
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_random_float8_problems(backend, device, seed):
+    problem = random_attention(seed, dtypes=(FLOAT8,)).to(device)
+    judge(
+        "column_scores",
+        backend,
+        problem,
+        reduction=("sum", "mean", "max", "sum")[seed % 4],
+        per_head=seed % 5 == 0,
+    )
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_every_float8(backend, device, with_lse):
+    """All finite values, by ones and zeros; then the two NaN."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes[(codes & 0x7F) != 0x7F].view(FLOAT8).to(device)  # 254 keys, each with one value
+    k = torch.zeros(1, 1, 254, 16, dtype=FLOAT8, device=device)
+    k[0, 0, :, 5] = finite
+    q = torch.ones(1, 1, 1, 16, dtype=FLOAT8, device=device)
+    scale = torch.full((1, 1), 1 / 64, device=device)
+    logits = finite.double() / 64
+    options = {"k_descale": scale, "softmax_scale": 1.0}
+    if with_lse:
+        options["softmax_lse"] = logits.logsumexp(0).float().expand(1, 1, 1)
+    scores = column_scores(q, k, **options, backend=backend)[0]
+    torch.testing.assert_close(scores.double(), logits.softmax(0), rtol=3e-6, atol=0.0)
+    for nan in (0x7F, 0xFF):
+        k[0, 0, 7, 5] = torch.tensor(nan, dtype=torch.uint8, device=device).view(FLOAT8)
+        unknown = column_scores(q, k, **options, backend=backend)[0].isnan()
+        assert unknown[7]
+        assert unknown.sum() == (1 if with_lse else 254)
+
+
+def test_descales_multiply_queries_and_keys(backend, device):
+    """The scores of the real values; a scale of NaN in sight, and behind a mask."""
+    problem = small_problem(device, dtype=FLOAT8, causal=True)
+    q_descale = torch.tensor([[0.3, 1.1], [1.7, 0.25]], device=device)
+    k_descale = torch.tensor([[1.9, 0.5], [1.2, 2.3]], device=device).T
+    real = AttentionProblem(
+        problem.q.float() * q_descale.repeat_interleave(2, dim=1)[..., None, None],
+        problem.k.float() * k_descale[..., None, None],
+        problem.options,
+    )
+    expected = real.run(column_scores, backend=backend)
+    scores = problem.run(column_scores, q_descale=q_descale, k_descale=k_descale, backend=backend)
+    torch.testing.assert_close(scores, expected)
+    k_descale[1, 0] = torch.nan
+    unknown = problem.run(column_scores, q_descale=q_descale, k_descale=k_descale, backend=backend)
+    assert torch.equal(unknown.isnan().any(dim=1), torch.tensor([False, True], device=device))
+    shown = torch.tensor([[True], [False]], device=device).expand(2, 9)
+    hidden = problem.run(
+        column_scores, q_descale=q_descale, k_descale=k_descale, query_mask=shown, backend=backend
+    )
+    torch.testing.assert_close(hidden[0], expected[0])
+    assert (hidden[1] == 0.0).all()
+
+
 @pytest.mark.parametrize("headdim", HEAD_DIMS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ATTENTION_DTYPES)
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_head_dimensions(backend, device, headdim, dtype, with_lse):
     q, k = normal(0, 1, 2, 17, headdim, dtype=dtype), normal(1, 1, 1, 35, headdim, dtype=dtype)
@@ -56,7 +116,7 @@ def test_sizes_and_groups(backend, device, n_rows, n_keys):
         judge("column_scores", backend, AttentionProblem(q, k).to(device), reduction=reduction, causal=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ATTENTION_DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_many_keys(backend, device, dtype, causal):
     """More of them than any kernel holds at a time."""
@@ -105,7 +165,7 @@ def test_decode_shapes(backend, device, batch, heads, kv_heads, n_rows, n_keys, 
     judge("column_scores", backend, AttentionProblem(q, k, options).to(device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ATTENTION_DTYPES)
 def test_all_columns_sum_to_the_number_of_rows(backend, device, dtype):
     problem = small_problem(device, dtype=dtype)
     per_head = problem.run(column_scores, per_head=True, backend=backend)
@@ -285,6 +345,8 @@ def test_every_element_of_the_output_is_written(backend, device):
                 problem.q,
                 problem.k,
                 None,
+                None,
+                None,
                 options.get("key_mask"),
                 None,
                 *columns,
@@ -343,7 +405,7 @@ def test_no_gradient(backend, device):
         assert scores.grad_fn is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ATTENTION_DTYPES)
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize(
     ("heads", "n_rows", "n_keys"), [(4, 20, 70), pytest.param(28, 63, 513, marks=pytest.mark.slow)]

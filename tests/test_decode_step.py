@@ -5,11 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from problems import DTYPES, GROUPS, assert_accurate, boolean_mask, normal, row_lse, strided
+from problems import (
+    DTYPES,
+    FLOAT8,
+    GROUPS,
+    assert_accurate,
+    boolean_mask,
+    descale,
+    normal,
+    row_lse,
+    strided,
+)
 from torch import Tensor
 
 from attn_sampler import (
@@ -23,6 +34,7 @@ from attn_sampler import (
 )
 
 VOCAB, MASK = 37, 5
+SCALES = ("q_descale", "k_descale")
 
 
 @dataclasses.dataclass
@@ -31,7 +43,7 @@ class Step:
 
     tokens: Tensor
     logits: Tensor
-    layers: list[tuple[Tensor, Tensor, Tensor | None]]
+    layers: list[tuple[Tensor | None, ...]]
     options: dict[str, Any]
 
     def copy(self) -> Step:
@@ -44,17 +56,17 @@ class Step:
         return dataclasses.replace(self, tokens=tokens)
 
     def double(self) -> Step:
-        layers = [(q.double(), k.double(), lse if lse is None else lse.double()) for q, k, lse in self.layers]
+        layers = [tuple(x if x is None else x.double() for x in layer) for layer in self.layers]
         return dataclasses.replace(self.copy(), logits=self.logits.double(), layers=layers)
 
     def run(self, function: Any = decode_step, **more: Any) -> StepResult:
         return function(self.tokens, self.logits, self.layers, **{**self.options, **more})
 
 
-def random_step(seed: int, device: torch.device) -> Step:
+def random_step(seed: int, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> Step:
     rng = random.Random(seed)
     batch, n_tokens, count = rng.randint(1, 3), rng.choice((9, 20, 41)), rng.randint(1, 8)
-    n_layers, headdim, dtype = rng.choice((1, 2, 5)), rng.choice((32, 40, 96)), rng.choice(DTYPES)
+    n_layers, headdim, dtype = rng.choice((1, 2, 5)), rng.choice((32, 40, 96)), rng.choice(dtypes)
     start = rng.randrange(n_tokens - count + 1)
     full = rng.random() < 0.5  # no cache: a row for each token; else the rows of the block
     offset = rng.choice((0, 0, -start, 3))  # where the keys begin, relative to the tokens
@@ -86,28 +98,39 @@ def random_step(seed: int, device: torch.device) -> Step:
     if with_lse:
         options["lse_base"] = rng.choice("e2")
     layers = []
+    scale_names = SCALES[: rng.randrange(3)] if dtype == FLOAT8 else ()
     for _ in range(n_layers):
         kv_heads, group = rng.randint(1, 2), rng.choice(GROUPS)
         layout = rng.choice(("contiguous", "transposed", "wide rows"))
         q = normal(rng.randrange(1 << 30), batch, kv_heads * group, n_rows, headdim, dtype=dtype)
         k = normal(rng.randrange(1 << 30), batch, kv_heads, n_keys, headdim, dtype=dtype)
         lse = None
+        scales: dict[str, Tensor] = {}
+        if dtype == FLOAT8:
+            scales = {name: descale(rng, batch, kv_heads) for name in scale_names}
         if with_lse:
-            lse = row_lse(q, k, causal=options["causal"], query_start=options["query_start"])
+            lse = row_lse(q, k, causal=options["causal"], query_start=options["query_start"], **scales)
             lse = lse / torch.log(torch.tensor(2.0)) if options["lse_base"] == "2" else lse
             lse = lse.to(device)
-        layers.append((strided(q, layout).to(device), strided(k, layout).to(device), lse))
+        layer = (strided(q, layout).to(device), strided(k, layout).to(device), lse)
+        if dtype == FLOAT8:
+            layer += tuple(scales[name].to(device) if name in scales else None for name in SCALES)
+        layers.append(layer)
     storage = torch.randint(VOCAB, (batch, 2 * n_tokens), generator=torch.Generator().manual_seed(seed))
     storage[torch.rand(storage.shape, generator=torch.Generator().manual_seed(seed)) < 0.5] = MASK
-    logits = 2.0 * normal(seed, batch, count + 2, VOCAB, dtype=dtype)
+    logits = 2.0 * normal(seed, batch, count + 2, VOCAB, dtype=torch.bfloat16 if dtype == FLOAT8 else dtype)
     logits[..., MASK] = 50.0  # what it would predict if it were not excluded
     options = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in options.items()}
     return Step(storage.to(device)[:, ::2], logits.to(device)[:, 1:-1], layers, options)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_random_steps(backend, device, seed):
-    step = random_step(seed, device)
+@pytest.mark.parametrize(
+    ("seed", "dtypes"),
+    [*((seed, DTYPES) for seed in range(60)), *((seed, (FLOAT8,)) for seed in range(60, 80))],
+    ids=lambda x: str(x) if isinstance(x, int) else "float8" if FLOAT8 in x else "",
+)
+def test_random_steps(backend, device, seed, dtypes):
+    step = random_step(seed, device, dtypes)
     options = step.options
     truth = step.double().run(reference.decode_step)
     same_precision = step.copy().run(reference.decode_step)
@@ -270,7 +293,7 @@ def test_every_element_of_the_outputs_is_written(backend, device):
     q, k, lse = (list(x) for x in zip(*step.layers, strict=True))
     ops.implementation(backend).decode_step(
         step.tokens, scores, token_ids, confidence, selected, step.logits, q, k, lse,
-        None, None, None, 6, 10, MASK, False, 6, 10, 0, None, "e", False, "sequence", True, "sum",
+        [], [], None, None, None, 6, 10, MASK, False, 6, 10, 0, None, "e", False, "sequence", True, "sum",
         "probability", 0.0, 0, "parallel", 0.9, "confidence",
     )  # fmt: skip
     actual = StepResult(step.tokens, token_ids, confidence, scores, selected)

@@ -75,6 +75,8 @@ def attention(
     q = torch.empty(batch, rows, heads[0], headdim, dtype=dtype).transpose(1, 2)
     k = torch.empty(batch, keys, heads[1], headdim, dtype=dtype).transpose(1, 2)
     softmax_lse = torch.empty(batch, heads[0], rows) if lse else None
+    is_float8 = dtype == torch.float8_e4m3fn
+    descales = [torch.empty(1).expand(batch, heads[1]) if is_float8 else None for _ in range(2)]
     first = (keys - columns) // 16 * 16
     span = (first, first + columns)
     is_map = kernel is kernels.attention_map
@@ -84,6 +86,7 @@ def attention(
         q,
         k,
         softmax_lse,
+        *descales,
         None,
         None,
         *((0, min(columns, rows)) if is_map else ()),
@@ -149,6 +152,8 @@ def step(
         [] if given_scores else empty(heads[0], rows),
         [] if given_scores else empty(heads[1], keys),
         [torch.empty(batch, heads[0], rows) for _ in range(layers)] if lse else [],
+        [],
+        [],
         None,
         None,
         None,
@@ -202,6 +207,13 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         columns, heads=(8, 4), columns=1280, lse=False, headdim=512
     ),
     "columns, float32, no LSE": functools.partial(columns, lse=False, dtype=torch.float32),
+    "columns, float8, LSE given": functools.partial(columns, dtype=torch.float8_e4m3fn),
+    "all columns, float8, GQA 8, no LSE": functools.partial(
+        columns, heads=(32, 4), columns=1024, rows=1024, keys=1024, lse=False, dtype=torch.float8_e4m3fn
+    ),
+    "map, float8, D 512": functools.partial(
+        attention_map, heads=(8, 4), rows=256, columns=256, headdim=512, dtype=torch.float8_e4m3fn
+    ),
     "map, LSE given": attention_map,
     "map, 256 columns, no LSE, D 192": functools.partial(attention_map, columns=256, lse=False, headdim=192),
     "confidence": confidence,

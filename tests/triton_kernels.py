@@ -181,6 +181,8 @@ def column_scores(case: Case) -> Tensor:
         case.q,
         case.k,
         case.lse,
+        None,
+        None,
         case.keys,
         case.rows,
         case.lo,
@@ -220,6 +222,8 @@ def attention_map(case: Case, first: int, last: int) -> Tensor:
         case.q,
         case.k,
         case.lse,
+        None,
+        None,
         case.keys,
         case.rows,
         first,
@@ -415,7 +419,7 @@ def test_no_rows_and_no_sequences() -> None:
         k = torch.zeros(batch, 2, 20, 16, device=DEVICE)
         out = torch.full((batch, 4), NAN, device=DEVICE)
         kernels.column_scores(
-            out, q, k, None, None, None, 3, 7, 0, 1.0, "e", False, "sequence", True, "sum", False, False
+            out, q, k, *[None] * 5, 3, 7, 0, 1.0, "e", False, "sequence", True, "sum", False, False
         )
         assert out.numel() == batch * 4
         assert not out.any()
@@ -435,9 +439,7 @@ def test_offsets_beyond_32_bits() -> None:
             out,
             tensor,
             tensor,
-            None,
-            None,
-            None,
+            *[None] * 5,
             0,
             3,
             0,
@@ -695,6 +697,8 @@ class Step:
             self.q if with_layers else [],
             self.k if with_layers else [],
             self.lse if with_layers else [],
+            [],
+            [],
             self.keys,
             self.rows,
             None,

@@ -37,13 +37,11 @@ struct Plan {
     int64_t group;               /* query heads of a key head */
     int64_t row_start, row_stop; /* rows that can count */
     int64_t key_start, key_stop; /* keys of the softmax */
-    float scale;                 /* to base-2 logits */
     const double *lse;           /* computed base-2 log-sum-exp, [B, Hq, M]; null where it is given */
 
     explicit Plan(const AttentionProblem &problem)
         : p(problem), group(problem.heads / problem.kv_heads), row_start(0), row_stop(problem.n_rows),
-          key_start(0), key_stop(problem.n_keys),
-          scale(static_cast<float>(problem.params.softmax_scale * kLog2e)), lse(nullptr) {
+          key_start(0), key_stop(problem.n_keys), lse(nullptr) {
         if (p.params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK) {
             key_start = p.params.column_start;
             key_stop = p.params.column_stop;
@@ -53,8 +51,7 @@ struct Plan {
     }
 
     const void *element(const void *base, int64_t offset) const {
-        const int64_t size = p.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2;
-        return static_cast<const char *>(base) + offset * size;
+        return static_cast<const char *>(base) + offset * element_size(p.dtype);
     }
     const void *query(int64_t b, int64_t h, int64_t m) const {
         return element(p.q, b * p.q_stride[0] + h * p.q_stride[1] + m * p.q_stride[2]);
@@ -68,6 +65,17 @@ struct Plan {
     }
     bool key_counts(int64_t b, int64_t n) const {
         return p.key_mask == nullptr || p.key_mask[b * p.key_mask_stride[0] + n * p.key_mask_stride[1]] != 0;
+    }
+    /* From products of a key head to base-2 logits. */
+    float scale(int64_t b, int64_t hkv) const {
+        double scale = p.params.softmax_scale * kLog2e;
+        if (p.q_descale != nullptr)
+            scale *=
+                static_cast<double>(p.q_descale[b * p.q_descale_stride[0] + hkv * p.q_descale_stride[1]]);
+        if (p.k_descale != nullptr)
+            scale *=
+                static_cast<double>(p.k_descale[b * p.k_descale_stride[0] + hkv * p.k_descale_stride[1]]);
+        return static_cast<float>(scale);
     }
     double row_lse(int64_t b, int64_t h, int64_t m) const {
         if (lse != nullptr)
@@ -130,10 +138,10 @@ void for_each_task(int num_threads, int64_t count, Body &body) {
 
 /* Turns products into base-2 logits, -inf where a row (lane) does not see the key; returns the largest, or
  * `top`. */
-inline VecF scale_logits(const Plan &plan, float *logits, int width, int64_t count, const int32_t *keys,
-                         VecI position, VecF top) {
+inline VecF scale_logits(const Plan &plan, float scale, float *logits, int width, int64_t count,
+                         const int32_t *keys, VecI position, VecF top) {
     for (int64_t i = 0; i < count; ++i) {
-        VecF x = load<VecF>(logits + i * width) * plan.scale;
+        VecF x = load<VecF>(logits + i * width) * scale;
         if (plan.p.params.causal)
             x = position >= keys[i] ? x : splat(-kInf);
         store(logits + i * width, x);
@@ -155,6 +163,9 @@ template <typename Words>
 struct LseTask {
     const Plan &plan;
     int64_t b, hkv;
+    float scale;
+
+    LseTask(const Plan &p, int64_t b_, int64_t hkv_) : plan(p), b(b_), hkv(hkv_), scale(p.scale(b_, hkv_)) {}
 
     /* Row f of the key head's list is row f % rows of query head f / rows of the group. */
     void operator()(int64_t first, int64_t n, int64_t key, int64_t key_stop, const Scratch &s, float *maximum,
@@ -198,7 +209,7 @@ struct LseTask {
     void update(float *logits, int width, int64_t count, const int32_t *at, VecI position, float *maximum,
                 float *sum) const {
         const VecF old_max = load<VecF>(maximum);
-        const VecF new_max = scale_logits(plan, logits, width, count, at, position, old_max);
+        const VecF new_max = scale_logits(plan, scale, logits, width, count, at, position, old_max);
         const VecF shift = shift_of(new_max);
         VecF total = load<VecF>(sum) * exp2_vec(old_max - shift);
         for (int64_t i = 0; i < count; ++i)
@@ -229,7 +240,7 @@ bool compute_lse(Plan &plan, double *lse) {
     float *const partial = work.extra<float>(); /* [units, splits, {maximum, sum}, kTile] */
     auto body = [&](int64_t index, int worker) {
         const int64_t split = index % splits, unit = index / splits, tile = unit % tiles;
-        const LseTask<Words> task{plan, unit / tiles / p.kv_heads, unit / tiles % p.kv_heads};
+        const LseTask<Words> task(plan, unit / tiles / p.kv_heads, unit / tiles % p.kv_heads);
         const int64_t first = tile * kTile, key = plan.key_start + split * keys_per_split;
         float *const result = partial + index * 2 * kTile;
         task(first, min_of(kTile, plan.group * rows - first), key,
@@ -327,6 +338,7 @@ template <typename Words>
 inline void weights_tile(const Plan &plan, const Columns &columns, const RowTile &rows, const Scratch &s) {
     const attn_sampler_attention_params &params = plan.p.params;
     const int64_t depth = plan.p.headdim;
+    const float scale = plan.scale(columns.b, columns.kv_head);
     const Rows q = as_rows<Words>(rows.address, rows.n, plan.p.dtype, depth, s.rows);
     multiply<Words>(q, rows.n, s.packed, columns.width, depth / Words::kElements, s.product);
     const bool select = !columns.all_count || columns.n < columns.width || params.causal || !params.diagonal;
@@ -335,7 +347,7 @@ inline void weights_tile(const Plan &plan, const Columns &columns, const RowTile
         const int32_t dropped = params.diagonal ? -1 : rows.position[r];
         for (int v = 0; v < columns.width / kLanes; ++v) {
             float *const at = s.product + r * columns.width + v * kLanes;
-            VecF x = load<VecF>(at) * plan.scale - rows.lse_high[r];
+            VecF x = load<VecF>(at) * scale - rows.lse_high[r];
             x = exp2_vec(x - rows.lse_low[r]);
             if (select) {
                 const VecI lane = lane_index() + v * kLanes;
@@ -471,6 +483,7 @@ struct SoftmaxTask {
             position[i] = -1;
         pack<Words>(address, n, p.dtype, p.headdim, width, s.rows, s.packed);
 
+        const float scale = plan.scale(b, hkv);
         VecF largest_logit[kTile / kLanes];
         for (VecF &x : largest_logit)
             x = splat(-kInf);
@@ -482,7 +495,7 @@ struct SoftmaxTask {
             float *const logits = s.product + i * width;
             multiply<Words>(keys, count, s.packed, width, p.headdim / Words::kElements, logits);
             for (int j = 0; j < width; j += kLanes)
-                largest_logit[j / kLanes] = scale_logits(plan, logits + j, width, count, s.keys + i,
+                largest_logit[j / kLanes] = scale_logits(plan, scale, logits + j, width, count, s.keys + i,
                                                          load<VecI>(position + j), largest_logit[j / kLanes]);
         }
 
@@ -721,8 +734,10 @@ bool attention_map_of(const AttentionProblem &p) {
 }
 
 #if defined(ATTN_SAMPLER_BF16_WORDS)
-/* Whether q and k are multiplied as they are, in pairs of bfloat16. */
-bool in_pairs(const AttentionProblem &p) { return p.dtype == ATTN_SAMPLER_BFLOAT16 && p.headdim % 2 == 0; }
+/* Whether q and k are multiplied in pairs of bfloat16, as they are or, from float8, without loss. */
+bool in_pairs(const AttentionProblem &p) {
+    return (p.dtype == ATTN_SAMPLER_BFLOAT16 || p.dtype == ATTN_SAMPLER_FLOAT8_E4M3) && p.headdim % 2 == 0;
+}
 #endif
 
 } // namespace

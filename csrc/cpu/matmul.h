@@ -1,8 +1,8 @@
 /* Small matrix products of query and key rows, the inner loop of everything that reads attention.
  *
  * One operand is packed across the lanes and reused, the other is walked row by row where it lies. Operands
- * are 32-bit words: a float32 each (16-bit rows are widened), or, where the processor multiplies them, a pair
- * of bfloat16, which are then never widened.
+ * are 32-bit words: a float32 each (narrower rows are widened), or, where the processor multiplies them, a
+ * pair of bfloat16, which are then never widened, and to which float8 rows are.
  */
 #ifndef ATTN_SAMPLER_CPU_MATMUL_H_
 #define ATTN_SAMPLER_CPU_MATMUL_H_
@@ -105,7 +105,7 @@ inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t wo
 template <typename Words>
 inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t depth, float *buffer) {
     const char *const first = static_cast<const char *>(address[0]);
-    if (dtype == ATTN_SAMPLER_FLOAT32 || Words::kElements == 2) {
+    if (dtype == (Words::kElements == 2 ? ATTN_SAMPLER_BFLOAT16 : ATTN_SAMPLER_FLOAT32)) {
         const int64_t stride = n > 1 ? static_cast<const char *>(address[1]) - first : 4 * depth;
         bool even = true;
         for (int64_t i = 2; i < n; ++i)
@@ -114,10 +114,13 @@ inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t de
             return {first, stride};
     }
     if (Words::kElements == 2) {
-        char *const copy = reinterpret_cast<char *>(buffer);
+        uint16_t *const copy = reinterpret_cast<uint16_t *>(buffer);
         for (int64_t i = 0; i < n; ++i)
-            memcpy(copy + i * depth * 2, address[i], static_cast<size_t>(depth * 2));
-        return {copy, depth * 2};
+            if (dtype == ATTN_SAMPLER_FLOAT8_E4M3)
+                convert_to_bf16(address[i], depth, copy + i * depth);
+            else
+                memcpy(copy + i * depth, address[i], static_cast<size_t>(depth * 2));
+        return {reinterpret_cast<const char *>(copy), depth * 2};
     }
     for (int64_t i = 0; i < n; ++i)
         convert_to_float(address[i], dtype, depth, buffer + i * depth);

@@ -33,6 +33,7 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint64_t VecL __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t VecB __attribute__((vector_size(kLanes)));
 
 constexpr float kInf = __builtin_inff();
 
@@ -114,27 +115,53 @@ inline VecF fp16_to_float(VecH h) {
 #endif
 }
 
+/* e4m3, without arithmetic on float32 denormals. */
+inline VecF fp8_to_float(VecB b) {
+    const VecU u = __builtin_convertvector(b, VecU);
+    const VecI magnitude = (VecI)(u & 0x7Fu);
+    const VecI normal = (magnitude << 20) + (120 << 23); /* exponent rebased */
+    const VecI subnormal = (VecI)(__builtin_convertvector(magnitude, VecF) * 0x1p-9f);
+    const VecI value = magnitude < 8 ? subnormal : normal;
+    const VecU nan = (VecU)(magnitude == 0x7F) & 0x7FC00000u;
+    return (VecF)((VecU)value | nan | (u & 0x80u) << 24);
+}
+
+/* Stores convert(x[i .. i + kLanes)) to out + i for all of x[0 .. n). */
+template <typename Vec, typename From, typename To, typename Convert>
+inline void convert_all(const From *x, int64_t n, To *out, Convert convert) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+        store(out + i, convert(load<Vec>(x + i)));
+    if (i < n) {
+        From rest[kLanes] = {};
+        To converted[kLanes];
+        memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(From));
+        store(converted, convert(load<Vec>(rest)));
+        memcpy(out + i, converted, static_cast<size_t>(n - i) * sizeof(To));
+    }
+}
+
+/* e4m3 x[0 .. n) as bfloat16, exactly. */
+inline void convert_to_bf16(const void *x, int64_t n, uint16_t *out) {
+    convert_all<VecB>(static_cast<const uint8_t *>(x), n, out,
+                      [](VecB b) { return __builtin_convertvector((VecU)fp8_to_float(b) >> 16, VecH); });
+}
+
 /* x[0 .. n) as float32. */
 inline void convert_to_float(const void *x, int dtype, int64_t n, float *out) {
     if (dtype == ATTN_SAMPLER_FLOAT32) {
         memcpy(out, x, static_cast<size_t>(n) * sizeof(float));
         return;
     }
+    if (dtype == ATTN_SAMPLER_FLOAT8_E4M3) {
+        convert_all<VecB>(static_cast<const uint8_t *>(x), n, out, fp8_to_float);
+        return;
+    }
     const uint16_t *halves = static_cast<const uint16_t *>(x);
-    const bool is_fp16 = dtype == ATTN_SAMPLER_FLOAT16;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const VecH h = load<VecH>(halves + i);
-        store(out + i, is_fp16 ? fp16_to_float(h) : bf16_to_float(h));
-    }
-    if (i < n) {
-        uint16_t rest[kLanes] = {};
-        float wide[kLanes];
-        memcpy(rest, halves + i, static_cast<size_t>(n - i) * sizeof(uint16_t));
-        const VecH h = load<VecH>(rest);
-        store(wide, is_fp16 ? fp16_to_float(h) : bf16_to_float(h));
-        memcpy(out + i, wide, static_cast<size_t>(n - i) * sizeof(float));
-    }
+    if (dtype == ATTN_SAMPLER_FLOAT16)
+        convert_all<VecH>(halves, n, out, fp16_to_float);
+    else
+        convert_all<VecH>(halves, n, out, bf16_to_float);
 }
 
 inline float horizontal_sum(VecF v) {

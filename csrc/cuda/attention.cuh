@@ -29,7 +29,8 @@ struct AttentionArgs {
     const void *q[kMaxLayers], *k[kMaxLayers];
     const float *lse[kMaxLayers]; /* null where computed_lse is read */
     float2 *computed_lse;         /* [layers, B, Hq, rows], base 2; the sum of both parts */
-    int64_t q_stride[3], k_stride[3], lse_stride[3];
+    const float *q_descale[kMaxLayers], *k_descale[kMaxLayers]; /* of Float8 only; may be null */
+    int64_t q_stride[3], k_stride[3], lse_stride[3], q_descale_stride[2], k_descale_stride[2];
     const uint8_t *key_mask, *query_mask; /* may be null */
     int64_t key_mask_stride[2], query_mask_stride[2];
     const int64_t *row_tokens; /* null, or rows count only where this is mask_token_id */
@@ -37,7 +38,7 @@ struct AttentionArgs {
     int64_t query_start, key_start, column_start; /* key positions of row 0, softmax key 0 and column 0 */
     int32_t layers, batch, heads, kv_heads, group, headdim;
     int32_t row_start, rows, keys, columns;
-    float scale; /* to base-2 logits */
+    float scale; /* to base-2 logits, but for the descales */
     bool causal, diagonal, lse_is_base2;
     bool aligned; /* every row starts on 16 bytes and is a multiple of them long */
 };
@@ -47,7 +48,9 @@ template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kChunk = 4 * kVector<T>;
-constexpr int kSliceChunks = 4; /* of a row that are in registers at a time */
+/* Of a row that are in registers at a time. */
+template <typename T>
+constexpr int kSliceChunks = sizeof(T) == 1 ? 2 : 4;
 
 template <typename T>
 __device__ inline int chunks(const AttentionArgs &a) {
@@ -66,9 +69,11 @@ __device__ inline uint4 load_unaligned(const T *row, int d, int headdim) {
     constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
     uint32_t word[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i)
-        if (d + i < headdim)
-            word[i / kPerWord] |= bits(row[d + i]) << (16 * (i % kPerWord));
+    for (int w = 0; w < 4; ++w)
+#pragma unroll(sizeof(T) == 1 ? 1 : kPerWord) /* all the bytes at once would not fit the registers */
+        for (int i = 0; i < kPerWord; ++i)
+            if (d + w * kPerWord + i < headdim)
+                word[w] |= bits(row[d + w * kPerWord + i]) << (32 / kPerWord * i);
     return uint4{word[0], word[1], word[2], word[3]};
 }
 
@@ -83,6 +88,20 @@ __device__ inline bool row_counts(const AttentionArgs &a, int b, int m) {
         return false;
     return a.row_tokens == nullptr ||
            a.row_tokens[b * a.row_tokens_stride[0] + row * a.row_tokens_stride[1]] == a.mask_token_id;
+}
+
+/* From products of a layer's key head to base-2 logits. */
+template <typename T>
+__device__ inline float logit_scale(const AttentionArgs &a, int layer, int b, int kv_head) {
+    float scale = a.scale;
+    if constexpr (sizeof(T) == 1) {
+        const float *const q = a.q_descale[layer], *const k = a.k_descale[layer];
+        if (q != nullptr)
+            scale *= q[b * a.q_descale_stride[0] + kv_head * a.q_descale_stride[1]];
+        if (k != nullptr)
+            scale *= k[b * a.k_descale_stride[0] + kv_head * a.k_descale_stride[1]];
+    }
+    return scale;
 }
 
 /* A row that counts, or one whose address is null. Nothing here waits for its log-sum-exp, so that its
@@ -162,6 +181,24 @@ __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int k
     copy_commit();
 }
 
+/* Four e4m3 numbers as float16, which can hold every one of them: two pairs, in an order that is the same for
+ * all x. */
+__device__ inline void widen(uint32_t x, uint32_t (&pair)[2]) {
+#if __CUDA_ARCH__ >= 890
+    pair[0] = convert_e4m3x2(static_cast<uint16_t>(x));
+    pair[1] = convert_e4m3x2(static_cast<uint16_t>(x >> 16));
+#else
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t high = i == 0 ? x << 8 : x; /* the numbers are the high bytes of the halves */
+        /* Exponent and fraction moved into place, a NaN's exponent filled up; the product rebases it. */
+        uint32_t magnitude = high >> 1 & 0x3F803F80u;
+        magnitude |= (magnitude + 0x00800080u) & 0x40004000u;
+        constexpr uint32_t k256 = 0x5C005C00u;
+        pair[i] = multiply_f16x2(magnitude | (high & 0x80008000u), k256);
+    }
+#endif
+}
+
 /* 16 rows of a warp and their product with 8 * kTiles keys. */
 template <typename T, int kTiles>
 class WarpTile {
@@ -195,16 +232,15 @@ class WarpTile {
             for (int i = 0; i < kPartials; ++i)
                 sum[j][i] = 0.0f;
         const int n_chunks = chunks<T>(a);
-        /* From the slice that is there on: rows that are used again and again load one slice less each time.
-         */
-        const int last = (n_chunks - 1) / kSliceChunks * kSliceChunks;
+        /* From the slice that is there on: rows used again and again load one slice less each time. */
+        const int last = (n_chunks - 1) / kSliceChunks<T> * kSliceChunks<T>;
         const bool backwards = slice_ != 0;
-        for (int i = 0; i < n_chunks; i += kSliceChunks) {
+        for (int i = 0; i < n_chunks; i += kSliceChunks<T>) {
             const int first = backwards ? last - i : i;
             if (first != slice_)
                 load_slice(a, first);
 #pragma unroll
-            for (int c = 0; c < kSliceChunks; ++c)
+            for (int c = 0; c < kSliceChunks<T>; ++c)
                 if (first + c < n_chunks)
 #pragma unroll
                     for (int j = 0; j < kTiles; ++j)
@@ -217,11 +253,11 @@ class WarpTile {
 
     /* Turns logits into weights: exactly 0 where a row does not see a column or drops it. Bit 2 j + i of
      * `seen` says that column 8 j + 2 t + i exists and is not masked. */
-    __device__ void weigh(const AttentionArgs &a, uint32_t seen, float (&x)[kTiles][4]) const {
+    __device__ void weigh(const AttentionArgs &a, float scale, uint32_t seen, float (&x)[kTiles][4]) const {
         if (sees_all(a, seen) && counts_all(a))
-            weigh_rows<true>(a, seen, x);
+            weigh_rows<true>(a, scale, seen, x);
         else
-            weigh_rows<false>(a, seen, x);
+            weigh_rows<false>(a, scale, seen, x);
     }
 
     /* Whether all 16 rows see all columns, so that nothing need be asked of each; said of wide tiles only,
@@ -237,7 +273,7 @@ class WarpTile {
     }
 
   protected:
-    uint4 q_[kSliceChunks][2];
+    uint4 q_[kSliceChunks<T>][2];
 
   private:
     /* Whether no row has seen nothing, or drops a column of the tile. */
@@ -253,7 +289,8 @@ class WarpTile {
     }
 
     template <bool kAll>
-    __device__ void weigh_rows(const AttentionArgs &a, uint32_t seen, float (&x)[kTiles][4]) const {
+    __device__ void weigh_rows(const AttentionArgs &a, float scale, uint32_t seen,
+                               float (&x)[kTiles][4]) const {
         const int first = 2 * (threadIdx.x % 4); /* column of this lane */
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -266,7 +303,7 @@ class WarpTile {
             for (int j = 0; j < kTiles; ++j)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const float weight = exp2_fast(fmaf(x[j][2 * r + i], a.scale, -lse.x) - lse.y);
+                    const float weight = exp2_fast(fmaf(x[j][2 * r + i], scale, -lse.x) - lse.y);
                     const int column = 8 * j + i; /* from the lane's first */
                     const bool visible = kAll || (((seen >> (2 * j + i) & 1) != 0) & (column <= last_seen) &
                                                   (column != dropped));
@@ -275,7 +312,7 @@ class WarpTile {
         }
     }
 
-    /* float32: 2 rows times 8 columns, each over this lane's own elements. 16 bits: what mma accumulates. */
+    /* float32: 2 rows times 8 columns, each over this lane's own elements. Narrower: what mma accumulates. */
     static constexpr int kPartials = sizeof(T) == 4 ? 16 : 4;
     int slice_;
 
@@ -283,7 +320,7 @@ class WarpTile {
         const int d = (first * 4 + static_cast<int>(threadIdx.x) % 4) * kVector<T>;
         if (a.aligned) {
 #pragma unroll
-            for (int c = 0; c < kSliceChunks; ++c)
+            for (int c = 0; c < kSliceChunks<T>; ++c)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     q_[c][r] = uint4{0, 0, 0, 0};
@@ -292,7 +329,7 @@ class WarpTile {
                 }
         } else {
 #pragma unroll
-            for (int c = 0; c < kSliceChunks; ++c)
+            for (int c = 0; c < kSliceChunks<T>; ++c)
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
                     q_[c][r] = uint4{0, 0, 0, 0};
@@ -309,6 +346,13 @@ class WarpTile {
             const uint4 q0 = q_[c][0], q1 = q_[c][1];
             mma(sum, {q0.x, q1.x, q0.y, q1.y}, k.x, k.y, T{});
             mma(sum, {q0.z, q1.z, q0.w, q1.w}, k.z, k.w, T{});
+        } else if constexpr (sizeof(T) == 1) {
+            const uint4 k = keys[threadIdx.x % 32];
+            const uint4 q0 = q_[c][0], q1 = q_[c][1];
+            add_word(sum, q0.x, q1.x, k.x);
+            add_word(sum, q0.y, q1.y, k.y);
+            add_word(sum, q0.z, q1.z, k.z);
+            add_word(sum, q0.w, q1.w, k.w);
         } else {
 #pragma unroll
             for (int n = 0; n < 8; ++n) {
@@ -325,9 +369,19 @@ class WarpTile {
         }
     }
 
+    /* Four e4m3 elements of each operand, multiplied as float16: the sums are float32's in full, which those
+     * of the tensor cores' own e4m3 product are not on sm_90. */
+    __device__ static void add_word(float (&sum)[kPartials], uint32_t q0, uint32_t q1, uint32_t k) {
+        uint32_t a0[2], a1[2], b[2];
+        widen(q0, a0);
+        widen(q1, a1);
+        widen(k, b);
+        mma(sum, {a0[0], a1[0], a0[1], a1[1]}, b[0], b[1], Half{});
+    }
+
     /* Adds the four lanes' parts; each lane keeps the two columns that are its own. */
     __device__ static void finish(const float (&sum)[kPartials], float (&logits)[4]) {
-        if constexpr (sizeof(T) == 2) {
+        if constexpr (sizeof(T) <= 2) {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 logits[i] = sum[i];

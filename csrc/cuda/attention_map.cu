@@ -67,9 +67,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
         }
         if (!any)
             continue;
+        const float scale = logit_scale<T>(a, 0, b, head / a.group);
         float weight[kMapTiles][4];
         rows.multiply(a, keys, weight);
-        rows.weigh(a, seen, weight);
+        rows.weigh(a, scale, seen, weight);
 #pragma unroll
         for (int j = 0; j < kMapTiles; ++j)
 #pragma unroll

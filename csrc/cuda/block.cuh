@@ -18,7 +18,7 @@ constexpr int resident_blocks(int columns, int element_size) {
 #else
     constexpr int kWide = 3;
 #endif
-    return element_size == 4 ? 2 : columns <= 32 ? 4 : kWide;
+    return element_size == 4 ? 2 : columns > 32 ? kWide : element_size == 2 ? 4 : 3;
 }
 
 /* The front of every block's shared memory; keys follow it. */

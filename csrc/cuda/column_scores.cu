@@ -112,10 +112,11 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
         }
         if (!any)
             continue;
+        const float scale = logit_scale<T>(a, layer, b, in_layer * s.heads_per_list / a.group);
         float weight[kTiles][4];
         rows.arrange();
         rows.multiply(a, keys + slot * slot_vectors, weight);
-        rows.weigh(a, seen, weight);
+        rows.weigh(a, scale, seen, weight);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
 #pragma unroll
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(kWgmmaColumns, sizeo
 int tile_columns(int64_t columns, int dtype) {
     if (columns <= 8)
         return 8;
-    return columns <= 32 || dtype == ATTN_SAMPLER_FLOAT32 ? 32 : 64;
+    return columns <= 32 || element_size(dtype) != 2 ? 32 : 64;
 }
 
 int32_t tiles(int64_t columns, int dtype) {
@@ -259,7 +260,7 @@ void plan_scores(ScoreArgs &s, const AttentionProblem &p, int64_t columns, Launc
     const int64_t outputs = static_cast<int64_t>(a.batch) * s.tiles * s.bins;
     /* As few blocks as finish together. The maxima of heads are added up: one block for each. */
     const int64_t busy = launcher.target_blocks(
-        resident_blocks(static_cast<int>(columns), p.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2),
+        resident_blocks(static_cast<int>(columns), static_cast<int>(element_size(p.dtype))),
         keys_bytes * s.slots);
     const int64_t most = s.bins > 1 && !s.per_head ? 1 : clamp(busy / outputs, 1, s.steps);
     s.members = static_cast<int32_t>(ceil_div(s.steps, ceil_div(s.steps, most)));

@@ -38,7 +38,9 @@ bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
     return a.heads == b.heads && a.kv_heads == b.kv_heads && a.n_rows == b.n_rows && a.n_keys == b.n_keys &&
            a.headdim == b.headdim && a.dtype == b.dtype && equal(a.q_stride, b.q_stride, 3) &&
            equal(a.k_stride, b.k_stride, 3) && (a.softmax_lse == nullptr) == (b.softmax_lse == nullptr) &&
-           (a.softmax_lse == nullptr || equal(a.lse_stride, b.lse_stride, 3));
+           (a.softmax_lse == nullptr || equal(a.lse_stride, b.lse_stride, 3)) &&
+           equal(a.q_descale_stride, b.q_descale_stride, 2) &&
+           equal(a.k_descale_stride, b.k_descale_stride, 2);
 }
 
 /* A tile of rows and one of columns are to be filled; narrower ones waste what wgmma gains. */
@@ -46,7 +48,8 @@ bool wgmma_serves(const AttentionArgs &a, int dtype, int64_t rows, int64_t colum
                   const Launcher &launcher) {
     return kBuildsWgmma && launcher.is_hopper() &&
            (dtype == ATTN_SAMPLER_FLOAT16 || dtype == ATTN_SAMPLER_BFLOAT16) &&
-           a.headdim <= kSliceChunks * kChunk<Half> && rows >= kBlockRows && columns > kWgmmaColumns / 2;
+           a.headdim <= kSliceChunks<Half> * kChunk<Half> && rows >= kBlockRows &&
+           columns > kWgmmaColumns / 2;
 }
 
 AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers) {
@@ -63,19 +66,23 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
         row_start = clamp(key_start - params.query_start, 0, p.n_rows);
         row_stop = clamp(key_stop - params.query_start, row_start, p.n_rows);
     }
-    const int64_t element_size = p.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2;
+    const int64_t size = element_size(p.dtype);
     const int64_t q_shape[] = {p.batch, p.heads, p.n_rows}, k_shape[] = {p.batch, p.kv_heads, p.n_keys};
-    a.aligned = p.headdim * element_size % 16 == 0;
+    a.aligned = p.headdim * size % 16 == 0;
     for (int64_t i = 0; i < num_layers; ++i) {
         a.q[i] = layers[i].q;
         a.k[i] = layers[i].k;
         a.lse[i] = layers[i].softmax_lse;
-        a.aligned = a.aligned && is_aligned(layers[i].q, q_shape, p.q_stride, element_size) &&
-                    is_aligned(layers[i].k, k_shape, p.k_stride, element_size);
+        a.q_descale[i] = layers[i].q_descale;
+        a.k_descale[i] = layers[i].k_descale;
+        a.aligned = a.aligned && is_aligned(layers[i].q, q_shape, p.q_stride, size) &&
+                    is_aligned(layers[i].k, k_shape, p.k_stride, size);
     }
     copy_strides(p.q_stride, a.q_stride, 3);
     copy_strides(p.k_stride, a.k_stride, 3);
     copy_strides(p.lse_stride, a.lse_stride, 3);
+    copy_strides(p.q_descale_stride, a.q_descale_stride, 2);
+    copy_strides(p.k_descale_stride, a.k_descale_stride, 2);
     a.key_mask = p.key_mask;
     a.query_mask = p.query_mask;
     copy_strides(p.key_mask_stride, a.key_mask_stride, 2);

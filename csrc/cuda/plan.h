@@ -44,6 +44,8 @@ void dispatch_type(int dtype, Function f) {
         f(float{});
     else if (dtype == ATTN_SAMPLER_FLOAT16)
         f(Half{});
+    else if (dtype == ATTN_SAMPLER_FLOAT8_E4M3)
+        f(Float8{});
     else
         f(BFloat16{});
 }

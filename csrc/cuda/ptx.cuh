@@ -1,6 +1,6 @@
 /* Everything that is written in PTX, and nothing else: the rest of csrc/cuda is plain C++.
  *
- * The 16-bit types are storage; arithmetic on them is the tensor cores' or, after widening, float32.
+ * The narrow types are storage; arithmetic on them is the tensor cores' or, after widening, float32.
  */
 #ifndef ATTN_SAMPLER_CUDA_PTX_CUH_
 #define ATTN_SAMPLER_CUDA_PTX_CUH_
@@ -18,10 +18,30 @@ struct Half {
 struct BFloat16 {
     uint16_t bits;
 };
+/* e4m3 */
+struct Float8 {
+    uint8_t bits;
+};
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ inline float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+
+#if __CUDA_ARCH__ >= 890
+/* Two e4m3 numbers as float16, the low one in the low half. */
+__device__ inline uint32_t convert_e4m3x2(uint16_t x) {
+    uint32_t y;
+    asm volatile("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(x));
+    return y;
+}
+#endif
+
+/* The products of two pairs of float16. */
+__device__ inline uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm volatile("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+}
 
 /* The shared memory that the launch asked for. */
 __device__ inline unsigned char *dynamic_shared() {

@@ -59,6 +59,7 @@ __device__ void row_lse_block(const LseArgs &args) {
             rows.row[r].clear();
     }
     rows.load(a);
+    const float scale = logit_scale<T>(a, layer, b, kv_head);
 
     int keys = a.keys;
     if (a.causal) { /* as far as the block's last row sees */
@@ -104,7 +105,7 @@ __device__ void row_lse_block(const LseArgs &args) {
                                              (rows.row[r].q != nullptr && (seen >> (2 * j + i) & 1) != 0 &&
                                               (!a.causal || column <= rows.row[r].position));
                         float &logit = x[j][2 * r + i];
-                        logit = visible ? logit * a.scale : -infinity();
+                        logit = visible ? logit * scale : -infinity();
                         max = fmaxf(max, logit);
                     }
                 if (max > state[r].max)

@@ -57,7 +57,7 @@ class WarpgroupTile : public WarpTile<T, kWgmmaTiles> {
      * a row exchange words as one transposes a matrix, blocks of two times two first. */
     __device__ void arrange() {
 #pragma unroll
-        for (int c = 0; c < kSliceChunks; ++c)
+        for (int c = 0; c < kSliceChunks<T>; ++c)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 uint4 &q = this->q_[c][r];
@@ -90,7 +90,7 @@ class WarpgroupTile : public WarpTile<T, kWgmmaTiles> {
     }
 
   private:
-    static_assert(kSliceChunks == 4, "multiply knows its cases");
+    static_assert(kSliceChunks<T> == 4, "multiply knows its cases");
 
     /* Without a branch between products, which would cut them into groups that wait for one another. */
     template <int kChunks>

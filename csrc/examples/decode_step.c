@@ -79,7 +79,7 @@ int main(void) {
         q_view[l] = VIEW(q[l], ATTN_SAMPLER_FLOAT32, B, HQ, M, D);
         k_view[l] = VIEW(k[l], ATTN_SAMPLER_FLOAT32, B, HKV, N, D);
         lse_view[l] = VIEW(lse[l], ATTN_SAMPLER_FLOAT32, B, HQ, M);
-        layers[l] = (attn_sampler_layer){&q_view[l], &k_view[l], &lse_view[l]};
+        layers[l] = (attn_sampler_layer){&q_view[l], &k_view[l], &lse_view[l], NULL, NULL};
     }
     const attn_sampler_tensor tokens_view = VIEW(tokens, ATTN_SAMPLER_INT64, B, T);
     const attn_sampler_tensor logits_view = VIEW(logits, ATTN_SAMPLER_FLOAT32, B, C, V);

@@ -119,7 +119,7 @@ int main() {
             k_views.push_back(view(data(k[i]), ATTN_SAMPLER_FLOAT32, {kBatch, kKvHeads, kKeys, kHeaddim}));
         }
         for (size_t i = 0; i < q.size(); ++i)
-            layers.push_back({&q_views[i], &k_views[i], nullptr});
+            layers.push_back({&q_views[i], &k_views[i], nullptr, nullptr, nullptr});
         const attn_sampler_tensor t = view(data(tokens), ATTN_SAMPLER_INT64, {kBatch, kTokens}),
                                   l = view(const_cast<void *>(static_cast<const void *>(
                                                on_gpu ? logits.device : logits.host.data())),

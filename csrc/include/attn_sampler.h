@@ -42,7 +42,8 @@ typedef enum attn_sampler_dtype {
     ATTN_SAMPLER_FLOAT16 = 1,
     ATTN_SAMPLER_BFLOAT16 = 2,
     ATTN_SAMPLER_INT64 = 3,
-    ATTN_SAMPLER_BOOL = 4 /* one byte, 0 or 1 */
+    ATTN_SAMPLER_BOOL = 4,       /* one byte, 0 or 1 */
+    ATTN_SAMPLER_FLOAT8_E4M3 = 5 /* of q and k only: OCP e4m3, finite, NaN where all other bits are set */
 } attn_sampler_dtype;
 
 typedef enum attn_sampler_device { ATTN_SAMPLER_CPU = 0, ATTN_SAMPLER_CUDA = 1 } attn_sampler_device;
@@ -109,10 +110,13 @@ typedef struct attn_sampler_exec {
     int64_t workspace_size; /* in bytes */
 } attn_sampler_exec;
 
-/* The attention matrix that column_scores and attention_map read:
+/* The attention matrix that column_scores and attention_map read, with G = Hq / Hkv:
  *
- *   A[b,h,i,j] = exp(softmax_scale * q[b,h,i] . k[b,h/G,j] - lse[b,h,i])   where row i may see key j
- *              = 0                                                        elsewhere
+ *   A[b,h,i,j] = exp(scale[b,h/G] * q[b,h,i] . k[b,h/G,j] - lse[b,h,i])   where row i may see key j
+ *              = 0                                                       elsewhere
+ *
+ * scale[b,g] is softmax_scale * q_descale[b,g] * k_descale[b,g], a missing descale being 1: what float8 q and
+ * k hold are the real values divided by it.
  *
  * Row i stands at key position query_start + i. It may see key j if key_mask[b,j] (or no key_mask),
  * query_mask[b,i] (or no query_mask), and, where causal, j <= query_start + i. In block scope a row
@@ -139,13 +143,15 @@ typedef struct attn_sampler_attention_params {
  * The mean divides by the number of rows that may see the column (its dropped diagonal entry not
  * counted), and is 0 where there is none; so is the maximum. A NaN entry makes the result NaN.
  *
- * q [B,Hq,M,D], k [B,Hkv,N,D]: one dtype of float32 | float16 | bfloat16, last stride 1.
- * softmax_lse [B,Hq,M] float32 or NULL (NULL in block scope). key_mask [B,N], query_mask [B,M] bool or
- * NULL. out [B,C] or, per head, [B,Hq,C], float32. B and M may be 0.
+ * q [B,Hq,M,D], k [B,Hkv,N,D]: one dtype of float32 | float16 | bfloat16 | float8_e4m3, last stride 1.
+ * softmax_lse [B,Hq,M] float32 or NULL (NULL in block scope). q_descale, k_descale [B,Hkv] float32 or NULL
+ * (NULL unless q and k are float8_e4m3). key_mask [B,N], query_mask [B,M] bool or NULL. out [B,C] or, per
+ * head, [B,Hq,C], float32. B and M may be 0.
  */
 ATTN_SAMPLER_API attn_sampler_status
 attn_sampler_column_scores(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
-                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *key_mask,
+                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *q_descale,
+                           const attn_sampler_tensor *k_descale, const attn_sampler_tensor *key_mask,
                            const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
                            const attn_sampler_tensor *out, const attn_sampler_exec *exec);
 
@@ -154,7 +160,8 @@ attn_sampler_column_scores(const attn_sampler_tensor *q, const attn_sampler_tens
  */
 ATTN_SAMPLER_API attn_sampler_status
 attn_sampler_attention_map(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
-                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *key_mask,
+                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *q_descale,
+                           const attn_sampler_tensor *k_descale, const attn_sampler_tensor *key_mask,
                            const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
                            const attn_sampler_tensor *out, const attn_sampler_exec *exec);
 
@@ -209,9 +216,9 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens(const attn_sampl
                                                                 const attn_sampler_tensor *selected,
                                                                 const attn_sampler_exec *exec);
 
-/* One layer's captured attention inputs. softmax_lse may be NULL. */
+/* One layer's captured attention inputs. All but q and k may be NULL. */
 typedef struct attn_sampler_layer {
-    const attn_sampler_tensor *q, *k, *softmax_lse;
+    const attn_sampler_tensor *q, *k, *softmax_lse, *q_descale, *k_descale;
 } attn_sampler_layer;
 
 /* A whole step: column scores of all layers, token confidence, selection, commit.
@@ -245,11 +252,13 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_decode_step(
  * addresses in the tensors and in exec are not read. */
 ATTN_SAMPLER_API attn_sampler_status attn_sampler_column_scores_workspace(
     const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *q_descale, const attn_sampler_tensor *k_descale,
     const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
     const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
     const attn_sampler_exec *exec, int64_t *bytes);
 ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map_workspace(
     const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
+    const attn_sampler_tensor *q_descale, const attn_sampler_tensor *k_descale,
     const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
     const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
     const attn_sampler_exec *exec, int64_t *bytes);

@@ -45,6 +45,20 @@ def _of_layer(values, layer):
 
 
 @triton.jit
+def _widened(x):
+    """float8 as float16, which can hold every e4m3; as bits (uint8) where the device has no such type."""
+    if x.dtype == tl.uint8:
+        # Exponent and fraction moved into place, a NaN's exponent filled up; the product rebases it.
+        bits = x.to(tl.uint16)
+        magnitude = (bits & 0x7F) << 7
+        magnitude = magnitude | ((magnitude + 0x80) & 0x4000)
+        x = (magnitude | ((bits & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
+    elif x.dtype == tl.float8e4nv:
+        x = x.to(tl.float16)
+    return x
+
+
+@triton.jit
 def _load_chunk(
     pointers,
     ok,
@@ -60,6 +74,7 @@ def _load_chunk(
     if HEADDIM % BLOCK_D != 0:
         mask = mask & (offs_d < HEADDIM)[None, :]
     x = tl.load(pointers[:, None] + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
+    x = _widened(x)
     if UPCAST:
         x = x.to(tl.float32)
     return x
@@ -87,6 +102,19 @@ def _logits_tile(
         k_chunk = _load_chunk(k, k_ok, k_sd, chunk, HEADDIM, BLOCK_D, UPCAST)
         acc = tl.dot(q_chunk, tl.trans(k_chunk), acc, input_precision="ieee")
     return acc * scale_log2
+
+
+@triton.jit
+def _logit_scale(scale_log2, b, kv_head, layer, q_descale, q_sb, q_sh, k_descale, k_sb, k_sh):
+    """From products of a key head to logits to base 2."""
+    scale = scale_log2
+    if q_descale is not None:
+        at = b * _of_layer(q_sb, layer) + kv_head * _of_layer(q_sh, layer)
+        scale = scale * tl.load(_of_layer(q_descale, layer) + at)
+    if k_descale is not None:
+        at = b * _of_layer(k_sb, layer) + kv_head * _of_layer(k_sh, layer)
+        scale = scale * tl.load(_of_layer(k_descale, layer) + at)
+    return scale
 
 
 @triton.jit
@@ -165,6 +193,12 @@ def _row_lse_kernel(
     k_sh,
     k_sn,
     k_sd,
+    q_descale,
+    q_descale_sb,
+    q_descale_sh,
+    k_descale,
+    k_descale_sb,
+    k_descale_sh,
     heads,
     groups,
     key_mask,
@@ -219,10 +253,19 @@ def _row_lse_kernel(
             + row.to(tl.int64) * _of_layer(q_sm, layer)
         )
         q_d = _of_layer(q_sd, layer)
-        k_base = (
-            _of_layer(k, layer)
-            + b * _of_layer(k_sb, layer)
-            + (head // _of_layer(groups, layer)).to(tl.int64) * _of_layer(k_sh, layer)
+        kv_head = (head // _of_layer(groups, layer)).to(tl.int64)
+        k_base = _of_layer(k, layer) + b * _of_layer(k_sb, layer) + kv_head * _of_layer(k_sh, layer)
+        scale = _logit_scale(
+            scale_log2,
+            b,
+            kv_head,
+            layer,
+            q_descale,
+            q_descale_sb,
+            q_descale_sh,
+            k_descale,
+            k_descale_sb,
+            k_descale_sh,
         )
         k_n = _of_layer(k_sn, layer)
         k_d = _of_layer(k_sd, layer)
@@ -243,7 +286,7 @@ def _row_lse_kernel(
             k_rows = k_base + key.to(tl.int64) * k_n
             k0 = _load_chunk(k_rows, key_ok, k_d, 0, HEADDIM, BLOCK_D, UPCAST)
             logits = _logits_tile(
-                q0, q_rows, row_ok, q_d, k0, k_rows, key_ok, k_d, scale_log2, HEADDIM, BLOCK_D, UPCAST
+                q0, q_rows, row_ok, q_d, k0, k_rows, key_ok, k_d, scale, HEADDIM, BLOCK_D, UPCAST
             )
             if key_mask is not None:
                 offset = b * key_mask_sb + key.to(tl.int64) * key_mask_sn
@@ -289,6 +332,12 @@ def column_scores_kernel(
     k_sh,
     k_sn,
     k_sd,
+    q_descale,
+    q_descale_sb,
+    q_descale_sh,
+    k_descale,
+    k_descale_sb,
+    k_descale_sh,
     heads,
     groups,
     lse,
@@ -416,7 +465,20 @@ def column_scores_kernel(
     count = tl.zeros([BLOCK_N], tl.int32)
     for pack in range(first_pack, last_pack):
         head = pack * PACK
-        k_rows = k_base + (head // heads_per_key).to(tl.int64) * k_h + k_offset
+        kv_head = (head // heads_per_key).to(tl.int64)
+        k_rows = k_base + kv_head * k_h + k_offset
+        scale = _logit_scale(
+            scale_log2,
+            b,
+            kv_head,
+            layer,
+            q_descale,
+            q_descale_sb,
+            q_descale_sh,
+            k_descale,
+            k_descale_sb,
+            k_descale_sh,
+        )
         k0 = _load_chunk(k_rows, column_ok, k_d, 0, HEADDIM, BLOCK_D, UPCAST)
         if REDUCTION == "max":
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -431,7 +493,7 @@ def column_scores_kernel(
             q_rows = q_base + row_head * q_h + row.to(tl.int64) * q_m
             q0 = _load_chunk(q_rows, in_range, q_d, 0, HEADDIM, BLOCK_D, UPCAST)
             logits = _logits_tile(
-                q0, q_rows, in_range, q_d, k0, k_rows, column_ok, k_d, scale_log2, HEADDIM, BLOCK_D, UPCAST
+                q0, q_rows, in_range, q_d, k0, k_rows, column_ok, k_d, scale, HEADDIM, BLOCK_D, UPCAST
             )
             row_ok = in_range
             if query_mask is not None:
@@ -559,6 +621,12 @@ def _attention_map_kernel(
     k_sh,
     k_sn,
     k_sd,
+    q_descale,
+    q_descale_sb,
+    q_descale_sh,
+    k_descale,
+    k_descale_sb,
+    k_descale_sh,
     n_heads,
     heads_per_key,
     lse,
@@ -639,11 +707,24 @@ def _attention_map_kernel(
     for index in range(first_head, last_head):
         head = tl.cast(index, tl.int64)
         q_rows = q + b * q_sb + head * q_sh + row.to(tl.int64) * q_sm
-        k_rows = k + b * k_sb + (head // heads_per_key) * k_sh + key.to(tl.int64) * k_sn
+        kv_head = head // heads_per_key
+        k_rows = k + b * k_sb + kv_head * k_sh + key.to(tl.int64) * k_sn
+        scale = _logit_scale(
+            scale_log2,
+            b,
+            kv_head,
+            0,
+            q_descale,
+            q_descale_sb,
+            q_descale_sh,
+            k_descale,
+            k_descale_sb,
+            k_descale_sh,
+        )
         q0 = _load_chunk(q_rows, in_range, q_sd, 0, HEADDIM, BLOCK_D, UPCAST)
         k0 = _load_chunk(k_rows, column_ok, k_sd, 0, HEADDIM, BLOCK_D, UPCAST)
         logits = _logits_tile(
-            q0, q_rows, in_range, q_sd, k0, k_rows, column_ok, k_sd, scale_log2, HEADDIM, BLOCK_D, UPCAST
+            q0, q_rows, in_range, q_sd, k0, k_rows, column_ok, k_sd, scale, HEADDIM, BLOCK_D, UPCAST
         )
         if lse is None:
             acc += _weights_tile(logits, logits, sees, True)
@@ -685,7 +766,8 @@ def _fields(values: Sequence[int]) -> tuple[int, ...]:
 class Layers(NamedTuple):
     """The layers' queries and keys as the kernels take them."""
 
-    arguments: tuple[object, ...]  # pointers, strides, heads and heads per key head
+    arguments: tuple[object, ...]  # pointers, strides, descales, heads and heads per key head
+    descales: tuple[object, ...]
     batch: int
     n_rows: int
     headdim: int
@@ -695,13 +777,34 @@ class Layers(NamedTuple):
     n_layers: int
 
 
-def gather(q: Sequence[Tensor], k: Sequence[Tensor]) -> Layers:
+def _operand(x: Tensor) -> Tensor:
+    """x as a kernel takes it: float8 as bits where the device does not convert it by itself."""
+    is_bits = x.dtype == torch.float8_e4m3fn and not launch.converts_float8(x.device)
+    return x.view(torch.uint8) if is_bits else x
+
+
+def _descale_arguments(descale: Sequence[Tensor] | None) -> tuple[object, ...]:
+    if not descale:
+        return None, (0,), (0,)
+    return (tuple(descale), *(_fields([x.stride(axis) for x in descale]) for axis in range(2)))
+
+
+def gather(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    q_descale: Sequence[Tensor] | None = None,
+    k_descale: Sequence[Tensor] | None = None,
+) -> Layers:
+    q, k = [_operand(x) for x in q], [_operand(x) for x in k]
     heads = [x.shape[1] for x in q]
     groups = [x.shape[1] // y.shape[1] for x, y in zip(q, k, strict=True)]
     strides = [tuple(_fields([x.stride(axis) for x in tensors]) for axis in range(4)) for tensors in (q, k)]
-    arguments = (tuple(q), *strides[0], tuple(k), *strides[1], _fields(heads), _fields(groups))
+    descales = (*_descale_arguments(q_descale), *_descale_arguments(k_descale))
+    arguments = (tuple(q), *strides[0], tuple(k), *strides[1], *descales, _fields(heads), _fields(groups))
     batch, _, n_rows, headdim = q[0].shape
-    return Layers(arguments, batch, n_rows, headdim, max(heads), sum(heads), math.gcd(*groups), len(q))
+    return Layers(
+        arguments, descales, batch, n_rows, headdim, max(heads), sum(heads), math.gcd(*groups), len(q)
+    )
 
 
 def _tile(size: int, limit: int) -> int:
@@ -711,7 +814,11 @@ def _tile(size: int, limit: int) -> int:
 
 def largest_softmax_tile(q: Tensor) -> int:
     """The most keys whose softmax is taken inside one tile."""
-    return 128 if q.element_size() == 2 else 64
+    return 64 if q.element_size() == 4 else 128
+
+
+def _listed(x: Tensor | None) -> list[Tensor] | None:
+    return None if x is None else [x]
 
 
 def _mask_arguments(mask: Tensor | None) -> tuple[object, ...]:
@@ -980,6 +1087,8 @@ def column_scores(
     q: Tensor,
     k: Tensor,
     softmax_lse: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     column_start: int,
@@ -996,14 +1105,14 @@ def column_scores(
 ) -> None:
     if q.shape[0] == 0:
         return
-    layers = gather([q], [k])
+    layers = gather([q], [k], _listed(q_descale), _listed(k_descale))
     plan = plan_columns(layers, q, column_start, column_stop, query_start, softmax_scope, reduction, per_head)
     reduce_columns(
         plan,
         layers,
         out,
         [q],
-        None if softmax_lse is None else [softmax_lse],
+        _listed(softmax_lse),
         key_mask,
         query_mask,
         column_start,
@@ -1026,6 +1135,8 @@ def attention_map(
     q: Tensor,
     k: Tensor,
     softmax_lse: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     row_start: int,
@@ -1044,7 +1155,7 @@ def attention_map(
     if out.numel() == 0:
         return
     device = q.device
-    layers = gather([q], [k])
+    layers = gather([q], [k], _listed(q_descale), _listed(k_descale))
     heads, n_keys = layers.max_heads, k.shape[2]
     n_rows, n_columns = row_stop - row_start, column_stop - column_start
     shape_class = launch.attention_class(n_columns, layers.headdim, q.element_size())
@@ -1078,10 +1189,11 @@ def attention_map(
         _attention_map_kernel,
         tiles * head_splits,
         (
-            q,
+            _operand(q),
             *q.stride(),
-            k,
+            _operand(k),
             *k.stride(),
+            *layers.descales,
             heads,
             layers.group,
             None if pointers is None else pointers[0],  # type: ignore[index]

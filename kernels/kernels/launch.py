@@ -39,6 +39,7 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("column_scores", "any", "wide"): Config(64, 64, 4, 3),
     ("column_scores", "any", "deep"): Config(32, 32, 4, 1),
     ("column_scores", "any", "float32"): Config(16, 32, 4, 1),
+    ("column_scores", "any", "float8"): Config(64, 32, 4, 3),
     # block_m query rows resident, keys streamed.
     ("row_lse", "any", "narrow"): Config(32, 64, 4, 3),
     ("row_lse", "any", "wide"): Config(64, 64, 4, 3),
@@ -46,11 +47,13 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("row_lse", "sm100", "wide"): Config(128, 64, 8, 3),
     ("row_lse", "any", "deep"): Config(32, 32, 4, 2),
     ("row_lse", "any", "float32"): Config(32, 32, 8, 1),
+    ("row_lse", "any", "float8"): Config(64, 64, 4, 3),
     # One tile of the map for each program.
     ("attention_map", "any", "narrow"): Config(32, 32, 4, 2),
     ("attention_map", "any", "wide"): Config(64, 64, 4, 2),
     ("attention_map", "any", "deep"): Config(32, 32, 4, 2),
     ("attention_map", "any", "float32"): Config(32, 32, 8, 1),
+    ("attention_map", "any", "float8"): Config(64, 64, 4, 2),
     # block_n lanes, block_m tokens for each of them in one iteration.
     ("token_confidence", "any", "narrow"): Config(4, 1024, 4, 1),
     ("token_confidence", "any", "float32"): Config(4, 512, 4, 1),
@@ -63,6 +66,8 @@ def attention_class(size: int, headdim: int, element_size: int) -> str:
         return "float32"
     if headdim > 128:
         return "deep"
+    if element_size == 1:
+        return "float8"
     return "narrow" if size <= 32 else "wide"
 
 
@@ -97,8 +102,13 @@ def block_d(headdim: int, element_size: int) -> int:
     Chosen for the least padded work, each chunk costing about as much as 8 elements of padding: 96 is 3 x 32
     and 192 is 3 x 64, but 100 is 1 x 128.
     """
-    sizes = (128, 64, 32, 16) if element_size == 2 else (32, 16)
+    sizes = (32, 16) if element_size == 4 else (128, 64, 32, 16)
     return min(sizes, key=lambda size: triton.cdiv(headdim, size) * (size + 8))
+
+
+def converts_float8(device: torch.device) -> bool:
+    """Whether e4m3 is a type of the device, and its conversion an instruction (8.9 counts as 8.0)."""
+    return architecture(device) in ("sm90", "sm100", "sm120")
 
 
 def last_program_commits(device: torch.device) -> bool:

@@ -27,6 +27,8 @@ def decode_step(
     q: list[Tensor],
     k: list[Tensor],
     softmax_lse: list[Tensor],
+    q_descale: list[Tensor],
+    k_descale: list[Tensor],
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     seeds: Tensor | None,
@@ -55,7 +57,7 @@ def decode_step(
         return
     plan = layers = counters = None
     if q:
-        layers = attention.gather(q, k)
+        layers = attention.gather(q, k, q_descale, k_descale)
         plan = attention.plan_columns(
             layers, q[0], column_start, column_stop, query_start, softmax_scope, reduction, False
         )

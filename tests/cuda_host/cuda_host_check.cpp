@@ -28,7 +28,7 @@ struct Array {
     attn_sampler_tensor tensor{};
 
     Array(int dtype, std::vector<int64_t> shape) {
-        static const int sizes[] = {4, 2, 2, 8, 1};
+        static const int sizes[] = {4, 2, 2, 8, 1, 1};
         int64_t count = 1;
         tensor.ndim = static_cast<int32_t>(shape.size());
         tensor.dtype = dtype;
@@ -50,6 +50,11 @@ struct Array {
         return bytes.size() / sizeof(T);
     }
     Array &fill_normal(float spread) {
+        if (tensor.dtype == ATTN_SAMPLER_FLOAT8_E4M3) { /* any bits but NaN's are a number */
+            for (unsigned char &x : bytes)
+                x = static_cast<unsigned char>((rng() % 2 != 0 ? 0x80u : 0u) | rng() % 0x48u);
+            return *this;
+        }
         for (size_t i = 0; i < bytes.size() / (tensor.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2); ++i) {
             const float x = spread * normal();
             uint32_t bits;
@@ -109,8 +114,8 @@ void on_both(Call call, Workspace workspace, Array &cpu, Array &cuda) {
 }
 
 void attention_problem(int index) {
-    const int dtype = index % 3;
-    const bool fills_a_tile = index % 8 < 2; /* of the kernels with wgmma, where the dtype is one of theirs */
+    const int dtype = index % 4 == 3 ? static_cast<int>(ATTN_SAMPLER_FLOAT8_E4M3) : index % 4;
+    const bool fills_a_tile = index % 8 < 3; /* of the kernels with wgmma, where the dtype is one of theirs */
     const int64_t batch = pick({1, 2}), kv_heads = pick({1, 2}), heads = kv_heads * pick({1, 3}),
                   rows = fills_a_tile ? 70 : pick({1, 5, 20, 70}),
                   keys = fills_a_tile ? 130 : pick({1, 9, 40, 130}), headdim = pick({16, 24, 33, 64, 136});
@@ -121,7 +126,11 @@ void attention_problem(int index) {
     for (Array *mask : {&key_mask, &query_mask})
         for (unsigned char &x : mask->bytes)
             x = rng() % 4 != 0;
-    const bool masked = rng() % 2 != 0;
+    Array q_descale(ATTN_SAMPLER_FLOAT32, {batch, kv_heads}),
+        k_descale(ATTN_SAMPLER_FLOAT32, {batch, kv_heads});
+    q_descale.fill_normal(1.0f);
+    k_descale.fill_normal(1.0f);
+    const bool masked = rng() % 2 != 0, scaled = dtype == ATTN_SAMPLER_FLOAT8_E4M3 && rng() % 4 != 0;
     attn_sampler_attention_params params{};
     params.softmax_scale = 1.0 / std::sqrt(static_cast<double>(headdim));
     params.column_start = fills_a_tile ? 0 : static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
@@ -140,7 +149,8 @@ void attention_problem(int index) {
     auto run = [&](auto call, auto workspace, std::vector<int64_t> shape) {
         Array cpu(ATTN_SAMPLER_FLOAT32, shape), cuda(ATTN_SAMPLER_FLOAT32, shape);
         auto with = [&](auto function, Array &out, const attn_sampler_exec &exec, auto... more) {
-            return function(q.view(), k.view(), nullptr, masked ? key_mask.view() : nullptr,
+            return function(q.view(), k.view(), nullptr, scaled ? q_descale.view() : nullptr,
+                            scaled ? k_descale.view() : nullptr, masked ? key_mask.view() : nullptr,
                             masked ? query_mask.view() : nullptr, &params, out.view(), &exec, more...);
         };
         on_both([&](Array &out, const attn_sampler_exec &exec) { return with(call, out, exec); },
@@ -149,7 +159,7 @@ void attention_problem(int index) {
                 },
                 cpu, cuda);
     };
-    if (index % 2 == 0)
+    if (rng() % 2 == 0)
         run(attn_sampler_column_scores, attn_sampler_column_scores_workspace,
             params.per_head ? std::vector<int64_t>{batch, heads, columns}
                             : std::vector<int64_t>{batch, columns});

@@ -13,6 +13,9 @@ struct Half {
 struct BFloat16 {
     uint16_t bits;
 };
+struct Float8 {
+    uint8_t bits;
+};
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -21,6 +24,19 @@ inline float to_float(Half x) {
     const float magnitude = __uint_as_float((x.bits & 0x7FFFu) << 13) * 0x1p112f;
     const uint32_t special = magnitude >= 65536.0f ? 0x7F800000u : 0u;
     return __uint_as_float(__float_as_uint(magnitude) | special | (x.bits & 0x8000u) << 16);
+}
+
+/* Of results that are 0, normal or NaN; exact where they have a float16. */
+inline uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
+    auto product = [&](int shift) -> uint32_t {
+        const float x = to_float(Half{static_cast<uint16_t>(a >> shift)}) *
+                        to_float(Half{static_cast<uint16_t>(b >> shift)});
+        const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7FFFFFFFu;
+        return (bits >> 16 & 0x8000u) | (x != x           ? 0x7FFFu
+                                         : magnitude == 0 ? 0
+                                                          : (magnitude >> 13) - (112u << 10));
+    };
+    return product(0) | product(16) << 16;
 }
 
 inline unsigned char *dynamic_shared() { return cuda_host::shared_memory(); }
