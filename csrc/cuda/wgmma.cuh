@@ -5,20 +5,18 @@
  * is arithmetic. With 32 heads and D = 128, M = N = 16384 is 2.2 TFLOP and 8.6e9 exponentials: on an H100 2.2
  * ms of tensor cores (989 TFLOP/s, NVIDIA's figure) next to 2.3 ms of exponentials (16 a clock and
  * multiprocessor, 132 of them at 1.755 GHz), and as much again where the log-sum-exp is not given. The tile
- * of WarpTile cannot come near that, for three reasons:
- * 1. Each warp reads all keys of a tile for its 16 rows: 16 KiB of shared memory (64 columns) at 128 bytes
- *    a clock are 128 clocks, next to 64 clocks of arithmetic. wgmma reads them once for the 64 rows of all
- * four.
- * 2. Queries are read once for each tile of columns, from the second-level cache: 34 GB with 64 columns. 128
- * columns halve that; and since wgmma keeps no keys in registers, 128 columns fit the registers of three
- * blocks.
- * 3. mma.sync itself stays below Hopper's peak; only wgmma reaches it.
- * Where columns or rows are few the floor is memory, and WarpTile serves.
+ * of WarpTile cannot come near that:
+ * 1. Each warp reads all keys of a tile for its 16 rows: 16 KiB of shared memory (64 columns) at 128 bytes a
+ *    clock are 128 clocks, next to 64 clocks of arithmetic. wgmma reads them once for all 64 rows.
+ * 2. Queries are read once for each tile of columns, from the L2 cache: 34 GB with 64 columns, half with 128;
+ *    and since wgmma keeps no keys in registers, three blocks with 128 columns fit a multiprocessor.
+ * 3. mma.sync does not reach Hopper's peak: FlashAttention-2, which is built on it, is reported at 35% of an
+ * H100, FlashAttention-3 with wgmma at 75% (arXiv 2407.08608). Where columns or rows are few the floor is
+ * memory, and WarpTile serves.
  *
- * sm_100 and sm_120 have no wgmma. sm_120 has mma.sync at its full rate; on sm_100 it is a fraction of
- * tcgen05's, whose accumulators lie in tensor memory and would need an epilogue of their own, while
- * exponentials, of which a multiprocessor does no more than Hopper's, take as long as here: WarpTile serves
- * there as well.
+ * sm_100 and sm_120 have no wgmma, and WarpTile serves there. sm_120 has no faster instruction than mma.sync.
+ * sm_100 has tcgen05, whose sums lie in tensor memory and would need an epilogue of their own; but its
+ * multiprocessors do no more exponentials a clock than Hopper's, and these bound the floor already here.
  *
  * What it shares with WarpTile, which the tests run on the CPU: rows, masks, softmax and sums, because the
  * accumulators of a warp are laid out alike. What is its own is little: the order of the keys in shared
