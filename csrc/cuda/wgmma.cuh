@@ -11,8 +11,9 @@
  * 2. Queries are read once for each tile of columns, from the L2 cache: 34 GB with 64 columns, half with 128;
  *    and since wgmma keeps no keys in registers, three blocks with 128 columns fit a multiprocessor.
  * 3. mma.sync does not reach Hopper's peak: FlashAttention-2, which is built on it, is reported at 35% of an
- * H100, FlashAttention-3 with wgmma at 75% (arXiv 2407.08608). Where columns or rows are few the floor is
- * memory, and WarpTile serves.
+ *    H100, FlashAttention-3 with wgmma at 75% (arXiv 2407.08608).
+ *
+ * Where columns or rows are few the floor is memory, and WarpTile serves.
  *
  * sm_100 and sm_120 have no wgmma, and WarpTile serves there. sm_120 has no faster instruction than mma.sync.
  * sm_100 has tcgen05, whose sums lie in tensor memory and would need an epilogue of their own; but its
