@@ -14,6 +14,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8 = torch.float8_e4m3fn
+ATTENTION_DTYPES = (*FLOAT_DTYPES, FLOAT8)
 
 
 def tensor(

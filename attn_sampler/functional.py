@@ -4,6 +4,10 @@ They validate, document and dispatch; the arithmetic is specified in ``attn_samp
 done by a backend. One decoding step flows as *q, k, lse -> column scores -> token confidence -> dynamic
 threshold -> commit*; ``decode_step`` is all of it in one call.
 
+A call first tries the direct way, which takes microseconds: the compiled extension checks the arguments
+itself and refuses what is out of the ordinary. That goes the long way, which says what is wrong with it or
+calls the torch operator, for the other backends and for whatever listens to operators.
+
 All functions work on the tensors' device without synchronising with the host, and under
 ``torch.compile(fullgraph=True)``. Gradients do not flow through them.
 """
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_sampler import checks, ops  # noqa: F401  (importing ops registers the operators)
+from attn_sampler import _core, checks, ops
 from attn_sampler.backends import BACKENDS
 from attn_sampler.reference import StepResult
 
@@ -108,6 +112,13 @@ def column_scores(
     BackendUnavailableError
         The backend asked for cannot run this problem.
     """
+    if _is_direct(backend, q, k, out):
+        lo, hi = checks.span("columns", columns, k.shape[2], "key positions (N)")
+        result = _new_output(q, per_head, hi - lo) if out is None else out
+        tensors = (result, q, k, softmax_lse, q_descale, k_descale, key_mask, query_mask)
+        options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, reduction, per_head)
+        if _core.attempt("column_scores", q, (*tensors, columns, *options, out is not None)):
+            return result
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.flag("per_head", per_head)
     _check_layer("", q, k, softmax_lse, q_descale, k_descale, softmax_scope)
@@ -188,6 +199,14 @@ def attention_map(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
+    if _is_direct(backend, q, k, out):
+        lo, hi = checks.span("columns", columns, k.shape[2], "key positions (N)")
+        first, last = checks.span("rows", rows, q.shape[2], "query rows (M)")
+        result = _new_output(q, per_head, last - first, hi - lo) if out is None else out
+        tensors = (result, q, k, softmax_lse, q_descale, k_descale, key_mask, query_mask)
+        options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, per_head)
+        if _core.attempt("attention_map", q, (*tensors, rows, columns, *options, out is not None)):
+            return result
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.flag("per_head", per_head)
     _check_layer("", q, k, softmax_lse, q_descale, k_descale, softmax_scope)
@@ -268,6 +287,11 @@ def token_confidence(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
+    if ops.is_direct(backend, logits):
+        outputs = ops.token_confidence_outputs(logits)
+        options = (metric, temperature, seed, exclude_token_id)
+        if _core.attempt("token_confidence", logits, (*outputs, logits, *options)):
+            return outputs
     checks.choice("backend", backend, _BACKEND_CHOICES)
     checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
     vocab = logits.shape[2]
@@ -335,6 +359,11 @@ def select_tokens(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
+    if ops.is_direct(backend, masked):
+        selected = ops.select_tokens_output(scores, confidence, masked)
+        tensors = (selected, scores, confidence, masked)
+        if _core.attempt("select_tokens", masked, (*tensors, policy, tau, fallback)):
+            return selected
     checks.choice("backend", backend, _BACKEND_CHOICES)
     tau = _check_selection(policy, tau, fallback)
     dtypes = (torch.float32, torch.float64)
@@ -420,6 +449,19 @@ def decode_step(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``. ``tokens`` is untouched then.
     """
+    if ops.is_direct(backend, tokens) and type(logits) is Tensor and logits.dim() == 3:
+        masks: tuple[Tensor | None, ...] = (key_mask, query_mask)
+        if isinstance(layers, Tensor):
+            scores, masks = layers, (None, None)  # the scores are made: there is nothing left to mask
+        else:
+            scores = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
+        outputs = token_ids, confidence, selected = ops.decode_step_outputs(tokens, scores)
+        tensors = (tokens, scores, *outputs, logits, layers, *masks)
+        choosing = (block, mask_token_id, policy, tau, fallback, metric, temperature, seed, rows, columns)
+        options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, reduction)
+        arguments = (*tensors, *choosing, *options)
+        if not scores.requires_grad and _core.attempt("decode_step", tokens, arguments):
+            return StepResult(tokens, token_ids, confidence, scores, selected)
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.choice("rows", rows, ("all", "masked"))
     checks.choice("reduction", reduction, _REDUCTIONS)
@@ -436,14 +478,14 @@ def decode_step(
     seed, seeds, temperature = _check_sampling(logits, metric, temperature, seed)
 
     fields: tuple[list[Tensor], ...] = ([], [], [], [], [])  # of the layers, as the operator takes them
-    column_start, column_stop, start = lo, hi, 0
+    column_start, column_stop, start, headdim = lo, hi, 0, 1
     if isinstance(layers, Tensor):
         scores = _output(layers, tokens, "[B, C]", (batch, count), name="layers")
         key_mask = query_mask = None  # the scores are made: there is nothing left to mask
     else:
         q, k, *_ = fields = _check_layers(layers, tokens, softmax_scope)
         _check_masks(q[0], k[0], key_mask, query_mask)
-        n_rows, n_keys = q[0].shape[2], k[0].shape[2]
+        (n_rows, headdim), n_keys = q[0].shape[2:], k[0].shape[2]
         column_start, column_stop = checks.span(
             "columns", block if columns is None else columns, n_keys, "key positions (N)"
         )
@@ -475,7 +517,7 @@ def decode_step(
         column_start,
         column_stop,
         start,
-        softmax_scale,
+        headdim**-0.5 if softmax_scale is None else float(softmax_scale),
         lse_base,
         causal,
         softmax_scope,
@@ -490,6 +532,21 @@ def decode_step(
         backend,
     )
     return StepResult(tokens, token_ids, confidence, scores, selected)
+
+
+def _is_direct(backend: str, q: Any, k: Any, out: Any) -> bool:
+    """Whether an attention function may go the direct way."""
+    return (
+        ops.is_direct(backend, q)
+        and type(k) is Tensor
+        and q.dim() == k.dim() == 4
+        and (out is None or (type(out) is Tensor and not out.requires_grad))
+    )
+
+
+def _new_output(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
+    """float32 [B, *sizes] or, per head, [B, Hq, *sizes]."""
+    return q.new_empty(*q.shape[: 2 if per_head else 1], *sizes, dtype=torch.float32)
 
 
 def _output(
@@ -533,7 +590,7 @@ def _check_layer(
     k_descale: Tensor | None,
     softmax_scope: str,
     *,
-    dtypes: Sequence[torch.dtype] = (*checks.FLOAT_DTYPES, checks.FLOAT8),
+    dtypes: Sequence[torch.dtype] = checks.ATTENTION_DTYPES,
     like: Tensor | None = None,
 ) -> None:
     """q, k and what belongs to them are valid and fit together."""
@@ -581,33 +638,38 @@ def _check_layers(
             "layers: expected a score buffer [B, C] or a non-empty sequence of (q, k, softmax_lse), "
             f"got {'an empty one' if isinstance(layers, (list, tuple)) else type(layers).__name__}"
         )
-    result: tuple[list[Tensor], ...] = ([], [], [], [], [])
-    first: tuple[Any, ...] = ()
+    first: Sequence[Any] = ()
     for index, layer in enumerate(layers):
         if not isinstance(layer, (list, tuple)) or len(layer) not in (2, 3, 5):
             raise TypeError(
                 f"layers[{index}]: expected (q, k), (q, k, softmax_lse) or "
                 "(q, k, softmax_lse, q_descale, k_descale)"
             )
-        fields = (*layer, None, None, None)[:5]
-        if not (first and all(map(_alike, fields, first))):  # most layers are like the first: a quick way
-            first = first or fields
-            prefix = f"layers[{index}] "
-            q, k, *_ = fields
-            like = {"dtypes": (first[0].dtype,)} if index > 0 else {}
-            _check_layer(prefix, *fields, softmax_scope, **like, like=tokens)
-            batch, (n_rows, headdim), n_keys = tokens.shape[0], first[0].shape[2:], first[1].shape[2]
-            checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], n_rows, headdim))
-            checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
-        for values, value in zip(result, fields, strict=True):
-            if value is not None:
-                values.append(value)
-    for name, values in zip(("softmax_lse", "q_descale", "k_descale"), result[2:], strict=True):
-        if values and len(values) != len(layers):
+        if len(layer) == len(first) and all(map(_alike, layer, first)):
+            continue  # most layers are like the first: a quick way
+        first = first or layer
+        prefix = f"layers[{index}] "
+        q, k, lse, q_descale, k_descale = _padded(layer)
+        dtypes = checks.ATTENTION_DTYPES if index == 0 else (first[0].dtype,)
+        _check_layer(prefix, q, k, lse, q_descale, k_descale, softmax_scope, dtypes=dtypes, like=tokens)
+        batch, (n_rows, headdim), n_keys = tokens.shape[0], first[0].shape[2:], first[1].shape[2]
+        checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], n_rows, headdim))
+        checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
+    names = ("q", "k", "softmax_lse", "q_descale", "k_descale")
+    fields = []
+    for name, values in zip(names, zip(*map(_padded, layers), strict=True), strict=True):
+        given = [x for x in values if x is not None]
+        if given and len(given) != len(layers):
             raise ValueError(
-                f"layers: expected {name} for all layers or for none, got {len(values)} of {len(layers)}"
+                f"layers: expected {name} for all layers or for none, got {len(given)} of {len(layers)}"
             )
-    return result
+        fields.append(given)
+    return tuple(fields)
+
+
+def _padded(layer: Sequence[Any]) -> tuple[Any, ...]:
+    """(q, k, softmax_lse, q_descale, k_descale), with None for what is left out."""
+    return (*layer, None, None, None)[:5]
 
 
 def _alike(x: object, y: Tensor | None) -> bool:

@@ -16,7 +16,9 @@ import pytest
 import torch
 from cmake_build import ROOT, build, build_once, python_module, tool
 from cuda_host import plugin
-from problems import normal, row_lse
+from problems import FLOAT8, normal, row_lse
+
+from attn_sampler import _core
 
 CPU, CUDA = 0, 1
 OPTIONS = (
@@ -72,33 +74,32 @@ def test_the_suite_of_all_backends(extension: Path, seed: int, device: int, test
     assert " passed" in result.stdout
 
 
-def _view(x: torch.Tensor) -> tuple:
-    dtype = {torch.float32: 0, torch.bfloat16: 2, torch.int64: 3, torch.bool: 4}[x.dtype]
-    return x.data_ptr(), dtype, x.shape, x.stride()
-
-
 class Step:
     """A decoding step of 70 layers, more than one launch's table holds, straight at the extension."""
 
-    def __init__(self, extension: Path, n_layers: int, with_lse: bool) -> None:
+    def __init__(
+        self, extension: Path, n_layers: int, with_lse: bool, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.module = plugin.load(str(extension))
         self.host = ctypes.CDLL(str(extension))
-        q = [normal(i, 2, 4, 6, 32, dtype=torch.bfloat16) for i in range(n_layers)]
-        k = [normal(100 + i, 2, 2, 24, 32, dtype=torch.bfloat16) for i in range(n_layers)]
-        lse = [row_lse(x, y) for x, y in zip(q, k, strict=True)] if with_lse else []
+        q = [normal(i, 2, 4, 6, 32, dtype=dtype) for i in range(n_layers)]
+        k = [normal(100 + i, 2, 2, 24, 32, dtype=dtype) for i in range(n_layers)]
+        scales = [normal(200 + i, 2, 2).abs() if dtype == FLOAT8 else None for i in range(n_layers)]
+        lse = [row_lse(x, y, k_descale=z) if with_lse else None for x, y, z in zip(q, k, scales, strict=True)]
         self.tokens = torch.full((2, 24), 7)
         self.start = self.tokens.clone()
         self.scores = torch.full((2, 6), torch.nan)
         self.token_ids, self.confidence = torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6)
         self.selected = torch.zeros(2, 6, dtype=torch.bool)
         self.logits = normal(7, 2, 6, 11, dtype=torch.float32).mul(5)
-        self.keep = q, k, lse
+        layers = zip(q, k, lse, [None] * n_layers, scales, strict=True)
+        self.keep = q, k, lse, scales
         outputs = (self.tokens, self.scores, self.token_ids, self.confidence, self.selected, self.logits)
         self.arguments = (
-            *(_view(x) for x in outputs),
-            *([_view(x) for x in xs] for xs in (q, k, lse)),
-            *(None, None, None, 18, 24, 7, False, 18, 24, 18, 32**-0.5, 0, False, 0, True, 0),
-            *(0, 0.0, 0, 1, 0.4, 0),
+            *map(_core._view, outputs),
+            [tuple(map(_core._view, layer)) for layer in layers],
+            *(None, None, slice(18, 24), 7, "parallel", 0.4, "confidence", "probability", 0.0, None),
+            *("all", slice(18, 24), "e", None, False, 18, "sequence", True, "sum"),
         )
 
     def run(self, where: tuple) -> int:
@@ -109,9 +110,19 @@ class Step:
         return [x.clone() for x in (self.tokens, self.scores, self.token_ids, self.confidence, self.selected)]
 
 
-@pytest.mark.parametrize(("n_layers", "with_lse", "launches"), [(28, True, 1), (28, False, 2), (70, True, 2)])
-def test_a_step_of_many_layers(extension: Path, n_layers: int, with_lse: bool, launches: int) -> None:
-    step = Step(extension, n_layers, with_lse)
+@pytest.mark.parametrize(
+    ("n_layers", "with_lse", "dtype", "launches"),
+    [
+        (28, True, torch.bfloat16, 1),
+        (28, False, torch.bfloat16, 2),
+        (70, True, torch.bfloat16, 2),
+        (28, True, FLOAT8, 1),
+    ],
+)
+def test_a_step_of_many_layers(
+    extension: Path, n_layers: int, with_lse: bool, dtype: torch.dtype, launches: int
+) -> None:
+    step = Step(extension, n_layers, with_lse, dtype)
     assert step.run((CPU, 1, 0, 0, 0, 0)) == 0
     expected = step.results()
     needed = step.run((CUDA, 1, 0, 0, 0, 0))
@@ -139,9 +150,9 @@ def test_wgmma_is_chosen_and_gives_the_same_bits(extension: Path, with_lse: bool
         q = normal(0, 1, 2, 150, headdim, dtype=torch.bfloat16)
         k = normal(1, 1, 2, 260, headdim, dtype=torch.bfloat16)
         lse, out = row_lse(q, k), torch.full((1, 260), torch.nan)
-        arguments = (_view(out), _view(q), _view(k), _view(lse) if with_lse else None, None, None)
-        arguments += (0, 260, 110, headdim**-0.5)
-        arguments += (0, False, 0, True, 0, False, False)
+        tensors = (out, q, k, lse if with_lse else None, *[None] * 4)
+        options = (slice(0, 260), "e", headdim**-0.5, False, 110, "sequence", True, "sum", False, False)
+        arguments = (*map(_core._view, tensors), *options)
         needed = module.column_scores(*arguments, (CUDA, 1, device, 0, 0, 0))
         workspace = plugin.aligned(needed)
         workspace.zero_()
@@ -190,29 +201,9 @@ def test_a_small_workspace_runs_nothing(extension: Path) -> None:
 def test_what_the_kernels_do_not_take(extension: Path) -> None:
     module = plugin.load(str(extension))
     q, k, out = torch.zeros(1, 1, 2, 520), torch.zeros(1, 1, 3, 520), torch.zeros(1, 3)
-    with pytest.raises(RuntimeError, match="q: head dimension: the CUDA kernels take at most 512, got 520"):
-        module.column_scores(
-            *(
-                _view(out),
-                _view(q),
-                _view(k),
-                None,
-                None,
-                None,
-                0,
-                3,
-                1,
-                1.0,
-                0,
-                False,
-                0,
-                True,
-                0,
-                False,
-                False,
-            ),
-            (CUDA, 1, 0, 0, 0, 0),
-        )
+    options = (slice(0, 3), "e", 1.0, False, 1, "sequence", True, "sum", False, False)
+    with pytest.raises(module.Refused, match="q: head dimension: the CUDA kernels take at most 512, got 520"):
+        module.column_scores(*map(_core._view, (out, q, k)), *[None] * 5, *options, (CUDA, 1, 0, 0, 0, 0))
 
 
 def test_under_the_sanitizers(tmp_path: Path) -> None:

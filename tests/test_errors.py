@@ -18,6 +18,7 @@ from attn_sampler import (
 )
 
 B, HQ, HKV, M, N, D, C, V, T = 2, 4, 2, 9, 12, 8, 4, 11, 12
+FLOAT8 = torch.float8_e4m3fn
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -59,10 +60,24 @@ def rejects(
     for word in words:
         assert word in message, message
     for tensor, copy in zip(given, before, strict=True):
+        if tensor.dtype == FLOAT8:  # torch does not compare it
+            tensor, copy = tensor.view(torch.uint8), copy.view(torch.uint8)
         assert torch.equal(tensor.detach(), copy)
 
 
+def in_float8(**more: Any) -> dict[str, Any]:
+    return {"q": zeros(B, HQ, M, D, dtype=FLOAT8), "k": zeros(B, HKV, N, D, dtype=FLOAT8)} | more
+
+
 ATTENTION = [
+    ({"q_descale": zeros(B, HKV)}, ValueError, "q_descale", ["float8_e4m3fn", "float32"]),
+    ({"k_descale": zeros(B, HKV)}, ValueError, "k_descale", ["float8_e4m3fn", "float32"]),
+    (in_float8(k=zeros(B, HKV, N, D)), ValueError, "k", ["float8_e4m3fn", "float32"]),
+    (in_float8(q_descale=zeros(B, HQ)), ValueError, "q_descale", ["[B, Hkv] = [2, 2]", "[2, 4]"]),
+    (in_float8(k_descale=zeros(B, HKV, 1)), ValueError, "k_descale", ["2-dimensional"]),
+    (in_float8(k_descale=zeros(B, HKV).double()), ValueError, "k_descale", ["float32", "float64"]),
+    (in_float8(k_descale=zeros(B, HKV, device="meta")), ValueError, "k_descale", ["cpu", "meta"]),
+    (in_float8(q_descale=1.0), TypeError, "q_descale", ["float"]),
     ({"q": [1.0]}, TypeError, "q", ["list"]),
     ({"q": zeros(HQ, M, D)}, ValueError, "q", ["4-dimensional", "[4, 9, 8]"]),
     ({"q": zeros(B, HQ, M, D, dtype=torch.int64)}, ValueError, "q", ["float32", "int64"]),
@@ -223,6 +238,10 @@ def test_attention_map_alone(rows, error, words):
         ({"exclude_token_id": V}, ValueError, "exclude_token_id", ["[0, 11)", "11"]),
         ({"exclude_token_id": -1}, ValueError, "exclude_token_id", ["[0, 11)", "-1"]),
         ({"exclude_token_id": 1.0}, TypeError, "exclude_token_id", ["integer"]),
+        ({"exclude_token_id": True}, TypeError, "exclude_token_id", ["integer", "bool"]),
+        ({"temperature": True, "seed": 1}, TypeError, "temperature", ["bool"]),
+        ({"seed": True}, TypeError, "seed", ["integer", "bool"]),
+        ({"metric": b"margin"}, ValueError, "metric", ["b'margin'"]),
         ({"logits": zeros(B, C, 1), "exclude_token_id": 0}, ValueError, "exclude_token_id", ["only token"]),
         ({"backend": None}, ValueError, "backend", ["auto"]),
     ],
@@ -293,6 +312,10 @@ def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
         ({"mask_token_id": V}, ValueError, "mask_token_id", ["[0, 11)", "11"]),
         ({"mask_token_id": -1}, ValueError, "mask_token_id", ["[0, 11)", "-1"]),
         ({"mask_token_id": None}, TypeError, "mask_token_id", ["integer"]),
+        ({"mask_token_id": True}, TypeError, "mask_token_id", ["integer", "bool"]),
+        ({"block": slice(True, 5)}, TypeError, "block.start", ["integer", "bool"]),
+        ({"block": slice(4, 1 << 63)}, ValueError, "block", ["outside"]),
+        ({"columns": slice(4, 8, True + 1)}, ValueError, "columns", ["step 2"]),
         ({"policy": "random"}, ValueError, "policy", ["parallel, sequential", "'random'"]),
         ({"tau": 2}, ValueError, "tau", ["[0, 1]"]),
         ({"fallback": ""}, ValueError, "fallback", ["confidence, score"]),
@@ -326,9 +349,33 @@ def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
         ({"query_start": "0"}, TypeError, "query_start", ["integer"]),
         ({"backend": "c"}, ValueError, "backend", ["'c'"]),
         ({"layers": None}, TypeError, "layers", ["NoneType"]),
+        ({"layers": zeros(B, C, device="cpu").requires_grad_()}, ValueError, "layers", ["gradient"]),
+        ({"layers": zeros(1, C).expand(B, C)}, ValueError, "layers", ["apart in memory"]),
+        ({"logits": zeros(V)}, ValueError, "logits", ["3-dimensional"]),
+        ({"layers": ((zeros(B, HQ, M, D), None),)}, TypeError, "layers[0] k", ["NoneType"]),
         ({"layers": []}, TypeError, "layers", ["empty"]),
         ({"layers": [zeros(B, HQ, M, D)]}, TypeError, "layers[0]", ["(q, k, softmax_lse)"]),
         ({"layers": [(zeros(B, HQ, M, D),)]}, TypeError, "layers[0]", ["(q, k, softmax_lse)"]),
+        ({"layers": [(*in_float8().values(), None, None)]}, TypeError, "layers[0]", ["(q, k, softmax_lse"]),
+        (
+            {"layers": [(*layer, zeros(B, HKV), None) for layer in layers(0)]},
+            ValueError,
+            "layers[0] q_descale",
+            ["float8_e4m3fn"],
+        ),
+        (
+            {"layers": [(*in_float8().values(), None, zeros(B, HKV), zeros(B, HQ))]},
+            ValueError,
+            "layers[0] k_descale",
+            ["[2, 2]", "[2, 4]"],
+        ),
+        (
+            {"layers": [(*in_float8().values(), None, zeros(B, HKV), None), (*in_float8().values(), None)]},
+            ValueError,
+            "layers",
+            ["q_descale for all layers or for none", "1 of 2"],
+        ),
+        ({"logits": zeros(B, C, V, dtype=FLOAT8)}, ValueError, "logits", ["float32", "float8_e4m3fn"]),
         ({"layers": zeros(B, C + 1)}, ValueError, "layers", ["[2, 4]", "[2, 5]"]),
         ({"layers": zeros(B, C, dtype=torch.float64)}, ValueError, "layers", ["float32", "float64"]),
         ({"layers": zeros(B, C, device="meta")}, ValueError, "layers", ["cpu", "meta"]),

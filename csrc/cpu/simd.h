@@ -115,16 +115,22 @@ inline VecF fp16_to_float(VecH h) {
 #endif
 }
 
-/* e4m3, without arithmetic on float32 denormals. */
-inline VecF fp8_to_float(VecB b) {
-    const VecU u = __builtin_convertvector(b, VecU);
-    const VecI magnitude = (VecI)(u & 0x7Fu);
-    const VecI normal = (magnitude << 20) + (120 << 23); /* exponent rebased */
-    const VecI subnormal = (VecI)(__builtin_convertvector(magnitude, VecF) * 0x1p-9f);
-    const VecI value = magnitude < 8 ? subnormal : normal;
-    const VecU nan = (VecU)(magnitude == 0x7F) & 0x7FC00000u;
-    return (VecF)((VecU)value | nan | (u & 0x80u) << 24);
+/* e4m3 as bfloat16, which can hold every one of them. */
+inline VecH fp8_to_bf16(VecB b) {
+    typedef int16_t VecS __attribute__((vector_size(kLanes * 2)));
+    const VecH h = __builtin_convertvector(b, VecH);
+    const VecS x = (VecS)(h & 0x7F);
+    const VecS normal = (x << 4) + (120 << 7); /* exponent rebased */
+    /* x * 2^-9, whose leading bit is that of 4, 2 or 1. */
+    const VecS of_one = -(VecS)(x == 1) * (118 << 7);
+    const VecS of_two = ((x - 2) << 6) + (119 << 7), of_four = ((x - 4) << 5) + (120 << 7);
+    VecS value = x < 8 ? of_four : normal;
+    value = x < 4 ? of_two : value;
+    value = x < 2 ? of_one : value;
+    return (VecH)value | ((VecH)(x == 0x7F) & 0x7FC0) | (h & 0x80) << 8;
 }
+
+inline VecF fp8_to_float(VecB b) { return bf16_to_float(fp8_to_bf16(b)); }
 
 /* Stores convert(x[i .. i + kLanes)) to out + i for all of x[0 .. n). */
 template <typename Vec, typename From, typename To, typename Convert>
@@ -141,10 +147,9 @@ inline void convert_all(const From *x, int64_t n, To *out, Convert convert) {
     }
 }
 
-/* e4m3 x[0 .. n) as bfloat16, exactly. */
+/* e4m3 x[0 .. n) as bfloat16. */
 inline void convert_to_bf16(const void *x, int64_t n, uint16_t *out) {
-    convert_all<VecB>(static_cast<const uint8_t *>(x), n, out,
-                      [](VecB b) { return __builtin_convertvector((VecU)fp8_to_float(b) >> 16, VecH); });
+    convert_all<VecB>(static_cast<const uint8_t *>(x), n, out, fp8_to_bf16);
 }
 
 /* x[0 .. n) as float32. */
