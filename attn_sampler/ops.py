@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from attn_sampler import _core, reference
 from attn_sampler.backends import TRITON_MODULE, choose_backend, names_extension
@@ -276,10 +277,16 @@ def is_direct(backend: str, tensor: Any) -> bool:
         and type(tensor) is Tensor
         and names_extension(backend, tensor)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
+        and (not torch._C._len_torch_function_stack() or _modes_only_choose_devices())
         and not torch._C._autograd._profiler_enabled()
         and torch._C._get_tracing_state() is None
     )
+
+
+def _modes_only_choose_devices() -> bool:
+    """Whether every mode is that of torch.set_default_device, which is about new tensors alone."""
+    count = torch._C._len_torch_function_stack()
+    return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(count))
 
 
 def implementation(backend: str) -> Any:

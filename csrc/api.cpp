@@ -147,6 +147,11 @@ void check_apart(const char *name, const Tensor *t) {
     }
 }
 
+void check_output(const char *name, const Tensor *t, int dtype, std::initializer_list<int64_t> shape) {
+    check_like(name, t, dtype, shape);
+    check_apart(name, t);
+}
+
 void check_choice(const char *name, int value, int count) {
     if (value < 0 || value >= count)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "%s: expected 0 to %d, got %d", name, count - 1, value);
@@ -298,8 +303,8 @@ ConfidenceProblem check_confidence(const Tensor *logits, const Tensor *seeds,
     if (tokens < 1)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "logits: expected a vocabulary of at least one token to choose");
     check_like("seeds", seeds, ATTN_SAMPLER_INT64, {p.batch}, true);
-    check_like("token_ids", token_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
-    check_like("confidence", confidence, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
+    check_output("token_ids", token_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
+    check_output("confidence", confidence, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
     check_choice("params.metric", params.metric, 3);
     /* Logits are multiplied by its inverse, in float32. */
     if (!(params.temperature == 0.0 || (params.temperature >= 0x1p-120 && std::isfinite(params.temperature))))
@@ -365,12 +370,11 @@ void column_scores(const attn_sampler_layer &layer, const Tensor *key_mask, cons
     AttentionProblem p = check_attention(layer, key_mask, query_mask, *params, check_exec(exec));
     const int64_t columns = params->column_stop - params->column_start;
     if (params->per_head) {
-        check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, columns});
+        check_output("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, columns});
         p.out_stride[1] = out->stride[1];
     } else {
-        check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, columns});
+        check_output("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, columns});
     }
-    check_apart("out", out);
     p.out = static_cast<float *>(out->data);
     p.out_stride[0] = out->stride[0];
     p.out_stride[3] = out->stride[out->ndim - 1];
@@ -387,12 +391,11 @@ void attention_map(const attn_sampler_layer &layer, const Tensor *key_mask, cons
     const int64_t rows = params->row_stop - params->row_start;
     const int64_t columns = params->column_stop - params->column_start;
     if (params->per_head) {
-        check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, rows, columns});
+        check_output("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, rows, columns});
         p.out_stride[1] = out->stride[1];
     } else {
-        check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, rows, columns});
+        check_output("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, rows, columns});
     }
-    check_apart("out", out);
     p.out = static_cast<float *>(out->data);
     p.out_stride[0] = out->stride[0];
     p.out_stride[2] = out->stride[out->ndim - 2];
@@ -422,7 +425,7 @@ void select(const Tensor *scores, const Tensor *confidence, const Tensor *masked
     const int64_t batch = scores->shape[0], columns = scores->shape[1];
     check_like("confidence", confidence, ATTN_SAMPLER_FLOAT32, {batch, columns});
     check_like("masked", masked, ATTN_SAMPLER_BOOL, {batch, columns});
-    check_like("selected", selected, ATTN_SAMPLER_BOOL, {batch, columns});
+    check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, columns});
     cuda::SelectProblem p = select_problem(scores, confidence, selected, *params);
     p.masked = static_cast<const uint8_t *>(masked->data);
     copy_strides(masked, p.masked_stride, 2);
@@ -455,9 +458,8 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     const ConfidenceProblem predict =
         check_confidence(logits, seeds, confidence_params, token_ids, confidence, num_threads);
     check_select_params(params->select);
-    check_like("scores", scores, ATTN_SAMPLER_FLOAT32, {batch, block});
-    check_apart("scores", scores);
-    check_like("selected", selected, ATTN_SAMPLER_BOOL, {batch, block});
+    check_output("scores", scores, ATTN_SAMPLER_FLOAT32, {batch, block});
+    check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, block});
     check_choice("params.masked_rows_only", params->masked_rows_only, 2);
     if (num_layers < 0 || (num_layers > 0 && layers == nullptr))
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "layers: expected an address and a count >= 0");

@@ -293,6 +293,17 @@ def test_the_extension_is_called_past_the_operators(monkeypatch, backend, device
     assert operators.called == ([] if is_extension(backend) else names_of(name))
 
 
+def test_a_default_device_does_not_listen(monkeypatch, backend, device):
+    operators = Operators(monkeypatch)
+    x = inputs(device)
+    expected = functions(backend)["confidence"](x)
+    operators.called.clear()
+    with torch.device("meta"):  # of new tensors, not of ours
+        actual = functions(backend)["confidence"](x)
+    assert operators.called == ([] if is_extension(backend) else ["token_confidence"])
+    same(actual, expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_both_ways_give_the_same(monkeypatch, backend, device, name):
     """The long way is also that of a torch whose tensors the extension cannot read."""
