@@ -2,7 +2,8 @@
 
 The extension needs no torch to build. Without a C++ compiler the package is built without it and says so;
 with one, a build that fails is an error. ATTN_SAMPLER_CUDA=0|1 switches the CUDA part off or insists on it
-(default: built where nvcc is found).
+(default: built where nvcc is found). ATTN_SAMPLER_WGMMA=ON takes the kernels for Hopper, which have not run
+on a GPU yet.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class CMakeBuild(build_ext):
             *("cmake", str(ROOT), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
             "-DATTN_SAMPLER_PYTHON=ON",
             f"-DATTN_SAMPLER_CUDA={os.environ.get('ATTN_SAMPLER_CUDA', 'auto')}",
+            f"-DATTN_SAMPLER_WGMMA={os.environ.get('ATTN_SAMPLER_WGMMA', 'OFF')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             # Named, because an earlier build's may lie in an isolated environment that is gone.

@@ -128,6 +128,19 @@ def test_many_keys(backend, device, dtype, causal):
     )
 
 
+@pytest.mark.parametrize("headdim", [40, 64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_rows_and_columns(backend, device, headdim, dtype, causal):
+    """Several of the widest tiles that any kernel has, some of them cut, and all columns."""
+    q, k = normal(0, 1, 2, 140, headdim, dtype=dtype), normal(1, 1, 1, 200, headdim, dtype=dtype)
+    problem = AttentionProblem(q, k, {"causal": causal}).to(device)
+    judge("column_scores", backend, problem)
+    key_mask = torch.arange(200, device=device)[None] >= 5
+    more = {"reduction": "max" if causal else "mean", "per_head": headdim < 96, "diagonal": False}
+    judge("column_scores", backend, problem, key_mask=key_mask, **more)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "n_rows", "n_keys", "count", "headdim"),

@@ -25,8 +25,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A build folder of the C library for all architectures, and what the build printed."""
-    return build_once(tmp_path_factory, "cuda", "-DATTN_SAMPLER_CUDA=1", "-DATTN_SAMPLER_WERROR=ON")
+    """A build folder of the C library, all kernels for all architectures, and what the build printed."""
+    options = ("-DATTN_SAMPLER_CUDA=1", "-DATTN_SAMPLER_WGMMA=ON", "-DATTN_SAMPLER_WERROR=ON")
+    return build_once(tmp_path_factory, "cuda", *options)
 
 
 def test_no_kernel_spills(build: tuple[Path, str]) -> None:
@@ -34,9 +35,10 @@ def test_no_kernel_spills(build: tuple[Path, str]) -> None:
     print(cuda_resources.table(resources))
     kernels = {r.kernel for r in resources}
     assert {(r.kernel, r.architecture) for r in resources} == {(k, a) for k in kernels for a in ARCHITECTURES}
-    for name in ("decode_step", "row_lse", "attention_map", "token_confidence", "select_tokens"):
+    names = ("decode_step", "column_scores", "row_lse", "attention_map", "token_confidence", "select_tokens")
+    for name in names:
         assert any(k.startswith(f"{name}_kernel") for k in kernels), kernels
-    assert len(kernels) == 24
+    assert len(kernels) == 28
     spilling = [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
     assert not spilling, cuda_resources.table(spilling)
 
@@ -69,20 +71,27 @@ def test_the_example_runs_or_says_why_not(build: tuple[Path, str]) -> None:
         assert "CPU and GPU committed the block" in result.stdout
 
 
-@pytest.mark.parametrize("source", ["column_scores", "row_lse", "attention_map", "token_confidence"])
-def test_instructions(tmp_path: Path, source: str) -> None:
-    """Tensor cores and asynchronous copies in every kernel that should have them; no atomics on floats."""
-    ptx = tmp_path / "kernels.ptx"
+def compile_ptx(folder: Path, source: str, *options: str) -> dict[str, str]:
+    """The PTX of a source's kernels, by name."""
+    ptx = folder / "kernels.ptx"
     command = [
-        *("nvcc", "-std=c++17", "-fmad=false", "-arch=compute_80", "-ptx", "-o", str(ptx)),
+        *("nvcc", "-std=c++17", "-fmad=false", *options, "-ptx", "-o", str(ptx)),
         *(f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}", str(ROOT / f"csrc/cuda/{source}.cu")),
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     parts = re.split(r"\.entry (\w+)\(", ptx.read_text())
-    kernels = dict(zip(cuda_resources.demangle(parts[1::2]), parts[2::2], strict=True))
+    return dict(zip(cuda_resources.demangle(parts[1::2]), parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("source", ["column_scores", "row_lse", "attention_map", "token_confidence"])
+def test_instructions(tmp_path: Path, source: str) -> None:
+    """Tensor cores and asynchronous copies in every kernel that should have them; no atomics on floats."""
+    kernels = compile_ptx(tmp_path, source, "-arch=compute_80")
     assert kernels
     for name, code in kernels.items():
+        # Those for wgmma are built only where asked for.
+        assert not re.match(r"column_scores_kernel|row_lse_kernel<\w+, 16>", name), name
         assert not re.search(r"\b(atom|red)\.[\w.:]*\.f(16|32|64)", code), name
         assert not re.search(r"\.local\b", code), f"{name} keeps an array in local memory"
         if name == "select_tokens_kernel":
@@ -99,3 +108,36 @@ def test_instructions(tmp_path: Path, source: str) -> None:
         # The sampling stream is fixed to the last bit: where it is, no product is fused that does not say so.
         if name.startswith("decode_step"):
             assert "mul.rn.f32" in code
+
+
+@pytest.mark.parametrize("source", ["column_scores", "row_lse"])
+def test_wgmma(tmp_path: Path, source: str) -> None:
+    """In the kernels for Hopper alone, in the order that the PTX ISA asks for."""
+    kernels = compile_ptx(
+        tmp_path, source, "-gencode=arch=compute_90a,code=compute_90a", "-DATTN_SAMPLER_WGMMA"
+    )
+    own = {"column_scores": "column_scores_kernel<{}>", "row_lse": "row_lse_kernel<{}, 16>"}[source]
+    for name, code in kernels.items():
+        types = [t for t in ("Half", "BFloat16") if name == own.format(t)]
+        steps = re.findall(r"wgmma\.(?:fence|mma_async|commit_group|wait_group)", code)
+        if not types:
+            assert not steps, name
+            continue
+        (dtype,) = types
+        operand = {"Half": "f16", "BFloat16": "bf16"}[dtype]
+        product = f"wgmma.mma_async.sync.aligned.m64n128k16.f32.{operand}.{operand} "
+        chunks = range(1, 5)  # of 32 elements, two products each: one straight line of code for each count
+        assert code.count(product) == sum(2 * n for n in chunks) == steps.count("wgmma.mma_async")
+        groups = re.findall(
+            r"wgmma\.fence((?: wgmma\.mma_async)+) wgmma\.commit_group wgmma\.wait_group", " ".join(steps)
+        )
+        assert sorted(g.count("mma_async") for g in groups) == [2 * n for n in chunks], name
+        assert "mma.sync" not in code, name
+        # What cp.async wrote is shown to the tensor cores' proxy before a barrier.
+        shown = re.findall(r"cp\.async\.wait_group|fence\.proxy\.async\.shared::cta|bar(?:rier)?\.sync", code)
+        waits = [i for i, x in enumerate(shown) if x == "cp.async.wait_group"]
+        assert waits, name
+        for i in waits:
+            assert shown[i + 1].startswith("fence.proxy.async"), name
+            assert shown[i + 2].startswith("bar"), name
+    assert {own.format(t) for t in ("Half", "BFloat16")} <= kernels.keys()

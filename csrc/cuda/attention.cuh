@@ -153,20 +153,25 @@ struct Row {
 };
 
 /* Starts loading kColumns keys of a key head from position `first` on, of which `count` exist, into
- * keys[chunk][column][lane % 4]. Masked and absent ones are zeros. Ends with copy_commit(). */
+ * keys[chunk][column][lane % 4] or, for wgmma, keys[chunk][lane % 4][column]. Masked and absent ones are
+ * zeros. Ends with copy_commit(). */
 template <typename T, int kColumns>
 __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int kv_head, int64_t first,
                                  int count, uint4 *keys) {
     const T *const base = static_cast<const T *>(a.k[layer]) + b * a.k_stride[0] + kv_head * a.k_stride[1];
     constexpr int kAtOnce = kColumns < kThreads / 4 ? kColumns : kThreads / 4;
-    const int n_chunks = chunks<T>(a), lane = threadIdx.x % 4, first_chunk = threadIdx.x / (4 * kAtOnce);
-    for (int column = threadIdx.x / 4 % kAtOnce; column < kColumns; column += kAtOnce) {
+    constexpr bool kForWgmma = kColumns == 8 * kWgmmaTiles;
+    const int n_chunks = chunks<T>(a), thread = threadIdx.x, first_chunk = thread / (4 * kAtOnce);
+    const int lane = kForWgmma ? thread / 8 % 4 : thread % 4;
+    const int first_column = kForWgmma ? thread / 32 * 8 + thread % 8 : thread / 4 % kAtOnce;
+    for (int column = first_column; column < kColumns; column += kAtOnce) {
         const bool counts = column < count && key_counts(a, b, first + column);
         const T *const row = counts ? base + (first + column) * a.k_stride[2] : base;
         for (int chunk = first_chunk; chunk < n_chunks; chunk += kThreads / (4 * kAtOnce)) {
             const int d = chunk * kChunk<T> + lane * kVector<T>;
             const bool valid = counts && d < a.headdim;
-            uint4 *const to = keys + (chunk * kColumns + column) * 4 + lane;
+            uint4 *const to = keys + (kForWgmma ? (chunk * 4 + lane) * kColumns + column
+                                                : (chunk * kColumns + column) * 4 + lane);
             if (a.aligned)
                 copy_async(to, valid ? row + d : base, valid);
             else
@@ -200,8 +205,23 @@ class WarpTile {
   public:
     Row<T> row[2]; /* g and g + 8 */
 
+    /* Whether a row counts, of those that are multiplied together. */
+    __device__ bool any() const {
+        return __any_sync(kAllLanes, row[0].q != nullptr || row[1].q != nullptr) != 0;
+    }
+
     /* Starts loading the first slice of the rows. */
     __device__ void load(const AttentionArgs &a) { load_slice(a, 0); }
+
+    /* Waits for the rows, where they have to be rearranged. */
+    __device__ void arrange() {}
+
+    /* Waits, in the whole block, for all but the latest kPending tiles of keys. */
+    template <int kPending>
+    __device__ static void await_keys() {
+        copy_wait<kPending>();
+        __syncthreads();
+    }
 
     /* logits[j][i]: row i / 2 at column 8 j + 2 t + i % 2, without the scale. `load` was called before. */
     __device__ void multiply(const AttentionArgs &a, const uint4 *keys, float (&logits)[kTiles][4]) {
@@ -212,7 +232,11 @@ class WarpTile {
             for (int i = 0; i < kPartials; ++i)
                 sum[j][i] = 0.0f;
         const int n_chunks = chunks<T>(a);
-        for (int first = 0; first < n_chunks; first += kSliceChunks<T>) {
+        /* From the slice that is there on: rows used again and again load one slice less each time. */
+        const int last = (n_chunks - 1) / kSliceChunks<T> * kSliceChunks<T>;
+        const bool backwards = slice_ != 0;
+        for (int i = 0; i < n_chunks; i += kSliceChunks<T>) {
+            const int first = backwards ? last - i : i;
             if (first != slice_)
                 load_slice(a, first);
 #pragma unroll
@@ -230,6 +254,43 @@ class WarpTile {
     /* Turns logits into weights: exactly 0 where a row does not see a column or drops it. Bit 2 j + i of
      * `seen` says that column 8 j + 2 t + i exists and is not masked. */
     __device__ void weigh(const AttentionArgs &a, float scale, uint32_t seen, float (&x)[kTiles][4]) const {
+        if (sees_all(a, seen) && counts_all(a))
+            weigh_rows<true>(a, scale, seen, x);
+        else
+            weigh_rows<false>(a, scale, seen, x);
+    }
+
+    /* Whether all 16 rows see all columns, so that nothing need be asked of each; said of wide tiles only,
+     * where it pays. Rows know their positions from `first` columns before the tile's first. */
+    __device__ bool sees_all(const AttentionArgs &a, uint32_t seen, int first = 0) const {
+        if constexpr (kTiles < 8)
+            return false;
+        bool all = seen == ~0u >> (32 - 2 * kTiles);
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+            all &= row[r].q != nullptr && (!a.causal || row[r].position >= first + 8 * kTiles - 1);
+        return __any_sync(kAllLanes, !all) == 0;
+    }
+
+  protected:
+    uint4 q_[kSliceChunks<T>][2];
+
+  private:
+    /* Whether no row has seen nothing, or drops a column of the tile. */
+    __device__ bool counts_all(const AttentionArgs &a) const {
+        bool all = true;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float2 lse = row[r].base2_lse(a);
+            const int position = a.diagonal ? -1 : row[r].position;
+            all &= lse.x + lse.y != -infinity() && (position < 0 || position >= 8 * kTiles);
+        }
+        return __any_sync(kAllLanes, !all) == 0;
+    }
+
+    template <bool kAll>
+    __device__ void weigh_rows(const AttentionArgs &a, float scale, uint32_t seen,
+                               float (&x)[kTiles][4]) const {
         const int first = 2 * (threadIdx.x % 4); /* column of this lane */
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -244,17 +305,15 @@ class WarpTile {
                 for (int i = 0; i < 2; ++i) {
                     const float weight = exp2_fast(fmaf(x[j][2 * r + i], scale, -lse.x) - lse.y);
                     const int column = 8 * j + i; /* from the lane's first */
-                    const bool visible =
-                        ((seen >> (2 * j + i) & 1) != 0) & (column <= last_seen) & (column != dropped);
+                    const bool visible = kAll || (((seen >> (2 * j + i) & 1) != 0) & (column <= last_seen) &
+                                                  (column != dropped));
                     x[j][2 * r + i] = visible ? weight : 0.0f;
                 }
         }
     }
 
-  private:
     /* float32: 2 rows times 8 columns, each over this lane's own elements. Narrower: what mma accumulates. */
     static constexpr int kPartials = sizeof(T) == 4 ? 16 : 4;
-    uint4 q_[kSliceChunks<T>][2];
     int slice_;
 
     __device__ void load_slice(const AttentionArgs &a, int first) {

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
             else
                 rows.row[r].clear();
         }
-        const bool any = __any_sync(kAllLanes, rows.row[0].q != nullptr || rows.row[1].q != nullptr);
+        const bool any = rows.any();
         if (any)
             rows.load(a);
         if (head / a.group != loaded && __syncthreads_or(any)) {

@@ -24,7 +24,7 @@ constexpr int resident_blocks(int columns, int element_size) {
 /* The front of every block's shared memory; keys follow it. */
 struct alignas(16) Shared {
     bool is_last;
-    alignas(16) unsigned char scratch[1024];
+    alignas(16) unsigned char scratch[2048]; /* a float of each warp for each column of the widest tile */
 };
 
 template <typename T>

@@ -80,7 +80,7 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
         total[j][0] = total[j][1] = 0.0f;
-    WarpTile<T, kTiles> rows;
+    Tile<T, kTiles> rows;
     int loaded = -1;
     const int64_t steps = s.steps;
     const int last_step = static_cast<int>(steps * (member + 1) / s.members);
@@ -98,7 +98,7 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
             else
                 rows.row[r].clear();
         }
-        const bool any = __any_sync(kAllLanes, rows.row[0].q != nullptr || rows.row[1].q != nullptr);
+        const bool any = rows.any();
         if (any)
             rows.load(a);
         if (lists != loaded && __syncthreads_or(any)) {
@@ -107,14 +107,14 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
                 load_keys<T, kColumns>(a, other / s.lists, b, other % s.lists * s.heads_per_list / a.group,
                                        first_column, count, keys + i * slot_vectors);
             }
-            copy_wait<0>();
-            __syncthreads();
+            rows.template await_keys<0>();
             loaded = lists;
         }
         if (!any)
             continue;
         const float scale = logit_scale<T>(a, layer, b, in_layer * s.heads_per_list / a.group);
         float weight[kTiles][4];
+        rows.arrange();
         rows.multiply(a, keys + slot * slot_vectors, weight);
         rows.weigh(a, scale, seen, weight);
 #pragma unroll
@@ -206,6 +206,16 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(8 * kTiles, sizeof(T
         finish_part(args.select, index / args.scores.members / args.scores.bins / args.scores.tiles);
 }
 
+/* For many columns and rows, where wgmma_serves says so. */
+template <typename T>
+__global__ void __launch_bounds__(kThreads, resident_blocks(kWgmmaColumns, sizeof(T)))
+    column_scores_kernel(const __grid_constant__ ScoreArgs args) {
+    if constexpr (kHasWgmma)
+        column_scores_block<T, kWgmmaTiles>(args, static_cast<int>(blockIdx.x));
+    else
+        __trap();
+}
+
 /* Columns of a tile: the narrowest that holds all of them, or the widest there is. */
 int tile_columns(int64_t columns, int dtype) {
     if (columns <= 8)
@@ -217,11 +227,10 @@ int32_t tiles(int64_t columns, int dtype) {
     return static_cast<int32_t>(ceil_div(columns, tile_columns(columns, dtype)));
 }
 
-/* Scores of layers of one shape: fills in args.scores. */
-void plan_scores(ScoreArgs &s, const AttentionProblem &p, Launcher &launcher) {
+/* Scores of layers of one shape in tiles of so many columns: fills in args.scores. */
+void plan_scores(ScoreArgs &s, const AttentionProblem &p, int64_t columns, Launcher &launcher) {
     AttentionArgs &a = s.attention;
     compute_row_lse(a, p.dtype, launcher);
-    const int64_t columns = tile_columns(a.columns, p.dtype);
     s.out = p.out;
     s.out_stride[0] = p.out_stride[0];
     s.out_stride[1] = p.params.per_head ? p.out_stride[1] : 0;
@@ -229,7 +238,7 @@ void plan_scores(ScoreArgs &s, const AttentionProblem &p, Launcher &launcher) {
     s.reduction = p.params.reduction;
     s.per_head = p.params.per_head != 0;
     s.accumulate = p.params.accumulate != 0;
-    s.tiles = tiles(a.columns, p.dtype);
+    s.tiles = static_cast<int32_t>(ceil_div(a.columns, columns));
     const bool heads_apart = s.per_head || s.reduction == ATTN_SAMPLER_REDUCTION_MAX;
     s.heads_per_list = heads_apart ? 1 : a.group;
     s.lists = a.heads / s.heads_per_list;
@@ -262,13 +271,20 @@ void plan_scores(ScoreArgs &s, const AttentionProblem &p, Launcher &launcher) {
     }
 }
 
+int64_t score_blocks(const ScoreArgs &s) {
+    return static_cast<int64_t>(s.attention.batch) * s.tiles * s.bins * s.members;
+}
+
+template <typename T>
+int64_t shared_bytes(const ScoreArgs &s, int64_t columns) {
+    return static_cast<int64_t>(sizeof(Shared)) + tile_bytes<T>(s.attention, columns) * s.slots;
+}
+
 template <typename T, int kTiles>
 void launch(const char *name, const StepArgs &args, Launcher &launcher) {
-    const ScoreArgs &s = args.scores;
-    const int64_t blocks = static_cast<int64_t>(s.attention.batch) * s.tiles * s.bins * s.members;
-    const int64_t shared =
-        static_cast<int64_t>(sizeof(Shared)) + tile_bytes<T>(s.attention, 8 * kTiles) * s.slots;
-    launcher.launch(name, decode_step_kernel<T, kTiles>, args, args.confidence_blocks + blocks, shared);
+    launcher.launch(name, decode_step_kernel<T, kTiles>, args,
+                    args.confidence_blocks + score_blocks(args.scores),
+                    shared_bytes<T>(args.scores, 8 * kTiles));
 }
 
 void launch(const char *name, const StepArgs &args, int dtype, Launcher &launcher) {
@@ -291,8 +307,20 @@ int64_t column_scores(const AttentionProblem &p, const attn_sampler_exec &exec, 
         return 0;
     return run(exec, run_it, [&](Launcher &launcher) {
         StepArgs args{};
-        args.scores.attention = attention_args(&p, 1);
-        plan_scores(args.scores, p, launcher);
+        AttentionArgs &a = args.scores.attention;
+        a = attention_args(&p, 1);
+        const bool heads_apart = p.params.per_head || p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
+        const int64_t rows = static_cast<int64_t>(a.rows) * (heads_apart ? 1 : a.group);
+        if (wgmma_serves(a, p.dtype, rows, a.columns, launcher)) {
+            plan_scores(args.scores, p, kWgmmaColumns, launcher);
+            dispatch_wgmma_type(p.dtype, [&](auto type) {
+                using T = decltype(type);
+                launcher.launch("column_scores", column_scores_kernel<T>, args.scores,
+                                score_blocks(args.scores), shared_bytes<T>(args.scores, kWgmmaColumns));
+            });
+            return;
+        }
+        plan_scores(args.scores, p, tile_columns(a.columns, p.dtype), launcher);
         launch("column_scores", args, p.dtype, launcher);
     });
 }
@@ -333,9 +361,10 @@ int64_t decode_step(const StepProblem &p, const attn_sampler_exec &exec, bool ru
             scores.attention.row_tokens = p.row_tokens;
             copy_strides(p.tokens_stride, scores.attention.row_tokens_stride, 2);
             scores.attention.mask_token_id = p.mask_token_id;
-            plan_scores(scores, p.layers[first], launcher);
+            const int dtype = p.layers[first].dtype;
+            plan_scores(scores, p.layers[first], tile_columns(select.columns, dtype), launcher);
             scores.accumulate = first > 0;
-            launch("decode_step", args, p.layers[first].dtype, launcher);
+            launch("decode_step", args, dtype, launcher);
             args.confidence_blocks = 0;
         }
     });

@@ -29,7 +29,7 @@ int64_t attribute(cudaDeviceAttr which, int device, std::atomic<int> (&known)[kK
     return value;
 }
 
-std::atomic<int> known_processors[kKnownDevices], known_shared[kKnownDevices];
+std::atomic<int> known_processors[kKnownDevices], known_shared[kKnownDevices], known_major[kKnownDevices];
 
 } // namespace
 
@@ -64,7 +64,8 @@ Launcher::Launcher(const attn_sampler_exec &exec, bool launch)
       memory_(static_cast<char *>(exec.workspace)), used_(kCounters * 4), counters_used_(0),
       processors_(attribute(cudaDevAttrMultiProcessorCount, exec.device_index, known_processors)),
       shared_of_processor_(
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device_index, known_shared)) {}
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device_index, known_shared)),
+      compute_major_(attribute(cudaDevAttrComputeCapabilityMajor, exec.device_index, known_major)) {}
 
 void *Launcher::take_bytes(int64_t bytes) {
     asked_ = true;

@@ -36,6 +36,9 @@ class Launcher {
         const int64_t reserved = 1024; /* of each block */
         return processors_ * clamp(shared_of_processor_ / (shared_bytes + reserved), 1, resident);
     }
+    /* sm_90, the only architecture with wgmma. */
+    bool is_hopper() const { return compute_major_ == 9; }
+
     /* Of workspace, if any was asked for. */
     int64_t bytes() const { return asked_ ? used_ : 0; }
 
@@ -73,7 +76,7 @@ class Launcher {
     bool launch_, asked_ = false;
     cudaStream_t stream_;
     char *memory_;
-    int64_t used_, counters_used_, processors_, shared_of_processor_;
+    int64_t used_, counters_used_, processors_, shared_of_processor_, compute_major_;
 };
 
 /* Runs plan(launcher) once to measure the workspace and, with `launch`, again to launch. */

@@ -43,6 +43,15 @@ bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
            equal(a.k_descale_stride, b.k_descale_stride, 2);
 }
 
+/* A tile of rows and one of columns are to be filled; narrower ones waste what wgmma gains. */
+bool wgmma_serves(const AttentionArgs &a, int dtype, int64_t rows, int64_t columns,
+                  const Launcher &launcher) {
+    return kBuildsWgmma && launcher.is_hopper() &&
+           (dtype == ATTN_SAMPLER_FLOAT16 || dtype == ATTN_SAMPLER_BFLOAT16) &&
+           a.headdim <= kSliceChunks<Half> * kChunk<Half> && rows >= kBlockRows &&
+           columns > kWgmmaColumns / 2;
+}
+
 AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers) {
     const AttentionProblem &p = layers[0];
     const attn_sampler_attention_params &params = p.params;

@@ -2,10 +2,10 @@
 #ifndef ATTN_SAMPLER_CUDA_PLAN_H_
 #define ATTN_SAMPLER_CUDA_PLAN_H_
 
-#include "cuda/attention.cuh"
 #include "cuda/confidence.cuh"
 #include "cuda/launch.h"
 #include "cuda/select.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace attn_sampler {
 namespace cuda {
@@ -48,6 +48,28 @@ void dispatch_type(int dtype, Function f) {
         f(Float8{});
     else
         f(BFloat16{});
+}
+
+/* Whether the kernels of wgmma.cuh are built: they are not unless asked for, until they have passed on a GPU.
+ */
+#if defined(ATTN_SAMPLER_WGMMA)
+constexpr bool kBuildsWgmma = true;
+#else
+constexpr bool kBuildsWgmma = false;
+#endif
+
+/* Whether they serve lists of so many rows and so many columns. */
+bool wgmma_serves(const AttentionArgs &a, int dtype, int64_t rows, int64_t columns, const Launcher &launcher);
+
+/* Calls f(T{}) for a type that they serve. */
+template <typename Function>
+void dispatch_wgmma_type(int dtype, Function f) {
+    if constexpr (kBuildsWgmma) {
+        if (dtype == ATTN_SAMPLER_FLOAT16)
+            f(Half{});
+        else
+            f(BFloat16{});
+    }
 }
 
 /* Bytes of a tile of keys in shared memory. */

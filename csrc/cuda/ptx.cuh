@@ -111,6 +111,91 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/* Asynchronous products of a warpgroup, the four warps of a block, where the architecture has them. "PTX
+ * ISA", chapter "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions", fixes what follows.
+ */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+constexpr int kWgmmaTiles = 16; /* of 8 columns, in one product */
+
+/* As matrix descriptors count it. */
+__device__ inline uint32_t shared_address(const void *shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+/* Shows this thread's completed writes of shared memory to products that start after a barrier. */
+__device__ inline void wgmma_publish() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/* What an empty statement may change is in place before it, and is not read earlier than after it. */
+__device__ inline void pin(float (&c)[kWgmmaTiles][4]) {
+#pragma unroll
+    for (int j = 0; j < kWgmmaTiles; ++j)
+        asm volatile("" : "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])::"memory");
+}
+
+/* Before products that read a and add to c: what was written there is visible to them. */
+template <int kCount>
+__device__ inline void wgmma_fence(uint4 (&a)[kCount][2], float (&c)[kWgmmaTiles][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#pragma unroll
+    for (int i = 0; i < 2 * kCount; ++i) {
+        uint4 &q = a[i / 2][i % 2];
+        asm volatile("" : "+r"(q.x), "+r"(q.y), "+r"(q.z), "+r"(q.w)::"memory");
+    }
+    pin(c);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+/* Starts c[64 x 128] += a[64 x 16] b[16 x 128]; neither c nor a may be touched before wgmma_wait. Warp w
+ * holds rows 16 w ... of a and c, as `mma` holds its 16 rows, and column 8 j + 2 t + i % 2 in c[j][i]. The
+ * matrix descriptor b says where in shared memory the columns lie. */
+#define ATTN_SAMPLER_ACCUMULATORS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define ATTN_SAMPLER_PRODUCT(type)                                                                           \
+    asm volatile("{.reg .pred accumulate; setp.eq.u32 accumulate, 0, 0; "                                    \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " "                            \
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                   \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "          \
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "          \
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "         \
+                 "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 0;}"                                          \
+                 : ATTN_SAMPLER_ACCUMULATORS(0), ATTN_SAMPLER_ACCUMULATORS(1), ATTN_SAMPLER_ACCUMULATORS(2), \
+                   ATTN_SAMPLER_ACCUMULATORS(3), ATTN_SAMPLER_ACCUMULATORS(4), ATTN_SAMPLER_ACCUMULATORS(5), \
+                   ATTN_SAMPLER_ACCUMULATORS(6), ATTN_SAMPLER_ACCUMULATORS(7), ATTN_SAMPLER_ACCUMULATORS(8), \
+                   ATTN_SAMPLER_ACCUMULATORS(9), ATTN_SAMPLER_ACCUMULATORS(10),                              \
+                   ATTN_SAMPLER_ACCUMULATORS(11), ATTN_SAMPLER_ACCUMULATORS(12),                             \
+                   ATTN_SAMPLER_ACCUMULATORS(13), ATTN_SAMPLER_ACCUMULATORS(14),                             \
+                   ATTN_SAMPLER_ACCUMULATORS(15)                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+__device__ inline void wgmma(float (&c)[kWgmmaTiles][4], const uint32_t (&a)[4], uint64_t b, BFloat16) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    ATTN_SAMPLER_PRODUCT("bf16");
+#endif
+}
+__device__ inline void wgmma(float (&c)[kWgmmaTiles][4], const uint32_t (&a)[4], uint64_t b, Half) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    ATTN_SAMPLER_PRODUCT("f16");
+#endif
+}
+#undef ATTN_SAMPLER_PRODUCT
+#undef ATTN_SAMPLER_ACCUMULATORS
+
+/* Waits for all products of this warpgroup, the latest of which added to c. */
+__device__ inline void wgmma_wait(float (&c)[kWgmmaTiles][4]) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    pin(c);
+#endif
+}
+
 } // namespace cuda
 } // namespace attn_sampler
 

@@ -38,8 +38,7 @@ __device__ inline PartialLse merge(PartialLse x, PartialLse y) {
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
-    row_lse_kernel(const __grid_constant__ LseArgs args) {
+__device__ void row_lse_block(const LseArgs &args) {
     constexpr int kColumns = 8 * kTiles;
     const AttentionArgs &a = args.attention;
     const int split = static_cast<int>(blockIdx.x) % args.splits,
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     const int n_rows = a.group * a.rows, first_row = row_tile * kBlockRows;
 
     const int warp = threadIdx.x / 32;
-    WarpTile<T, kTiles> rows;
+    Tile<T, kTiles> rows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const int f = first_row + warp * kWarpRows + r * 8 + threadIdx.x % 32 / 4;
@@ -81,41 +80,48 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     PartialLse state[2] = {{-infinity(), 0.0f}, {-infinity(), 0.0f}};
     if (first_tile < last_tile)
         start(first_tile);
+    rows.arrange();
     for (int tile = first_tile; tile < last_tile; ++tile) {
         if (tile + 1 < last_tile) {
             start(tile + 1);
-            copy_wait<1>();
+            rows.template await_keys<1>();
         } else {
-            copy_wait<0>();
+            rows.template await_keys<0>();
         }
-        __syncthreads();
         const int first = tile * kColumns;
         const uint32_t seen = seen_columns<kTiles>(a, b, a.key_start + first, min(kColumns, keys - first));
         float x[kTiles][4];
         rows.multiply(a, stages + tile % 2 * stage_vectors, x);
+        auto fold = [&](auto sees_all) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float max = state[r].max;
+            for (int r = 0; r < 2; ++r) {
+                float max = state[r].max;
 #pragma unroll
-            for (int j = 0; j < kTiles; ++j)
+                for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int column = first + 8 * j + 2 * (threadIdx.x % 4) + i;
-                    const bool visible = rows.row[r].q != nullptr && (seen >> (2 * j + i) & 1) != 0 &&
-                                         (!a.causal || column <= rows.row[r].position);
-                    float &logit = x[j][2 * r + i];
-                    logit = visible ? logit * scale : -infinity();
-                    max = fmaxf(max, logit);
-                }
-            if (max > state[r].max)
-                state[r].raise(max);
-            const float shift = state[r].shift();
+                    for (int i = 0; i < 2; ++i) {
+                        const int column = first + 8 * j + 2 * (threadIdx.x % 4) + i;
+                        const bool visible = decltype(sees_all)::value ||
+                                             (rows.row[r].q != nullptr && (seen >> (2 * j + i) & 1) != 0 &&
+                                              (!a.causal || column <= rows.row[r].position));
+                        float &logit = x[j][2 * r + i];
+                        logit = visible ? logit * scale : -infinity();
+                        max = fmaxf(max, logit);
+                    }
+                if (max > state[r].max)
+                    state[r].raise(max);
+                const float shift = state[r].shift();
 #pragma unroll
-            for (int j = 0; j < kTiles; ++j)
+                for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    state[r].sum += exp2_fast(x[j][2 * r + i] - shift);
-        }
+                    for (int i = 0; i < 2; ++i)
+                        state[r].sum += exp2_fast(x[j][2 * r + i] - shift);
+            }
+        };
+        if (rows.sees_all(a, seen, first))
+            fold(std::true_type{});
+        else
+            fold(std::false_type{});
         __syncthreads(); /* the stage is free again */
     }
 
@@ -155,6 +161,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
 }
 
 template <typename T, int kTiles>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
+    row_lse_kernel(const __grid_constant__ LseArgs args) {
+    if constexpr (kServed<kTiles>)
+        row_lse_block<T, kTiles>(args);
+    else
+        __trap();
+}
+
+template <typename T, int kTiles>
 void launch(LseArgs &args, Launcher &launcher) {
     constexpr int kColumns = 8 * kTiles;
     const AttentionArgs &a = args.attention;
@@ -184,6 +199,10 @@ void compute_row_lse(AttentionArgs &a, int dtype, Launcher &launcher) {
     a.computed_lse = launcher.take<float2>(static_cast<int64_t>(a.layers) * a.batch * a.heads * a.rows);
     LseArgs args{};
     args.attention = a;
+    if (wgmma_serves(a, dtype, static_cast<int64_t>(a.group) * a.rows, a.keys, launcher)) {
+        dispatch_wgmma_type(dtype, [&](auto type) { launch<decltype(type), kWgmmaTiles>(args, launcher); });
+        return;
+    }
     dispatch_type(dtype, [&](auto type) {
         using T = decltype(type);
         constexpr bool is_wide = sizeof(T) == 4;

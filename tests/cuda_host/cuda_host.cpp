@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -29,6 +30,7 @@ constexpr size_t kStack = 128 * 1024;
 constexpr size_t kGuard = 128;            /* bytes before and after the shared memory */
 constexpr int kLargestShared = 99 * 1024; /* of a block, on the smallest device served (sm_120) */
 constexpr int kWithoutAsking = 48 * 1024;
+constexpr uint32_t kSharedStart = 1024;                       /* address of the launch's shared memory */
 constexpr unsigned kResident = 3;                             /* blocks that run at the same time */
 constexpr unsigned char kGuardByte = 0xA5, kUnwritten = 0xFF; /* floats of the latter are NaN */
 
@@ -68,8 +70,14 @@ struct Thread {
     const Meeting *waits_for = nullptr;
     uint64_t until = 0;
     bool done = false;
-    std::vector<Copy> copies; /* that have not arrived, oldest first */
-    int open_group = 0;
+    std::vector<Copy> copies;              /* that have not arrived, oldest first */
+    std::vector<Copy> unpublished;         /* that products must not read yet */
+    int open_group = 0, closed_groups = 0; /* the latter have arrived for certain */
+    std::vector<Product> products;         /* that have not happened, oldest first */
+    size_t n_products = 0;                 /* of this block so far */
+    bool fenced = false;
+    float *accumulators = nullptr;  /* of the products in flight */
+    float in_flight[kAccumulators]; /* what they will hold */
 };
 
 struct Block {
@@ -81,6 +89,8 @@ struct Block {
     unsigned index = 0;
     size_t running = 0; /* threads that have not ended */
     std::vector<Thread *> order;
+    std::vector<bool> unpublished;  /* 16 bytes each of the shared memory */
+    std::vector<uint64_t> matrices; /* of the block's products */
 };
 
 struct Launch {
@@ -101,7 +111,7 @@ size_t scheduler_stack_size = 0;
 std::map<AnyKernel, int> shared_limit;
 std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of the resident blocks' threads, kept */
 std::string last_failure;
-int device = 0, processors = 2, launches = 0, launch_device = -1;
+int device = 0, processors = 2, launches = 0, launch_device = -1, products = 0;
 std::mt19937_64 random_order(0);
 
 /* Leaves a stack for another; returns when something leaves for this one. After a fiber's first entry no
@@ -209,6 +219,8 @@ void begin_block(Block &b, unsigned index) {
     b.index = index;
     b.running = b.threads.size();
     b.barrier = Meeting{};
+    b.unpublished.assign((shared_bytes + 15) / 16, false);
+    b.matrices.clear();
     for (Warp &w : b.warps)
         w.meeting = Meeting{};
     b.order.clear();
@@ -217,7 +229,12 @@ void begin_block(Block &b, unsigned index) {
         t.waits_for = nullptr;
         t.done = false;
         t.copies.clear();
-        t.open_group = 0;
+        t.unpublished.clear();
+        t.products.clear();
+        t.open_group = t.closed_groups = 0;
+        t.n_products = 0;
+        t.fenced = false;
+        t.accumulators = nullptr;
         ucontext_t &context = t.place.context;
         getcontext(&context);
         context.uc_stack.ss_sp = t.stack;
@@ -257,6 +274,11 @@ void end_block(Block &b) {
     if (!failed() && !(untouched(before) && untouched(after)))
         snprintf(current->failure, sizeof(current->failure), "a write beyond the %zu bytes of shared memory",
                  current->shared_bytes);
+    for (const Thread &t : b.threads)
+        if (!failed() && t.n_products != b.matrices.size())
+            snprintf(current->failure, sizeof(current->failure),
+                     "thread %u took part in %zu of the block's %zu products", t.index, t.n_products,
+                     b.matrices.size());
     std::free(before);
     b.shared = nullptr;
 }
@@ -283,6 +305,14 @@ const void *meet_warp(const void *value, size_t size, const char *file, int line
     return slot;
 }
 
+namespace {
+
+size_t vector_index(const void *p) {
+    return static_cast<size_t>(static_cast<const unsigned char *>(p) - block->shared) / 16;
+}
+
+} // namespace
+
 void arrive(const Copy &copy) { *copy.to = copy.from != nullptr ? *copy.from : uint4{0, 0, 0, 0}; }
 
 void copy_later(uint4 *to, const void *from) {
@@ -291,6 +321,8 @@ void copy_later(uint4 *to, const void *from) {
         arrive(copy);
     else
         thread->copies.push_back(copy);
+    thread->unpublished.push_back(copy);
+    block->unpublished[vector_index(to)] = true;
 }
 
 void close_copy_group() { ++thread->open_group; }
@@ -301,6 +333,88 @@ void await_copies(int pending_groups) {
     for (; n < copies.size() && copies[n].group < thread->open_group - pending_groups; ++n)
         arrive(copies[n]);
     copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(n));
+    thread->closed_groups = thread->open_group - pending_groups;
+}
+
+uint32_t shared_address(const void *p) {
+    return kSharedStart + static_cast<uint32_t>(static_cast<const unsigned char *>(p) - block->shared);
+}
+
+void publish_copies() {
+    std::vector<Copy> &copies = thread->unpublished;
+    size_t n = 0;
+    for (; n < copies.size() && copies[n].group < thread->closed_groups; ++n)
+        block->unpublished[vector_index(copies[n].to)] = false;
+    copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(n));
+}
+
+namespace {
+
+/* Element k of column n. PTX ISA, "Matrix Descriptor Format": bits 0 to 13 are the start address, 16 to 29
+ * the leading and 32 to 45 the stride dimension's byte offset, all without their lowest four bits, and 62 to
+ * 63 the swizzle, 0 for none. Without one, 8 columns times 16 bytes are 128 bytes in a row, column by column;
+ * where elements are contiguous along k, the leading offset is from 16 bytes of a column to its next, and the
+ * stride offset from 8 columns to the next. */
+float matrix_element(const Product &product, int n, int k) {
+    const uint64_t b = product.b;
+    auto field = [b](int bit) { return static_cast<uint32_t>(b >> bit & 0x3FFF) << 4; };
+    if (b >> 46 != 0)
+        fail("a matrix descriptor with a swizzle or a base offset");
+    const int64_t offset = int64_t{field(0)} + n / 8 * int64_t{field(32)} + k / 8 * int64_t{field(16)} +
+                           n % 8 * 16 + k % 8 * 2 - int64_t{kSharedStart};
+    if (offset < 0 || offset + 2 > static_cast<int64_t>(current->shared_bytes))
+        fail("a product reads beyond the shared memory");
+    if (block->unpublished[static_cast<size_t>(offset) / 16])
+        fail("a product reads what was not published");
+    uint16_t bits;
+    memcpy(&bits, block->shared + offset, 2);
+    return product.to_float(bits);
+}
+
+void multiply_now() {
+    for (const Product &product : thread->products)
+        for (int i = 0; i < kAccumulators; ++i)
+            for (int k = 0; k < 16; ++k)
+                thread->in_flight[i] +=
+                    product.a[i / 2 % 2][k] *
+                    matrix_element(product, 8 * (i / 4) + 2 * (static_cast<int>(thread->index) % 4) + i % 2,
+                                   k);
+    thread->products.clear();
+}
+
+} // namespace
+
+void fence_products() { thread->fenced = true; }
+
+void multiply_later(float *c, const Product &product) {
+    if (!thread->fenced)
+        fail("a product without a fence before it");
+    if (thread->accumulators == nullptr) {
+        thread->accumulators = c;
+        std::copy_n(c, kAccumulators, thread->in_flight);
+        std::fill_n(c, kAccumulators, NAN);
+    } else if (thread->accumulators != c) {
+        fail("products with different accumulators in flight");
+    }
+    const size_t n = thread->n_products++;
+    if (n == block->matrices.size()) {
+        block->matrices.push_back(product.b);
+        ++products;
+    } else if (block->matrices[n] != product.b) {
+        fail("warps multiply by different matrices");
+    }
+    thread->products.push_back(product);
+    if (random_order() % 2 == 0)
+        multiply_now();
+}
+
+void await_products(float *c) {
+    if (thread->accumulators != c)
+        fail("products are waited for in other accumulators");
+    multiply_now();
+    std::copy_n(thread->in_flight, kAccumulators, c);
+    thread->accumulators = nullptr;
+    thread->fenced = false;
 }
 
 cudaError_t set_shared_limit(AnyKernel kernel, int bytes) {
@@ -390,8 +504,11 @@ cudaError_t cudaSetDevice(int device) {
     cuda_host::device = device;
     return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_host::processors : 100 * 1024;
+/* Device 0 is of the kind that has wgmma. */
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_host::processors
+             : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 0 ? 9 : 8)
+                                                              : 100 * 1024;
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -422,6 +539,8 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t) 
 /* Seeds the orders of blocks and threads. */
 EXPORT void cuda_host_shuffle(uint64_t seed) { cuda_host::random_order.seed(seed); }
 EXPORT int cuda_host_launches() { return cuda_host::launches; }
+/* Asynchronous ones, each of a block. */
+EXPORT int cuda_host_products() { return cuda_host::products; }
 /* The device that was current at the latest launch, and the one that is now. */
 EXPORT int cuda_host_launch_device() { return cuda_host::launch_device; }
 EXPORT int cuda_host_current_device() { return cuda_host::device; }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attn_sampler.h"
+#include "cuda/wgmma.cuh"
 #include "problem.h"
 
 extern "C" void cuda_host_shuffle(uint64_t seed);
@@ -114,9 +115,10 @@ void on_both(Call call, Workspace workspace, Array &cpu, Array &cuda) {
 
 void attention_problem(int index) {
     const int dtype = index % 4 == 3 ? static_cast<int>(ATTN_SAMPLER_FLOAT8_E4M3) : index % 4;
+    const bool fills_a_tile = index % 8 < 3; /* of the kernels with wgmma, where the dtype is one of theirs */
     const int64_t batch = pick({1, 2}), kv_heads = pick({1, 2}), heads = kv_heads * pick({1, 3}),
-                  rows = pick({1, 5, 20, 70}), keys = pick({1, 9, 40, 130}),
-                  headdim = pick({16, 24, 33, 64, 136});
+                  rows = fills_a_tile ? 70 : pick({1, 5, 20, 70}),
+                  keys = fills_a_tile ? 130 : pick({1, 9, 40, 130}), headdim = pick({16, 24, 33, 64, 136});
     Array q(dtype, {batch, heads, rows, headdim}), k(dtype, {batch, kv_heads, keys, headdim});
     q.fill_normal(1.0f);
     k.fill_normal(1.0f);
@@ -131,9 +133,11 @@ void attention_problem(int index) {
     const bool masked = rng() % 2 != 0, scaled = dtype == ATTN_SAMPLER_FLOAT8_E4M3 && rng() % 4 != 0;
     attn_sampler_attention_params params{};
     params.softmax_scale = 1.0 / std::sqrt(static_cast<double>(headdim));
-    params.column_start = static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
-    params.column_stop = params.column_start + 1 +
-                         static_cast<int64_t>(rng() % static_cast<unsigned>(keys - params.column_start));
+    params.column_start = fills_a_tile ? 0 : static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
+    params.column_stop =
+        fills_a_tile ? keys
+                     : params.column_start + 1 +
+                           static_cast<int64_t>(rng() % static_cast<unsigned>(keys - params.column_start));
     params.row_stop = rows;
     params.query_start = keys - rows + pick({-2, 0, 3});
     params.causal = rng() % 2 != 0;
@@ -215,10 +219,37 @@ void stray_write(int) {
     cuda_host::shared_memory()[1024 + threadIdx.x % 8] = 1;
 }
 
-void must_fail(void (*kernel)(int)) {
+/* A product with the matrix that starts at this vector of the shared memory. */
+void multiply(int first, bool fenced) {
+    using namespace attn_sampler::cuda;
+    uint4 a[1][2] = {};
+    float c[kWgmmaTiles][4] = {};
+    if (fenced)
+        wgmma_fence(a, c);
+    wgmma(c, {0, 0, 0, 0}, keys_descriptor(reinterpret_cast<uint4 *>(cuda_host::shared_memory()) + first),
+          BFloat16{});
+    wgmma_wait(c);
+}
+void product_without_fence(int) { multiply(0, false); }
+void product_out_of_bounds(int) { multiply(257, true); }
+void product_of_two_matrices(int) { multiply(threadIdx.x < 64 ? 0 : 8, true); }
+void product_of_three_warps(int) {
+    if (threadIdx.x >= 32)
+        multiply(0, true);
+}
+void product_of_unpublished(int) {
+    static const uint4 zeros{};
+    attn_sampler::cuda::copy_async(reinterpret_cast<uint4 *>(cuda_host::shared_memory()) + threadIdx.x,
+                                   &zeros, true);
+    attn_sampler::cuda::copy_wait<0>();
+    __syncthreads();
+    multiply(0, true);
+}
+
+void must_fail(void (*kernel)(int), size_t shared_bytes) {
     int argument = 0;
     void *arguments[] = {&argument};
-    if (cudaLaunchKernel(kernel, dim3(1), dim3(128), arguments, 1024, nullptr) == cudaSuccess) {
+    if (cudaLaunchKernel(kernel, dim3(1), dim3(128), arguments, shared_bytes, nullptr) == cudaSuccess) {
         printf("a broken kernel passed\n");
         exit(1);
     }
@@ -234,7 +265,10 @@ int main() {
         confidence_problem(i);
     }
     for (void (*kernel)(int) : {two_barriers, missing_threads, missing_lanes, stray_write})
-        must_fail(kernel);
+        must_fail(kernel, 1024);
+    for (void (*kernel)(int) : {product_without_fence, product_out_of_bounds, product_of_two_matrices,
+                                product_of_three_warps, product_of_unpublished})
+        must_fail(kernel, 8192); /* a matrix is 4096 bytes long */
     printf("all agree\n");
     return 0;
 }

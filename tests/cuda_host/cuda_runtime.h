@@ -56,6 +56,23 @@ void copy_later(uint4 *to, const void *from);
 void close_copy_group();
 void await_copies(int pending_groups);
 
+/* Where something lies in the block's shared memory, as matrix descriptors count it. */
+uint32_t shared_address(const void *p);
+
+/* Asynchronous products of the block: c[i / 2 % 2][8 (i / 4) + 2 t + i % 2] += a[i / 2 % 2] times that column
+ * of the matrix at descriptor b, whose elements are of two bytes. They happen at once or when they are waited
+ * for, at random; until then c is NaN. */
+constexpr int kAccumulators = 64;
+struct Product {
+    float a[2][16];
+    uint64_t b;
+    float (*to_float)(uint16_t bits);
+};
+void publish_copies();
+void fence_products();
+void multiply_later(float *c, const Product &product);
+void await_products(float *c);
+
 } // namespace cuda_host
 
 #define threadIdx (::cuda_host::thread_index)
@@ -78,6 +95,7 @@ inline int __any_sync(unsigned, int vote, CUDA_HOST_CALLER) {
         any |= votes[i] != 0;
     return any;
 }
+[[noreturn]] inline void __trap() { __builtin_trap(); }
 template <typename T>
 T __ldcg(const T *p) {
     return *p;
@@ -111,7 +129,11 @@ enum cudaError_t {
     cudaErrorLaunchFailure = 719
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+    cudaDevAttrComputeCapabilityMajor
+};
 typedef struct CUstream_st *cudaStream_t;
 
 cudaError_t cudaGetDeviceCount(int *count);

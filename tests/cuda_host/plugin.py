@@ -8,6 +8,7 @@ Every call's workspace is poisoned but for its counters, which must be zero agai
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.machinery
 import importlib.util
 from collections.abc import Callable
@@ -25,12 +26,13 @@ _ALIGNMENT, _COUNTERS = 256, 4 * (1 << 14)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cuda-host", required=True, help="the extension, built with ATTN_SAMPLER_CUDA=host")
     parser.addoption("--cuda-host-seed", type=int, default=0, help="of the orders of blocks and threads")
+    parser.addoption("--cuda-host-device", type=int, default=1, help="0 has wgmma, 1 has not")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--cuda-host")
-    install(load(path))
+    install(load(path), config.getoption("--cuda-host-device"))
     ctypes.CDLL(path).cuda_host_shuffle(ctypes.c_uint64(config.getoption("--cuda-host-seed")))
 
 
@@ -45,11 +47,11 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def install(module: ModuleType) -> None:
-    """Makes the CUDA kernels of this module the "cpu" backend."""
+def install(module: ModuleType, device: int) -> None:
+    """Makes the CUDA kernels of this module, on one of its devices, the "cpu" backend."""
     _core._C = module
     _core.UNAVAILABLE = None
-    _core._run = _run
+    _core._run = functools.partial(_run, device)
     backends.installation_problem.cache_clear()
 
 
@@ -58,9 +60,9 @@ def aligned(size: int) -> Tensor:
     return storage[-storage.data_ptr() % _ALIGNMENT :][:size]
 
 
-def _run(function: Callable[..., int], like: Tensor, arguments: tuple) -> None:
+def _run(device: int, function: Callable[..., int], like: Tensor, arguments: tuple) -> None:
     assert like.device.type == "cpu"
-    cuda, device, stream = 1, 1, 0
+    cuda, stream = 1, 0
     needed = function(*arguments, (cuda, 1, device, stream, 0, 0))
     if needed:
         workspace = aligned(needed)

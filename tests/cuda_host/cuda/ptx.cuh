@@ -68,22 +68,54 @@ struct MmaOperands {
     uint32_t a[4], b[2];
 };
 
+/* Element k of a fragment that holds it in this pair. */
+template <typename T>
+float element(uint32_t pair, int k) {
+    return to_float(T{static_cast<uint16_t>(pair >> (16 * (k % 2)))});
+}
+
 template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T, CUDA_HOST_CALLER) {
     const MmaOperands *const lanes =
         cuda_host::meet_warp(MmaOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, file, line);
-    auto element = [](uint32_t pair, int k) {
-        return to_float(T{static_cast<uint16_t>(pair >> (16 * (k % 2)))});
-    };
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     for (int i = 0; i < 4; ++i) {
         const int row_half = i / 2, column = 2 * t + i % 2; /* row g + 8 row_half */
         for (int k = 0; k < 16; ++k) {
             const uint32_t of_row = lanes[g * 4 + k % 8 / 2].a[row_half + 2 * (k / 8)];
             const uint32_t of_column = lanes[column * 4 + k % 8 / 2].b[k / 8];
-            c[i] += element(of_row, k) * element(of_column, k);
+            c[i] += element<T>(of_row, k) * element<T>(of_column, k);
         }
     }
+}
+
+constexpr bool kHasWgmma = true;
+constexpr int kWgmmaTiles = 16;
+
+inline uint32_t shared_address(const void *shared) { return cuda_host::shared_address(shared); }
+inline void wgmma_publish() { cuda_host::publish_copies(); }
+
+template <int kCount>
+void wgmma_fence(uint4 (&)[kCount][2], float (&)[kWgmmaTiles][4], CUDA_HOST_CALLER) {
+    cuda_host::meet_warp(0, file, line);
+    cuda_host::fence_products();
+}
+
+template <typename T>
+void wgmma(float (&c)[kWgmmaTiles][4], const uint32_t (&a)[4], uint64_t b, T, CUDA_HOST_CALLER) {
+    const MmaOperands *const lanes =
+        cuda_host::meet_warp(MmaOperands{{a[0], a[1], a[2], a[3]}, {}}, file, line);
+    cuda_host::Product product{{}, b, [](uint16_t bits) { return to_float(T{bits}); }};
+    const int g = threadIdx.x % 32 / 4;
+    for (int r = 0; r < 2; ++r)
+        for (int k = 0; k < 16; ++k)
+            product.a[r][k] = element<T>(lanes[g * 4 + k % 8 / 2].a[r + 2 * (k / 8)], k);
+    cuda_host::multiply_later(c[0], product);
+}
+
+inline void wgmma_wait(float (&c)[kWgmmaTiles][4], CUDA_HOST_CALLER) {
+    cuda_host::meet_warp(0, file, line);
+    cuda_host::await_products(c[0]);
 }
 
 } // namespace cuda
