@@ -1,0 +1,261 @@
+"""Whole decoding steps of a model of random weights: tokens per second, and where the time goes.
+
+Every way to decode commits one token a step and sequence: how many more a rule may commit depends on a
+trained model, so tokens per second here compare the cost of a step, not the rules.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attn_sampler import AttentionCapture, column_scores, decode_step, select_tokens, token_confidence
+
+from . import rivals
+
+PARTS = ("forward", "capture", "scores", "confidence", "selection")
+
+
+class Shape(NamedTuple):
+    """A model, and what it decodes."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    vocab: int
+    batch: int
+    prompt: int
+    generated: int
+    block: int
+
+
+SHAPES = {
+    "cuda": Shape("LLaDA-8B's shape, random weights", 32, 4096, 32, 12288, 126464, 1, 1024, 256, 32),
+    "cpu": Shape("a small model, random weights", 6, 512, 8, 1536, 32768, 1, 256, 128, 32),
+    "brief": Shape("a tiny model, random weights", 2, 64, 2, 128, 512, 2, 16, 16, 8),
+}
+
+
+class Model(nn.Module):
+    """A bidirectional transformer of LLaDA's make, without rotary positions.
+
+    ``weights``: None, or a list that receives each layer's attention matrix, as ``output_attentions`` does.
+    """
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.weights: list[Tensor] | None = None
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
+            nn.init.normal_(layer.weight, std=inputs**-0.5)
+            return layer
+
+        self.embedding = nn.Embedding(shape.vocab, shape.width, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "qkv": linear(shape.width, 3 * shape.width),
+                    "out": linear(shape.width, shape.width),
+                    "up": linear(shape.width, 2 * shape.hidden),
+                    "down": linear(shape.hidden, shape.width),
+                }
+            )
+            for _ in range(shape.layers)
+        )
+        self.head = linear(shape.width, shape.vocab)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        width = x.shape[-1:]
+        for layer in self.layers:
+            qkv = layer["qkv"](F.rms_norm(x, width)).unflatten(-1, (3, self.heads, -1))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            x = x + layer["out"](self.attend(q, k, v).transpose(1, 2).flatten(2))
+            gate, up = layer["up"](F.rms_norm(x, width)).chunk(2, dim=-1)
+            x = x + layer["down"](F.silu(gate) * up)
+        return self.head(F.rms_norm(x, width))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.weights is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        logits = q.shape[-1] ** -0.5 * (q @ k.transpose(-1, -2))
+        self.weights.append(torch.softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype))
+        return self.weights[-1] @ v
+
+
+class Stopwatch:
+    """Milliseconds of each part, the device waited for where it is asked to be."""
+
+    def __init__(self, device: str, waits: bool) -> None:
+        self.parts: dict[str, float] = {}
+        self._wait = torch.cuda.synchronize if device == "cuda" and waits else lambda: None
+
+    def __call__(self, part: str, run: Callable[[], Any]) -> Any:
+        self._wait()
+        start = time.perf_counter()
+        result = run()
+        self._wait()
+        self.parts[part] = 1e3 * (time.perf_counter() - start)
+        return result
+
+
+class Decoder:
+    """The ways to decode one block: each a function of the tokens, which it fills by one, and a stopwatch."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        self.model = Model(shape, device, dtype)
+        self.mask = shape.vocab - 1
+        self.block = slice(shape.prompt, shape.prompt + shape.block)
+        length = shape.prompt + shape.generated
+        generator = torch.Generator(device).manual_seed(0)
+        size = (shape.batch, length)
+        self.start = torch.randint(shape.vocab - 1, size, device=device, generator=generator)
+        self.start[:, shape.prompt :] = self.mask
+        self.ways = {
+            "confidence, LLaDA's own sampling": self.llada,
+            "confidence, token_confidence": self.confidence,
+            "attention, ours, part by part": self.ours_in_parts,
+            "attention, ours (decode_step)": self.ours,
+            "attention, eager extraction": self.eager,
+        }
+
+    def llada(self, tokens: Tensor, watch: Stopwatch) -> None:
+        logits = watch("forward", lambda: self.model(tokens))
+        watch("confidence", lambda: rivals.llada_step(tokens, self.block, logits[:, self.block], self.mask))
+
+    def confidence(self, tokens: Tensor, watch: Stopwatch) -> None:
+        logits = watch("forward", lambda: self.model(tokens))
+        token_ids, confidence = watch("confidence", lambda: self._confidence(logits))
+        watch("selection", lambda: self._commit(tokens, token_ids, confidence, confidence))
+
+    def ours_in_parts(self, tokens: Tensor, watch: Stopwatch) -> None:
+        capture = AttentionCapture(columns=self.block, keep=True)
+        logits = watch("capture", lambda: self._captured(capture, tokens))
+        scores = watch("scores", lambda: self._scores(capture))
+        token_ids, confidence = watch("confidence", lambda: self._confidence(logits))
+        watch("selection", lambda: self._commit(tokens, token_ids, confidence, scores))
+
+    def ours(self, tokens: Tensor, watch: Stopwatch) -> None:
+        capture = AttentionCapture(columns=self.block, keep=True)
+        logits = watch("capture", lambda: self._captured(capture, tokens))
+
+        def step() -> None:
+            attention, options = capture.step_input()
+            decode_step(
+                tokens,
+                logits[:, self.block],
+                attention,
+                block=self.block,
+                mask_token_id=self.mask,
+                policy="sequential",
+                **options,
+            )
+
+        watch("scores", step)
+
+    def eager(self, tokens: Tensor, watch: Stopwatch) -> None:
+        self.model.weights = []
+        logits = watch("capture", lambda: self.model(tokens))
+        weights, self.model.weights = self.model.weights, None
+        scores = watch(
+            "scores",
+            lambda: sum(w[..., self.block].sum(dim=(1, 2), dtype=torch.float32) for w in weights),
+        )
+        token_ids, confidence = watch("confidence", lambda: rivals.softmax_max(logits[:, self.block]))
+        watch("selection", lambda: self._commit(tokens, token_ids, confidence, scores))
+
+    def _captured(self, capture: AttentionCapture, tokens: Tensor) -> Tensor:
+        with capture:
+            return self.model(tokens)
+
+    def _scores(self, capture: AttentionCapture) -> Tensor:
+        layers, options = capture.layers, capture.step_options
+        scores = None
+        for q, k, softmax_lse in layers:
+            scores = column_scores(q, k, softmax_lse=softmax_lse, out=scores, **options)
+        return scores
+
+    def _confidence(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return token_confidence(logits[:, self.block], exclude_token_id=self.mask)
+
+    def _commit(self, tokens: Tensor, token_ids: Tensor, confidence: Tensor, order: Tensor) -> None:
+        masked = tokens[:, self.block] == self.mask
+        selected = select_tokens(order, confidence, masked, policy="sequential")
+        tokens[:, self.block] = torch.where(selected, token_ids, tokens[:, self.block])
+
+
+@torch.no_grad()
+def run(
+    device: str, dtype: torch.dtype, *, brief: bool = False, threads: int | None = None
+) -> dict[str, Any]:
+    """Decode a block in every way, step by step in turns.
+
+    Returns
+    -------
+    dict
+        ``model``, ``device``, ``threads``, ``note``, and ``variants``: for each way ``name``,
+        ``tokens_per_s``, ``step_ms`` (of uninterrupted steps) and ``parts_ms`` (None where the way has no
+        such part), medians. In the ways that capture, the forward pass is that of the plain way in the
+        same round, and ``capture`` what the capturing pass took beyond it.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    shape = SHAPES["brief" if brief else device]
+    decoder = Decoder(shape, device, dtype)
+    steps: dict[str, list[float]] = {name: [] for name in decoder.ways}
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name in decoder.ways}
+    whole = {name: decoder.start.clone() for name in decoder.ways}
+    split = {name: decoder.start.clone() for name in decoder.ways}
+    for way in decoder.ways.values():
+        way(decoder.start.clone(), Stopwatch(device, waits=True))
+    for _ in range(shape.block):
+        plain = 0.0
+        for name, way in decoder.ways.items():
+            step, timed = Stopwatch(device, waits=True), Stopwatch(device, waits=True)
+            step("all", functools.partial(way, whole[name], Stopwatch(device, waits=False)))
+            way(split[name], timed)
+            plain = timed.parts.setdefault("forward", plain)
+            if "capture" in timed.parts:
+                timed.parts["capture"] -= plain
+            steps[name].append(step.parts["all"])
+            parts[name].append(timed.parts)
+    for name in decoder.ways:
+        for filled in (whole[name], split[name]):
+            assert not (filled[:, decoder.block] == decoder.mask).any(), f"{name} left positions open"
+    variants = []
+    for name in decoder.ways:
+        taken = parts[name]
+        medians = {
+            part: statistics.median(p[part] for p in taken) if part in taken[0] else None for part in PARTS
+        }
+        step_ms = statistics.median(steps[name])
+        variants.append(
+            {
+                "name": name,
+                "tokens_per_s": 1e3 * shape.batch / step_ms,
+                "step_ms": step_ms,
+                "parts_ms": medians,
+            }
+        )
+    return {
+        "model": f"{shape.name}: {shape.layers} layers, width {shape.width}, V {shape.vocab}, "
+        f"batch {shape.batch}, {shape.prompt} + {shape.generated} tokens, block {shape.block}",
+        "device": device,
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "note": "One token a step and sequence. *step* is uninterrupted, the median over a block's steps; "
+        "the parts were timed in other steps, so they need not add up to it. *decode_step* does scores, "
+        "confidence and selection in one call, and LLaDA's sampling the last two.",
+        "variants": variants,
+    }
