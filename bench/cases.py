@@ -142,12 +142,22 @@ def _matrix_bytes(row: Row, element: int) -> float:
     return 1.0 * row.batch * row.heads * row.n_rows * row.n_keys * (2 * element + 8)
 
 
-# Problems. An error function raises AssertionError where a result is wrong beyond its figure.
+# Problems. An error function raises WrongResultError where no figure can express what is wrong.
+
+
+class WrongResultError(Exception):
+    """A result that must not be timed."""
+
+
+def require(condition: bool, otherwise: str) -> None:
+    """Raise WrongResultError unless the condition holds."""
+    if not condition:
+        raise WrongResultError(otherwise)
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
     """The largest difference over the largest true value; infinite where a value is not finite."""
-    assert result.shape == exact.shape, f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+    require(result.shape == exact.shape, f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
     difference = (result.double() - exact.double()).abs().max()
     error = float(difference / exact.double().abs().max())
     return error if error == error else float("inf")
@@ -273,7 +283,8 @@ def attention_problem(row: Row, setting: Setting) -> Problem:
     def error(result: tuple[Tensor, Tensor | None], ours: bool) -> float:
         output, scores = result
         # The output is PyTorch's in all of them, in the inputs' precision.
-        assert relative_error(output[:1], expected) < RIVAL_TOLERANCE, "the attention's output is wrong"
+        off = relative_error(output[:1], expected)
+        require(off < RIVAL_TOLERANCE, f"the attention's output is off by {off:.2g}")
         return 0.0 if scores is None else relative_error(scores, exact)
 
     return Problem(candidates, error)
@@ -290,7 +301,7 @@ class _Probabilities:
         """Of the confidence; the tokens themselves are right or wrong."""
         chosen = self.logits.gather(-1, token_ids[..., None]).squeeze(-1)
         if greedy:
-            assert bool((chosen == self.logits.amax(dim=-1)).all()), "not the most probable token"
+            require(bool((chosen == self.logits.amax(dim=-1)).all()), "not the most probable token")
         return relative_error(confidence, torch.exp(chosen.double() - self.log_total))
 
 
@@ -342,7 +353,8 @@ def sampled_problem(row: Row, setting: Setting) -> Problem:
 
     def error(result: tuple[Tensor, Tensor], ours: bool) -> float:
         if ours:
-            assert torch.equal(result[0][:, :2][[0, -1]], expected), "not the specified random stream"
+            first = result[0][:, :2][[0, -1]]
+            require(torch.equal(first, expected), "not the specified random stream")
         return truth.error(*result, greedy=False)
 
     return Problem(candidates, error)
@@ -388,9 +400,10 @@ def step_problem(row: Row, setting: Setting) -> Problem:
             selected = reference.select_tokens(
                 result.scores, result.confidence, torch.ones_like(result.selected)
             )
-            assert torch.equal(result.selected, selected), "not the tokens that the rule selects"
+            require(torch.equal(result.selected, selected), "not the tokens that the rule selects")
             expected = torch.where(selected, result.token_ids, start[:, row.block])
-            assert torch.equal(result.tokens[:, row.block], expected), "not the tokens that were selected"
+            filled = result.tokens[:, row.block]
+            require(torch.equal(filled, expected), "not the tokens that were selected")
             result = (result.token_ids, result.confidence, result.scores)
         token_ids, confidence, *scores = result
         errors = [truth.error(token_ids, confidence, greedy=True)]

@@ -232,7 +232,8 @@ def run(
             parts[name].append(timed.parts)
     for name in decoder.ways:
         for filled in (whole[name], split[name]):
-            assert not (filled[:, decoder.block] == decoder.mask).any(), f"{name} left positions open"
+            if (filled[:, decoder.block] == decoder.mask).any():
+                raise RuntimeError(f"{name} left positions open")
     variants = []
     for name in decoder.ways:
         taken = parts[name]

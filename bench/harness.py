@@ -17,7 +17,17 @@ import torch
 from attn_sampler import collect_env
 from attn_sampler.backends import BACKENDS, device_type, installation_problem
 
-from .cases import CASES, OUR_TOLERANCE, RIVAL_TOLERANCE, Candidate, Problem, Setting, flash_colreduce
+from .cases import (
+    CASES,
+    OUR_TOLERANCE,
+    RIVAL_TOLERANCE,
+    Candidate,
+    Problem,
+    Setting,
+    WrongResultError,
+    flash_colreduce,
+    require,
+)
 from .timing import Ceilings, CpuDevice, CudaDevice, Device, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,8 +214,8 @@ def _check(problem: Problem, candidate: Candidate, device: Device, effort: Effor
             observed = device.observe(candidate.run)
         error = problem.error(observed.result, candidate.ours)
         tolerance = OUR_TOLERANCE if candidate.ours else RIVAL_TOLERANCE
-        assert error <= tolerance, f"relative error {error:.2g}, tolerance {tolerance:g}"
-    except AssertionError as problem_found:
+        require(error <= tolerance, f"relative error {error:.2g}, tolerance {tolerance:g}")
+    except WrongResultError as problem_found:
         return {"failed": f"wrong result: {problem_found}"}
     except Exception as problem_found:  # whatever a rival's library or compiler raises is its figure here
         return {"failed": f"{type(problem_found).__name__}: {problem_found}".splitlines()[0]}

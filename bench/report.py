@@ -229,7 +229,7 @@ def write_results_page(results: Path = RESULTS) -> Path:
             lines += ["", f"## {kernels['environment']['machine']}", ""]
             for png in (_SHARE_PLOT, *(name for name, _, _ in _PLOTS.values())):
                 if (folder / png).exists():
-                    lines.append(f"![{png}](results/{folder.name}/{png})")
+                    lines.append(f"![{png}]({results.name}/{folder.name}/{png})")
             lines += ["", markdown(kernels, "###")]
         for path in sorted(folder.glob("*-end-to-end.json"))[-1:]:
             steps = json.loads(path.read_text())
@@ -241,7 +241,7 @@ def write_results_page(results: Path = RESULTS) -> Path:
             "",
             "## Decoding quality",
             "",
-            *(f"- [{p.stem}](results/quality/{p.name})" for p in quality),
+            *(f"- [{p.stem}]({results.name}/quality/{p.name})" for p in quality),
         ]
     page = results.parent / "RESULTS.md"
     page.write_text("\n".join(lines) + "\n")

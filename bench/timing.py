@@ -47,7 +47,7 @@ class Ceilings(NamedTuple):
 
 
 def take_turns(sample: dict[str, Callable[[], float]], seconds: float, least: int) -> dict[str, list[float]]:
-    """Samples of each candidate, one a round, until it has had ``seconds`` and ``least`` samples."""
+    """Milliseconds of each candidate, one sample a round, until it has had its seconds or enough of them."""
     samples: dict[str, list[float]] = {name: [] for name in sample}
     while waiting := [
         name

@@ -45,7 +45,7 @@ def cell(case="columns", row="1", threads=1, **figures):
         | (
             {"failed": f}
             if isinstance(f, str)
-            else timing.summary([f * 0.9, f, f, f * 1.1]) | {"peak_bytes": 5000}
+            else timing.summary([f * 0.8, f, f, f * 1.2]) | {"peak_bytes": 5000}
         )
         for name, f in figures.items()
     }
@@ -125,16 +125,16 @@ def test_a_wrong_result_is_seen(name):
 def test_wrong_tokens_are_seen():
     greedy, sampled, step = (make(name) for name in ("confidence", "sampled", "step"))
     token_ids, confidence = greedy.candidates["reference"].run()
-    with pytest.raises(AssertionError, match="not the most probable token"):
+    with pytest.raises(cases.WrongResultError, match="not the most probable token"):
         greedy.error(((token_ids + 1) % 50, confidence), True)
-    with pytest.raises(AssertionError, match="not the specified random stream"):
+    with pytest.raises(cases.WrongResultError, match="not the specified random stream"):
         sampled.error((token_ids, confidence), True)
     step.reset()
     result = step.candidates["reference"].run()
     result.tokens[0, -1] += 1
-    with pytest.raises(AssertionError, match="not the tokens that were selected"):
+    with pytest.raises(cases.WrongResultError, match="not the tokens that were selected"):
         step.error(result, True)
-    with pytest.raises(AssertionError, match="not the tokens that the rule selects"):
+    with pytest.raises(cases.WrongResultError, match="not the tokens that the rule selects"):
         step.error(result._replace(selected=~result.selected), True)
 
 
@@ -217,12 +217,12 @@ def test_peak_memory_is_what_a_run_held_at_once():
 
     def run():
         torch.ones(size, dtype=torch.int8)  # freed before the next
-        return torch.ones(size // 2, dtype=torch.int8).sum()
+        return torch.ones(size // 2, dtype=torch.int8).max()
 
     peak = device.observe(run).peak_bytes
     if peak is None:
         pytest.skip("this system does not let a process reset its peak resident size")
-    assert size <= peak < 1.1 * size
+    assert 0.95 * size < peak < 1.1 * size
     assert device.observe(lambda: None).peak_bytes < 1 << 20
 
 
@@ -250,7 +250,7 @@ def measure(candidates, error=lambda result, ours: 0.0, effort=EFFORT):
 
 def test_no_figure_from_a_wrong_result():
     def error(result, ours):
-        assert result != "garbage", "garbage came out"
+        cases.require(result != "garbage", "garbage came out")
         return result
 
     figures = measure(
@@ -321,10 +321,10 @@ def test_table_of_ratios_and_reasons():
     first, second = text.splitlines()[2:4]
     assert text.startswith("| row | shape | floor | cpu | share of floor | naive | tiled |")
     assert first == (
-        "| 1 | LLaDA-8B, no cache, zero-shot | 0.5 ms (2 MB) | 1 ms ±2%, +5 kB | 50% "
-        "| 20 ms ±2%, **20.0x**, +5 kB | 0.5 ms ±2%, **0.5x**, +5 kB |"
+        "| 1 | LLaDA-8B, no cache, zero-shot | 0.5 ms (2 MB) | 1 ms ±5%, +5 kB | 50% "
+        "| 20 ms ±5%, **20.0x**, +5 kB | 0.5 ms ±5%, **0.5x**, +5 kB |"
     )
-    assert second == "| 2 | LLaDA-8B, no cache, 5-shot + 256 | 0.5 ms (2 MB) | - | - | 3 ms ±2%, +5 kB |  |"
+    assert second == "| 2 | LLaDA-8B, no cache, 5-shot + 256 | 0.5 ms (2 MB) | - | - | 3 ms ±5%, +5 kB |  |"
     assert "- row 2 cpu: wrong result: off" in text
     assert "- row 3: its floor is too high" in text
 
