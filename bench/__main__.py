@@ -11,23 +11,20 @@ Every result is checked before it is timed. Candidates take turns in one process
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from attn_sampler.backends import BACKENDS
 
-from . import end_to_end, harness, report
+from . import harness, report
 from .cases import CASES
 from .rows import QUICK, ROWS
 from .timing import thread_counts
@@ -73,27 +70,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "kernels")
     options = parser.parse_args(given)
-    console = Console(width=None if Console().is_terminal else 160)
     if options.command == "compare":
-        return _compare(console, options.old, options.new, options.threshold)
+        return _compare(options.old, options.new, options.threshold)
     if options.command == "report":
-        console.print(f"written: {report.write_results_page()}")
+        print(f"written: {report.write_results_page()}")
         return 0
     shown = [word for word in given if word != "kernels"]
     command = " ".join(["python -m bench", *shown])
     if options.command == "end-to-end":
-        return _end_to_end(console, options, command)
-    return _kernels(console, options, command)
+        return _end_to_end(options, command)
+    return _kernels(options, command)
 
 
-def _kernels(console: Console, options: argparse.Namespace, command: str) -> int:
+def _kernels(options: argparse.Namespace, command: str) -> int:
+    load = harness.load_average()
     absent = harness.missing(options.backends)
     for name, reason in absent.items():
-        console.print(f"not measured: {name}: {reason}", style="yellow", highlight=False)
+        print(f"not measured: {name}: {reason}")
     rows = options.rows or (QUICK if options.quick else ROWS)
-    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, console=console, transient=True) as progress:
-        task = progress.add_task("")
+    with _progress() as advance:
         measured = harness.run(
             options.cases,
             rows,
@@ -102,35 +97,33 @@ def _kernels(console: Console, options: argparse.Namespace, command: str) -> int
             getattr(torch, options.dtype),
             harness.BRIEF if options.quick else harness.FULL,
             seconds=options.seconds,
-            advance=lambda label, done, total: progress.update(
-                task, description=label, completed=done, total=total
-            ),
+            advance=advance,
         )
     if not measured["cells"]:
-        console.print(
+        print(
             f"nothing to measure: none of {' '.join(options.backends)} runs here, or no case has "
             f"the rows {' '.join(rows)}",
-            style="red",
         )
         return 2
     results = {
         "command": command,
         "dtype": options.dtype,
         "environment": harness.environment(measured),
+        "load_average": load,
         "missing": absent,
         **measured,
     }
     path = _write(options, results, "-quick" if options.quick else "")
     tables = report.markdown(results)
     path.with_suffix(".md").write_text(f"# {results['environment']['machine']}\n\n{tables}\n")
-    console.print(Markdown(tables))
-    console.print(f"written: {path} and .md")
+    _show(tables)
+    print(f"written: {path} and .md")
     try:
         plots = report.plot(results, path.parent)
     except ImportError as error:
-        console.print(f"no plots: {error} (pip install .[bench])", style="yellow")
+        print(f"no plots: {error} (pip install .[bench])")
     else:
-        console.print(f"plots: {', '.join(plots) or 'none, for want of rows'}")
+        print(f"plots: {', '.join(plots) or 'none, for want of rows'}")
     wrong = [
         f"{cell['case']} {cell['row']} {name}: {figure['failed']}"
         for cell in results["cells"]
@@ -138,18 +131,52 @@ def _kernels(console: Console, options: argparse.Namespace, command: str) -> int
         if figure["ours"] and "failed" in figure
     ]
     for line in wrong:
-        console.print(f"failed: {line}", style="red", highlight=False)
+        print(f"failed: {line}")
     return 1 if wrong else 0
 
 
-def _end_to_end(console: Console, options: argparse.Namespace, command: str) -> int:
+def _end_to_end(options: argparse.Namespace, command: str) -> int:
+    from . import end_to_end
+
+    load = harness.load_average()
     measured = end_to_end.run(options.device, getattr(torch, options.dtype), brief=options.quick)
     devices = {"devices": [{"device": options.device}]}
-    results = {"command": command, "environment": harness.environment(devices), **measured}
+    results = {
+        "command": command,
+        "environment": harness.environment(devices),
+        "load_average": load,
+        **measured,
+    }
     path = _write(options, results, "-end-to-end")
-    console.print(Markdown(report.end_to_end_table(results)))
-    console.print(f"written: {path}")
+    _show(report.end_to_end_table(results))
+    print(f"written: {path}")
     return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, and lines in a log."""
+    if not sys.stderr.isatty():
+        yield lambda label, done, total: print(f"{done}/{total} {label}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+
+
+def _show(markdown: str) -> None:
+    """Tables drawn on a terminal, and as they are in a log."""
+    if not sys.stdout.isatty():
+        print(markdown)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(markdown))
 
 
 def _write(options: argparse.Namespace, results: dict[str, Any], suffix: str) -> Path:
@@ -161,31 +188,26 @@ def _write(options: argparse.Namespace, results: dict[str, Any], suffix: str) ->
     return path
 
 
-def _compare(console: Console, old: Path, new: Path, threshold: float) -> int:
+def _compare(old: Path, new: Path, threshold: float) -> int:
     before, after = (json.loads(path.read_text()) for path in (old, new))
     machines = [r["environment"]["machine"] for r in (before, after)]
     if machines[0] != machines[1]:
-        console.print(f"different machines: {machines[0]}; {machines[1]}", style="yellow")
+        print(f"different machines: {machines[0]}; {machines[1]}")
     changes, rivals = report.compare(before, after, threshold)
     if not changes:
-        console.print("the files have no figure of ours in common", style="red")
+        print("the files have no figure of ours in common")
         return 2
-    table = Table("what", "old ms", "new ms", "times", title=f"regressions beyond {threshold:g} times")
     regressions = [change for change in changes if change.regressed]
     for change in regressions:
-        new_ms = change.reason if change.new_ms is None else f"{change.new_ms:.3g}"
-        times = "" if change.new_ms is None else f"{change.new_ms / change.old_ms:.2f}"
-        table.add_row(change.what, f"{change.old_ms:.3g}", new_ms, times)
-    if regressions:
-        console.print(table)
+        became = change.reason if change.new_ms is None else f"{change.new_ms:.3g} ms"
+        times = "" if change.new_ms is None else f", {change.new_ms / change.old_ms:.2f} times"
+        print(f"regressed: {change.what}: {change.old_ms:.3g} ms, now {became}{times}")
     ratios = [change.new_ms / change.old_ms for change in changes if change.new_ms is not None]
     if ratios:
-        console.print(
-            f"ours: {statistics.median(ratios):.2f} times the old medians, over {len(ratios)} figures"
-        )
+        print(f"ours: {statistics.median(ratios):.2f} times the old medians, over {len(ratios)} figures")
     if rivals is not None:
-        console.print(f"the rivals' own: {rivals:.2f} times, which is the machine's doing")
-    console.print(f"{len(regressions)} of {len(changes)} figures regressed")
+        print(f"the rivals' own: {rivals:.2f} times, which is the machine's doing")
+    print(f"{len(regressions)} of {len(changes)} figures regressed beyond {threshold:g} times")
     return 1 if regressions else 0
 
 

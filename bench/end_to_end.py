@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from attn_sampler import AttentionCapture, column_scores, decode_step, select_tokens, token_confidence
 
 from . import rivals
+from .capture import MASK, Model
 
+_ROUNDS = 12
 PARTS = ("forward", "capture", "scores", "confidence", "selection")
 
 
@@ -30,7 +31,6 @@ class Shape(NamedTuple):
     layers: int
     width: int
     heads: int
-    hidden: int
     vocab: int
     batch: int
     prompt: int
@@ -39,59 +39,10 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "cuda": Shape("LLaDA-8B's shape, random weights", 32, 4096, 32, 12288, 126464, 1, 1024, 256, 32),
-    "cpu": Shape("a small model, random weights", 6, 512, 8, 1536, 32768, 1, 256, 128, 32),
-    "brief": Shape("a tiny model, random weights", 2, 64, 2, 128, 512, 2, 16, 16, 8),
+    "cuda": Shape("of LLaDA-8B's size, random weights", 32, 4096, 32, 126464, 1, 1024, 256, 32),
+    "cpu": Shape("a small model, random weights", 6, 512, 8, 32768, 1, 256, 128, 32),
+    "brief": Shape("a tiny model, random weights", 2, 64, 2, 512, 2, 16, 16, 8),
 }
-
-
-class Model(nn.Module):
-    """A bidirectional transformer of LLaDA's make, without rotary positions.
-
-    ``weights``: None, or a list that receives each layer's attention matrix, as ``output_attentions`` does.
-    """
-
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.heads = shape.heads
-        self.weights: list[Tensor] | None = None
-
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            layer = nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
-            nn.init.normal_(layer.weight, std=inputs**-0.5)
-            return layer
-
-        self.embedding = nn.Embedding(shape.vocab, shape.width, device=device, dtype=dtype)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "qkv": linear(shape.width, 3 * shape.width),
-                    "out": linear(shape.width, shape.width),
-                    "up": linear(shape.width, 2 * shape.hidden),
-                    "down": linear(shape.hidden, shape.width),
-                }
-            )
-            for _ in range(shape.layers)
-        )
-        self.head = linear(shape.width, shape.vocab)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        width = x.shape[-1:]
-        for layer in self.layers:
-            qkv = layer["qkv"](F.rms_norm(x, width)).unflatten(-1, (3, self.heads, -1))
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            x = x + layer["out"](self.attend(q, k, v).transpose(1, 2).flatten(2))
-            gate, up = layer["up"](F.rms_norm(x, width)).chunk(2, dim=-1)
-            x = x + layer["down"](F.silu(gate) * up)
-        return self.head(F.rms_norm(x, width))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.weights is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        logits = q.shape[-1] ** -0.5 * (q @ k.transpose(-1, -2))
-        self.weights.append(torch.softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype))
-        return self.weights[-1] @ v
 
 
 class Stopwatch:
@@ -114,14 +65,16 @@ class Decoder:
     """The ways to decode one block: each a function of the tokens, which it fills by one, and a stopwatch."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        self.model = Model(shape, device, dtype)
-        self.mask = shape.vocab - 1
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = Model(shape.vocab, shape.width, shape.heads, shape.layers)
+        self.model = model.to(dtype).eval().requires_grad_(False)
         self.block = slice(shape.prompt, shape.prompt + shape.block)
         length = shape.prompt + shape.generated
         generator = torch.Generator(device).manual_seed(0)
         size = (shape.batch, length)
-        self.start = torch.randint(shape.vocab - 1, size, device=device, generator=generator)
-        self.start[:, shape.prompt :] = self.mask
+        self.start = torch.randint(1, shape.vocab, size, device=device, generator=generator)
+        self.start[:, shape.prompt :] = MASK
         self.ways = {
             "confidence, LLaDA's own sampling": self.llada,
             "confidence, token_confidence": self.confidence,
@@ -132,7 +85,7 @@ class Decoder:
 
     def llada(self, tokens: Tensor, watch: Stopwatch) -> None:
         logits = watch("forward", lambda: self.model(tokens))
-        watch("confidence", lambda: rivals.llada_step(tokens, self.block, logits[:, self.block], self.mask))
+        watch("confidence", lambda: rivals.llada_step(tokens, self.block, logits[:, self.block], MASK))
 
     def confidence(self, tokens: Tensor, watch: Stopwatch) -> None:
         logits = watch("forward", lambda: self.model(tokens))
@@ -157,7 +110,7 @@ class Decoder:
                 logits[:, self.block],
                 attention,
                 block=self.block,
-                mask_token_id=self.mask,
+                mask_token_id=MASK,
                 policy="sequential",
                 **options,
             )
@@ -165,13 +118,10 @@ class Decoder:
         watch("scores", step)
 
     def eager(self, tokens: Tensor, watch: Stopwatch) -> None:
-        self.model.weights = []
+        self.model.eager = True
         logits = watch("capture", lambda: self.model(tokens))
-        weights, self.model.weights = self.model.weights, None
-        scores = watch(
-            "scores",
-            lambda: sum(w[..., self.block].sum(dim=(1, 2), dtype=torch.float32) for w in weights),
-        )
+        self.model.eager = False
+        scores = watch("scores", lambda: self.model.received[:, self.block].float().contiguous())
         token_ids, confidence = watch("confidence", lambda: rivals.softmax_max(logits[:, self.block]))
         watch("selection", lambda: self._commit(tokens, token_ids, confidence, scores))
 
@@ -187,10 +137,10 @@ class Decoder:
         return scores
 
     def _confidence(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return token_confidence(logits[:, self.block], exclude_token_id=self.mask)
+        return token_confidence(logits[:, self.block], exclude_token_id=MASK)
 
     def _commit(self, tokens: Tensor, token_ids: Tensor, confidence: Tensor, order: Tensor) -> None:
-        masked = tokens[:, self.block] == self.mask
+        masked = tokens[:, self.block] == MASK
         selected = select_tokens(order, confidence, masked, policy="sequential")
         tokens[:, self.block] = torch.where(selected, token_ids, tokens[:, self.block])
 
@@ -199,7 +149,7 @@ class Decoder:
 def run(
     device: str, dtype: torch.dtype, *, brief: bool = False, threads: int | None = None
 ) -> dict[str, Any]:
-    """Decode a block in every way, step by step in turns.
+    """Decode in every way, step by step in turns.
 
     Returns
     -------
@@ -219,7 +169,8 @@ def run(
     split = {name: decoder.start.clone() for name in decoder.ways}
     for way in decoder.ways.values():
         way(decoder.start.clone(), Stopwatch(device, waits=True))
-    for _ in range(shape.block):
+    rounds = min(shape.block, _ROUNDS)
+    for _ in range(rounds):
         plain = 0.0
         for name, way in decoder.ways.items():
             step, timed = Stopwatch(device, waits=True), Stopwatch(device, waits=True)
@@ -232,8 +183,9 @@ def run(
             parts[name].append(timed.parts)
     for name in decoder.ways:
         for filled in (whole[name], split[name]):
-            if (filled[:, decoder.block] == decoder.mask).any():
-                raise RuntimeError(f"{name} left positions open")
+            committed = (filled[:, decoder.block] != MASK).sum(dim=1)
+            if (committed != rounds).any():
+                raise RuntimeError(f"{name} committed {committed.tolist()} tokens in {rounds} steps")
     variants = []
     for name in decoder.ways:
         taken = parts[name]
@@ -255,7 +207,7 @@ def run(
         "device": device,
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "dtype": str(dtype).removeprefix("torch."),
-        "note": "One token a step and sequence. *step* is uninterrupted, the median over a block's steps; "
+        "note": "One token a step and sequence. *step* is uninterrupted, the median of 12 steps; "
         "the parts were timed in other steps, so they need not add up to it. *decode_step* does scores, "
         "confidence and selection in one call, and LLaDA's sampling the last two.",
         "variants": variants,

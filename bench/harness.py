@@ -241,6 +241,11 @@ def environment(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def load_average() -> float:
+    """Processes that were running in the last minute, before ours."""
+    return round(os.getloadavg()[0], 1)
+
+
 def _processor() -> str:
     """The processor's name as Linux gives it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -143,6 +143,8 @@ def caption(results: dict[str, Any], device: str) -> str:
     text = f"`{results['command']}`, {about['date']}, commit {about['commit']}, {about['machine']}."
     if about["sources"].get(device) != digest(device):
         text += " **Stale: the kernels' sources have changed since.**"
+    if device == "cpu" and results["load_average"] > about["cpu"]["cores"] / 2:
+        text += f" **On a busy machine (load average {results['load_average']}): read the ratios only.**"
     return text
 
 

@@ -64,7 +64,7 @@ def cell(case="columns", row="1", threads=1, **figures):
     }
 
 
-def results(*cells, machine="A Machine (R)", sources=None):
+def results(*cells, machine="A Machine (R)", sources=None, load=0.2):
     return {
         "command": "python -m bench",
         "dtype": "bfloat16",
@@ -75,7 +75,9 @@ def results(*cells, machine="A Machine (R)", sources=None):
             "torch": "2.13.0",
             "omp_wait_policy": "PASSIVE",
             "sources": sources or {"cpu": harness.digest("cpu")},
+            "cpu": {"cores": 2},
         },
+        "load_average": load,
         "missing": {"cuda": "there is no CUDA device"},
         "devices": [
             {"device": "cpu", "threads": 1, "GB_per_s": 40.0, "GFLOP_per_s": 500.0, "cold": "flushed"}
@@ -334,7 +336,8 @@ def test_results_page_marks_stale_tables(tmp_path):
     fresh, old = tmp_path / "fresh", tmp_path / "old"
     for folder, sources in ((fresh, None), (old, {"cpu": "another"})):
         folder.mkdir()
-        made = results(cell(cpu=1.0), machine=folder.name, sources=sources)
+        load = 5.0 if folder is old else 0.2
+        made = results(cell(cpu=1.0), machine=folder.name, sources=sources, load=load)
         (folder / "2026-01-02.json").write_text(json.dumps(made))
         (folder / "2026-01-03-quick.json").write_text("only the newest full run is read")
     (fresh / "share_of_floor.png").write_bytes(b"")
@@ -344,6 +347,8 @@ def test_results_page_marks_stale_tables(tmp_path):
     caption = "`python -m bench`, 2026-01-02, commit abc1234, "
     assert caption + "fresh." in of_fresh
     assert "Stale" not in of_fresh
+    assert "busy" not in of_fresh
+    assert "**On a busy machine (load average 5.0): read the ratios only.**" in of_old
     assert f"![share_of_floor.png]({tmp_path.name}/fresh/share_of_floor.png)" in of_fresh
     assert caption + "old. **Stale: the kernels' sources have changed since.**" in of_old
     assert "- cuda: there is no CUDA device" in of_old
@@ -388,8 +393,10 @@ def test_regressions(tmp_path, capsys):
         path.write_text(json.dumps(content))
     assert command.main(["compare", str(paths[0]), str(paths[1])]) == 1
     shown = capsys.readouterr().out
-    assert "2 of 4 figures regressed" in shown
+    assert "2 of 4 figures regressed beyond 1.15 times" in shown
     assert "the rivals' own: 1.10 times" in shown
+    assert "regressed: columns 1 cpu 1 bfloat16 cpu: 1 ms, now 1.3 ms, 1.30 times" in shown
+    assert "regressed: columns 3 cpu 1 bfloat16 cpu: 1 ms, now wrong result" in shown
     assert command.main(["compare", str(paths[0]), str(paths[0])]) == 0
     assert command.main(["compare", str(paths[0]), str(paths[2])]) == 2
 
@@ -464,7 +471,7 @@ def test_all_ways_to_take_attention_commit_the_same():
         tokens = decoder.start.clone()
         for _ in range(4):
             way(tokens, end_to_end.Stopwatch("cpu", waits=True))
-        assert int((tokens[:, decoder.block] != decoder.mask).sum()) == 2 * 4
+        assert int((tokens[:, decoder.block] != end_to_end.MASK).sum()) == 2 * 4
         filled.append(tokens)
     assert torch.equal(filled[0], filled[1])
     assert torch.equal(filled[0], filled[2])
