@@ -20,6 +20,7 @@ import torch
 Run = Callable[[], Any]
 
 _MOST_SAMPLES = 100  # of one candidate
+_WARM_BELOW_MS = 10.0  # what takes longer is hardly ever found in a cache
 
 
 class Observed(NamedTuple):
@@ -79,8 +80,8 @@ class CpuDevice:
         source, a = torch.ones(1 << 26), torch.randn(1024, 1024)
         if dtype == torch.bfloat16:  # float16 products are emulated on most processors
             a = a.bfloat16()
-        read = min(self.observe(source.sum).seconds for _ in range(9))
-        product = min(self.observe(lambda: a @ a).seconds for _ in range(9))
+        read = min(self._seconds_of(source.sum) for _ in range(9))
+        product = min(self._seconds_of(lambda: a @ a) for _ in range(9))
         return Ceilings(source.nbytes / read, 2 * 1024**3 / product)
 
     def observe(self, run: Run) -> Observed:
@@ -92,24 +93,32 @@ class CpuDevice:
         return Observed(result, seconds, None if before is None else max(0, _status_bytes("VmHWM") - before))
 
     def measure(self, runs: dict[str, Run], reset: Run, seconds: float, least: int) -> dict[str, dict]:
-        """Milliseconds of each candidate."""
+        """Milliseconds of each candidate; *warm* are calls one after the other, where they are short."""
 
         def sample(run: Run) -> float:
             reset()
             self._flush.fill_(1)
-            start = time.perf_counter()
-            result = run()
-            elapsed = 1e3 * (time.perf_counter() - start)
-            del result
-            return elapsed
+            return 1e3 * self._seconds_of(run)
 
         gc.collect()
         gc.disable()
         try:
             samples = take_turns({n: lambda run=r: sample(run) for n, r in runs.items()}, seconds, least)
+            figures = {name: summary(taken) for name, taken in samples.items()}
+            for name, figure in figures.items():
+                if figure["median_ms"] < _WARM_BELOW_MS:
+                    warm = [self._seconds_of(runs[name]) for _ in range(11)]
+                    figure["warm_ms"] = 1e3 * statistics.median(warm[1:])
         finally:
             gc.enable()
-        return {name: summary(taken) for name, taken in samples.items()}
+        return figures
+
+    @staticmethod
+    def _seconds_of(run: Run) -> float:
+        """Seconds of one run."""
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
 
     @staticmethod
     def available_bytes() -> int:
