@@ -42,11 +42,12 @@ MASK = 0
 
 
 class Model(nn.Module):
-    """A bidirectional Llama. ``eager`` writes attention out and adds up what each position receives."""
+    """A bidirectional Llama. ``eager`` writes attention out and keeps the weights of all layers."""
 
     def __init__(self, vocab: int, width: int, heads: int, layers: int) -> None:
         super().__init__()
-        self.heads, self.eager, self.received = heads, False, torch.empty(0)
+        self.heads, self.eager = heads, False
+        self.weights: list[Tensor] = []  # [B, H, T, T] a layer
         self.embedding = nn.Embedding(vocab, width)
         hidden = 8 * width // 3
         self.qkv = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in range(layers))
@@ -59,7 +60,7 @@ class Model(nn.Module):
         x = self.embedding(tokens)
         width = (x.shape[-1],)
         cos, sin = self.rotation(tokens.shape[1], x)
-        total: Any = 0.0
+        self.weights = []
         for qkv, out, up, down in zip(self.qkv, self.out, self.up, self.down, strict=True):
             qkv_heads = qkv(F.rms_norm(x, width)).view(*tokens.shape, 3, self.heads, -1)
             q, k, v = qkv_heads.permute(2, 0, 3, 1, 4)
@@ -67,16 +68,19 @@ class Model(nn.Module):
                     for a, b in (t.chunk(2, dim=-1) for t in (q, k)))  # fmt: skip
             if self.eager:
                 weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
-                total = total + weights.sum(dim=(1, 2))
+                self.weights.append(weights)
                 y = weights @ v
             else:
                 y = F.scaled_dot_product_attention(q, k, v)
             x = x + out(y.transpose(1, 2).flatten(2))
             a, b = up(F.rms_norm(x, width)).chunk(2, dim=-1)
             x = x + down(F.silu(a) * b)
-        if self.eager:
-            self.received = total
         return self.head(F.rms_norm(x, width))
+
+    @property
+    def received(self) -> Tensor:
+        """The attention [B, T] that each position received in the last eager pass."""
+        return torch.stack([weights.sum(dim=(1, 2)) for weights in self.weights]).sum(dim=0)
 
     def rotation(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         half = like.shape[-1] // self.heads // 2

@@ -295,13 +295,14 @@ class _Probabilities:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
+        self.largest = logits.amax(dim=-1)
         self.log_total = torch.stack([torch.logsumexp(x.double(), dim=-1) for x in logits])
 
     def error(self, token_ids: Tensor, confidence: Tensor, greedy: bool) -> float:
         """Of the confidence; the tokens themselves are right or wrong."""
         chosen = self.logits.gather(-1, token_ids[..., None]).squeeze(-1)
         if greedy:
-            require(bool((chosen == self.logits.amax(dim=-1)).all()), "not the most probable token")
+            require(torch.equal(chosen, self.largest), "not the most probable token")
         return relative_error(confidence, torch.exp(chosen.double() - self.log_total))
 
 

@@ -50,7 +50,7 @@ class Effort(NamedTuple):
     floor: float  # a row whose floor takes longer than this is left out
 
 
-FULL = Effort(seconds=0.25, least=7, slow=0.7, floor=0.1)
+FULL = Effort(seconds=0.2, least=7, slow=0.5, floor=0.1)
 BRIEF = Effort(seconds=0.05, least=5, slow=0.3, floor=0.05)
 
 
