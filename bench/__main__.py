@@ -184,7 +184,9 @@ def _write(options: argparse.Namespace, results: dict[str, Any], suffix: str) ->
     folder = report.folder_of(about["machine"], options.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{about['date']}{suffix}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    # Five digits are more than any figure here is worth, and half the file.
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.5g}"))
+    path.write_text(json.dumps(rounded, indent=1) + "\n")
     return path
 
 

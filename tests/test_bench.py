@@ -33,9 +33,12 @@ def _same_threads():
 
 
 def make(name, row=SMALL, backends=("reference",), dtype=torch.float32):
-    problem = cases.CASES[name].make(row, cases.Setting("cpu", dtype, backends))
-    eager = {n: c for n, c in problem.candidates.items() if not c.compiled}  # compiling takes seconds
-    return problem._replace(candidates=eager)
+    return eager(cases.CASES[name].make(row, cases.Setting("cpu", dtype, backends)))
+
+
+def eager(problem):
+    """Without what is compiled, which takes seconds."""
+    return problem._replace(candidates={n: c for n, c in problem.candidates.items() if not c.compiled})
 
 
 def cell(case="columns", row="1", threads=1, **figures):
@@ -307,6 +310,59 @@ def test_what_is_missing_is_named():
         assert absent.get(backend) == installation_problem(backend)
     if not torch.cuda.is_available():
         assert absent["flash-colreduce"] == "its kernels need a GPU, and torch sees none"
+
+
+def test_each_device_measures_its_own_backends_and_types(monkeypatch):
+    """With a processor in the GPU's place."""
+
+    class Stand(timing.CpuDevice):
+        name = "cuda"
+
+        def __init__(self):
+            super().__init__(1)
+
+        def activate(self):
+            self.threads = None
+
+        def ceilings(self, dtype):
+            return CEILINGS
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(harness, "CudaDevice", Stand)
+    monkeypatch.setattr(timing.CpuDevice, "ceilings", lambda self, dtype: CEILINGS)
+    monkeypatch.setattr(harness, "Setting", lambda place, *rest: cases.Setting("cpu", *rest))
+    for name in ("peer", "block_scope"):
+        case = cases.CASES[name]
+        quick = case._replace(
+            rows={"x": row_of(name)},
+            make=lambda row, setting, made=case.make: eager(made(row, setting)),
+        )
+        monkeypatch.setitem(cases.CASES, name, quick)
+    seen = []
+    measured = harness.run(
+        ["block_scope", "peer"],
+        ["x"],
+        ["reference"],
+        [1],
+        torch.bfloat16,
+        EFFORT,
+        advance=lambda label, done, total: seen.append((label, done, total)),
+    )
+    assert [(c["device"], c["case"], c["dtype"]) for c in measured["cells"]] == [
+        ("cpu", "block_scope", "bfloat16"),
+        ("cpu", "peer", "bfloat16"),
+        ("cuda", "block_scope", "bfloat16"),
+        ("cuda", "peer", "float16"),
+    ]
+    assert all("median_ms" in f for c in measured["cells"] for f in c["figures"].values())
+    assert [(d["device"], d["GB_per_s"], d["GFLOP_per_s"]) for d in measured["devices"]] == [
+        ("cpu", 1.0, 1.0),
+        ("cuda", 1.0, 1.0),
+    ]
+    assert seen[0] == ("cpu block_scope x", 0, 4)
+    assert seen[-1] == ("", 4, 4)
+    late = harness.run(["peer"], ["x"], ["reference"], [1], torch.bfloat16, EFFORT, seconds=-1)
+    assert {c["skipped"] for c in late["cells"]} == {"not started: -1 seconds had passed"}
 
 
 # What is written.
