@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import statistics
@@ -158,6 +159,7 @@ def _place(device: str, threads: int | None) -> str:
 def plot(results: dict[str, Any], folder: Path) -> list[str]:
     """PNG files of the sweeps and of the shares of the floor, of the run's last device; their names."""
     from matplotlib.figure import Figure  # an extra: pip install .[bench]
+    from matplotlib.ticker import NullLocator
 
     device = results["devices"][-1]
     place = (device["device"], device["threads"])
@@ -181,8 +183,11 @@ def plot(results: dict[str, Any], folder: Path) -> list[str]:
             low, high = [t["q1_ms"] for t in timings], [t["q3_ms"] for t in timings]
             axes.fill_between(x, low, high, alpha=0.15, color=line[0].get_color())
         floor = [c["floor_ms"] for c in points]
-        axes.plot([c["shape"][field] for c in points], floor, color="grey", linestyle=":", label="floor")
+        at = [c["shape"][field] for c in points]
+        axes.plot(at, floor, color="grey", linestyle=":", label="floor")
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="ms (median, cold)")
+        axes.set_xticks(at, [f"{x:,}" for x in at])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{CASES[case].title}\n{caption_text}", fontsize=9)
         axes.legend(fontsize=8)
         figure.savefig(folder / name, dpi=120)
@@ -228,6 +233,10 @@ def write_results_page(results: Path = RESULTS) -> Path:
     for folder in sorted(p for p in results.iterdir() if p.is_dir()):
         if (path := newest(folder)) is not None:
             kernels = json.loads(path.read_text())
+            with contextlib.suppress(
+                ImportError
+            ):  # without matplotlib the plots stay those of the run itself
+                plot(kernels, folder)
             lines += ["", f"## {kernels['environment']['machine']}", ""]
             for png in (_SHARE_PLOT, *(name for name, _, _ in _PLOTS.values())):
                 if (folder / png).exists():
