@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument(
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"of {' '.join(CASES)}"
     )
-    kernels.add_argument(
-        "--backends", nargs="+", choices=BACKENDS, default=[b for b in BACKENDS if b != "reference"]
-    )
+    kernels.add_argument("--backends", nargs="+", choices=BACKENDS, default=harness.default_backends())
     kernels.add_argument("--threads", type=int, nargs="+", default=thread_counts(), help="of the CPU")
     kernels.add_argument("--seconds", type=float, default=math.inf, help="start no row after so long")
     steps = commands.add_parser("end-to-end", parents=[shared], help="whole decoding steps of a model")

@@ -54,11 +54,18 @@ FULL = Effort(seconds=0.2, least=7, slow=0.5, floor=0.1)
 BRIEF = Effort(seconds=0.05, least=5, slow=0.3, floor=0.05)
 
 
+def default_backends() -> list[str]:
+    """All but the specification, and but kernels that an interpreter runs."""
+    return [b for b in BACKENDS if b != "reference" and (b != "triton" or device_type(b) == "cuda")]
+
+
 def missing(backends: Sequence[str]) -> dict[str, str]:
     """What this machine cannot measure, each with the reason."""
     absent = {name: reason for name in BACKENDS if (reason := installation_problem(name))}
     if "reference" not in backends:
         absent["reference"] = "the specification is not timed unless asked for (--backends reference)"
+    if "triton" not in backends and device_type("triton") == "cpu":
+        absent["triton"] = "its kernels are interpreted here (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         absent["flash-colreduce"] = "its kernels need a GPU, and torch sees none"
     elif flash_colreduce() is None:

@@ -302,10 +302,16 @@ def test_rows_that_are_not_measured_say_why(monkeypatch):
     assert large[0]["skipped"] == "its tensors take 0.0 GiB of 0.0 free"
 
 
-def test_what_is_missing_is_named():
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     absent = harness.missing(["cpu"])
     assert "not timed unless asked for" in absent["reference"]
     assert "reference" not in harness.missing(["cpu", "reference"])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert harness.default_backends() == ["cuda", "cpu"]
+    assert "interpreted" in harness.missing(["cuda", "cpu"])["triton"]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert harness.default_backends() == ["cuda", "triton", "cpu"]
     for backend in ("cuda", "triton", "cpu"):
         assert absent.get(backend) == installation_problem(backend)
     if not torch.cuda.is_available():
