@@ -3,6 +3,7 @@
 from attn_sampler._version import __version__
 from attn_sampler.backends import BackendUnavailableError, Support, is_backend_supported
 from attn_sampler.capture import AttentionCapture, CapturedLayer
+from attn_sampler.dependency import ADAS, CLAD, DAPD, DAWN
 from attn_sampler.functional import (
     attention_map,
     column_scores,
@@ -18,6 +19,10 @@ from attn_sampler.sampler import POLICIES, Policy, StepState, make_policy, regis
 from attn_sampler.trace import Commit, DecodeTrace
 
 __all__ = [
+    "ADAS",
+    "CLAD",
+    "DAPD",
+    "DAWN",
     "POLICIES",
     "AttentionCapture",
     "BackendUnavailableError",

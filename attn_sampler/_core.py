@@ -1,7 +1,8 @@
 """The compiled extension ``attn_sampler._C`` behind the signatures of a backend.
 
-The extension knows nothing of torch: it is handed addresses, shapes and strides, and on CUDA the stream and a
-workspace. Everything here is called with validated tensors by ``attn_sampler.ops``.
+The extension knows nothing of torch: it reads tensors by DLPack's C exchange, or is handed their addresses,
+shapes and strides; and on CUDA the stream and a workspace. ``attempt`` leaves all checks to it; the functions
+of a backend are called with validated tensors by ``attn_sampler.ops``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ except ImportError as error:
 else:
     UNAVAILABLE = None
 
-# The values of the enumerations in csrc/include/attn_sampler.h.
+#: Whether the extension reads torch's tensors itself. Of an older torch it is handed their fields.
+READS_TENSORS = UNAVAILABLE is None and _C.read_tensors_of(Tensor)
+
+# The values of attn_sampler_dtype in csrc/include/attn_sampler.h.
 _DTYPE = {
     torch.float32: 0,
     torch.float16: 1,
@@ -28,12 +32,6 @@ _DTYPE = {
     torch.int64: 3,
     torch.bool: 4,
 }
-_LSE_BASE = {"e": 0, "2": 1}
-_SCOPE = {"sequence": 0, "block": 1}
-_REDUCTION = {"sum": 0, "mean": 1, "max": 2}
-_METRIC = {"probability": 0, "margin": 1, "entropy": 2}
-_POLICY = {"sequential": 0, "parallel": 1}
-_FALLBACK = {"confidence": 0, "score": 1}
 
 _MAX_HEADDIM = 512  # of the CUDA kernels: a tile of keys has to fit the shared memory
 
@@ -65,13 +63,14 @@ def cpu_isa() -> str:
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
-def _run(function: Callable[..., int], like: Tensor, *arguments: Any) -> None:
+def _run(function: Callable[..., int], like: Tensor, arguments: tuple) -> None:
     """Run a function of the extension on the device of ``like``, on CUDA on torch's current stream."""
-    if like.device.type == "cpu":
+    if like.is_cpu:
         function(*arguments, (0, torch.get_num_threads(), 0, 0, 0, 0))
         return
-    index = like.device.index
-    stream = torch.cuda.current_stream(index).cuda_stream
+    index = like.get_device()
+    # What torch.cuda.current_stream(index).cuda_stream is, without an object made for it.
+    stream = torch._C._cuda_getCurrentRawStream(index)
     # A captured graph outlives this call and may be replayed beside others: it has memory of its own.
     capturing = torch.cuda.is_current_stream_capturing()
     workspace = None if capturing else _workspaces.get((index, stream))
@@ -83,9 +82,21 @@ def _run(function: Callable[..., int], like: Tensor, *arguments: Any) -> None:
         address, size = workspace.data_ptr(), needed
 
 
-def _view(x: Tensor | None) -> tuple | None:
+def attempt(op: str, like: Tensor, arguments: tuple) -> bool:
+    """Run ``op`` of the extension on unchecked arguments, in its own order; False, and nothing has been
+    written, where it does not take them as they are."""
+    try:
+        _run(getattr(_C, op), like, arguments)
+    except _C.Refused:
+        return False
+    return True
+
+
+def _view(x: Tensor | None) -> Any:
     """What the extension reads a tensor from."""
-    return None if x is None else (x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride())
+    if x is None or (READS_TENSORS and type(x) is Tensor):
+        return x
+    return x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride()
 
 
 def column_scores(
@@ -107,27 +118,20 @@ def column_scores(
     per_head: bool,
     accumulate: bool,
 ) -> None:
-    _run(
-        _C.column_scores,
-        q,
-        _view(out),
-        _view(q),
-        _view(k),
-        _view(softmax_lse),
-        _view(key_mask),
-        _view(query_mask),
-        column_start,
-        column_stop,
-        query_start,
+    arguments = (
+        *map(_view, (out, q, k, softmax_lse, key_mask, query_mask)),
+        slice(column_start, column_stop),
+        lse_base,
         softmax_scale,
-        _LSE_BASE[lse_base],
         causal,
-        _SCOPE[softmax_scope],
+        query_start,
+        softmax_scope,
         diagonal,
-        _REDUCTION[reduction],
+        reduction,
         per_head,
         accumulate,
     )
+    _run(_C.column_scores, q, arguments)
 
 
 def attention_map(
@@ -150,28 +154,20 @@ def attention_map(
     per_head: bool,
     accumulate: bool,
 ) -> None:
-    _run(
-        _C.attention_map,
-        q,
-        _view(out),
-        _view(q),
-        _view(k),
-        _view(softmax_lse),
-        _view(key_mask),
-        _view(query_mask),
-        row_start,
-        row_stop,
-        column_start,
-        column_stop,
-        query_start,
+    arguments = (
+        *map(_view, (out, q, k, softmax_lse, key_mask, query_mask)),
+        slice(row_start, row_stop),
+        slice(column_start, column_stop),
+        lse_base,
         softmax_scale,
-        _LSE_BASE[lse_base],
         causal,
-        _SCOPE[softmax_scope],
+        query_start,
+        softmax_scope,
         diagonal,
         per_head,
         accumulate,
     )
+    _run(_C.attention_map, q, arguments)
 
 
 def token_confidence(
@@ -184,18 +180,14 @@ def token_confidence(
     seed: int,
     exclude_token_id: int,
 ) -> None:
-    _run(
-        _C.token_confidence,
-        logits,
-        _view(token_ids),
-        _view(confidence),
-        _view(logits),
-        _view(seeds),
-        _METRIC[metric],
+    arguments = (
+        *map(_view, (token_ids, confidence, logits)),
+        metric,
         temperature,
-        seed,
-        exclude_token_id,
+        seed if seeds is None else _view(seeds),
+        None if exclude_token_id < 0 else exclude_token_id,
     )
+    _run(_C.token_confidence, logits, arguments)
 
 
 def select_tokens(
@@ -207,17 +199,8 @@ def select_tokens(
     tau: float,
     fallback: str,
 ) -> None:
-    _run(
-        _C.select_tokens,
-        scores,
-        _view(selected),
-        _view(scores),
-        _view(confidence),
-        _view(masked),
-        _POLICY[policy],
-        tau,
-        _FALLBACK[fallback],
-    )
+    tensors = map(_view, (selected, scores, confidence, masked))
+    _run(_C.select_tokens, scores, (*tensors, policy, tau, fallback))
 
 
 def decode_step(
@@ -240,7 +223,7 @@ def decode_step(
     column_start: int,
     column_stop: int,
     query_start: int,
-    softmax_scale: float | None,
+    softmax_scale: float,
     lse_base: str,
     causal: bool,
     softmax_scope: str,
@@ -253,40 +236,31 @@ def decode_step(
     tau: float,
     fallback: str,
 ) -> None:
-    if softmax_scale is None:  # None also where scores are given, and no layer has a head dimension
-        softmax_scale = q[0].shape[-1] ** -0.5 if q else 1.0
-    _run(
-        _C.decode_step,
-        logits,
+    fields = [map(_view, field) for field in (q, k, softmax_lse) if field]
+    scores = _view(scores)
+    arguments = (
         _view(tokens),
-        _view(scores),
-        _view(token_ids),
-        _view(confidence),
-        _view(selected),
-        _view(logits),
-        [_view(x) for x in q],
-        [_view(x) for x in k],
-        [_view(x) for x in softmax_lse],
+        scores,
+        *map(_view, (token_ids, confidence, selected, logits)),
+        list(zip(*fields, strict=True)) if fields else scores,
         _view(key_mask),
         _view(query_mask),
-        _view(seeds),
-        block_start,
-        block_stop,
+        slice(block_start, block_stop),
         mask_token_id,
-        masked_rows_only,
-        column_start,
-        column_stop,
-        query_start,
-        softmax_scale,
-        _LSE_BASE[lse_base],
-        causal,
-        _SCOPE[softmax_scope],
-        diagonal,
-        _REDUCTION[reduction],
-        _METRIC[metric],
-        temperature,
-        seed,
-        _POLICY[policy],
+        policy,
         tau,
-        _FALLBACK[fallback],
+        fallback,
+        metric,
+        temperature,
+        seed if seeds is None else _view(seeds),
+        "masked" if masked_rows_only else "all",
+        slice(column_start, column_stop),
+        lse_base,
+        softmax_scale,
+        causal,
+        query_start,
+        softmax_scope,
+        diagonal,
+        reduction,
     )
+    _run(_C.decode_step, logits, arguments)

@@ -79,6 +79,13 @@ def device_type(backend: str) -> str:
     return "cpu" if backend == "cpu" else "cuda"
 
 
+def names_extension(backend: str, tensor: Tensor) -> bool:
+    """Whether ``backend`` means the compiled extension for tensors of this device: by name, or as the first
+    that "auto" tries."""
+    device = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else "none"
+    return backend in ("auto", device) and device in AUTO_ORDER and installation_problem(device) is None
+
+
 def _problem(backend: str, op: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why the backend cannot run op on these tensors; None where it can."""
     reason = installation_problem(backend)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
 from attn_sampler.backends import BACKENDS
-from attn_sampler.functional import column_scores
+from attn_sampler.functional import attention_map, column_scores
 
 
 class CapturedLayer(NamedTuple):
@@ -187,11 +187,30 @@ class AttentionCapture(TorchFunctionMode):
             **self._options,
         }
 
-    def step_input(self) -> tuple[Tensor | list[CapturedLayer], dict[str, Any]]:
-        """The third argument and the keywords of ``decode_step``.
+    @property
+    def attention_map(self) -> Tensor:
+        """float32 [B, C, C]: what each candidate position attends to each (with ``keep=True``).
 
-        The kept layers where they can be reduced in one call; else ``scores``, which needs no keywords.
+        Rows are the queries at the candidate columns' own positions. It is the mean over heads and chosen
+        layers, so that a weight is a share of its row's attention whatever the model's size.
         """
+        if not self.keep:
+            raise RuntimeError("AttentionCapture keeps no layers to map: create it with keep=True")
+        records = self._chosen_records()
+        total: Tensor | None = None
+        for record in records:
+            total = self._map(record, total)
+        assert total is not None
+        return total.div_(sum(record.q.shape[1] for record in records))
+
+    def step_input(self, as_map: bool = False) -> tuple[Tensor | list[CapturedLayer], dict[str, Any]]:
+        """The third argument and the keywords of ``decode_step``, or of a policy's ``step``.
+
+        The kept layers where they can be reduced in one call; else ``scores``, which needs no keywords. For a
+        policy with ``needs_map``, ``as_map``: ``attention_map``, which needs none either.
+        """
+        if as_map:
+            return self.attention_map, {}
         if self.keep:
             records = self._chosen_records()
             if all(r.bias is None for r in records) and _reducible_in_one_call(records):
@@ -292,6 +311,35 @@ class AttentionCapture(TorchFunctionMode):
                 backend=self._backend,
                 out=total,
                 **self._options,
+            )
+
+    def _map(self, record: _Record, total: Tensor | None) -> Tensor:
+        first, (n_rows, n_columns) = -record.query_start, (record.q.shape[2], record.k.shape[2])
+        if not 0 <= first <= n_rows - n_columns:
+            raise ValueError(
+                f"columns: a map needs a query row at each of the {n_columns} columns, but the {n_rows} rows "
+                f"stand at columns {-first} to {n_rows - first - 1}"
+            )
+        rows = slice(first, first + n_columns)
+        options = {name: self._options[name] for name in ("softmax_scope", "diagonal")}
+        with torch.autocast(record.q.device.type, enabled=False):
+            if record.bias is not None:
+                weights, _ = _biased_weights(record, self.query_mask, **options)
+                weights = weights[:, :, rows].sum(dim=1).to(torch.float32)
+                return weights if total is None else total.add_(weights)
+            return attention_map(
+                record.q,
+                record.k,
+                rows=rows,
+                softmax_lse=None if options["softmax_scope"] == "block" else record.softmax_lse,
+                softmax_scale=record.softmax_scale,
+                causal=record.causal,
+                key_mask=record.key_mask,
+                query_mask=self.query_mask,
+                query_start=record.query_start,
+                backend=self._backend,
+                out=total,
+                **options,
             )
 
 
@@ -534,7 +582,18 @@ def _captured_attention_fake(
 def _biased_column_scores(
     record: _Record, query_mask: Tensor | None, *, softmax_scope: str, diagonal: bool, reduction: str
 ) -> Tensor:
-    """Column scores under an arbitrary mask or bias, in plain PyTorch over the candidate columns."""
+    """Column scores under an arbitrary mask or bias."""
+    weights, counts = _biased_weights(record, query_mask, softmax_scope=softmax_scope, diagonal=diagonal)
+    scores = weights.amax(dim=2) if reduction == "max" else weights.sum(dim=2)
+    if reduction == "mean":
+        scores = scores / counts.sum(dim=2).clamp(min=1)
+    return scores.sum(dim=1).to(torch.float32)
+
+
+def _biased_weights(
+    record: _Record, query_mask: Tensor | None, *, softmax_scope: str, diagonal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, Hq, M, C] under an arbitrary mask or bias, and what counts, in plain PyTorch."""
     q, k, bias = record.q, record.k, record.bias
     assert bias is not None
     n_rows, n_columns = q.shape[2], k.shape[2]
@@ -557,8 +616,4 @@ def _biased_column_scores(
         lse = torch.logsumexp(logits.masked_fill(~counts, -math.inf), dim=-1)
     if not diagonal:
         counts = counts & (column != row)
-    weights = torch.exp(logits - lse[..., None]).masked_fill(~counts, 0.0)
-    scores = weights.amax(dim=2) if reduction == "max" else weights.sum(dim=2)
-    if reduction == "mean":
-        scores = scores / counts.sum(dim=2).clamp(min=1)
-    return scores.sum(dim=1).to(torch.float32)
+    return torch.exp(logits - lse[..., None]).masked_fill(~counts, 0.0), counts

@@ -1,4 +1,4 @@
-"""The command ``attn-sampler``: ``demo`` with the bundled models, and ``info``, the environment report."""
+"""The command ``attn-sampler``: ``demo`` with the bundled models, ``eval`` of the rules, and ``info``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from attn_sampler import __version__, collect_env
+from attn_sampler import __version__, collect_env, evaluate
 from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
 from attn_sampler.sampler import POLICIES
@@ -41,11 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     collect_env.add_arguments(info)
     demo = commands.add_parser("demo", help="decode with the bundled models, all rules side by side")
     _add_demo_arguments(demo)
+    evaluation = commands.add_parser("eval", help="accuracy against forward passes of every rule")
+    evaluate.add_arguments(evaluation)
     options = parser.parse_args(arguments)
     if options.command == "info":
         return collect_env.run(options)
     try:
-        return _demo(demo, options)
+        return _eval(evaluation, options) if options.command == "eval" else _demo(demo, options)
     except OSError as error:
         print(f"attn-sampler: {error}", file=sys.stderr)
         return 1
@@ -60,7 +62,8 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=sorted(POLICIES),
         metavar="NAME",
-        help=f"rules to compare, of {', '.join(sorted(POLICIES))} (default: all)",
+        help=f"rules to compare, of {', '.join(sorted(POLICIES))} (default: all but attn-random "
+        "and those on attention maps)",
     )
     parser.add_argument(
         "--tau", type=_unit_interval, help="confidence threshold of the rules that read one (default: 0.9)"
@@ -102,6 +105,13 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--svg", type=_writable, metavar="FILE", help="write the drawn orders of commitment as a picture"
     )
+
+
+def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    try:
+        return evaluate.run(options)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

@@ -4,6 +4,10 @@ They validate, document and dispatch; the arithmetic is specified in ``attn_samp
 done by a backend. One decoding step flows as *q, k, lse -> column scores -> token confidence -> dynamic
 threshold -> commit*; ``decode_step`` is all of it in one call.
 
+A call first tries the direct way, which takes microseconds: the compiled extension checks the arguments
+itself and refuses what is out of the ordinary. That goes the long way, which says what is wrong with it or
+calls the torch operator, for the other backends and for whatever listens to operators.
+
 All functions work on the tensors' device without synchronising with the host, and under
 ``torch.compile(fullgraph=True)``. Gradients do not flow through them.
 """
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_sampler import checks, ops  # noqa: F401  (importing ops registers the operators)
+from attn_sampler import _core, checks, ops
 from attn_sampler.backends import BACKENDS
 from attn_sampler.reference import StepResult
 
@@ -102,6 +106,13 @@ def column_scores(
     BackendUnavailableError
         The backend asked for cannot run this problem.
     """
+    if _is_direct(backend, q, k, out):
+        lo, hi = checks.span("columns", columns, k.shape[2], "key positions (N)")
+        result = _new_output(q, per_head, hi - lo) if out is None else out
+        tensors = (result, q, k, softmax_lse, key_mask, query_mask)
+        options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, reduction, per_head)
+        if _core.attempt("column_scores", q, (*tensors, columns, *options, out is not None)):
+            return result
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.flag("per_head", per_head)
     _check_layer("", q, k, softmax_lse, softmax_scope)
@@ -178,6 +189,14 @@ def attention_map(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
+    if _is_direct(backend, q, k, out):
+        lo, hi = checks.span("columns", columns, k.shape[2], "key positions (N)")
+        first, last = checks.span("rows", rows, q.shape[2], "query rows (M)")
+        result = _new_output(q, per_head, last - first, hi - lo) if out is None else out
+        tensors = (result, q, k, softmax_lse, key_mask, query_mask)
+        options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, per_head)
+        if _core.attempt("attention_map", q, (*tensors, rows, columns, *options, out is not None)):
+            return result
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.flag("per_head", per_head)
     _check_layer("", q, k, softmax_lse, softmax_scope)
@@ -256,6 +275,11 @@ def token_confidence(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
+    if ops.is_direct(backend, logits):
+        outputs = ops.token_confidence_outputs(logits)
+        options = (metric, temperature, seed, exclude_token_id)
+        if _core.attempt("token_confidence", logits, (*outputs, logits, *options)):
+            return outputs
     checks.choice("backend", backend, _BACKEND_CHOICES)
     checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
     vocab = logits.shape[2]
@@ -323,6 +347,11 @@ def select_tokens(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
+    if ops.is_direct(backend, masked):
+        selected = ops.select_tokens_output(scores, confidence, masked)
+        tensors = (selected, scores, confidence, masked)
+        if _core.attempt("select_tokens", masked, (*tensors, policy, tau, fallback)):
+            return selected
     checks.choice("backend", backend, _BACKEND_CHOICES)
     tau = _check_selection(policy, tau, fallback)
     dtypes = (torch.float32, torch.float64)
@@ -407,6 +436,19 @@ def decode_step(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``. ``tokens`` is untouched then.
     """
+    if ops.is_direct(backend, tokens) and type(logits) is Tensor and logits.dim() == 3:
+        masks: tuple[Tensor | None, ...] = (key_mask, query_mask)
+        if isinstance(layers, Tensor):
+            scores, masks = layers, (None, None)  # the scores are made: there is nothing left to mask
+        else:
+            scores = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
+        outputs = token_ids, confidence, selected = ops.decode_step_outputs(tokens, scores)
+        tensors = (tokens, scores, *outputs, logits, layers, *masks)
+        choosing = (block, mask_token_id, policy, tau, fallback, metric, temperature, seed, rows, columns)
+        options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, reduction)
+        arguments = (*tensors, *choosing, *options)
+        if not scores.requires_grad and _core.attempt("decode_step", tokens, arguments):
+            return StepResult(tokens, token_ids, confidence, scores, selected)
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.choice("rows", rows, ("all", "masked"))
     checks.choice("reduction", reduction, _REDUCTIONS)
@@ -425,14 +467,14 @@ def decode_step(
     q: list[Tensor] = []
     k: list[Tensor] = []
     lse: list[Tensor] = []
-    column_start, column_stop, start = lo, hi, 0
+    column_start, column_stop, start, headdim = lo, hi, 0, 1
     if isinstance(layers, Tensor):
         scores = _output(layers, tokens, "[B, C]", (batch, count), name="layers")
         key_mask = query_mask = None  # the scores are made: there is nothing left to mask
     else:
         q, k, lse = _check_layers(layers, tokens, softmax_scope)
         _check_masks(q[0], k[0], key_mask, query_mask)
-        n_rows, n_keys = q[0].shape[2], k[0].shape[2]
+        (n_rows, headdim), n_keys = q[0].shape[2:], k[0].shape[2]
         column_start, column_stop = checks.span(
             "columns", block if columns is None else columns, n_keys, "key positions (N)"
         )
@@ -466,7 +508,7 @@ def decode_step(
         column_start,
         column_stop,
         start,
-        softmax_scale,
+        headdim**-0.5 if softmax_scale is None else float(softmax_scale),
         lse_base,
         causal,
         softmax_scope,
@@ -481,6 +523,21 @@ def decode_step(
         backend,
     )
     return StepResult(tokens, token_ids, confidence, scores, selected)
+
+
+def _is_direct(backend: str, q: Any, k: Any, out: Any) -> bool:
+    """Whether an attention function may go the direct way."""
+    return (
+        ops.is_direct(backend, q)
+        and type(k) is Tensor
+        and q.dim() == k.dim() == 4
+        and (out is None or (type(out) is Tensor and not out.requires_grad))
+    )
+
+
+def _new_output(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
+    """float32 [B, *sizes] or, per head, [B, Hq, *sizes]."""
+    return q.new_empty(*q.shape[: 2 if per_head else 1], *sizes, dtype=torch.float32)
 
 
 def _output(

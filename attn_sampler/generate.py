@@ -113,6 +113,7 @@ def generate(
     keep_layers
         True reduces all layers in one call at the end of the forward pass, where their masks allow it, and
         holds their queries until then; False reduces each layer in the pass, which needs no memory for them.
+        Policies that read an attention map always keep them.
     backend
         As in ``column_scores``.
     progress, trace, on_step
@@ -144,8 +145,9 @@ def generate(
         checks.flag(name, flag)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step: expected a callable, got {type(on_step).__name__}")
+    keep = keep_layers or chosen.needs_map
     capture = AttentionCapture(
-        layers=layers, keep=keep_layers, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
+        layers=layers, keep=keep, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
     )
     tokens, visible = _prompts(model, prompt_ids, attention_mask, mask_token_id, eos_token_id, pad_token_id)
     prompt_length = tokens.shape[1]
@@ -179,7 +181,9 @@ def generate(
                 with capture if chosen.needs_scores else contextlib.nullcontext():
                     output = model(batch, attention_mask=mask) if padded else model(batch)
                 between = time.perf_counter()
-                attention, score_options = capture.step_input() if chosen.needs_scores else (None, {})
+                attention, score_options = (
+                    capture.step_input(chosen.needs_map) if chosen.needs_scores else (None, {})
+                )
                 result = chosen.step(
                     batch,
                     _block_logits(output, batch, block, logit_shift, mask_token_id),

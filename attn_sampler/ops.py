@@ -3,6 +3,8 @@
 One operator for each function, opaque to torch.compile, with a schema that says what it writes. The
 signatures are explicit and positional; ``attn_sampler.functional`` fills them in. A backend is a module (or
 class) with the same functions, writing into tensors that are allocated here.
+
+Most calls need no operator: ``is_direct`` tells which may go straight to the extension.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from attn_sampler import _core, reference
-from attn_sampler.backends import TRITON_MODULE, choose_backend
+from attn_sampler.backends import TRITON_MODULE, choose_backend, names_extension
 
 _ATTENTION = (
     "Tensor q, Tensor k, Tensor? softmax_lse, Tensor? key_mask, Tensor? query_mask, "
@@ -38,7 +41,7 @@ for _schema in (
     "decode_step(Tensor(a!) tokens, Tensor(b!) scores, Tensor logits, Tensor[] q, Tensor[] k, "
     "Tensor[] softmax_lse, Tensor? key_mask, Tensor? query_mask, Tensor? seeds, "
     "SymInt block_start, SymInt block_stop, SymInt mask_token_id, bool masked_rows_only, "
-    "SymInt column_start, SymInt column_stop, SymInt query_start, float? softmax_scale, "
+    "SymInt column_start, SymInt column_stop, SymInt query_start, float softmax_scale, "
     "str lse_base, bool causal, str softmax_scope, bool diagonal, str reduction, str metric, "
     "float temperature, SymInt seed, str policy, float tau, str fallback, str backend) "
     "-> (Tensor token_ids, Tensor confidence, Tensor selected)",
@@ -206,7 +209,7 @@ class _Reference:
         column_start: int,
         column_stop: int,
         query_start: int,
-        softmax_scale: float | None,
+        softmax_scale: float,
         lse_base: str,
         causal: bool,
         softmax_scope: str,
@@ -251,6 +254,27 @@ class _Reference:
             scores.copy_(result.scores)
 
 
+def is_direct(backend: str, tensor: Any) -> bool:
+    """Whether a call may go straight to the extension: that is the backend for this plain tensor, and nothing
+    is at work that has to see a torch operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and _core.READS_TENSORS
+        and type(tensor) is Tensor
+        and names_extension(backend, tensor)
+        and not torch._C._len_torch_dispatch_stack()
+        and (not torch._C._len_torch_function_stack() or _modes_only_choose_devices())
+        and not torch._C._autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _modes_only_choose_devices() -> bool:
+    """Whether every mode is that of torch.set_default_device, which is about new tensors alone."""
+    count = torch._C._len_torch_function_stack()
+    return all(type(torch._C._get_function_stack_at(i)) is DeviceContext for i in range(count))
+
+
 def implementation(backend: str) -> Any:
     """The module or class whose functions write a backend's results into tensors they are given."""
     if backend == "triton":
@@ -274,24 +298,26 @@ def _attention_map(out: Tensor, q: Tensor, k: Tensor, *arguments: Any) -> None:
 
 def _token_confidence(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *rest, backend = arguments
-    outputs = _token_confidence_outputs(logits)
+    outputs = token_confidence_outputs(logits)
     _chosen("token_confidence", backend, logits)(*outputs, logits, *rest)
     return outputs
 
 
-def _token_confidence_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    shape = logits.shape[:2]
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
+def token_confidence_outputs(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """token_ids and confidence."""
+    confidence = logits.new_empty(*logits.shape[:2], dtype=torch.float32)
+    return torch.empty_like(confidence, dtype=torch.int64), confidence
 
 
 def _select_tokens(scores: Tensor, confidence: Tensor, masked: Tensor, *arguments: Any) -> Tensor:
     *rest, backend = arguments
-    selected = _select_tokens_output(scores, confidence, masked)
+    selected = select_tokens_output(scores, confidence, masked)
     _chosen("select_tokens", backend, scores, confidence)(selected, scores, confidence, masked, *rest)
     return selected
 
 
-def _select_tokens_output(scores: Tensor, confidence: Tensor, masked: Tensor, *_: Any) -> Tensor:
+def select_tokens_output(scores: Tensor, confidence: Tensor, masked: Tensor, *_: Any) -> Tensor:
+    """selected."""
     return masked.new_empty(masked.shape)
 
 
@@ -299,23 +325,23 @@ def _decode_step(
     tokens: Tensor, scores: Tensor, logits: Tensor, q: list[Tensor], k: list[Tensor], *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *rest, backend = arguments
-    outputs = _decode_step_outputs(tokens, scores, logits)
+    outputs = decode_step_outputs(tokens, scores)
     _chosen("decode_step", backend, logits, *q, *k)(tokens, scores, *outputs, logits, q, k, *rest)
     return outputs
 
 
-def _decode_step_outputs(
-    tokens: Tensor, scores: Tensor, logits: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_token_confidence_outputs(logits), logits.new_empty(logits.shape[:2], dtype=torch.bool))
+def decode_step_outputs(tokens: Tensor, scores: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """token_ids, confidence and selected."""
+    new = functools.partial(torch.empty_like, scores, memory_format=torch.contiguous_format)
+    return new(dtype=torch.int64), new(), new(dtype=torch.bool)
 
 
 for _name, _run, _fake in (
     ("column_scores", _column_scores, lambda *_: None),
     ("attention_map", _attention_map, lambda *_: None),
-    ("token_confidence", _token_confidence, _token_confidence_outputs),
-    ("select_tokens", _select_tokens, _select_tokens_output),
-    ("decode_step", _decode_step, _decode_step_outputs),
+    ("token_confidence", _token_confidence, token_confidence_outputs),
+    ("select_tokens", _select_tokens, select_tokens_output),
+    ("decode_step", _decode_step, decode_step_outputs),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")

@@ -258,7 +258,11 @@ def gumbel_noise(shape: Sequence[int], seed: int | Tensor, device: torch.device)
     group = torch.arange(groups, device=device)[None, None, :]
     position = torch.arange(positions, device=device)[None, :, None]
     words = torch.stack(philox(key, group, position), dim=-1)  # [B, C, groups, 4]
-    words = words.reshape(batch, positions, groups * 4)[..., :vocab]
+    return gumbel(words.reshape(batch, positions, groups * 4)[..., :vocab])
+
+
+def gumbel(words: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, of 32-bit random words."""
     w = (words.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24)
     u = 1.0 - w
     exponential = (w - (1.0 - u)) + _exact_neg_log(u)  # what rounding took off 1 - w, put back

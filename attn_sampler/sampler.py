@@ -3,7 +3,8 @@
 A policy is a small object with ``select``, which sees one step's state and answers a boolean [B, C]. All of
 them are vectorised over the batch and the block and stay on the device. ``POLICIES`` names them;
 ``make_policy("threshold", tau=0.95)`` builds one; ``register_policy`` adds another. One of your own is a
-subclass of ``Policy`` with ``select`` (and ``needs_scores = True`` where it reads the attention received).
+subclass of ``Policy`` with ``select`` (and ``needs_scores = True`` where it reads the attention received;
+``needs_map = True`` too where it reads the block's attention map, as the rules in ``dependency`` do).
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ class StepState:
     masked: Tensor  # [B, C] bool, the positions still to fill
     token_ids: Tensor  # [B, C] int64, the prediction for each
     confidence: Tensor  # [B, C] float32, in the policy's metric
-    scores: Tensor | None  # [B, C] float32 column scores, where the policy asks for them
+    scores: Tensor | None  # [B, C] float32 column scores, where the policy asks for attention
     logits: Tensor  # [B, C, V]
     mask_token_id: int
     sequence: Tensor  # [B] int64, which sequence of the whole batch each row is
     seeds: Tensor  # [B] int64, a fresh random stream for each row in each step
     backend: str = "auto"  # what library functions called by the policy should run on
+    attention_map: Tensor | None = None  # [B, C, C] float32, rows = queries, where the policy asks for it
 
 
 class Policy(abc.ABC):
@@ -47,6 +49,8 @@ class Policy(abc.ABC):
     metric: ClassVar[str] = "probability"
     #: Whether ``select`` reads column scores, so that attention has to be captured.
     needs_scores: ClassVar[bool] = False
+    #: Whether ``select`` reads the block's attention map; goes with ``needs_scores = True``.
+    needs_map: ClassVar[bool] = False
 
     def reset(self) -> None:  # noqa: B027  (optional: most rules carry nothing over)
         """Forget what was carried over from earlier steps; called before each block."""
@@ -79,7 +83,9 @@ class Policy(abc.ABC):
             ``[B, C, V]``, the predictions for the C positions of ``block``.
         attention
             Column scores, float32 ``[B, C]``, or captured layers with their ``score_options``, as
-            ``AttentionCapture.step_input`` gives them; None for a policy that needs no scores.
+            ``AttentionCapture.step_input`` gives them; the block's map, float32 ``[B, C, C]``, as
+            ``AttentionCapture.attention_map`` gives it, for a policy that needs that (its column sums are
+            the scores then); None for a policy that needs no attention.
         block, mask_token_id, temperature, backend
             As in ``decode_step``.
         sequence
@@ -95,6 +101,12 @@ class Policy(abc.ABC):
         block_tokens = tokens[:, block]
         masked = block_tokens == mask_token_id
         scores = attention if isinstance(attention, Tensor) else None
+        attention_map = None
+        if self.needs_map:
+            if scores is None:
+                raise ValueError("attention: expected the block's attention map [B, C, C]")
+            checks.shape("attention", scores, "[B, C, C]", (*masked.shape, masked.shape[1]))
+            attention_map, scores = scores, scores.sum(dim=1)
         if scores is None:
             for q, k, softmax_lse in attention or ():
                 scores = column_scores(
@@ -109,7 +121,16 @@ class Policy(abc.ABC):
             backend=backend,
         )
         state = StepState(
-            masked, token_ids, confidence, scores, logits, mask_token_id, sequence, seeds, backend
+            masked,
+            token_ids,
+            confidence,
+            scores,
+            logits,
+            mask_token_id,
+            sequence,
+            seeds,
+            backend,
+            attention_map,
         )
         selected = masked & self.select(state)
         block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
@@ -124,7 +145,8 @@ class AttnSampler(Policy):
 
     ``mode="parallel"`` commits by the dynamic attention threshold at confidence ``tau``; ``"sequential"`` the
     one position of the largest score. ``fallback`` is what a parallel step without a passing position
-    commits by. The step is one ``decode_step`` call.
+    commits by. ``threshold`` is which statistic of the unconfident positions' scores the dynamic threshold
+    is: their ``"max"`` (the paper's), in one ``decode_step`` call, or their ``"mean"``, in plain PyTorch.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -132,14 +154,20 @@ class AttnSampler(Policy):
     mode: str = "parallel"
     tau: float = 0.9
     fallback: str = "confidence"
+    threshold: str = "max"
 
     def __post_init__(self) -> None:
         checks.choice("mode", self.mode, ("parallel", "sequential"))
         checks.unit_interval("tau", self.tau)
         checks.choice("fallback", self.fallback, ("confidence", "score"))
+        checks.choice("threshold", self.threshold, ("max", "mean"))
+        if self.mode == "sequential" and self.threshold == "mean":
+            raise ValueError("threshold: 'mean' goes with mode='parallel': the sequential rule has none")
 
     def select(self, state: StepState) -> Tensor:
         assert state.scores is not None
+        if self.threshold == "mean":
+            return self._select_above_mean(state.scores, state)
         return select_tokens(
             state.scores,
             state.confidence,
@@ -149,6 +177,18 @@ class AttnSampler(Policy):
             fallback=self.fallback,
             backend=state.backend,
         )
+
+    def _select_above_mean(self, scores: Tensor, state: StepState) -> Tensor:
+        scored = state.masked & ~scores.isnan()
+        high = scored & (state.confidence >= self.tau)
+        low = scored & ~high
+        # Of no position: 0 / 0, which is above no score, so the threshold is dropped.
+        theta = scores.to(torch.float64).masked_fill(~low, 0.0).sum(dim=1, keepdim=True) / low.sum(
+            dim=1, keepdim=True
+        )
+        selected = high & ~(scores <= theta)
+        value = state.confidence if self.fallback == "confidence" else scores
+        return torch.where(selected.any(dim=1, keepdim=True), selected, top_positions(value, scored, 1))
 
     def step(
         self,
@@ -163,6 +203,8 @@ class AttnSampler(Policy):
         """As ``Policy.step``, in one ``decode_step`` call."""
         if attention is None:
             raise ValueError("attention: expected column scores or captured layers, got None")
+        if self.threshold == "mean":
+            return super().step(tokens, logits, attention, sequence=sequence, seeds=seeds, **options)
         return decode_step(
             tokens,
             logits,
@@ -180,11 +222,33 @@ class RandomOrder(Policy):
     """One uniformly random masked position a step."""
 
     def select(self, state: StepState) -> Tensor:
-        position = torch.arange(state.masked.shape[1], device=state.masked.device)
-        # A group far above any token's keeps these words apart from those that sample tokens.
-        group = torch.full_like(position, (1 << 32) - 1)
-        word = philox(state.seeds[:, None], group[None, :], position[None, :])[0]
-        return _top(word.to(torch.float64), state.masked, 1)
+        return top_positions(_random_words(state), state.masked, 1)
+
+
+@dataclasses.dataclass
+class RandomScores(Policy):
+    """A control for Attn-Sampler: its dynamic threshold over scores drawn at random in each step.
+
+    What it gains over the confidence rules is the threshold's doing, and what Attn-Sampler gains over it the
+    attention's.
+    """
+
+    tau: float = 0.9
+    fallback: str = "confidence"
+
+    def __post_init__(self) -> None:
+        checks.unit_interval("tau", self.tau)
+        checks.choice("fallback", self.fallback, ("confidence", "score"))
+
+    def select(self, state: StepState) -> Tensor:
+        return select_tokens(
+            _random_words(state).to(state.confidence.dtype),
+            state.confidence,
+            state.masked,
+            tau=self.tau,
+            fallback=self.fallback,
+            backend=state.backend,
+        )
 
 
 @dataclasses.dataclass
@@ -205,7 +269,7 @@ class Confidence(Policy):
         checks.integer("count", self.count, 1)
 
     def select(self, state: StepState) -> Tensor:
-        return _top(state.confidence, state.masked, self.count)
+        return top_positions(state.confidence, state.masked, self.count)
 
 
 @dataclasses.dataclass
@@ -233,7 +297,7 @@ class Threshold(Policy):
 
     def select(self, state: StepState) -> Tensor:
         passing = state.masked & (state.confidence >= self.tau)
-        return passing | _top(state.confidence, state.masked, 1)
+        return passing | top_positions(state.confidence, state.masked, 1)
 
 
 @dataclasses.dataclass
@@ -249,7 +313,7 @@ class Factor(Policy):
         checks.non_negative("factor", self.factor)
 
     def select(self, state: StepState) -> Tensor:
-        p, order = _ranked(state.confidence, state.masked)
+        p, order = ranked_positions(state.confidence, state.masked)
         n = torch.arange(1, p.shape[1] + 1, device=p.device)
         return _prefix(p >= 1.0 - self.factor / (n + 1).to(torch.float64), order, state.masked)
 
@@ -270,7 +334,7 @@ class EBSampler(Policy):
         checks.non_negative("gamma", self.gamma)
 
     def select(self, state: StepState) -> Tensor:
-        negated, order = _ranked(state.confidence, state.masked)
+        negated, order = ranked_positions(state.confidence, state.masked)
         # Undefined entropies stand at the end of the masked positions, and infinite ones beyond.
         defined = negated > torch.finfo(negated.dtype).min
         entropy = torch.where(defined, -negated, 0.0).to(torch.float64)
@@ -315,7 +379,7 @@ class KLASS(Policy):
             settled = torch.where(terms.sum(dim=-1) < self.kl, last_settled[still] + 1, 0)
         self._last = (state.sequence, log_p, settled)
         passing = state.masked & (state.confidence >= self.tau) & (settled >= self.history)
-        return passing | _top(state.confidence, state.masked & ~passing.any(dim=1)[:, None], 1)
+        return passing | top_positions(state.confidence, state.masked & ~passing.any(dim=1)[:, None], 1)
 
 
 @dataclasses.dataclass
@@ -333,14 +397,22 @@ class PARD(Policy):
         return prefix | (state.masked & (state.masked.cumsum(dim=1) == 1))
 
 
-def _top(value: Tensor, masked: Tensor, count: int) -> Tensor:
+def _random_words(state: StepState) -> Tensor:
+    """A uniform 32-bit word for each position, float64 [B, C], fresh in each step."""
+    position = torch.arange(state.masked.shape[1], device=state.masked.device)
+    # A group far above any token's keeps these words apart from those that sample tokens.
+    group = torch.full_like(position, (1 << 32) - 1)
+    return philox(state.seeds[:, None], group[None, :], position[None, :])[0].to(torch.float64)
+
+
+def top_positions(value: Tensor, masked: Tensor, count: int) -> Tensor:
     """The ``count`` masked positions of the largest value; the lower position on ties, NaN last."""
-    _, order = _ranked(value, masked)
+    _, order = ranked_positions(value, masked)
     rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return masked & torch.zeros_like(masked).scatter(1, order, rank < count)
 
 
-def _ranked(value: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+def ranked_positions(value: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
     """Values of the masked positions in descending order, and the positions; -inf behind them."""
     value = value.masked_fill(value.isnan(), torch.finfo(value.dtype).min)
     return value.masked_fill(~masked, -torch.inf).sort(dim=1, descending=True, stable=True)
@@ -358,6 +430,7 @@ POLICIES: dict[str, Callable[..., Policy] | str] = {
     "attn": AttnSampler,
     "attn-parallel": "attn",
     "attn-sequential": lambda **options: AttnSampler(mode="sequential", **options),
+    "attn-random": RandomScores,
     "random": RandomOrder,
     "left-to-right": LeftToRight,
     "confidence": Confidence,

@@ -125,6 +125,31 @@ void check_like(const char *name, const Tensor *t, int dtype, std::initializer_l
         check_size(name, t, i++, size);
 }
 
+/* A tensor to be written: its elements are apart in memory. */
+void check_apart(const char *name, const Tensor *t) {
+    for (int i = 0; i < t->ndim; ++i)
+        if (t->shape[i] == 0)
+            return;
+    for (int i = 0; i < t->ndim; ++i) {
+        if (t->shape[i] < 2)
+            continue;
+        /* A stride steps over all that the dimensions of smaller strides reach; of equal ones, none can. */
+        int64_t reach = 0;
+        for (int j = 0; j < t->ndim; ++j)
+            if (t->shape[j] > 1 && j != i && t->stride[j] <= t->stride[i])
+                reach += (t->shape[j] - 1) * t->stride[j];
+        if (t->stride[i] <= reach)
+            fail(ATTN_SAMPLER_INVALID_ARGUMENT,
+                 "%s: expected elements that are apart in memory, got stride %lld in dimension %d", name,
+                 static_cast<long long>(t->stride[i]), i);
+    }
+}
+
+void check_output(const char *name, const Tensor *t, int dtype, std::initializer_list<int64_t> shape) {
+    check_like(name, t, dtype, shape);
+    check_apart(name, t);
+}
+
 void check_choice(const char *name, int value, int count) {
     if (value < 0 || value >= count)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "%s: expected 0 to %d, got %d", name, count - 1, value);
@@ -214,8 +239,10 @@ AttentionProblem check_attention(const Tensor *q, const Tensor *k, const Tensor 
     check_choice("params.diagonal", params.diagonal, 2);
     check_choice("params.per_head", params.per_head, 2);
     check_choice("params.accumulate", params.accumulate, 2);
-    if (!std::isfinite(params.softmax_scale))
-        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "params.softmax_scale: expected a finite number, got %g",
+    /* It is multiplied by log2(e), in float32. */
+    if (!(std::fabs(params.softmax_scale) <= 2.35e38))
+        fail(ATTN_SAMPLER_INVALID_ARGUMENT,
+             "params.softmax_scale: expected a finite number of magnitude up to 2.35e+38, got %g",
              params.softmax_scale);
     /* Row positions are sums with query_start; this bound keeps them far from overflow. */
     if (params.query_start > INT64_MAX / 2 || params.query_start < INT64_MIN / 2)
@@ -258,8 +285,8 @@ ConfidenceProblem check_confidence(const Tensor *logits, const Tensor *seeds,
     if (tokens < 1)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "logits: expected a vocabulary of at least one token to choose");
     check_like("seeds", seeds, ATTN_SAMPLER_INT64, {p.batch}, true);
-    check_like("token_ids", token_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
-    check_like("confidence", confidence, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
+    check_output("token_ids", token_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
+    check_output("confidence", confidence, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
     check_choice("params.metric", params.metric, 3);
     /* Logits are multiplied by its inverse, in float32. */
     if (!(params.temperature == 0.0 || (params.temperature >= 0x1p-120 && std::isfinite(params.temperature))))
@@ -325,10 +352,10 @@ void column_scores(const Tensor *q, const Tensor *k, const Tensor *lse, const Te
     AttentionProblem p = check_attention(q, k, lse, key_mask, query_mask, *params, check_exec(exec));
     const int64_t columns = params->column_stop - params->column_start;
     if (params->per_head) {
-        check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, columns});
+        check_output("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, columns});
         p.out_stride[1] = out->stride[1];
     } else {
-        check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, columns});
+        check_output("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, columns});
     }
     p.out = static_cast<float *>(out->data);
     p.out_stride[0] = out->stride[0];
@@ -346,10 +373,10 @@ void attention_map(const Tensor *q, const Tensor *k, const Tensor *lse, const Te
     const int64_t rows = params->row_stop - params->row_start;
     const int64_t columns = params->column_stop - params->column_start;
     if (params->per_head) {
-        check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, rows, columns});
+        check_output("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, rows, columns});
         p.out_stride[1] = out->stride[1];
     } else {
-        check_like("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, rows, columns});
+        check_output("out", out, ATTN_SAMPLER_FLOAT32, {p.batch, rows, columns});
     }
     p.out = static_cast<float *>(out->data);
     p.out_stride[0] = out->stride[0];
@@ -380,7 +407,7 @@ void select(const Tensor *scores, const Tensor *confidence, const Tensor *masked
     const int64_t batch = scores->shape[0], columns = scores->shape[1];
     check_like("confidence", confidence, ATTN_SAMPLER_FLOAT32, {batch, columns});
     check_like("masked", masked, ATTN_SAMPLER_BOOL, {batch, columns});
-    check_like("selected", selected, ATTN_SAMPLER_BOOL, {batch, columns});
+    check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, columns});
     cuda::SelectProblem p = select_problem(scores, confidence, selected, *params);
     p.masked = static_cast<const uint8_t *>(masked->data);
     copy_strides(masked, p.masked_stride, 2);
@@ -399,6 +426,7 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     const int num_threads = check_exec(exec);
     check_tensor("tokens", tokens, 2);
     check_dtype("tokens", tokens, ATTN_SAMPLER_INT64);
+    check_apart("tokens", tokens);
     check_range("params.block", params->block_start, params->block_stop, tokens->shape[1]);
     const int64_t batch = tokens->shape[0], block = params->block_stop - params->block_start;
     check_tensor("logits", logits, 3);
@@ -412,8 +440,8 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     const ConfidenceProblem predict =
         check_confidence(logits, seeds, confidence_params, token_ids, confidence, num_threads);
     check_select_params(params->select);
-    check_like("scores", scores, ATTN_SAMPLER_FLOAT32, {batch, block});
-    check_like("selected", selected, ATTN_SAMPLER_BOOL, {batch, block});
+    check_output("scores", scores, ATTN_SAMPLER_FLOAT32, {batch, block});
+    check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, block});
     check_choice("params.masked_rows_only", params->masked_rows_only, 2);
     if (num_layers < 0 || (num_layers > 0 && layers == nullptr))
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "layers: expected an address and a count >= 0");
@@ -422,6 +450,7 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     attention.per_head = 0;
     attention.accumulate = 1;
     std::vector<AttentionProblem> problems;
+    problems.reserve(static_cast<size_t>(num_layers));
     for (int64_t i = 0; i < num_layers; ++i) {
         try {
             problems.push_back(check_attention(layers[i].q, layers[i].k, layers[i].softmax_lse, key_mask,
@@ -470,6 +499,8 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     if (masked_rows_only && batch > 0)
         step.row_tokens = &element<int64_t>(*tokens, 0, first_row);
     dispatch(exec, workspace, cuda::decode_step, step, [&] {
+        if (batch == 0)
+            return;
         std::vector<uint8_t> masked_rows;
         if (masked_rows_only) {
             const int64_t rows = problems[0].n_rows;

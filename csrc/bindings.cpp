@@ -1,50 +1,241 @@
 /* Python module attn_sampler._C: the C API for attn_sampler/_core.py, its only caller.
  *
- * A tensor arrives as (address, dtype, shape, strides) or None; the global interpreter lock is released while
- * a kernel runs.
+ * Its functions take what the public functions of attn_sampler/functional.py take, and the outputs. What they
+ * do not take as it is, they refuse before anything runs: the caller then goes the long way, which serves it
+ * or says what is wrong with it. The global interpreter lock is released while a kernel runs.
  */
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
+#include <cmath>
+#include <stdexcept>
 #include <vector>
 
 #include "attn_sampler.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 
 namespace {
 
-/* A view of a tensor that the caller keeps alive. */
-struct View {
-    attn_sampler_tensor tensor{};
-    bool given = false;
-
-    explicit View(py::handle source) {
-        if (source.is_none())
-            return;
-        const py::tuple fields = py::reinterpret_borrow<py::tuple>(source);
-        const py::tuple shape = fields[2], stride = fields[3];
-        if (shape.size() > 4)
-            throw py::value_error("expected a tensor of at most 4 dimensions");
-        tensor.data = reinterpret_cast<void *>(fields[0].cast<uintptr_t>());
-        tensor.dtype = fields[1].cast<int32_t>();
-        tensor.ndim = static_cast<int32_t>(shape.size());
-        for (size_t i = 0; i < shape.size(); ++i) {
-            tensor.shape[i] = shape[i].cast<int64_t>();
-            tensor.stride[i] = stride[i].cast<int64_t>();
-        }
-        given = true;
-    }
-
-    const attn_sampler_tensor *get() const { return given ? &tensor : nullptr; }
+/* Nothing has been run. */
+struct Refused : std::runtime_error {
+    using std::runtime_error::runtime_error;
 };
 
-std::vector<View> views(const py::list &sources) {
-    std::vector<View> result;
-    result.reserve(sources.size());
-    for (const py::handle source : sources)
-        result.emplace_back(source);
+/* How tensors of one exact type are read; the type is null where its library has no such way. */
+struct {
+    PyTypeObject *type = nullptr;
+    int (*read)(void *py_object, DLTensor *out) = nullptr;
+} exchange;
+
+bool read_tensors_of(const py::type &type) {
+    const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
+        return false;
+    const auto *const api =
+        static_cast<DLPackExchangeAPI *>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api->header.version.major != 1 || api->dltensor_from_py_object_no_sync == nullptr)
+        return false;
+    exchange = {reinterpret_cast<PyTypeObject *>(type.ptr()), api->dltensor_from_py_object_no_sync};
+    return true;
+}
+
+int32_t dtype_of(DLDataType dtype) {
+    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32)
+        return ATTN_SAMPLER_FLOAT32;
+    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16)
+        return ATTN_SAMPLER_FLOAT16;
+    if (dtype.lanes == 1 && dtype.code == kDLBfloat && dtype.bits == 16)
+        return ATTN_SAMPLER_BFLOAT16;
+    if (dtype.lanes == 1 && dtype.code == kDLInt && dtype.bits == 64)
+        return ATTN_SAMPLER_INT64;
+    if (dtype.lanes == 1 && dtype.code == kDLBool && dtype.bits == 8)
+        return ATTN_SAMPLER_BOOL;
+    throw Refused("a tensor has a dtype that no kernel takes");
+}
+
+/* Views of the tensors of one call, which the caller keeps alive. Those that say where they are, are on one
+ * device. */
+class Views {
+  public:
+    /* Room for so many, whose addresses stay. */
+    explicit Views(size_t count) { views_.reserve(count); }
+
+    /* Null for None. */
+    const attn_sampler_tensor *optional(py::handle source) {
+        return source.is_none() ? nullptr : (*this)(source);
+    }
+
+    /* Of a tensor of the type that is read, or of its (address, dtype, shape, strides). */
+    const attn_sampler_tensor *operator()(py::handle source) {
+        views_.emplace_back();
+        if (Py_TYPE(source.ptr()) == exchange.type)
+            read(source, &views_.back());
+        else if (PyTuple_CheckExact(source.ptr()))
+            unpack(py::reinterpret_borrow<py::tuple>(source), &views_.back());
+        else
+            throw Refused("a tensor is not of the plain type");
+        return &views_.back();
+    }
+
+  private:
+    void read(py::handle source, attn_sampler_tensor *view) {
+        DLTensor tensor;
+        if (exchange.read(source.ptr(), &tensor) != 0) {
+            PyErr_Clear();
+            throw Refused("a tensor has no plain memory");
+        }
+        if (device_.device_type == 0)
+            device_ = tensor.device;
+        if (tensor.device.device_type != device_.device_type || tensor.device.device_id != device_.device_id)
+            throw Refused("the tensors are on different devices");
+        set_dimensions(tensor.ndim, view);
+        view->data = static_cast<char *>(tensor.data) + tensor.byte_offset;
+        view->dtype = dtype_of(tensor.dtype);
+        bool has_unit_stride = false;
+        for (int i = 0; i < tensor.ndim; ++i) {
+            view->shape[i] = tensor.shape[i];
+            view->stride[i] = tensor.strides[i];
+            has_unit_stride |= tensor.strides[i] == 1 && tensor.shape[i] > 1;
+        }
+        /* An imaginary part may stand for the negated contents of its memory. All its strides are even. */
+        if (!has_unit_stride && source.attr("is_neg")().cast<bool>())
+            throw Refused("a tensor is the negative of its memory");
+    }
+
+    static void unpack(const py::tuple &fields, attn_sampler_tensor *view) {
+        const py::tuple shape = fields[2], stride = fields[3];
+        set_dimensions(static_cast<int64_t>(shape.size()), view);
+        view->data = reinterpret_cast<void *>(fields[0].cast<uintptr_t>());
+        view->dtype = fields[1].cast<int32_t>();
+        for (size_t i = 0; i < shape.size(); ++i) {
+            view->shape[i] = shape[i].cast<int64_t>();
+            view->stride[i] = stride[i].cast<int64_t>();
+        }
+    }
+
+    static void set_dimensions(int64_t count, attn_sampler_tensor *view) {
+        if (count > 4)
+            throw Refused("a tensor has more than 4 dimensions");
+        view->ndim = static_cast<int32_t>(count);
+    }
+
+    std::vector<attn_sampler_tensor> views_;
+    DLDevice device_{}; /* its type is 0 as long as no tensor has said it */
+};
+
+/* The items of a list or tuple, one at least. */
+struct Items {
+    PyObject *sequence;
+
+    explicit Items(py::handle source) : sequence(source.ptr()) {
+        if (!PyList_Check(sequence) && !PyTuple_Check(sequence))
+            throw Refused("expected a list or a tuple");
+        if (size() == 0)
+            throw Refused("expected at least one item");
+    }
+    size_t size() const { return static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)); }
+    py::handle operator[](size_t i) const { return PySequence_Fast_GET_ITEM(sequence, i); }
+};
+
+bool flag(py::handle value) {
+    if (value.ptr() != Py_True && value.ptr() != Py_False)
+        throw Refused("expected True or False");
+    return value.ptr() == Py_True;
+}
+
+int64_t integer(py::handle value) {
+    int overflow = 0;
+    const int64_t result =
+        PyLong_CheckExact(value.ptr()) ? PyLong_AsLongLongAndOverflow(value.ptr(), &overflow) : 0;
+    if (!PyLong_CheckExact(value.ptr()) || overflow != 0)
+        throw Refused("expected an integer of 64 bits");
     return result;
+}
+
+double number(py::handle value) {
+    return PyFloat_CheckExact(value.ptr()) ? PyFloat_AS_DOUBLE(value.ptr())
+                                           : static_cast<double>(integer(value));
+}
+
+/* The place of a word in a list of words, which are in the order of an enumeration of the C API. */
+int32_t choice(py::handle value, std::initializer_list<const char *> words) {
+    int32_t place = 0;
+    for (const char *const word : words) {
+        if (PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), word) == 0)
+            return place;
+        ++place;
+    }
+    throw Refused("expected one of a few words");
+}
+
+struct Span {
+    int64_t start, stop;
+};
+
+/* The bounds of a slice of step 1; all of it for None. That they lie inside is for the C API to check. */
+Span span(py::handle value, int64_t length) {
+    if (value.is_none())
+        return {0, length};
+    if (!PySlice_Check(value.ptr()))
+        throw Refused("expected a slice");
+    const auto *const slice = reinterpret_cast<PySliceObject *>(value.ptr());
+    if (slice->step != Py_None && integer(slice->step) != 1)
+        throw Refused("expected a slice of step 1");
+    Span result = {slice->start == Py_None ? 0 : integer(slice->start),
+                   slice->stop == Py_None ? length : integer(slice->stop)};
+    result.start += result.start < 0 ? length : 0;
+    result.stop += result.stop < 0 ? length : 0;
+    return result;
+}
+
+/* What the attention functions have in common. */
+attn_sampler_attention_params attention_params(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
+                                               py::handle columns, py::handle lse_base,
+                                               py::handle softmax_scale, py::handle causal,
+                                               py::handle query_start, py::handle softmax_scope,
+                                               py::handle diagonal) {
+    attn_sampler_attention_params params{};
+    const Span key_positions = span(columns, k->shape[2]);
+    params.column_start = key_positions.start;
+    params.column_stop = key_positions.stop;
+    params.lse_base = choice(lse_base, {"e", "2"});
+    params.softmax_scale =
+        softmax_scale.is_none() ? std::pow(static_cast<double>(q->shape[3]), -0.5) : number(softmax_scale);
+    params.causal = flag(causal);
+    params.query_start = query_start.is_none() ? k->shape[2] - q->shape[2] : integer(query_start);
+    params.softmax_scope = choice(softmax_scope, {"sequence", "block"});
+    params.diagonal = flag(diagonal);
+    return params;
+}
+
+int32_t reduction_of(py::handle value) { return choice(value, {"sum", "mean", "max"}); }
+
+/* `seed` is an integer, or a tensor with a stream for each row, or None where nothing is sampled. */
+attn_sampler_confidence_params confidence_params(py::handle metric, py::handle temperature, py::handle seed,
+                                                 Views &view, const attn_sampler_tensor **seeds) {
+    attn_sampler_confidence_params params{};
+    params.metric = choice(metric, {"probability", "margin", "entropy"});
+    params.temperature = number(temperature);
+    params.exclude_token_id = -1;
+    if (PyLong_CheckExact(seed.ptr())) {
+        /* The stream is keyed by 64 bits, given signed or unsigned. */
+        params.seed = PyLong_AsUnsignedLongLong(seed.ptr());
+        if (PyErr_Occurred() != nullptr) {
+            PyErr_Clear();
+            params.seed = static_cast<uint64_t>(integer(seed));
+        }
+    } else {
+        *seeds = view.optional(seed);
+        if (*seeds == nullptr && params.temperature > 0.0)
+            throw Refused("expected a seed");
+    }
+    return params;
+}
+
+attn_sampler_select_params select_params(py::handle policy, py::handle tau, py::handle fallback) {
+    return {choice(policy, {"sequential", "parallel"}), choice(fallback, {"confidence", "score"}),
+            number(tau)};
 }
 
 /* Where to run: device, CPU threads, CUDA ordinal, stream, workspace address and size. */
@@ -72,8 +263,8 @@ int64_t run(Call call, Workspace workspace) {
     if (status == ATTN_SAMPLER_OK)
         return bytes;
     const char *const message = attn_sampler_last_error();
-    if (status == ATTN_SAMPLER_INVALID_ARGUMENT)
-        throw py::value_error(message);
+    if (status == ATTN_SAMPLER_INVALID_ARGUMENT || status == ATTN_SAMPLER_UNSUPPORTED)
+        throw Refused(message);
     if (status == ATTN_SAMPLER_OUT_OF_MEMORY) {
         PyErr_SetString(PyExc_MemoryError, message);
         throw py::error_already_set();
@@ -81,121 +272,157 @@ int64_t run(Call call, Workspace workspace) {
     throw std::runtime_error(message);
 }
 
-int64_t column_scores(const py::object &out, const py::object &q, const py::object &k, const py::object &lse,
-                      const py::object &key_mask, const py::object &query_mask, int64_t column_start,
-                      int64_t column_stop, int64_t query_start, double softmax_scale, int lse_base,
-                      bool causal, int softmax_scope, bool diagonal, int reduction, bool per_head,
-                      bool accumulate, const py::tuple &where) {
-    const View out_(out), q_(q), k_(k), lse_(lse), key_mask_(key_mask), query_mask_(query_mask);
-    const attn_sampler_attention_params params = {
-        softmax_scale, column_start,  column_stop, 0,         0,        query_start, lse_base,
-        causal,        softmax_scope, diagonal,    reduction, per_head, accumulate};
+int64_t column_scores(py::handle out, py::handle q, py::handle k, py::handle softmax_lse, py::handle key_mask,
+                      py::handle query_mask, py::handle columns, py::handle lse_base,
+                      py::handle softmax_scale, py::handle causal, py::handle query_start,
+                      py::handle softmax_scope, py::handle diagonal, py::handle reduction,
+                      py::handle per_head, py::handle accumulate, const py::tuple &where) {
+    Views view(6);
+    const auto *const out_ = view(out), *const q_ = view(q), *const k_ = view(k),
+                      *const lse = view.optional(softmax_lse), *const key_mask_ = view.optional(key_mask),
+                      *const query_mask_ = view.optional(query_mask);
+    attn_sampler_attention_params params = attention_params(q_, k_, columns, lse_base, softmax_scale, causal,
+                                                            query_start, softmax_scope, diagonal);
+    params.reduction = reduction_of(reduction);
+    params.per_head = flag(per_head);
+    params.accumulate = flag(accumulate);
     const attn_sampler_exec exec = exec_of(where);
     return run(
-        [&] {
-            return attn_sampler_column_scores(q_.get(), k_.get(), lse_.get(), key_mask_.get(),
-                                              query_mask_.get(), &params, out_.get(), &exec);
-        },
+        [&] { return attn_sampler_column_scores(q_, k_, lse, key_mask_, query_mask_, &params, out_, &exec); },
         [&](int64_t *bytes) {
-            return attn_sampler_column_scores_workspace(q_.get(), k_.get(), lse_.get(), key_mask_.get(),
-                                                        query_mask_.get(), &params, out_.get(), &exec, bytes);
+            return attn_sampler_column_scores_workspace(q_, k_, lse, key_mask_, query_mask_, &params, out_,
+                                                        &exec, bytes);
         });
 }
 
-int64_t attention_map(const py::object &out, const py::object &q, const py::object &k, const py::object &lse,
-                      const py::object &key_mask, const py::object &query_mask, int64_t row_start,
-                      int64_t row_stop, int64_t column_start, int64_t column_stop, int64_t query_start,
-                      double softmax_scale, int lse_base, bool causal, int softmax_scope, bool diagonal,
-                      bool per_head, bool accumulate, const py::tuple &where) {
-    const View out_(out), q_(q), k_(k), lse_(lse), key_mask_(key_mask), query_mask_(query_mask);
-    const attn_sampler_attention_params params = {
-        softmax_scale, column_start,  column_stop, row_start, row_stop, query_start, lse_base,
-        causal,        softmax_scope, diagonal,    0,         per_head, accumulate};
+int64_t attention_map(py::handle out, py::handle q, py::handle k, py::handle softmax_lse, py::handle key_mask,
+                      py::handle query_mask, py::handle rows, py::handle columns, py::handle lse_base,
+                      py::handle softmax_scale, py::handle causal, py::handle query_start,
+                      py::handle softmax_scope, py::handle diagonal, py::handle per_head,
+                      py::handle accumulate, const py::tuple &where) {
+    Views view(6);
+    const auto *const out_ = view(out), *const q_ = view(q), *const k_ = view(k),
+                      *const lse = view.optional(softmax_lse), *const key_mask_ = view.optional(key_mask),
+                      *const query_mask_ = view.optional(query_mask);
+    attn_sampler_attention_params params = attention_params(q_, k_, columns, lse_base, softmax_scale, causal,
+                                                            query_start, softmax_scope, diagonal);
+    const Span query_rows = span(rows, q_->shape[2]);
+    params.row_start = query_rows.start;
+    params.row_stop = query_rows.stop;
+    params.per_head = flag(per_head);
+    params.accumulate = flag(accumulate);
     const attn_sampler_exec exec = exec_of(where);
     return run(
-        [&] {
-            return attn_sampler_attention_map(q_.get(), k_.get(), lse_.get(), key_mask_.get(),
-                                              query_mask_.get(), &params, out_.get(), &exec);
-        },
+        [&] { return attn_sampler_attention_map(q_, k_, lse, key_mask_, query_mask_, &params, out_, &exec); },
         [&](int64_t *bytes) {
-            return attn_sampler_attention_map_workspace(q_.get(), k_.get(), lse_.get(), key_mask_.get(),
-                                                        query_mask_.get(), &params, out_.get(), &exec, bytes);
+            return attn_sampler_attention_map_workspace(q_, k_, lse, key_mask_, query_mask_, &params, out_,
+                                                        &exec, bytes);
         });
 }
 
-int64_t token_confidence(const py::object &token_ids, const py::object &confidence, const py::object &logits,
-                         const py::object &seeds, int metric, double temperature, int64_t seed,
-                         int64_t exclude_token_id, const py::tuple &where) {
-    const View token_ids_(token_ids), confidence_(confidence), logits_(logits), seeds_(seeds);
-    const attn_sampler_confidence_params params = {metric, temperature, static_cast<uint64_t>(seed),
-                                                   exclude_token_id};
+int64_t token_confidence(py::handle token_ids, py::handle confidence, py::handle logits, py::handle metric,
+                         py::handle temperature, py::handle seed, py::handle exclude_token_id,
+                         const py::tuple &where) {
+    Views view(4);
+    const auto *const token_ids_ = view(token_ids), *const confidence_ = view(confidence),
+                      *const logits_ = view(logits);
+    const attn_sampler_tensor *seeds = nullptr;
+    attn_sampler_confidence_params params = confidence_params(metric, temperature, seed, view, &seeds);
+    if (!exclude_token_id.is_none()) {
+        params.exclude_token_id = integer(exclude_token_id);
+        if (params.exclude_token_id < 0 || params.exclude_token_id >= logits_->shape[2])
+            throw Refused("expected a token of the vocabulary");
+    }
     const attn_sampler_exec exec = exec_of(where);
     return run(
         [&] {
-            return attn_sampler_token_confidence(logits_.get(), seeds_.get(), &params, token_ids_.get(),
-                                                 confidence_.get(), &exec);
+            return attn_sampler_token_confidence(logits_, seeds, &params, token_ids_, confidence_, &exec);
         },
         [&](int64_t *bytes) {
-            return attn_sampler_token_confidence_workspace(logits_.get(), seeds_.get(), &params,
-                                                           token_ids_.get(), confidence_.get(), &exec, bytes);
+            return attn_sampler_token_confidence_workspace(logits_, seeds, &params, token_ids_, confidence_,
+                                                           &exec, bytes);
         });
 }
 
-int64_t select_tokens(const py::object &selected, const py::object &scores, const py::object &confidence,
-                      const py::object &masked, int policy, double tau, int fallback,
-                      const py::tuple &where) {
-    const View selected_(selected), scores_(scores), confidence_(confidence), masked_(masked);
-    const attn_sampler_select_params params = {policy, fallback, tau};
+int64_t select_tokens(py::handle selected, py::handle scores, py::handle confidence, py::handle masked,
+                      py::handle policy, py::handle tau, py::handle fallback, const py::tuple &where) {
+    Views view(4);
+    const auto *const selected_ = view(selected), *const scores_ = view(scores),
+                      *const confidence_ = view(confidence), *const masked_ = view(masked);
+    const attn_sampler_select_params params = select_params(policy, tau, fallback);
     const attn_sampler_exec exec = exec_of(where);
     return run(
-        [&] {
-            return attn_sampler_select_tokens(scores_.get(), confidence_.get(), masked_.get(), &params,
-                                              selected_.get(), &exec);
-        },
+        [&] { return attn_sampler_select_tokens(scores_, confidence_, masked_, &params, selected_, &exec); },
         [&](int64_t *bytes) {
-            return attn_sampler_select_tokens_workspace(scores_.get(), confidence_.get(), masked_.get(),
-                                                        &params, selected_.get(), &exec, bytes);
+            return attn_sampler_select_tokens_workspace(scores_, confidence_, masked_, &params, selected_,
+                                                        &exec, bytes);
         });
 }
 
-int64_t decode_step(const py::object &tokens, const py::object &scores, const py::object &token_ids,
-                    const py::object &confidence, const py::object &selected, const py::object &logits,
-                    const py::list &q, const py::list &k, const py::list &lse, const py::object &key_mask,
-                    const py::object &query_mask, const py::object &seeds, int64_t block_start,
-                    int64_t block_stop, int64_t mask_token_id, bool masked_rows_only, int64_t column_start,
-                    int64_t column_stop, int64_t query_start, double softmax_scale, int lse_base, bool causal,
-                    int softmax_scope, bool diagonal, int reduction, int metric, double temperature,
-                    int64_t seed, int policy, double tau, int fallback, const py::tuple &where) {
-    const View tokens_(tokens), scores_(scores), token_ids_(token_ids), confidence_(confidence);
-    const View selected_(selected), logits_(logits), key_mask_(key_mask), query_mask_(query_mask),
-        seeds_(seeds);
-    const std::vector<View> q_ = views(q), k_ = views(k), lse_ = views(lse);
-    std::vector<attn_sampler_layer> layers;
-    layers.reserve(q_.size());
-    for (size_t i = 0; i < q_.size(); ++i)
-        layers.push_back({q_[i].get(), k_.at(i).get(), lse_.empty() ? nullptr : lse_.at(i).get()});
-    const attn_sampler_decode_step_params params = {block_start,
-                                                    block_stop,
-                                                    mask_token_id,
-                                                    masked_rows_only,
-                                                    {softmax_scale, column_start, column_stop, 0, 0,
-                                                     query_start, lse_base, causal, softmax_scope, diagonal,
-                                                     reduction, 0, 0},
-                                                    {metric, temperature, static_cast<uint64_t>(seed), -1},
-                                                    {policy, fallback, tau}};
+/* A layer from (q, k) or (q, k, softmax_lse). */
+attn_sampler_layer layer_of(py::handle source, Views &view) {
+    const Items fields(source);
+    if (fields.size() != 2 && fields.size() != 3)
+        throw Refused("expected two or three tensors");
+    return {view(fields[0]), view(fields[1]), fields.size() == 3 ? view.optional(fields[2]) : nullptr};
+}
+
+/* Whether two layers have one dtype, M, N and D, and softmax_lse both or neither. */
+bool alike(const attn_sampler_layer &x, const attn_sampler_layer &y) {
+    return x.q->dtype == y.q->dtype && x.q->shape[2] == y.q->shape[2] && x.k->shape[2] == y.k->shape[2] &&
+           x.q->shape[3] == y.q->shape[3] && (x.softmax_lse == nullptr) == (y.softmax_lse == nullptr);
+}
+
+/* `layers` is a sequence of layers, or `scores` itself: they are given then. */
+int64_t decode_step(py::handle tokens, py::handle scores, py::handle token_ids, py::handle confidence,
+                    py::handle selected, py::handle logits, py::handle layers, py::handle key_mask,
+                    py::handle query_mask, py::handle block, py::handle mask_token_id, py::handle policy,
+                    py::handle tau, py::handle fallback, py::handle metric, py::handle temperature,
+                    py::handle seed, py::handle rows, py::handle columns, py::handle lse_base,
+                    py::handle softmax_scale, py::handle causal, py::handle query_start,
+                    py::handle softmax_scope, py::handle diagonal, py::handle reduction,
+                    const py::tuple &where) {
+    const size_t count = layers.is(scores) ? 0 : Items(layers).size();
+    Views view(9 + 3 * count);
+    const auto *const tokens_ = view(tokens), *const scores_ = view(scores),
+                      *const token_ids_ = view(token_ids), *const confidence_ = view(confidence),
+                      *const selected_ = view(selected), *const logits_ = view(logits),
+                      *const key_mask_ = view.optional(key_mask),
+                      *const query_mask_ = view.optional(query_mask);
+    const attn_sampler_tensor *seeds = nullptr;
+    std::vector<attn_sampler_layer> layers_;
+    layers_.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+        layers_.push_back(layer_of(Items(layers)[i], view));
+        if (!alike(layers_[i], layers_[0]))
+            throw Refused("the layers differ");
+    }
+    attn_sampler_decode_step_params params{};
+    const Span positions = span(block, tokens_->shape[1]);
+    params.block_start = positions.start;
+    params.block_stop = positions.stop;
+    params.mask_token_id = integer(mask_token_id);
+    params.masked_rows_only = choice(rows, {"all", "masked"});
+    /* Where the scores are given, nothing is made of these options. */
+    const attn_sampler_tensor none{};
+    params.attention = attention_params(count == 0 ? &none : layers_[0].q, count == 0 ? &none : layers_[0].k,
+                                        columns.is_none() ? block : columns, lse_base, softmax_scale, causal,
+                                        query_start, softmax_scope, diagonal);
+    params.attention.reduction = reduction_of(reduction);
+    params.confidence = confidence_params(metric, temperature, seed, view, &seeds);
+    params.select = select_params(policy, tau, fallback);
     const attn_sampler_exec exec = exec_of(where);
+    const auto num_layers = static_cast<int64_t>(count);
     return run(
         [&] {
-            return attn_sampler_decode_step(tokens_.get(), logits_.get(), layers.data(),
-                                            static_cast<int64_t>(layers.size()), key_mask_.get(),
-                                            query_mask_.get(), seeds_.get(), &params, scores_.get(),
-                                            token_ids_.get(), confidence_.get(), selected_.get(), &exec);
+            return attn_sampler_decode_step(tokens_, logits_, layers_.data(), num_layers, key_mask_,
+                                            query_mask_, seeds, &params, scores_, token_ids_, confidence_,
+                                            selected_, &exec);
         },
         [&](int64_t *bytes) {
-            return attn_sampler_decode_step_workspace(
-                tokens_.get(), logits_.get(), layers.data(), static_cast<int64_t>(layers.size()),
-                key_mask_.get(), query_mask_.get(), seeds_.get(), &params, scores_.get(), token_ids_.get(),
-                confidence_.get(), selected_.get(), &exec, bytes);
+            return attn_sampler_decode_step_workspace(tokens_, logits_, layers_.data(), num_layers, key_mask_,
+                                                      query_mask_, seeds, &params, scores_, token_ids_,
+                                                      confidence_, selected_, &exec, bytes);
         });
 }
 
@@ -203,6 +430,8 @@ int64_t decode_step(const py::object &tokens, const py::object &scores, const py
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled core of attn_sampler; use the functions of the package instead.";
+    py::register_local_exception<Refused>(m, "Refused", PyExc_ValueError);
+    m.def("read_tensors_of", &read_tensors_of);
     m.def("column_scores", &column_scores);
     m.def("attention_map", &attention_map);
     m.def("token_confidence", &token_confidence);

@@ -11,7 +11,14 @@ import torch
 from problems import normal
 
 import attn_sampler
-from attn_sampler import BackendUnavailableError, Support, backends, column_scores, is_backend_supported
+from attn_sampler import (
+    BackendUnavailableError,
+    Support,
+    _core,
+    backends,
+    column_scores,
+    is_backend_supported,
+)
 from attn_sampler.backends import BACKENDS, OPS, TRITON_MODULE
 
 
@@ -162,3 +169,43 @@ def test_importing_does_not_import_triton_or_ask_for_a_gpu():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.split() == ["False", "False"]
+
+
+def test_a_workspace_for_each_device_and_stream(monkeypatch):
+    """The bridge to the extension on CUDA, with a stand-in for torch's streams and for the kernels."""
+    streams, capturing = {0: 11, 1: 12}, False
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(_core, "_workspaces", {})
+    ran: list[tuple] = []
+
+    def kernels(needed: int, where: tuple) -> int:
+        cuda, _, index, stream, address, size = where
+        assert (cuda, stream) == (1, streams[index])
+        if size < needed:
+            return needed
+        ran.append((index, address, size))
+        return 0
+
+    def run(index: int, needed: int) -> tuple:
+        like = types.SimpleNamespace(is_cpu=False, get_device=lambda: index, device=torch.device("cpu"))
+        _core._run(kernels, like, (needed,))
+        return ran[-1]
+
+    first = run(0, 512)
+    assert first[2] == 512
+    workspace = _core._workspaces[0, 11]
+    assert (workspace.data_ptr(), workspace.dtype, workspace.any().item()) == (first[1], torch.uint8, False)
+    assert run(0, 100) == run(0, 512) == first
+    other = run(1, 512)
+    assert other[1] != first[1]
+    streams[0] = 13
+    assert run(0, 512)[1] not in (first[1], other[1])
+    assert len(_core._workspaces) == 3
+    streams[0], capturing = 11, True
+    assert run(0, 512)[1] != first[1]
+    assert _core._workspaces[0, 11] is workspace
+    capturing = False
+    assert run(0, 4096)[2] == 4096  # more is needed now
+    assert _core._workspaces[0, 11].numel() == 4096
+    assert run(0, 512)[2] == 4096

@@ -18,6 +18,8 @@ from cmake_build import ROOT, build, build_once, python_module, tool
 from cuda_host import plugin
 from problems import normal, row_lse
 
+from attn_sampler import _core
+
 CPU, CUDA = 0, 1
 OPTIONS = ("-DATTN_SAMPLER_CUDA=host", "-DATTN_SAMPLER_X86=OFF", "-DATTN_SAMPLER_WERROR=ON")
 
@@ -67,11 +69,6 @@ def test_the_suite_of_all_backends(extension: Path, seed: int, tests: tuple[str,
     assert " passed" in result.stdout
 
 
-def _view(x: torch.Tensor) -> tuple:
-    dtype = {torch.float32: 0, torch.bfloat16: 2, torch.int64: 3, torch.bool: 4}[x.dtype]
-    return x.data_ptr(), dtype, x.shape, x.stride()
-
-
 class Step:
     """A decoding step of 70 layers, more than one launch's table holds, straight at the extension."""
 
@@ -90,10 +87,10 @@ class Step:
         self.keep = q, k, lse
         outputs = (self.tokens, self.scores, self.token_ids, self.confidence, self.selected, self.logits)
         self.arguments = (
-            *(_view(x) for x in outputs),
-            *([_view(x) for x in xs] for xs in (q, k, lse)),
-            *(None, None, None, 18, 24, 7, False, 18, 24, 18, 32**-0.5, 0, False, 0, True, 0),
-            *(0, 0.0, 0, 1, 0.4, 0),
+            *map(_core._view, outputs),
+            list(zip(*(map(_core._view, xs) for xs in (q, k, lse) if xs), strict=True)),
+            *(None, None, slice(18, 24), 7, "parallel", 0.4, "confidence", "probability", 0.0, None),
+            *("all", slice(18, 24), "e", None, False, 18, "sequence", True, "sum"),
         )
 
     def run(self, where: tuple) -> int:
@@ -154,28 +151,10 @@ def test_a_small_workspace_runs_nothing(extension: Path) -> None:
 def test_what_the_kernels_do_not_take(extension: Path) -> None:
     module = plugin.load(str(extension))
     q, k, out = torch.zeros(1, 1, 2, 520), torch.zeros(1, 1, 3, 520), torch.zeros(1, 3)
-    with pytest.raises(RuntimeError, match="q: head dimension: the CUDA kernels take at most 512, got 520"):
+    options = (slice(0, 3), "e", 1.0, False, 1, "sequence", True, "sum", False, False)
+    with pytest.raises(module.Refused, match="q: head dimension: the CUDA kernels take at most 512, got 520"):
         module.column_scores(
-            *(
-                _view(out),
-                _view(q),
-                _view(k),
-                None,
-                None,
-                None,
-                0,
-                3,
-                1,
-                1.0,
-                0,
-                False,
-                0,
-                True,
-                0,
-                False,
-                False,
-            ),
-            (CUDA, 1, 0, 0, 0, 0),
+            *map(_core._view, (out, q, k)), None, None, None, *options, (CUDA, 1, 0, 0, 0, 0)
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import random
+import statistics
 import struct
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ from attn_sampler.sampler import (
     Margin,
     Policy,
     RandomOrder,
+    RandomScores,
     StepState,
     Threshold,
     make_policy,
@@ -155,13 +157,16 @@ def attn_sequential(p: Row, s: Row, masked: Mask) -> set[int]:
     return {min(scored, key=lambda i: (-s[i], i))} if scored else set()
 
 
-def attn_parallel(tau: float, fallback: str) -> Callable[[Row, Row, Mask], set[int]]:
+def attn_parallel(
+    tau: float, fallback: str, statistic: Callable[[Row], float] = max
+) -> Callable[[Row, Row, Mask], set[int]]:
     """The confident positions above the best-scored unconfident one; where there is none, one position."""
 
     def rule(p: Row, s: Row, masked: Mask) -> set[int]:
         scored = [i for i in open_positions(masked) if not math.isnan(s[i])]
         high = [i for i in scored if p[i] >= as_float32(tau)]
-        theta = max([s[i] for i in scored if i not in high], default=-math.inf)
+        low = [s[i] for i in scored if i not in high]
+        theta = statistic(low) if low else -math.inf
         commit = {i for i in high if s[i] > theta}
         if not commit and scored:
             value = p if fallback == "confidence" else s
@@ -188,6 +193,8 @@ CASES: list[tuple[Policy, Callable[[Row, Row, Mask], set[int]]]] = [
         for tau in (0.0, 0.5, 0.9)
         for fallback in ("confidence", "score")
     ),
+    (AttnSampler(tau=0.5, threshold="mean"), attn_parallel(0.5, "confidence", statistics.mean)),
+    (AttnSampler(threshold="mean", fallback="score"), attn_parallel(0.9, "score", statistics.mean)),
 ]
 # Few values, so that ties are common; exact in float32, and 0.9 as float32 has it.
 PROBABILITIES = [0.0, 0.125, 0.25, 0.5, 0.625, 0.75, as_float32(0.9), 0.9375, 1.0]
@@ -253,6 +260,21 @@ def test_random_order() -> None:
         for row, seed in zip(masked, seeds, strict=True):
             words = [float(philox_word(seed, (1 << 32) - 1, i)) for i in range(count)]
             expected.append(set(ranked(words, row)[:1]))
+        assert chosen(policy, state(p, masked, seeds=seeds)) == expected
+
+
+@pytest.mark.parametrize("fallback", ["confidence", "score"])
+def test_random_scores(fallback: str) -> None:
+    """The dynamic threshold over random words; float32 as they are compared, so that ties are the same."""
+    rng = random.Random(1)
+    policy, rule = RandomScores(tau=0.5, fallback=fallback), attn_parallel(0.5, fallback)
+    for _ in range(300):
+        batch, count = rng.randint(1, 4), rng.randint(1, 8)
+        masked = [[rng.random() < 0.6 for _ in range(count)] for _ in range(batch)]
+        seeds = [rng.randrange(-(1 << 63), 1 << 63) for _ in range(batch)]
+        p = random_rows(rng, PROBABILITIES, batch, count, 0.1)
+        words = [[as_float32(philox_word(seed, (1 << 32) - 1, i)) for i in range(count)] for seed in seeds]
+        expected = [rule(*row) for row in zip(p, words, masked, strict=True)]
         assert chosen(policy, state(p, masked, seeds=seeds)) == expected
 
 
@@ -359,7 +381,8 @@ def test_step_predicts_selects_and_commits(name: str) -> None:
         masked = torch.rand(3, 6, generator=generator) > 0.4
         scores = torch.rand(3, 6, generator=generator)
         policy.reset()
-        result = run_step(policy, logits, masked, scores if policy.needs_scores else None)
+        attention = torch.diag_embed(scores) if policy.needs_map else scores  # its column sums are the scores
+        result = run_step(policy, logits, masked, attention if policy.needs_scores else None)
         probabilities = [[softmax(row) for row in rows] for rows in logits.tolist()]
         best = torch.tensor([[p.index(max(p)) for p in rows] for rows in probabilities])
         assert torch.equal(result.token_ids, best)
@@ -410,10 +433,10 @@ def layers(rows: int, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
     return result
 
 
-@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+@pytest.mark.parametrize("mode", ["parallel", "sequential", "mean"])
 def test_attn_sampler_step_is_the_general_step(mode: str) -> None:
     """decode_step in one call, and column scores, confidence and selection one by one."""
-    policy = AttnSampler(mode=mode, tau=0.5)
+    policy = AttnSampler(tau=0.5, threshold=mode) if mode == "mean" else AttnSampler(mode=mode, tau=0.5)
     logits = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1)) * 3
     masked = torch.rand(2, 6, generator=torch.Generator().manual_seed(2)) > 0.3
     for temperature in (0.0, 0.8):
@@ -479,6 +502,7 @@ def test_registry_names() -> None:
         "attn": "AttnSampler",
         "attn-parallel": "AttnSampler",
         "attn-sequential": "AttnSampler",
+        "attn-random": "RandomScores",
         "random": "RandomOrder",
         "left-to-right": "LeftToRight",
         "confidence": "Confidence",
@@ -489,6 +513,10 @@ def test_registry_names() -> None:
         "eb": "EBSampler",
         "klass": "KLASS",
         "pard": "PARD",
+        "dawn": "DAWN",
+        "dapd": "DAPD",
+        "clad": "CLAD",
+        "adas": "ADAS",
     }
     assert make_policy("attn-sequential") == AttnSampler(mode="sequential")
     assert make_policy("attn-parallel", tau=0.7, fallback="score") == AttnSampler("parallel", 0.7, "score")
@@ -514,7 +542,7 @@ def test_register(registry: dict) -> None:
 @pytest.mark.parametrize(
     ("policy", "options", "error", "message"),
     [
-        ("nobody", {}, ValueError, "policy: expected one of a, attn, .*threshold, got 'nobody'"),
+        ("nobody", {}, ValueError, "policy: expected one of a, adas, attn, .*threshold, got 'nobody'"),
         ("a", {}, ValueError, "policy: the names run in a circle: a -> b -> a"),
         (3, {}, TypeError, "policy: expected a name or a Policy, got int"),
         ("random", {"tau": 0.5}, TypeError, "policy 'random': .*'tau'"),
@@ -524,6 +552,9 @@ def test_register(registry: dict) -> None:
         ("attn", {"tau": "high"}, TypeError, "tau: "),
         ("attn", {"mode": "fast"}, ValueError, "mode: expected one of parallel, sequential"),
         ("attn", {"fallback": "none"}, ValueError, "fallback: expected one of"),
+        ("attn", {"threshold": "median"}, ValueError, "threshold: expected one of max, mean"),
+        ("attn-sequential", {"threshold": "mean"}, ValueError, "threshold: 'mean' goes with mode='parallel'"),
+        ("attn-random", {"tau": -0.5}, ValueError, "tau: "),
         ("confidence", {"count": 0}, ValueError, "count: "),
         ("entropy", {"count": 1.0}, TypeError, "count: "),
         ("threshold", {"tau": NAN}, ValueError, "tau: "),

@@ -1,4 +1,5 @@
-"""The registered operators: their schemas and fake kernels, and torch.compile of the public functions."""
+"""The registered operators: their schemas and fake kernels, torch.compile of the public functions, and the
+direct way past them, which gives the same and is not taken where somebody listens."""
 
 from __future__ import annotations
 
@@ -7,13 +8,18 @@ import functools
 import pytest
 import torch
 from problems import normal, row_lse
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import (
+    _core,
     attention_map,
     backends,
     column_scores,
     decode_step,
+    functional,
     select_tokens,
     token_confidence,
 )
@@ -57,7 +63,7 @@ def calls(x: dict, backend: str) -> dict:
     layers = ([x["q"]] * 2, [x["k"]] * 2, [x["lse"]] * 2, x["key_mask"], None, x["seeds"])
     no_layers = ([], [], [], None, None, None)
     place = (4, 8, MASK, False, 4, 8, 5)  # from block_start to query_start
-    step_options = (None, "e", True, "sequence", True, "sum", "probability")  # from softmax_scale to metric
+    step_options = (0.2, "e", True, "sequence", True, "sum", "probability")  # from softmax_scale to metric
     return {
         "column_scores": [
             (scores, *attention, 4, 8, *options, "sum", False, True, backend),
@@ -234,3 +240,171 @@ def test_no_gradient_and_no_warning_where_inputs_require_one(backend, device, re
         for leaf in torch.utils._pytree.tree_leaves(functions(backend)[name](x)):
             assert not leaf.requires_grad
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+class Operators:
+    """Stands for torch.ops.attn_sampler and notes which operators are called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.called: list[str] = []
+        monkeypatch.setattr(functional, "_OPS", self)
+
+    def __getattr__(self, name: str):
+        self.called.append(name)
+        return getattr(OPS, name)
+
+
+def names_of(function: str) -> list[str]:
+    """The operators that one of ``functions`` calls."""
+    operators = {
+        "scores": ["column_scores"],
+        "scores_of_layers": ["column_scores"] * 3,
+        "attention": ["attention_map"],
+        "confidence": ["token_confidence"],
+        "sample": ["token_confidence"],
+        "select": ["select_tokens"],
+    }
+    return operators.get(function, ["decode_step"])
+
+
+def is_extension(backend: str) -> bool:
+    return backend in ("cpu", "cuda") and _core.READS_TENSORS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_extension_is_called_past_the_operators(monkeypatch, backend, device, name):
+    operators = Operators(monkeypatch)
+    functions(backend)[name](inputs(device))
+    assert operators.called == ([] if is_extension(backend) else names_of(name))
+
+
+def test_a_default_device_does_not_listen(monkeypatch, backend, device):
+    operators = Operators(monkeypatch)
+    x = inputs(device)
+    expected = functions(backend)["confidence"](x)
+    operators.called.clear()
+    with torch.device("meta"):  # of new tensors, not of ours
+        actual = functions(backend)["confidence"](x)
+    assert operators.called == ([] if is_extension(backend) else ["token_confidence"])
+    same(actual, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ways_give_the_same(monkeypatch, backend, device, name):
+    """The long way is also that of a torch whose tensors the extension cannot read."""
+    x, y = inputs(device), inputs(device)
+    expected = functions(backend)[name](x)
+    operators = Operators(monkeypatch)
+    monkeypatch.setattr(_core, "READS_TENSORS", False)
+    actual = functions(backend)[name](y)
+    assert operators.called == names_of(name)
+    same(actual, expected)
+    same(y, x)
+    strides = [[t.stride() for t in torch.utils._pytree.tree_leaves(r)] for r in (actual, expected)]
+    assert strides[0] == strides[1]
+
+
+def heard(functions: list[str]) -> list[str]:
+    """The operators among them."""
+    parts = [name.split(".") for name in functions]
+    return [p[1] for p in parts if p[0] == "attn_sampler"]
+
+
+class DispatchListener(TorchDispatchMode):
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionListener(TorchFunctionMode):
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("listener", [DispatchListener, FunctionListener])
+@pytest.mark.parametrize("name", NAMES)
+def test_who_listens_hears_the_operators(backend, device, name, listener):
+    seen: list[str] = []
+    with listener(seen):
+        functions(backend)[name](inputs(device))
+    assert heard(seen) == names_of(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_profiles_name_the_operators(backend, device, name):
+    x = inputs(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        functions(backend)[name](x)
+    events = [e.name for e in profile.events() if e.name.startswith("attn_sampler::")]
+    assert events == [f"attn_sampler::{name}" for name in names_of(name)]
+
+
+def test_traces_contain_the_operators(backend, device):
+    x = inputs(device)
+
+    def function(logits):
+        return token_confidence(logits, metric="margin", backend=backend)
+
+    traced = torch.jit.trace(function, x["logits"])
+    assert "attn_sampler::token_confidence" in str(traced.graph)
+    same(traced(x["logits"] * 2), function(x["logits"] * 2))
+
+
+class Subclass(Tensor):
+    seen: list[str] = []  # noqa: RUF012  (one list, of all tensors)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["scores", "attention", "confidence", "select", "step"])
+def test_tensors_of_a_subclass_hear_of_it(backend, device, name):
+    x, y = inputs(device), inputs(device)
+    plain = {"scores": "lse", "attention": "q", "confidence": "logits", "select": "confidence", "step": "lse"}
+    x[plain[name]] = x[plain[name]].as_subclass(Subclass)
+    Subclass.seen.clear()
+    actual = functions(backend)[name](x)
+    assert heard(Subclass.seen) == names_of(name)
+    for a, b in zip(
+        *map(torch.utils._pytree.tree_leaves, (actual, functions(backend)[name](y))), strict=True
+    ):
+        same(torch.as_tensor(a).as_subclass(Tensor), b)
+
+
+def test_a_pending_negation_is_seen(backend, device):
+    """The imaginary part of a conjugate holds the negative of what its memory says."""
+    x = inputs(device)
+    scores = torch.complex(x["scores"], -x["scores"]).conj().imag
+    assert scores.is_neg()
+    arguments = (x["confidence"], x["masked"])
+    same(
+        select_tokens(scores, *arguments, tau=0.3, backend=backend),
+        select_tokens(x["scores"], *arguments, tau=0.3, backend=backend),
+    )
+    lse = torch.complex(x["lse"], -x["lse"]).conj().imag
+    for one in (slice(0, 1), slice(None)):  # of a single row, without a stride that tells
+        q, k = x["q"][:1, :1, one], x["k"][:1, :1]
+        given = (lse[:1, :1, one], x["lse"][:1, :1, one])
+        same(*(column_scores(q, k, softmax_lse=y, backend=backend) for y in given))
+
+
+def test_the_extension_refuses_what_it_must_not_write():
+    if _core.UNAVAILABLE is not None:
+        pytest.skip(_core.UNAVAILABLE)
+    q = torch.ones(2, 1, 3, 8)
+    options = (None, "e", None, False, None, "sequence", True, "sum", False, False, (0, 1, 0, 0, 0, 0))
+    for out in (torch.zeros(1, 3).expand(2, 3), torch.zeros(4).as_strided((2, 3), (1, 1))):
+        with pytest.raises(_core._C.Refused, match="out: expected elements that are apart in memory"):
+            _core._C.column_scores(*map(_core._view, (out, q, q)), None, None, None, *options)
+        assert not out.any()

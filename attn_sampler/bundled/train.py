@@ -85,8 +85,9 @@ def masked_loss(
     answer: Tensor,  # [B, L] bool
     mask_token_id: int,
     generator: torch.Generator,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """LLaDA's training loss in nats per answer token, one draw of masks.
+    """LLaDA's training loss in nats per answer token, one draw of masks; the model is on ``device``.
 
     The masking rates of a batch are the B points of one randomly shifted regular grid on (0, 1]: each
     is uniform, and together they cover the range evenly, which lowers the variance of the sum.
@@ -96,10 +97,22 @@ def masked_loss(
     rate = (torch.arange(batch) + shift) / batch  # [B]
     rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * rate
     blank = answer & (torch.rand(tokens.shape, generator=generator) < rate[:, None])
+    rate, blank, tokens, answer = (x.to(device) for x in (rate, blank, tokens, answer))
     logits = model(tokens.masked_fill(blank, mask_token_id))
     nats = F.cross_entropy(logits[blank], tokens[blank], reduction="none")
     weight = 1 / (rate * answer.sum(dim=1))  # [B]
     return (nats * weight[:, None].expand_as(blank)[blank]).sum() / batch
+
+
+def make_optimizers(model: TinyMaskedLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else, at their peak rates."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    in_matrices = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in in_matrices]
+    return [
+        torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.muon_weight_decay),
+        torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def train(
@@ -142,13 +155,7 @@ def train(
     generator = torch.Generator().manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     parameters = list(model.parameters())
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    in_matrices = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in in_matrices]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.muon_weight_decay),
-        torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    optimizers = make_optimizers(model, recipe)
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if compile_model else model
     model.train()

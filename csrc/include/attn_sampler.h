@@ -82,7 +82,8 @@ typedef enum attn_sampler_fallback {
     ATTN_SAMPLER_FALLBACK_SCORE = 1
 } attn_sampler_fallback;
 
-/* A strided view. Entries of shape and stride beyond ndim are not read. */
+/* A strided view. Entries of shape and stride beyond ndim are not read. Elements that are written must be
+ * apart in memory. */
 typedef struct attn_sampler_tensor {
     void *data;
     int64_t shape[4];
@@ -122,7 +123,7 @@ typedef struct attn_sampler_exec {
  * Without `diagonal`, the entry whose key position is the row's own is left out after the softmax.
  */
 typedef struct attn_sampler_attention_params {
-    double softmax_scale;
+    double softmax_scale;              /* of magnitude up to 2.35e38: finite in float32, times log2(e) too */
     int64_t column_start, column_stop; /* key positions [start, stop), 0 <= start < stop <= N */
     int64_t row_start, row_stop;       /* query rows [start, stop); attention_map only */
     int64_t query_start;               /* key position of query row 0; any integer */

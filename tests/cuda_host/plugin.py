@@ -12,7 +12,6 @@ import importlib.machinery
 import importlib.util
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -42,6 +41,7 @@ def load(path: str) -> ModuleType:
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    module.read_tensors_of(Tensor)
     return module
 
 
@@ -58,7 +58,7 @@ def aligned(size: int) -> Tensor:
     return storage[-storage.data_ptr() % _ALIGNMENT :][:size]
 
 
-def _run(function: Callable[..., int], like: Tensor, *arguments: Any) -> None:
+def _run(function: Callable[..., int], like: Tensor, arguments: tuple) -> None:
     assert like.device.type == "cpu"
     cuda, device, stream = 1, 1, 0
     needed = function(*arguments, (cuda, 1, device, stream, 0, 0))

@@ -1,0 +1,293 @@
+"""What the engine adapters share: the engine's version, a policy on blocks, the blocks' column scores.
+
+Engines with paged caches show an attention layer's block as flat tokens: queries ``[B * C, Hq, D]`` and the
+block's own keys ``[B * C, Hkv, D]``. That is all that column scores need, with the rows' log-sum-exp over the
+whole context; without it, the softmax is over the block's keys alone (``softmax_scope="block"``, the
+approximation of arXiv 2604.08564).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+
+from attn_sampler import checks
+from attn_sampler.capture import _check_selection, _choose
+from attn_sampler.distributed import sum_scores
+from attn_sampler.functional import column_scores
+from attn_sampler.generate import _STEP_STRIDE
+from attn_sampler.reference import StepResult
+from attn_sampler.sampler import Policy, make_policy
+
+
+def require(module: str, distribution: str, install: str, oldest: str, below: str) -> ModuleType:
+    """The engine's module, of a version that the adapter was written for.
+
+    Raises
+    ------
+    ImportError
+        It cannot be imported: in one line, why, and what installs it.
+    RuntimeError
+        Its version is not in [oldest, below).
+    """
+    engine = module.partition(".")[0]
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{engine} cannot be imported ({error}): {install}") from None
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = getattr(importlib.import_module(engine), "__version__", "0")
+    if not oldest <= TorchVersion(version) < below:
+        raise RuntimeError(
+            f"{engine} {version} is outside the tested range, {oldest} to below {below}: {install}"
+        )
+    return found
+
+
+def _policy(policy: str | Policy, tau: float | None) -> Policy:
+    return make_policy(policy, **({} if tau is None else {"tau": tau}))
+
+
+def stateless_policy(policy: str | Policy, tau: float | None) -> Policy:
+    """A policy for batches that mix requests and blocks: not one that carries something over."""
+    chosen = _policy(policy, tau)
+    if type(chosen).reset is not Policy.reset:
+        raise ValueError(
+            f"policy: {policy!r} carries something over from step to step of one block, and the engine's "
+            "batches mix requests and blocks"
+        )
+    return chosen
+
+
+def step_seeds(seed: int, step: int, sequence: Tensor) -> Tensor:
+    """int64 [B]: a stream for each row of each step."""
+    first = (seed + step * _STEP_STRIDE + (1 << 63)) % (1 << 64) - (1 << 63)
+    return sequence + first
+
+
+def check_progress(masked: Tensor, selected: Tensor, confidence: Tensor) -> None:
+    """RuntimeError where an engine would wait forever, or commit what the model has not said."""
+    undefined = (selected & confidence.isnan()).any()
+    stuck = (masked.any(dim=1) & ~selected.any(dim=1)).any()
+    any_undefined, any_stuck = torch.stack([undefined, stuck]).tolist()
+    if any_undefined:
+        raise RuntimeError(
+            "the model's logits at a position that the policy chose are undefined (NaN, +inf or all -inf)"
+        )
+    if any_stuck:
+        raise RuntimeError(
+            "nothing could be committed: the attention scores are NaN at every masked position"
+        )
+
+
+class BlockDecoder:
+    """A policy on the blocks of an engine's batch: predict, select, commit.
+
+    Parameters
+    ----------
+    policy, tau
+        As in ``generate``.
+    mask_token_id, temperature, backend
+        As in ``decode_step``.
+    seed
+        Integer. Each step, and in a step each row, draws from a stream of its own, so that the draws follow
+        the order in which an engine serves its requests. The ranks of a tensor-parallel engine give the same.
+    one_block
+        Whether all rows are at the same block and ``policy.reset()`` is called before each. Rules that carry
+        something over from step to step need that.
+    """
+
+    def __init__(
+        self,
+        policy: str | Policy = "attn",
+        *,
+        mask_token_id: int,
+        tau: float | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        backend: str = "auto",
+        one_block: bool = False,
+    ) -> None:
+        self.policy = _policy(policy, tau) if one_block else stateless_policy(policy, tau)
+        self.mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
+        self.temperature = checks.non_negative("temperature", temperature)
+        self.seed = checks.integer("seed", seed)
+        self.backend = backend
+        self._steps = 0
+
+    def step(
+        self,
+        tokens: Tensor,  # [B, C]
+        logits: Tensor,  # [B, C, V]
+        attention: Tensor | Sequence[Any] | None,
+        **score_options: Any,
+    ) -> StepResult:
+        """One step on blocks ``[B, C]``, int64, updated in place; ``attention`` as ``Policy.step`` takes it.
+
+        Raises
+        ------
+        RuntimeError
+            The logits of a chosen position are undefined, or nothing could be chosen in a row: the engine
+            would wait forever.
+        """
+        batch, count = tokens.shape
+        masked = tokens == self.mask_token_id
+        sequence = torch.arange(batch, device=tokens.device)
+        seeds = step_seeds(self.seed, self._steps, sequence)
+        self._steps += 1
+        result = self.policy.step(
+            tokens,
+            logits,
+            attention if self.policy.needs_scores else None,
+            block=slice(0, count),
+            mask_token_id=self.mask_token_id,
+            sequence=sequence,
+            seeds=seeds,
+            temperature=self.temperature,
+            backend=self.backend,
+            **(score_options if self.policy.needs_scores else {}),
+        )
+        check_progress(masked, result.selected, result.confidence)
+        return result
+
+
+class BlockScores:
+    """Column scores of the blocks that an engine is decoding, added up as its attention layers run.
+
+    Parameters
+    ----------
+    block_length
+        C.
+    group
+        The ranks that share the attention heads. Their scores are added up when the last layer has run, on
+        every rank: engines that sample on one rank alone need nothing more.
+    diagonal, reduction, backend
+        As in ``column_scores``.
+
+    Notes
+    -----
+    The sums live in one buffer that is kept and used again, so that a captured CUDA graph can hold them. A
+    batch larger than any before needs another buffer, which graphs that hold the first would not see:
+    the largest batch is run and captured first, as engines do.
+    """
+
+    def __init__(
+        self,
+        block_length: int,
+        *,
+        group: dist.ProcessGroup | None = None,
+        diagonal: bool = True,
+        reduction: str = "sum",
+        backend: str = "auto",
+    ) -> None:
+        self.block_length = checks.integer("block_length", block_length, 1)
+        checks.flag("diagonal", diagonal)
+        checks.choice("reduction", reduction, ("sum", "mean", "max"))
+        self._group = group
+        self._options: dict[str, Any] = {"diagonal": diagonal, "reduction": reduction, "backend": backend}
+        self._buffer: Tensor | None = None
+        self._in_graph = False
+
+    def add(
+        self,
+        q: Tensor,  # [T, Hq, D]
+        k: Tensor,  # [T, Hkv, D]
+        *,
+        first: bool,
+        last: bool,
+        softmax_scale: float | None = None,
+        softmax_lse: Tensor | None = None,  # [T, Hq]
+        lse_base: str = "e",
+        rows: Tensor | None = None,  # [B * C]
+    ) -> None:
+        """One layer's attention. ``rows`` are the blocks' among the T tokens; default: all, in order.
+
+        ``first`` starts a forward pass, ``last`` ends it. A batch that is not of whole blocks is left out.
+        """
+        if rows is not None:
+            q, k = q[rows], k[rows]
+            softmax_lse = None if softmax_lse is None else softmax_lse[rows]
+        if len(q) % self.block_length != 0:
+            return
+        sums = self._sums(len(q) // self.block_length, q.device)
+        if first:
+            sums.zero_()
+        column_scores(
+            self._blocks(q).transpose(1, 2),
+            self._blocks(k).transpose(1, 2),
+            softmax_lse=None if softmax_lse is None else self._blocks(softmax_lse.float()).transpose(1, 2),
+            lse_base=lse_base,
+            softmax_scale=softmax_scale,
+            softmax_scope="block" if softmax_lse is None else "sequence",
+            out=sums,
+            **self._options,
+        )
+        if last and self._group is not None:
+            sums.copy_(sum_scores(sums, self._group))
+
+    def read(self, batch: int) -> Tensor:
+        """float32 [B, C]: the scores of the last forward pass.
+
+        Raises
+        ------
+        RuntimeError
+            No forward pass of so many blocks was seen.
+        """
+        if self._buffer is None or batch > len(self._buffer):
+            raise RuntimeError(
+                "no attention of the model was seen: it has not run, or in a CUDA graph captured before the "
+                "adapter was switched on, in another process, or with other attention layers"
+            )
+        return self._buffer[:batch]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.block_length))
+
+    def _sums(self, batch: int, device: torch.device) -> Tensor:
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._buffer is None or batch > len(self._buffer):
+            if capturing or self._in_graph:
+                raise RuntimeError(
+                    f"a CUDA graph needs scores of {batch} blocks, more than there is room for: run and "
+                    "capture the largest batch first"
+                )
+            self._buffer = torch.zeros(batch, self.block_length, device=device)
+        self._in_graph = self._in_graph or capturing
+        return self._buffer[:batch]
+
+
+def attention_layers(
+    model: nn.Module, kind: type[nn.Module], layers: str | slice | Sequence[int] = "all"
+) -> list[nn.Module]:
+    """The model's attention layers of this class, in order, those that ``layers`` chooses.
+
+    Raises
+    ------
+    RuntimeError
+        There are none, or ``layers`` does not fit them.
+    """
+    found = [module for module in model.modules() if isinstance(module, kind)]
+    if not found:
+        raise RuntimeError(
+            f"{type(model).__name__} has no {kind.__name__} layer: its attention cannot be seen"
+        )
+    chosen = sorted(_choose(_check_selection(layers), len(found)))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(found):
+        raise RuntimeError(f"layers: {layers} does not fit the {len(found)} attention layers of the model")
+    return [found[index] for index in chosen]
+
+
+def last_rows(ends: Tensor, count: int) -> Tensor:
+    """The indices [B * C] of the last ``count`` of each request's tokens, which end at ``ends`` [B]."""
+    offsets = torch.arange(-count, 0, device=ends.device)
+    return (ends[:, None] + offsets[None, :]).clamp(min=0).flatten()

@@ -1,0 +1,183 @@
+"""LMDeploy: attention-guided decoding in its ``UnmaskingProcessor``.
+
+Install: ``pip install "lmdeploy>=0.18,<0.19"``.
+
+    from attn_sampler.adapters.lmdeploy import install
+    install(tau=0.9)                                     # before the pipeline is made
+    pipe = pipeline("JetLM/SDAR-8B-Chat", PytorchEngineConfig(dllm_block_length=4, eager_mode=True))
+
+Where LMDeploy starts processes of its own (several GPUs), put these lines and ``MODULE_MAP = {}`` in a file,
+and name it as ``custom_module_map``: each of them reads it, and the ranks' heads are added up. LMDeploy draws
+the tokens; the policy chooses which of them stay, by their probability and by the attention inside the block
+(its kernels give no log-sum-exp over the context). Interface of version 0.18.0; tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_sampler import checks
+from attn_sampler.adapters._engine import (
+    BlockScores,
+    attention_layers,
+    check_progress,
+    last_rows,
+    require,
+    stateless_policy,
+    step_seeds,
+)
+from attn_sampler.sampler import Policy, StepState
+
+
+def _require(module: str) -> Any:
+    return require(module, "lmdeploy", 'pip install "lmdeploy>=0.18,<0.19"', "0.18", "0.19")
+
+
+class Unmasking:
+    """What ``install`` puts in the place of ``UnmaskingProcessor.__call__``."""
+
+    def __init__(self, policy: Policy, seed: int, layers: Any, score_options: dict[str, Any]) -> None:
+        self.policy = policy
+        self._seed = seed
+        self._layers = layers
+        self._score_options = score_options
+        self._consts = _require("lmdeploy.pytorch.consts")
+        self._scores: BlockScores | None = None
+        self._steps = 0
+
+    def watch(self, model: nn.Module) -> None:
+        """Add up the attention inside the blocks that the model decodes from now on."""
+        attention = _require("lmdeploy.pytorch.nn.attention").Attention
+        layers = attention_layers(model, attention, self._layers)
+        block_length: int = layers[0].impl.block_sparse_size  # type: ignore
+        scores = BlockScores(block_length, group=_head_group(), **self._score_options)
+
+        def before(layer: Any, inputs: tuple[Any, ...]) -> None:
+            q, k, _, _, _, metadata, *_ = inputs
+            rows = None
+            if not metadata.is_decoding:  # a prompt, with its last block to be filled
+                rows = last_rows(metadata.q_seqlens.cumsum(0), block_length)
+            scores.add(
+                q.flatten(0, -3),
+                k.flatten(0, -3),
+                first=layer is layers[0],
+                last=layer is layers[-1],
+                softmax_scale=layer.impl.scale,
+                rows=rows,
+            )
+
+        for layer in layers:
+            layer.register_forward_pre_hook(before)  # the kernel may write its output over the queries
+        self._scores = scores
+
+    def __call__(
+        self, processor: Any, logits: Tensor, input_ids: Tensor, token_ids: Tensor, dllm_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The states and tokens ``[B * C]`` after the step, from those before it and the tokens drawn."""
+        consts = self._consts
+        block_length = processor.dllm_config.block_length
+        state = dllm_mask.unflatten(0, (-1, block_length)).clone()
+        state[(state == consts.DLLM_UNMASKED).all(dim=1)] = consts.DLLM_CACHED
+        masked = state == consts.DLLM_MASKED
+        token_ids = torch.where(masked.flatten(), token_ids, input_ids)
+
+        x = logits.float().unflatten(0, (-1, block_length))
+        drawn = token_ids.view_as(masked)
+        p = torch.exp(x.gather(-1, drawn[..., None]).squeeze(-1) - x.logsumexp(dim=-1))
+        sequence = torch.arange(len(masked), device=masked.device)
+        scores = None
+        if self.policy.needs_scores:
+            if self._scores is None:
+                raise RuntimeError(
+                    "no model was watched: call install() before the pipeline is made, in each process that "
+                    "LMDeploy starts (custom_module_map)"
+                )
+            scores = self._scores.read(len(masked))
+        seeds = step_seeds(self._seed, self._steps, sequence)
+        self._steps += 1
+        selected = masked & self.policy.select(StepState(masked, drawn, p, scores, x, -1, sequence, seeds))
+        check_progress(masked, selected, p)
+        return torch.where(selected, consts.DLLM_UNMASKED, state).flatten(), token_ids
+
+
+#: What ``install`` has replaced: where, under which name, and what was there.
+_replaced: list[tuple[Any, str, Any]] = []
+
+
+def install(
+    policy: str | Policy = "attn",
+    *,
+    tau: float | None = None,
+    seed: int = 0,
+    layers: str | slice | Sequence[int] = "all",
+    diagonal: bool = True,
+    reduction: str = "sum",
+    backend: str = "auto",
+) -> Unmasking:
+    """Let the policy choose what LMDeploy unmasks, in this process, in models built from now on.
+
+    Parameters
+    ----------
+    policy, tau, layers, diagonal, backend
+        As in ``generate``; a policy that judges by the tokens' probability.
+    seed
+        For policies that draw.
+    reduction
+        As in ``column_scores``.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        LMDeploy is not installed, or another version.
+    ValueError, TypeError
+        Naming the argument.
+    """
+    chosen = stateless_policy(policy, tau)
+    if chosen.metric != "probability":
+        raise ValueError(
+            f"policy: expected one that judges tokens by their probability, got {policy!r} ({chosen.metric})"
+        )
+    checks.integer("seed", seed)
+    unmasking = Unmasking(
+        chosen, seed, layers, {"diagonal": diagonal, "reduction": reduction, "backend": backend}
+    )
+    processor = _require("lmdeploy.pytorch.strategies.dllm.unmasking").UnmaskingProcessor
+    agent = _require("lmdeploy.pytorch.engine.model_agent.agent")
+    uninstall()
+    own_call, own_build = processor.__call__, agent.build_patched_model
+
+    @functools.wraps(own_call)
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.dllm_config.unmasking_strategy is None:
+            return own_call(self, *arguments, **keywords)
+        return unmasking(self, *arguments, **keywords)
+
+    @functools.wraps(own_build)
+    def build(*arguments: Any, **keywords: Any) -> nn.Module:
+        model = own_build(*arguments, **keywords)
+        if chosen.needs_scores:
+            unmasking.watch(model)
+        return model
+
+    for owner, name, replacement in ((processor, "__call__", call), (agent, "build_patched_model", build)):
+        _replaced.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, replacement)
+    return unmasking
+
+
+def uninstall() -> None:
+    """Give LMDeploy its own unmasking back."""
+    while _replaced:
+        setattr(*_replaced.pop())
+
+
+def _head_group() -> Any:
+    """The ranks that share the attention heads; None where there is one."""
+    distributed = _require("lmdeploy.pytorch.distributed")
+    context = distributed.get_dist_manager().current_context()
+    return context.attn_tp_group.gpu_group if context.dist_config.attn_tp > 1 else None

@@ -1,0 +1,197 @@
+"""SGLang: attention-guided decoding as its ``DllmAlgorithm``.
+
+Install: ``pip install "sglang>=0.5.23,<0.6"`` beside attn_sampler, which SGLang then finds as a plugin.
+
+    python -m sglang.launch_server --model-path inclusionAI/LLaDA2.0-mini --attention-backend flashinfer \\
+        --dllm-algorithm AttnSampler --dllm-algorithm-config attn.yaml      # tau: 0.9
+
+``OPTIONS`` are the keys of the file. A block's attention is read in each ``RadixAttention`` layer, with the
+log-sum-exp that the FlashInfer backend computes to join the block to the cached context, and then throws
+away; with other backends, ``softmax_scope: block``. Tensor parallelism works as it is: the ranks' heads are
+added up. Interface of version 0.5.23; tested without a GPU, so not yet with CUDA graphs
+(``--disable-cuda-graph`` turns them off).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_sampler import checks
+from attn_sampler.adapters._engine import (
+    BlockDecoder,
+    BlockScores,
+    attention_layers,
+    require,
+    stateless_policy,
+)
+
+NAME = "AttnSampler"
+
+#: What ``--dllm-algorithm-config`` may set, beside SGLang's own keys.
+OPTIONS = (
+    *("policy", "tau", "temperature", "seed", "layers", "softmax_scope"),
+    *("diagonal", "reduction", "backend"),
+)
+
+_SGLANG_KEYS = ("block_size",)
+
+
+def _require(module: str) -> Any:
+    return require(module, "sglang", 'pip install "sglang>=0.5.23,<0.6"', "0.5.23", "0.6")
+
+
+def register() -> None:
+    """Make ``--dllm-algorithm AttnSampler`` known to this process, and watch the models that it loads.
+
+    SGLang calls this in each of its processes (entry point ``sglang.srt.plugins``).
+    """
+    _require("sglang.srt.dllm.algorithm").algo_name_to_cls[NAME] = algorithm()
+    hooks = _require("sglang.srt.plugins.hook_registry")
+    hooks.HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.load_model", _watch_loaded, hooks.HookType.AFTER
+    )
+
+
+def _watch_loaded(result: Any, model_runner: Any, *_: Any, **__: Any) -> None:
+    config = _require("sglang.srt.dllm.config").DllmConfig.from_server_args(model_runner.server_args)
+    if config is None or config.algorithm != NAME:
+        return
+    options = config.algorithm_config or {}
+    if stateless_policy(options.get("policy", "attn"), options.get("tau")).needs_scores:
+        watch(model_runner.model, config.block_size, options)
+
+
+def watch(model: torch.nn.Module, block_length: int, options: dict[str, Any]) -> BlockScores:
+    """The column scores of the blocks that the model decodes from now on.
+
+    Called when the model is loaded, before SGLang captures CUDA graphs, which then hold the scores too.
+    """
+    if (scores := getattr(model, "_attn_sampler_scores", None)) is not None:
+        return scores
+    radix = _require("sglang.srt.layers.radix_attention").RadixAttention
+    layers = attention_layers(model, radix, options.get("layers", "all"))
+    keywords = {key: options[key] for key in ("diagonal", "reduction", "backend") if key in options}
+    scope = options.get("softmax_scope", "sequence")
+    checks.choice("softmax_scope", scope, ("sequence", "block"))
+    scores = BlockScores(block_length, group=_head_group(), **keywords)
+    tap = _merged_lse()
+
+    def before(layer: Any, inputs: tuple[Any, ...]) -> None:
+        tap.lse = None
+
+    def after(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        q, k, _, forward_batch, *_ = inputs
+        if not forward_batch.forward_mode.is_dllm_extend():
+            return
+        lse = tap.lse if scope == "sequence" else None
+        if lse is None and scope == "sequence" and _has_context(forward_batch):
+            raise RuntimeError(
+                "the attention backend computes no log-sum-exp that can be read: start the server with "
+                "--attention-backend flashinfer, or set softmax_scope: block"
+            )
+        scores.add(
+            q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
+            k.reshape(-1, layer.tp_k_head_num, layer.head_dim),
+            first=layer is layers[0],
+            last=layer is layers[-1],
+            softmax_scale=layer.scaling,
+            softmax_lse=lse,
+            lse_base="2",
+        )
+
+    for layer in layers:
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+    model._attn_sampler_scores = scores  # type: ignore[assignment]
+    return scores
+
+
+def _has_context(forward_batch: Any) -> bool:
+    """Whether a block of the batch has cached tokens before it; a first block's softmax is its own."""
+    lengths = forward_batch.extend_prefix_lens_cpu
+    return lengths is None or any(lengths)
+
+
+class _Tap:
+    """The log-sum-exp of the attention call that has just run, [T, Hq], base 2."""
+
+    lse: Tensor | None = None
+
+
+@functools.cache
+def _merged_lse() -> _Tap:
+    """Keeps what the FlashInfer backend's ``_safe_merge_state`` returns beside the output."""
+    tap = _Tap()
+    backend = _require("sglang.srt.layers.attention.flashinfer_backend")
+    merge = getattr(backend, "_safe_merge_state", None)
+    if merge is None:  # FlashInfer is not installed: the block's own softmax is all there is
+        return tap
+
+    @functools.wraps(merge)
+    def tapped(*states: Tensor) -> tuple[Tensor, Tensor]:
+        output, tap.lse = merge(*states)
+        return output, tap.lse
+
+    backend._safe_merge_state = tapped
+    return tap
+
+
+def _head_group() -> Any:
+    """The ranks that share the attention heads; None where there is one."""
+    group = _require("sglang.srt.distributed.parallel_state").get_attn_tp_group()
+    return group.device_group if group.world_size > 1 else None
+
+
+@functools.cache
+def algorithm() -> type:
+    """The ``DllmAlgorithm`` subclass that SGLang runs."""
+    base = _require("sglang.srt.dllm.algorithm.base").DllmAlgorithm
+
+    class AttnSampler(base):  # type: ignore[misc, valid-type]
+        """Commits by the attention that positions receive, or by any other policy."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.options = dict(config.algorithm_config or {})
+            unknown = sorted(set(self.options) - {*OPTIONS, *_SGLANG_KEYS})
+            if unknown:
+                raise ValueError(
+                    f"{NAME}: expected options among {', '.join(OPTIONS)}, got {', '.join(unknown)}"
+                )
+            keywords = {
+                key: self.options[key]
+                for key in ("policy", "tau", "temperature", "seed", "backend")
+                if key in self.options
+            }
+            self._decoder = BlockDecoder(mask_token_id=self.mask_id, **keywords)
+            self._scores: BlockScores | None = None
+
+        def prepare_inputs(self, model_runner: Any, forward_batch: Any, states: list[Any]) -> None:
+            if self._scores is None and self._decoder.policy.needs_scores:
+                self._scores = watch(model_runner.model, self.block_size, self.options)
+
+        def step(self, forward_batch: Any, full_logits: Any, states: list[Any]) -> list[bool]:
+            batch = forward_batch.batch_size
+            logits = full_logits.view(batch, self.block_size, full_logits.shape[-1])
+            tokens = forward_batch.input_ids.view(batch, self.block_size).to(torch.int64, copy=True)
+            # A mask token that a prompt holds as text is not to be filled.
+            literal = getattr(forward_batch, "dllm_prompt_mask", None)
+            if literal is not None:
+                tokens.masked_fill_(literal, int(self.mask_id == 0))
+            masked = tokens == self.mask_id
+            done = (~masked).all(dim=1).tolist()
+            if all(done):
+                return done
+            attention = None if self._scores is None else self._scores.read(batch)
+            result = self._decoder.step(tokens, logits, attention)
+            kept = forward_batch.input_ids.view(batch, self.block_size)
+            kept.copy_(
+                torch.where(result.selected, result.token_ids, kept)
+            )  # the tensor that CUDA graphs read
+            return done
+
+    return AttnSampler

@@ -1,0 +1,224 @@
+"""vLLM through vllm-project/dllm-plugin: attention-guided decoding in its sampler.
+
+Install: ``pip install git+https://github.com/vllm-project/dllm-plugin`` (the package on PyPI is empty).
+
+    llm = LLM("inclusionAI/LLaDA2.0-mini", enforce_eager=True, ...,
+              additional_config={"attn_sampler": {"tau": 0.9}})
+
+vLLM finds attn_sampler as a plugin; the entry in ``additional_config`` switches it on, with the options of
+``Remask``. A block's attention is read in the model's ``Attention`` layers, inside the block: vLLM's layers
+give no log-sum-exp over the context. The ranks of tensor parallelism add up their heads. ``Remask`` has the
+interface of ``batched_remask`` and of ``RemaskingPolicy``, so that a worker of your own can use it too.
+Interface of commit 33cd242; tested without a GPU, in eager mode.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_sampler.adapters._engine import BlockDecoder, BlockScores, attention_layers, last_rows, require
+from attn_sampler.sampler import Policy
+
+_INSTALL = "pip install git+https://github.com/vllm-project/dllm-plugin (not the package on PyPI)"
+
+
+def _require(module: str) -> Any:
+    return require(module, "vllm-dllm-plugin", _INSTALL, "0", "0.2")
+
+
+class Remask:
+    """Commits by the attention that positions receive, or by any other policy.
+
+    Parameters
+    ----------
+    mask_token_id, block_length
+        The mask token, and C, the tokens of a block (``DRAFT_SIZE``).
+    policy, tau, temperature, seed, layers, diagonal, backend
+        As in ``generate``.
+    reduction
+        As in ``column_scores``.
+    """
+
+    def __init__(
+        self,
+        mask_token_id: int,
+        block_length: int,
+        *,
+        policy: str | Policy = "attn",
+        tau: float | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        layers: str | slice | Sequence[int] = "all",
+        diagonal: bool = True,
+        reduction: str = "sum",
+        backend: str = "auto",
+    ) -> None:
+        self._decoder = BlockDecoder(
+            policy, tau=tau, mask_token_id=mask_token_id, temperature=temperature, seed=seed, backend=backend
+        )
+        self._layers = layers
+        self._scores = BlockScores(
+            block_length, group=_head_group(), diagonal=diagonal, reduction=reduction, backend=backend
+        )
+        #: The requests whose blocks are handed over next, among those of the forward pass; None for all.
+        self.requests: list[int] | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Add up the attention inside the blocks that the model decodes from now on."""
+        if not self._decoder.policy.needs_scores:
+            return
+        layers = attention_layers(model, _attention_class(), self._layers)
+
+        def before(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            q, k = (*inputs, keywords.get("query"), keywords.get("key"))[:2]
+            if k is None:  # the context's part of a layer that attends to context and block in two calls
+                return
+            self._scores.add(
+                q.reshape(-1, layer.num_heads, layer.head_size),
+                k.reshape(-1, layer.num_kv_heads, layer.head_size),
+                first=layer is layers[0],
+                last=layer is layers[-1],
+                softmax_scale=layer.impl.scale,
+                rows=_block_rows(layer, self._scores.block_length),
+            )
+
+        for layer in layers:
+            layer.register_forward_pre_hook(before, with_kwargs=True)
+
+    def __call__(
+        self,
+        logits: Tensor,  # [B, C, V]
+        input_draft: Tensor,  # [B, C]
+        mask_token_id: int,
+        threshold: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``batched_remask``: the blocks after the step, which are done, how many tokens each committed.
+
+        ``threshold``, the plugin's own, is not read: the policy has its ``tau``.
+        """
+        if mask_token_id != self._decoder.mask_token_id:
+            raise ValueError(
+                f"mask_token_id: expected {self._decoder.mask_token_id}, as at the start, got {mask_token_id}"
+            )
+        draft = input_draft.to(torch.int64, copy=True)
+        scores = None
+        masked = draft == mask_token_id
+        if self._decoder.policy.needs_scores:
+            if self.requests is None:
+                scores = self._scores.read(len(draft))
+            else:
+                scores = self._scores.read(max(self.requests) + 1)[self.requests]
+        result = self._decoder.step(draft, logits, scores)
+        committed = (result.selected & masked).sum(dim=-1)
+        return draft, (draft != mask_token_id).all(dim=-1), committed
+
+    def apply(
+        self,
+        *,
+        input_draft: Sequence[int],
+        logits: Any | None = None,
+        remasking_config: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """``RemaskingPolicy.apply``: one step of one request; of ``remasking_config`` nothing is read."""
+        if logits is None:
+            raise ValueError("logits: expected the block's, got None (not the last pipeline stage?)")
+        mask = self._decoder.mask_token_id
+        logits = torch.as_tensor(logits)
+        draft = torch.tensor([list(input_draft)], device=logits.device)
+        if (draft != mask).all():
+            done = True
+        else:
+            draft, all_done, _ = self(logits[None], draft, mask, 0.0)
+            done = bool(all_done)
+        block = tuple(draft[0].tolist())
+        result = _remasking().RemaskStepResult
+        if done:
+            return result(committed_token_ids=block, next_input_block=(mask,) * len(block))
+        return result(committed_token_ids=(), next_input_block=block)
+
+
+def register() -> None:
+    """Let ``additional_config={"attn_sampler": {...}}`` switch Remask on in this process.
+
+    vLLM calls this in each of its processes (entry point ``vllm.general_plugins``). Without dllm-plugin there
+    is nothing to switch.
+    """
+    if importlib.util.find_spec("dllm_plugin") is None:
+        return
+    state = _require("dllm_plugin.models.llada2_model_state").LLaDA2ModelState
+    if hasattr(state, "_attn_sampler_remask"):
+        return
+    state._attn_sampler_remask = None
+    init, custom_sampler = state.__init__, state.custom_sampler
+
+    @functools.wraps(init)
+    def wrapped_init(self: Any, vllm_config: Any, model: nn.Module, *arguments: Any, **keywords: Any) -> None:
+        init(self, vllm_config, model, *arguments, **keywords)
+        options = (vllm_config.additional_config or {}).get("attn_sampler")
+        if options is not None:
+            self._attn_sampler_remask = Remask(self._mask_id, self._draft_size, **options)
+            self._attn_sampler_remask.watch(model)
+
+    @functools.wraps(custom_sampler)
+    def wrapped_sampler(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        result = custom_sampler(self, *arguments, **keywords)
+        if self._attn_sampler_remask is not None:
+            _use(result[0], self._attn_sampler_remask)
+        return result
+
+    state.__init__ = wrapped_init
+    state.custom_sampler = wrapped_sampler
+
+
+def _use(sampler: Any, remask: Remask) -> None:
+    """Let a ``DiffusionSampler`` remask by the policy."""
+    if not hasattr(sampler, "_remask_fn"):
+        raise RuntimeError(
+            f"this dllm-plugin's {type(sampler).__name__} has no _remask_fn to be replaced (the adapter was "
+            "tested with commit 33cd242)"
+        )
+    denoise = sampler._denoise
+
+    def wrapped(logits: Tensor, input_batch: Any) -> Any:
+        ends = input_batch.cu_num_logits_np
+        counts = [int(ends[i + 1] - ends[i]) for i in range(input_batch.num_reqs)]
+        remask.requests = [i for i, count in enumerate(counts) if count == sampler._draft_size]
+        return denoise(logits, input_batch)
+
+    sampler._remask_fn = remask
+    sampler._denoise = wrapped
+
+
+def _block_rows(layer: Any, block_length: int) -> Tensor | None:
+    """The tokens of the requests' last blocks, where vLLM says where requests end."""
+    metadata = importlib.import_module("vllm.forward_context").get_forward_context().attn_metadata
+    if isinstance(metadata, dict):
+        metadata = metadata.get(layer.layer_name)
+    starts = getattr(metadata, "query_start_loc", None)
+    return None if starts is None else last_rows(starts[1:], block_length)
+
+
+def _attention_class() -> Any:
+    try:
+        return importlib.import_module("vllm.model_executor.layers.attention").Attention
+    except ImportError:  # vLLM before 0.14
+        return importlib.import_module("vllm.attention.layer").Attention
+
+
+def _remasking() -> Any:
+    """The package that defines ``RemaskStepResult``: older plugins had another name."""
+    name = "dllm_plugin" if importlib.util.find_spec("dllm_plugin") else "vllm_dllm_plugin"
+    return _require(f"{name}.remasking")
+
+
+def _head_group() -> Any:
+    """The ranks that share the attention heads; None where there is one."""
+    group = importlib.import_module("vllm.distributed.parallel_state").get_tp_group()
+    return group.device_group if group.world_size > 1 else None

@@ -1,0 +1,406 @@
+"""Decoding with heads and vocabulary split over processes: tensor parallelism.
+
+Each process (rank) holds some of the attention heads and some columns of the logits. A step sends a few
+numbers for each position, in one collective, and ends with the same tokens on every rank, bit for bit:
+
+- Column scores are sums over heads, so the ranks' partial scores add up.
+- A token's confidence is a function of each shard's most probable token, its logit and its probability within
+  the shard (and the shard's margin or entropy). Logits stay where they are.
+
+The numbers are gathered, and every rank merges them alike. An all-reduce would leave the order of the
+additions to the communication library: it may differ from one run, or one number of ranks, to the next, and
+nothing promises that all ranks get equal bits. A gather moves bits and computes nothing.
+
+Against one process the scores and confidences differ by rounding (they are added in another order;
+confidences agree to about 1e-6), and so do the tokens where that decides a tie. Sampled tokens are the same:
+noise belongs to a token's place in the whole vocabulary.
+
+Collectives run on the current stream, as ``torch.distributed`` runs them, and nothing waits for the host, so
+that a CUDA graph can hold a step with a group that it can hold (NCCL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attn_sampler import checks, functional, reference
+from attn_sampler.functional import column_scores, select_tokens
+from attn_sampler.reference import StepResult
+
+_NO_TOKEN = float(1 << 53)  # above every token id, exact in float64
+
+
+@torch.no_grad()
+def sum_scores(scores: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The column scores of all heads, from those of this rank's heads.
+
+    Parameters
+    ----------
+    scores
+        float32 ``[B, C]``, added up over this rank's heads and any layers.
+    group
+        The ranks that share the heads. Default: all.
+
+    Returns
+    -------
+    Tensor
+        float32 ``[B, C]``, the same bits on every rank. It is added up in float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, before anything is sent.
+    RuntimeError
+        torch.distributed is not initialised.
+    """
+    checks.tensor("scores", scores, "[B, C]", (torch.float32,))
+    return _gather(scores.double(), group).sum(dim=0).float()
+
+
+@torch.no_grad()
+def token_confidence(
+    logits: Tensor,  # [B, C, V of this rank]
+    *,
+    vocab_start: int,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    metric: str = "probability",
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    exclude_token_id: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The predicted token of each position and how sure the model is of it, from a split vocabulary.
+
+    Parameters
+    ----------
+    logits
+        This rank's columns of the logits, in the dtypes of ``functional.token_confidence``. The ranks' shares
+        may differ in size, and be empty.
+    vocab_start
+        The token of this rank's first column. The shares are disjoint and cover the vocabulary.
+    vocab_size
+        Tokens of the whole vocabulary. Columns beyond it are padding and are not read.
+    group
+        The ranks that share the vocabulary. Default: all.
+    metric, temperature, seed, exclude_token_id, backend
+        As in ``functional.token_confidence``, the same on every rank; exclude_token_id counts in the whole
+        vocabulary.
+
+    Returns
+    -------
+    token_ids, confidence
+        int64 and float32, both ``[B, C]``, the same bits on every rank; ties, NaN and infinities as in
+        ``functional.token_confidence``.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        Naming the argument, before anything is sent.
+    RuntimeError
+        torch.distributed is not initialised.
+
+    Notes
+    -----
+    The logits are read once for ``"probability"`` and twice for the others. Sampling also copies them behind
+    ``vocab_start`` columns of -inf, so that each token meets its own noise: on the last rank, the memory and
+    time of the whole vocabulary.
+    """
+    shard = _Shard(logits, vocab_start, vocab_size, metric, temperature, seed, exclude_token_id, backend)
+    return shard.merge(_gather(torch.stack(shard.statistics()), group))
+
+
+@torch.no_grad()
+def decode_step(
+    tokens: Tensor,  # [B, T]
+    logits: Tensor,  # [B, C, V of this rank]
+    layers: Tensor | Sequence[Sequence[Tensor | None]],
+    *,
+    block: slice,
+    mask_token_id: int,
+    vocab_start: int,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    policy: str = "parallel",
+    tau: float = 0.9,
+    fallback: str = "confidence",
+    metric: str = "probability",
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+    **score_options: Any,
+) -> StepResult:
+    """One step of attention-guided decoding with heads and vocabulary split over ranks.
+
+    ``functional.decode_step`` with one collective: every rank calls it with its own share and ends with the
+    same tokens. Where every rank has the whole logits (most engines gather them), use ``sum_scores`` and
+    ``functional.decode_step`` instead.
+
+    Parameters
+    ----------
+    tokens
+        int64 ``[B, T]``, the same on every rank; **updated in place**.
+    logits, vocab_start, vocab_size, group
+        As in ``token_confidence``.
+    layers
+        This rank's heads: ``(q, k, softmax_lse)`` for each layer, or their scores, float32 ``[B, C]``, as
+        ``AttentionCapture.step_input`` gives them.
+    block, mask_token_id, policy, tau, fallback, metric, temperature, seed, backend
+        As in ``functional.decode_step``, the same on every rank; mask_token_id counts in the whole
+        vocabulary.
+    **score_options
+        ``rows``, ``columns`` and what else ``functional.decode_step`` reads ``layers`` with.
+
+    Returns
+    -------
+    StepResult
+        All its fields are the same bits on every rank.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        Naming the argument, before anything is sent. ``tokens`` is untouched then. Ranks whose arguments are
+        valid wait for the others.
+    RuntimeError
+        torch.distributed is not initialised.
+    """
+    functional._check_selection(policy, tau, fallback)
+    checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
+    checks.writable("tokens", tokens)
+    lo, hi = checks.span("block", block, tokens.shape[1], "token positions (T)")
+    shape = (tokens.shape[0], hi - lo)
+    checks.integer("mask_token_id", mask_token_id, 0, vocab_size)
+    checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES, like=tokens)
+    checks.shape("logits", logits, "[B, C, V]", (*shape, logits.shape[2]))
+    shard = _Shard(logits, vocab_start, vocab_size, metric, temperature, seed, mask_token_id, backend)
+    partial = partial_scores(tokens, layers, lo, hi, mask_token_id, backend=backend, **score_options)
+    checks.tensor("layers", partial, "[B, C]", (torch.float32,), like=tokens)
+    checks.shape("layers", partial, "[B, C]", shape)
+
+    gathered = _gather(torch.stack([partial.double(), *shard.statistics()]), group)
+    scores = gathered[:, 0].sum(dim=0).float()
+    token_ids, confidence = shard.merge(gathered[:, 1:])
+    block_tokens = tokens[:, lo:hi]
+    selected = select_tokens(
+        scores,
+        confidence,
+        block_tokens == mask_token_id,
+        policy=policy,
+        tau=tau,
+        fallback=fallback,
+        backend=backend,
+    )
+    block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
+    return StepResult(tokens, token_ids, confidence, scores, selected)
+
+
+class _Shard:
+    """One rank's columns of the logits: what it tells the others, and how all merge what they hear."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        vocab_start: int,
+        vocab_size: int,
+        metric: str,
+        temperature: float,
+        seed: int | Tensor | None,
+        exclude_token_id: int | None,
+        backend: str,
+    ) -> None:
+        checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
+        checks.integer("vocab_size", vocab_size, 1 if exclude_token_id is None else 2)
+        checks.integer("vocab_start", vocab_start, 0, vocab_size + 1)
+        checks.choice("backend", backend, functional._BACKEND_CHOICES)
+        self.logits = logits[..., : vocab_size - vocab_start]
+        self.start = vocab_start
+        self.exclude: int | None = None  # counted in the shard
+        if exclude_token_id is not None:
+            checks.integer("exclude_token_id", exclude_token_id, 0, vocab_size)
+            if vocab_start <= exclude_token_id < vocab_start + self.logits.shape[2]:
+                self.exclude = exclude_token_id - vocab_start
+        seed, seeds, self.temperature = functional._check_sampling(logits, metric, temperature, seed)
+        self.seed = seed if seeds is None else seeds
+        self.metric = metric
+        self.backend = backend
+
+    def statistics(self) -> list[Tensor]:
+        """What the others need to know, float64 [B, C] each.
+
+        The most probable token, its logit and its probability in the shard; the shard's margin or entropy,
+        where that is the metric; and where tokens are sampled, the shard's, its logit and its noisy logit.
+        """
+        if self.logits.shape[2] == (0 if self.exclude is None else 1):
+            return self._nothing()
+        top, p = self._confidence("probability")
+        # Without a logit above -inf, the shard's probabilities are undefined, and it weighs nothing. If a NaN
+        # made them undefined, they stay so.
+        weightless = self._largest() == -torch.inf
+        statistics = [(top + self.start).double(), self._logit(top), p.double().masked_fill(weightless, 1.0)]
+        if self.metric != "probability":
+            _, value = self._confidence(self.metric)
+            statistics.append(value.double().masked_fill(weightless, self._certain))
+        if self.temperature > 0.0:
+            token, noisy = self._sample()
+            statistics += [(token + self.start).double(), self._logit(token), noisy.double()]
+        return statistics
+
+    def _nothing(self) -> list[Tensor]:
+        """The statistics of a shard without tokens."""
+        values = [_NO_TOKEN, -torch.inf, 1.0]
+        if self.metric != "probability":
+            values.append(self._certain)
+        if self.temperature > 0.0:
+            values += [_NO_TOKEN, -torch.inf, -torch.inf]
+        zeros = torch.zeros(self.logits.shape[:2], dtype=torch.float64, device=self.logits.device)
+        return [zeros + value for value in values]
+
+    @property
+    def _certain(self) -> float:
+        """The metric's value where one token has all the probability."""
+        return 0.0 if self.metric == "entropy" else 1.0
+
+    def merge(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and confidence [B, C], from the statistics [R, K, B, C] of all ranks."""
+        top_ids, top, p, *rest = gathered.unbind(dim=1)
+        largest = _nan_lowest(top).amax(dim=0)
+        weight = torch.exp(top - largest) / p  # of a shard, in units of the largest logit's
+        total = weight.sum(dim=0)
+        extra = rest.pop(0) if self.metric != "probability" else None
+        if self.temperature > 0.0:
+            ids, logit, key = rest
+            token = _first_largest(key, ids)
+            logit = _of_token(logit, ids, token)
+        else:
+            token = _first_largest(top, top_ids)
+            logit = _of_token(top, top_ids, token)
+        confidence = torch.exp(logit - largest) / total
+        if self.metric == "entropy":
+            assert extra is not None
+            share = weight / total
+            inside = (share * extra).masked_fill(share == 0.0, 0.0)
+            confidence = (inside + torch.special.xlogy(share, share)).sum(dim=0)
+        elif self.metric == "margin":
+            assert extra is not None
+            second = (p - extra) * weight / total
+            other = torch.where(top_ids == token, second, torch.exp(top - largest) / total)
+            confidence = confidence - other.amax(dim=0)
+        return token.long(), confidence.float()
+
+    def _confidence(self, metric: str) -> tuple[Tensor, Tensor]:
+        return functional.token_confidence(
+            self.logits, metric=metric, exclude_token_id=self.exclude, backend=self.backend
+        )
+
+    def _logit(self, ids: Tensor) -> Tensor:
+        return self.logits.gather(-1, ids[..., None]).squeeze(-1).double()
+
+    def _largest(self) -> Tensor:
+        """The largest logit; NaN where there is one."""
+        parts = [self.logits]
+        if self.exclude is not None:
+            parts = [self.logits[..., : self.exclude], self.logits[..., self.exclude + 1 :]]
+        first, *others = [part.amax(dim=-1) for part in parts if part.shape[2] > 0]
+        return torch.maximum(first, others[0]) if others else first
+
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """The shard's sampled token, counted in the shard, and the noisy logit that it won with."""
+        logits, start = self.logits, self.start
+        if start > 0:
+            batch, count, width = logits.shape
+            padded = logits.new_full((batch, count, start + width), -torch.inf)
+            padded[..., start:] = logits
+            logits = padded
+        ids, _ = functional.token_confidence(
+            logits,
+            temperature=self.temperature,
+            seed=self.seed,
+            exclude_token_id=None if self.exclude is None else self.exclude + start,
+            backend=self.backend,
+        )
+        # Padding wins only where every noisy logit is -inf; the shard's lowest token stands for it.
+        ids = torch.where(ids < start, start + int(self.exclude == 0), ids)
+        logit = logits.gather(-1, ids[..., None]).squeeze(-1)
+        return ids - start, logit.float() * (1.0 / self.temperature) + self._noise(ids)
+
+    def _noise(self, ids: Tensor) -> Tensor:
+        """The noise of one token [B, C] at each position."""
+        position = torch.arange(ids.shape[1], device=ids.device)[None, :]
+        seeds = self.seed[:, None] if isinstance(self.seed, Tensor) else torch.full_like(ids, self.seed)
+        words = torch.stack(reference.philox(seeds, ids // 4, position), dim=-1)
+        return reference.gumbel(words.gather(-1, (ids % 4)[..., None]).squeeze(-1))
+
+
+def _nan_lowest(x: Tensor) -> Tensor:
+    return x.masked_fill(x.isnan(), -torch.inf)
+
+
+def _first_largest(value: Tensor, ids: Tensor) -> Tensor:
+    """Among the ranks' tokens [R, B, C], that of the largest value; the lowest on ties, NaN as -inf."""
+    value = _nan_lowest(value)
+    return ids.masked_fill(value != value.amax(dim=0), _NO_TOKEN).amin(dim=0)
+
+
+def _of_token(value: Tensor, ids: Tensor, token: Tensor) -> Tensor:
+    """The value [B, C] that belongs to the token."""
+    return value.masked_fill(ids != token, 0.0).sum(dim=0)
+
+
+def partial_scores(
+    tokens: Tensor,
+    layers: Tensor | Sequence[Sequence[Tensor | None]],
+    lo: int,
+    hi: int,
+    mask_token_id: int,
+    *,
+    rows: str = "all",
+    columns: slice | None = None,
+    query_mask: Tensor | None = None,
+    query_start: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """float32 [B, C], the column scores of this rank's heads, as ``functional.decode_step`` reads layers."""
+    if isinstance(layers, Tensor):
+        return layers
+    all_q, all_k, all_lse = functional._check_layers(layers, tokens, options.get("softmax_scope", "sequence"))
+    checks.choice("rows", rows, ("all", "masked"))
+    n_rows, n_keys = all_q[0].shape[2], all_k[0].shape[2]
+    columns = slice(lo, hi) if columns is None else columns
+    start = n_keys - n_rows if query_start is None else query_start
+    if rows == "masked":
+        first = start - checks.span("columns", columns, n_keys, "key positions (N)")[0] + lo
+        if first < 0 or first + n_rows > tokens.shape[1]:
+            raise ValueError(
+                f"rows: with 'masked', every query row must stand at one of the {tokens.shape[1]} tokens; "
+                f"rows are at {first} to {first + n_rows - 1} (query_start, columns)"
+            )
+        masked = tokens[:, first : first + n_rows] == mask_token_id
+        query_mask = masked if query_mask is None else masked & query_mask
+    scores: Tensor | None = None
+    for index, (q, k) in enumerate(zip(all_q, all_k, strict=True)):
+        scores = column_scores(
+            q,
+            k,
+            columns=columns,
+            softmax_lse=all_lse[index] if all_lse else None,
+            query_mask=query_mask,
+            query_start=start,
+            out=scores,
+            **options,
+        )
+    assert scores is not None
+    return scores
+
+
+def _gather(numbers: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The numbers of all ranks, stacked in rank order."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("group: torch.distributed is not initialised (call init_process_group first)")
+    result = numbers.new_empty((dist.get_world_size(group), *numbers.shape))
+    dist.all_gather(list(result.unbind()), numbers.contiguous(), group=group)
+    return result

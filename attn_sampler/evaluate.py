@@ -1,0 +1,492 @@
+"""Decoding quality: every rule on the same problems, accuracy against forward passes, with intervals.
+
+    attn-sampler eval --out results.json --table results.md --plot results.png
+
+A *rule* is a policy with its options and switches, written ``attn-parallel:tau=0.95,layers=last``. Results go
+to a JSON file after every batch; a rerun with the same file goes on where it stopped, and adds rules.
+``report`` makes intervals, paired differences to the baseline, the table and the plot of them. Besides
+decoding, ``--order-log-likelihood`` measures an order by itself: the true answer is revealed in the order
+that the rule chooses, and log p(true token | what is revealed) is added up.
+
+Problems are those of the bundled tasks, or a JSON Lines file with one problem a line::
+
+    {"prompt": [4, 7, 99, 99, 2], "answer": [5, 1]}      token ids; the mask token at the blanks
+    {"prompt": [4, 7], "answer": [5, 1]}                  no blank: as many as the answer has are appended
+    {"prompt": "def f(", "answer": "x):"}                 text, for a model that comes with a tokenizer
+
+An answer is right where it equals the true one token by token (for bundled tasks: where it obeys the rules).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_sampler.demo import default_tau
+from attn_sampler.generate import Generation, generate
+from attn_sampler.problem_sets import (
+    BUNDLED,
+    SPLITS,
+    EvaluatedModel,
+    ProblemSet,
+    bundled_problems,
+    load_model,
+    read_problems,
+)
+from attn_sampler.reference import StepResult
+from attn_sampler.report import markdown, plot_frontier, summarise
+from attn_sampler.sampler import Policy, StepState, make_policy
+
+BASELINE = "confidence"
+RULES = (
+    BASELINE,
+    "margin",
+    "entropy",
+    "left-to-right",
+    "random",
+    "attn-sequential",
+    "attn-parallel",
+    "attn-random",
+    "threshold",
+    "factor",
+    "eb",
+    "klass",
+    "pard",
+    "dawn",
+    "dapd",
+    "clad",
+    "adas",
+)
+#: Attn-Sampler's switches, one at a time.
+SWITCHES = (
+    *(
+        f"{mode}:{switch}"
+        for mode in ("attn-sequential", "attn-parallel")
+        for switch in ("rows=masked", "softmax_scope=block", "diagonal=false", "layers=last", "layers=0:2")
+    ),
+    "attn-parallel:fallback=score",
+    "attn-parallel:threshold=mean",
+)
+_ATTENTION_OPTIONS = ("layers", "rows", "softmax_scope", "diagonal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A policy with its options, and which attention it reads.
+
+    ``layers`` is written ``all``, ``last``, a slice ``0:2`` or indices ``0+3``; ``diagonal`` true or false.
+    """
+
+    label: str
+    policy: str
+    options: dict[str, Any] = dataclasses.field(hash=False)  # of the policy
+    attention: dict[str, Any] = dataclasses.field(hash=False)  # of ``generate``
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """The rule written ``policy:option=value,...``.
+
+        Raises
+        ------
+        ValueError
+            The policy or an option is unknown, or a value is not accepted.
+        """
+        policy, _, rest = text.partition(":")
+        options: dict[str, Any] = {}
+        attention: dict[str, Any] = {}
+        for pair in filter(None, rest.split(",")):
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"rule {text!r}: expected policy:option=value,..., got {pair!r}")
+            if name in _ATTENTION_OPTIONS:
+                attention[name] = _layers(value) if name == "layers" else _literal(value)
+            else:
+                options[name] = _literal(value)
+        try:
+            make_policy(policy, **options)
+        except TypeError as error:
+            raise ValueError(f"rule {text!r}: {error}") from None
+        return cls(text, policy, options, attention)
+
+    def make(self) -> Policy:
+        """A fresh policy object."""
+        return make_policy(self.policy, **self.options)
+
+
+def expand(texts: Iterable[str], taus: Sequence[float] = ()) -> list[Rule]:
+    """The rules, those that read a confidence threshold and fix none once for each of ``taus``."""
+    rules: dict[str, Rule] = {}
+    for text in texts:
+        rule = Rule.parse(text)
+        labels = [text]
+        if taus and "tau" not in rule.options and default_tau(rule.policy) is not None:
+            separator = "," if ":" in text else ":"
+            labels = [f"{text}{separator}tau={tau:g}" for tau in taus]
+        rules |= {label: Rule.parse(label) for label in labels}
+    return list(rules.values())
+
+
+def _literal(text: str) -> Any:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(text, text)
+
+
+def _layers(text: str) -> str | slice | list[int]:
+    if text in ("all", "last"):
+        return text if text == "all" else [-1]
+    try:
+        if ":" in text:
+            start, stop = (int(end) if end else None for end in text.split(":"))
+            return slice(start, stop)
+        return [int(index) for index in text.split("+")]
+    except ValueError:
+        raise ValueError(f"layers: expected all, last, a slice 0:2 or indices 0+3, got {text!r}") from None
+
+
+class Results:
+    """What has been decoded so far, by task and rule, kept in a JSON file.
+
+    ``cells[task]["rules"][label]`` holds what ``decode`` gives for the first so many problems, ``["orders"]``
+    what ``order_log_likelihood`` does.
+    """
+
+    def __init__(self, path: Path | None = None, baseline: str = BASELINE) -> None:
+        self.path = path
+        self.baseline = baseline  # the rule with which the summary compares
+        self.cells: dict[str, Any] = {}
+        if path is not None and path.exists():
+            try:
+                self.cells = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}: holds no results of an evaluation: {error!r}") from None
+
+    def of(self, problems: ProblemSet, model: str) -> dict[str, Any]:
+        """The cells of these problems decoded by this model.
+
+        Raises
+        ------
+        ValueError
+            The file holds results of other problems or of another model under this name.
+        """
+        identity = {"problems": len(problems), "fingerprint": problems.fingerprint, "model": model}
+        cell = self.cells.setdefault(problems.name, {**identity, "rules": {}, "orders": {}})
+        if any(cell[key] != value for key, value in identity.items()):
+            raise ValueError(
+                f"{self.path}: holds results of {problems.name} on other problems or with another model; "
+                "name another file"
+            )
+        return cell
+
+    def save(self, with_summary: bool = False) -> None:
+        """Write the file, all of it or nothing."""
+        if self.path is None:
+            return
+        content: dict[str, Any] = {"tasks": self.cells}
+        if with_summary:
+            content["summary"] = summarise(self.cells, self.baseline)
+        text = json.dumps(content, indent=1)
+        text = re.sub(r"\[\s+([-\d][^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+        scratch = self.path.with_name(self.path.name + ".part")
+        scratch.write_text(text + "\n", encoding="utf-8")
+        os.replace(scratch, self.path)
+
+
+class _Revealing(Policy):
+    """Another policy's order, with the true tokens committed and their log-probabilities added up."""
+
+    def __init__(self, inner: Policy, truth: Tensor) -> None:
+        self.inner = inner
+        self.truth = truth  # [B, T]
+        self.nats = torch.zeros(len(truth), dtype=torch.float64, device=truth.device)
+        # Instead of the class's: these are the inner policy's.
+        self.metric, self.needs_scores, self.needs_map = inner.metric, inner.needs_scores, inner.needs_map  # type: ignore[misc]
+
+    def reset(self) -> None:
+        self.inner.reset()
+
+    def select(self, state: StepState) -> Tensor:
+        return self.inner.select(state)
+
+    def step(self, tokens: Tensor, logits: Tensor, *arguments: Any, **options: Any) -> StepResult:
+        result = self.inner.step(tokens, logits, *arguments, **options)
+        block, sequence = options["block"], options["sequence"]
+        truth = self.truth[sequence, block]
+        tokens[:, block] = torch.where(result.selected, truth, tokens[:, block])
+        logits = logits.to(torch.float64, copy=True)
+        logits[..., options["mask_token_id"]] = -torch.inf
+        log_p = logits.log_softmax(dim=-1).gather(-1, truth[..., None]).squeeze(-1)
+        self.nats[sequence] += log_p.masked_fill(~result.selected, 0.0).sum(dim=1)
+        return result
+
+
+def decode(problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Rule) -> dict[str, list]:
+    """Decode some problems in one batch: ``right`` and other measures (0 or 1) and ``passes`` of each."""
+    result = _generate(problems, indices, model, rule, rule.make())
+    batch = zip(result.tokens.cpu(), result.attention_mask.cpu(), strict=True)
+    filled = [tokens[mask] for tokens, mask in batch]
+    right = [problems.judge(i, f, model.mask_token_id) for i, f in zip(indices, filled, strict=True)]
+    measured = {name: [int(measure(f)) for f in filled] for name, measure in problems.measures.items()}
+    return {"right": [int(r) for r in right], **measured, "passes": result.num_forward_passes.tolist()}
+
+
+def order_log_likelihood(
+    problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Rule
+) -> dict[str, list]:
+    """Reveal true answers in the order that the rule chooses: ``nats`` and ``passes``, a value for each.
+
+    ``nats`` is the sum over the answer's positions of log p(true token | prompt and what was revealed in
+    earlier steps), temperature 1, the mask token excluded; for a rule that commits several positions in a
+    step, these are predicted independently of each other, as in decoding.
+    """
+    truths = [problems.truth(i, model.mask_token_id) for i in indices]
+    length = max(map(len, truths))
+    padded = torch.stack([torch.nn.functional.pad(t, (length - len(t), 0)) for t in truths])
+    parameter = next(model.model.parameters(), None) if isinstance(model.model, torch.nn.Module) else None
+    policy = _Revealing(rule.make(), padded if parameter is None else padded.to(parameter.device))
+    result = _generate(problems, indices, model, rule, policy)
+    nats = [round(x, 6) for x in policy.nats.tolist()]
+    return {"nats": nats, "passes": result.num_forward_passes.tolist()}
+
+
+def _generate(
+    problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Rule, policy: Policy
+) -> Generation:
+    options = {"block_length": problems.block_length, **model.options, **rule.attention}
+    return generate(
+        model.model,
+        [problems.prompts[i] for i in indices],
+        mask_token_id=model.mask_token_id,
+        policy=policy,
+        seed=list(indices),  # a problem's own random stream, in whatever batch it is
+        **options,
+    )
+
+
+def evaluate(
+    work: Sequence[tuple[ProblemSet, EvaluatedModel, str]],
+    rules: Sequence[Rule],
+    results: Results,
+    *,
+    orders: bool = False,
+    batch_size: int = 100,
+    time_limit: float = math.inf,
+    on_batch: Callable[[str, str, int], None] | None = None,
+) -> int:
+    """Decode what ``results`` does not hold yet, and save it after every batch; a summary at the end.
+
+    Parameters
+    ----------
+    work
+        Problems, the model that decodes them, and the name under which the results remember it.
+    orders
+        Measure order log-likelihoods too.
+    batch_size
+        Problems decoded together.
+    time_limit
+        Seconds after which no further batch begins.
+    on_batch
+        Called with the task, the rule and the number of problems, after each batch.
+
+    Returns
+    -------
+    int
+        How many (task, rule, problem) cells are left.
+    """
+    began, left = time.monotonic(), 0
+    jobs: list[tuple[str, Callable[..., dict[str, list]]]] = [("rules", decode)]
+    if orders:
+        jobs.append(("orders", order_log_likelihood))
+    for problems, model, model_name in work:
+        cell = results.of(problems, model_name)
+        for kind, run in jobs:
+            for rule in rules:
+                done = cell[kind].get(rule.label, {})
+                for first in range(len(done.get("passes", ())), len(problems), batch_size):
+                    indices = range(first, min(first + batch_size, len(problems)))
+                    if time.monotonic() - began > time_limit:
+                        left += len(problems) - first
+                        break
+                    values = run(problems, indices, model, rule)
+                    done = {key: [*done.get(key, ()), *value] for key, value in values.items()}
+                    cell[kind][rule.label] = done
+                    results.save()
+                    if on_batch is not None:
+                        on_batch(problems.name, rule.label, len(indices))
+    results.save(with_summary=True)
+    return left
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``attn-sampler eval``."""
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        choices=BUNDLED,
+        default=list(BUNDLED[:2]),
+        metavar="NAME",
+        help=f"bundled problems, of {', '.join(BUNDLED)} (default: {' '.join(BUNDLED[:2])})",
+    )
+    parser.add_argument(
+        "--task-file", type=Path, metavar="FILE", help="problems of your own instead, JSON Lines"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="SPEC",
+        help="a .safetensors file of the bundled format, a folder with one, or module:function "
+        "(default: the task's bundled model)",
+    )
+    parser.add_argument(
+        "--rule",
+        nargs="+",
+        default=list(RULES),
+        metavar="RULE",
+        help="policies, with options as in attn-parallel:tau=0.95,layers=last (default: every policy)",
+    )
+    parser.add_argument(
+        "--baseline",
+        default=BASELINE,
+        metavar="RULE",
+        help=f"the rule that differences are to (default: {BASELINE})",
+    )
+    parser.add_argument("--switches", action="store_true", help="add Attn-Sampler's switches, one at a time")
+    parser.add_argument(
+        "--tau",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="TAU",
+        help="run rules with a threshold at each of these",
+    )
+    parser.add_argument("--problems", type=int, default=500, metavar="N", help="of each task (default: 500)")
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        default=SPLITS[0],
+        help="bundled problems to report on, or others to choose rules by (default: heldout)",
+    )
+    parser.add_argument("--order-log-likelihood", action="store_true", help="measure that too")
+    parser.add_argument(
+        "--block-length", type=int, default=32, metavar="N", help="for --task-file (default: 32)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=100, metavar="N", help="problems decoded together (default: 100)"
+    )
+    parser.add_argument("--device", default="cpu", help="of the model (default: cpu)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin no batch after that; a rerun with the same --out goes on",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="results as JSON, read first where it exists"
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table there, not to the screen")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="accuracy against passes, as a picture")
+
+
+def run(options: argparse.Namespace) -> int:
+    """What ``attn-sampler eval`` does.
+
+    Raises
+    ------
+    ValueError
+        An option is not accepted, or what it needs is not installed.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    for name in ("problems", "block_length", "batch", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    for name in ("out", "table", "plot"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"--{name}: expected a file in a folder that exists, got {path}")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[eval]'")
+    rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
+    results = Results(options.out, options.baseline)
+    work = list(_work(options))
+    total = len(rules) * sum(len(problems) for problems, *_ in work) * (1 + options.order_log_likelihood)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        done = sum(
+            _held(results.of(problems, name), rules, options.order_log_likelihood)
+            for problems, _, name in work
+        )
+        bar = progress.add_task("", total=total, completed=done)
+        left = evaluate(
+            work,
+            rules,
+            results,
+            orders=options.order_log_likelihood,
+            batch_size=options.batch,
+            time_limit=options.time_limit,
+            on_batch=lambda task, rule, count: progress.update(
+                bar, description=f"{task} {rule}", advance=count
+            ),
+        )
+    torch.set_num_threads(threads)
+    rows = summarise(results.cells, options.baseline)
+    table = markdown(rows, options.baseline)
+    if options.table is None:
+        print(table)
+    else:
+        options.table.write_text(table, encoding="utf-8")
+    if options.plot is not None:
+        plot_frontier(rows, options.plot)
+    if left:
+        print(f"{left} of {total} decodings are left: run again with the same --out", file=sys.stderr)
+    return 0
+
+
+def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedModel, str]]:
+    if options.task_file is not None:
+        if options.model is None:
+            raise ValueError("--task-file: needs --model")
+        model = _on_device(load_model(options.model), options.device)
+        yield (
+            read_problems(options.task_file, model, options.block_length, options.problems),
+            model,
+            options.model,
+        )
+        return
+    for name in options.task:
+        spec = options.model or name.partition("-")[0]
+        model = _on_device(load_model(spec), options.device)
+        yield bundled_problems(name, options.problems, options.split), model, spec
+
+
+def _on_device(model: EvaluatedModel, device: str) -> EvaluatedModel:
+    if isinstance(model.model, torch.nn.Module):
+        model.model.to(device)
+    return model
+
+
+def _held(cell: dict[str, Any], rules: Sequence[Rule], orders: bool) -> int:
+    kinds = ("rules", "orders") if orders else ("rules",)
+    return sum(len(cell[kind].get(rule.label, {}).get("passes", ())) for kind in kinds for rule in rules)

@@ -1,0 +1,311 @@
+"""The SGLang adapter, driven by a stand-in for SGLang 0.5.23's ``DllmAlgorithm``, or by the installed one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.engine_toy import BLOCK, FlatToy, Request, attend, decode_whole, load, sources, stub, toy
+from tests.toy_model import MASK
+
+SOURCE = ("sglang", "sglang/srt/dllm/algorithm/base.py")
+PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [6] * 8, [2, 3, 5, 7, 11, 13]]
+
+
+class ForwardMode(Enum):
+    EXTEND = 1
+    DLLM_EXTEND = 2
+
+    def is_dllm_extend(self) -> bool:
+        return self is ForwardMode.DLLM_EXTEND
+
+
+class DllmConfig:
+    def __init__(self, algorithm_config: dict[str, Any], fdfo: bool = False) -> None:
+        self.algorithm, self.algorithm_config = "AttnSampler", algorithm_config
+        self.block_size, self.mask_id, self.max_running_requests = BLOCK, MASK, 8
+        self.first_done_first_out_mode = fdfo
+
+    @staticmethod
+    def from_server_args(server_args: Any) -> DllmConfig | None:
+        return server_args.dllm_config
+
+
+class DllmAlgorithm:
+    """The interface, and the two loops that call it."""
+
+    def __init__(self, config: DllmConfig) -> None:
+        self.block_size = config.block_size
+        self.mask_id = config.mask_id
+        self.fdfo = config.first_done_first_out_mode
+
+    def prepare_inputs(self, model_runner: Any, forward_batch: Any, states: list[Any]) -> None:
+        pass
+
+    def step(self, forward_batch: Any, full_logits: Tensor, states: list[Any]) -> list[bool]:
+        raise NotImplementedError
+
+    def run(self, model_runner: Any, forward_batch: Any, algo_states: Any = None) -> tuple[Any, ...]:
+        batch = forward_batch.batch_size
+        tokens = forward_batch.input_ids.view(batch, self.block_size)
+        given = (tokens != self.mask_id).sum(dim=1).tolist()
+        states = [None] * batch
+        for _ in range(1 if self.fdfo else self.block_size + 1):
+            self.prepare_inputs(model_runner, forward_batch, states)
+            out = model_runner.forward(forward_batch, pp_proxy_tensors=None)
+            if not self.fdfo and min(given) == self.block_size:
+                return out.logits_output, [], None, None, False
+            done = self.step(forward_batch, out.logits_output.full_logits, states)
+            if all(done):
+                break
+        if self.fdfo:
+            lengths = [self.block_size if d else 0 for d in done]
+            return out.logits_output, tokens.tolist(), lengths, states, False
+        return out.logits_output, [row[n:] for row, n in zip(tokens, given, strict=True)], None, None, False
+
+
+class RadixAttention(nn.Module):
+    """Calls the FlashInfer backend, which joins the block to the cached context by their log-sum-exps."""
+
+    def __init__(
+        self, num_heads: int, head_dim: int, scaling: float, num_kv_heads: int, layer_id: int
+    ) -> None:
+        super().__init__()
+        self.tp_q_head_num, self.tp_k_head_num, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scaling, self.layer_id = scaling, layer_id
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, forward_batch: Any, save_kv_cache: bool = True
+    ) -> Tensor:
+        q = q.view(-1, self.tp_q_head_num, self.head_dim)
+        k, v = (x.view(-1, self.tp_k_head_num, self.head_dim) for x in (k, v))
+        states = [[], [], [], []]
+        for i, request in enumerate(forward_batch.requests):
+            own = slice(i * BLOCK, (i + 1) * BLOCK)
+            cached = request.cache[self.layer_id]
+            context = (torch.zeros_like(q[own]), torch.full(q[own].shape[:2], -torch.inf))
+            if cached is not None:
+                context = attend(q[own], *cached)
+            for values, value in zip(states, (*attend(q[own], k[own], v[own]), *context), strict=True):
+                values.append(value)
+        o1, s1, o2, s2 = (torch.cat(values) for values in states)
+        if forward_batch.joins:
+            o1, _ = sys.modules["sglang.srt.layers.attention.flashinfer_backend"]._safe_merge_state(
+                o1, s1, o2, s2
+            )
+        return o1.flatten(1)
+
+
+def merge_state(v_a: Tensor, s_a: Tensor, v_b: Tensor, s_b: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.logaddexp2(s_a, s_b)
+    return v_a * torch.exp2(s_a - s)[..., None] + v_b * torch.exp2(s_b - s)[..., None], s
+
+
+class HookRegistry:
+    hooks: list[tuple[Any, ...]]
+
+    @classmethod
+    def register(cls, target: str, hook: Any, hook_type: Any, *, source: Any = None) -> None:
+        cls.hooks.append((target, hook, hook_type))
+
+
+class ModelRunner:
+    def __init__(self, config: DllmConfig, seed: int = 0) -> None:
+        self.server_args = SimpleNamespace(dllm_config=config)
+        weights = toy(seed)
+        self.model = FlatToy(
+            weights,
+            lambda i: RadixAttention(
+                weights.heads, weights.headdim, weights.headdim**-0.5, weights.kv_heads, i
+            ),
+        )
+
+    def forward(self, forward_batch: Any, pp_proxy_tensors: Any) -> Any:
+        logits = self.model(
+            forward_batch.input_ids,
+            forward_batch.requests,
+            lambda layer, q, k, v: layer(q.flatten(1), k.flatten(1), v.flatten(1), forward_batch),
+        )
+        return SimpleNamespace(logits_output=SimpleNamespace(full_logits=logits), can_run_graph=False)
+
+
+@pytest.fixture(params=sources(*SOURCE))
+def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    HookRegistry.hooks = []
+    group = SimpleNamespace(world_size=1, device_group=None)
+    stub(
+        monkeypatch,
+        {
+            "sglang": {"__version__": "0.5.23"},
+            "sglang.srt.dllm.algorithm": {"algo_name_to_cls": {}, "get_algorithm": None},
+            "sglang.srt.dllm.algorithm.base": {"DllmAlgorithm": DllmAlgorithm},
+            "sglang.srt.dllm.config": {"DllmConfig": DllmConfig},
+            "sglang.srt.layers.radix_attention": {"RadixAttention": RadixAttention},
+            "sglang.srt.layers.attention.flashinfer_backend": {"_safe_merge_state": merge_state},
+            "sglang.srt.distributed.parallel_state": {"get_attn_tp_group": lambda: group},
+            "sglang.srt.plugins.hook_registry": {
+                "HookRegistry": HookRegistry,
+                "HookType": SimpleNamespace(AFTER="after"),
+            },
+        },
+    )
+    if request.param == "installed":
+        stub(
+            monkeypatch,
+            {
+                "sglang.srt.layers.logits_processor": {"LogitsProcessorOutput": object},
+                "sglang.srt.model_executor.forward_batch_info": {"ForwardBatch": object},
+                "sglang.srt.model_executor.model_runner": {"ModelRunner": object},
+                "sglang.srt.server_args": {"ServerArgs": object},
+                "sglang.srt.utils": {"is_npu": lambda: False},
+            },
+        )
+        load(monkeypatch, "sglang.srt.dllm.algorithm.base", *SOURCE)
+    monkeypatch.delitem(sys.modules, "attn_sampler.adapters.sglang", raising=False)
+    return importlib.import_module("attn_sampler.adapters.sglang")
+
+
+def make_batch(requests: list[Request], **fields: Any) -> Any:
+    prefixes = [request.cached for request in requests]
+    return SimpleNamespace(
+        **{
+            "batch_size": len(requests),
+            "input_ids": torch.tensor([token for request in requests for token in request.block()]),
+            "forward_mode": ForwardMode.DLLM_EXTEND,
+            "requests": requests,
+            "extend_prefix_lens_cpu": prefixes,
+            "joins": any(prefixes),
+            "dllm_prompt_mask": None,
+        }
+        | fields
+    )
+
+
+def serve(algorithm: Any, runner: ModelRunner, num_blocks: int) -> list[list[int]]:
+    """All prompts at once, block after block, as the scheduler does."""
+    requests = [Request(prompt) for prompt in PROMPTS]
+    goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in PROMPTS]
+    for _ in range(100):
+        running = [r for r, goal in zip(requests, goals, strict=True) if r.cached < goal * BLOCK]
+        if not running:
+            return [request.tokens for request in requests]
+        batch = make_batch(running)
+        _, tokens, lengths, *_ = algorithm.run(runner, batch)
+        for place, request in enumerate(running):
+            block = request.block()
+            if lengths is None:  # what was asked for, of finished blocks
+                given = [token for token in block if token != MASK]
+                request.store(given + torch.as_tensor(tokens[place]).tolist() if tokens else block)
+            elif lengths[place]:
+                request.store(tokens[place])
+            else:
+                request.tokens[request.cached :] = tokens[place]
+    raise AssertionError("the blocks are never done")
+
+
+@pytest.mark.parametrize("fdfo", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"tau": 0.3}, {"policy": "attn-sequential"}, {"tau": 0.3, "layers": [1]}]
+)
+def test_serves_the_tokens_of_generate(adapter: Any, options: dict[str, Any], fdfo: bool):
+    config = DllmConfig(options, fdfo)
+    served = serve(adapter.algorithm()(config), ModelRunner(config), 2)
+    expected = [decode_whole(toy(), prompt, 2, **({"policy": "attn"} | options)) for prompt in PROMPTS]
+    assert served == expected
+
+
+def test_the_log_sum_exp_over_the_context_is_what_decides(adapter: Any):
+    """Where the softmax over the block alone would choose otherwise."""
+    differing = 0
+    for seed in range(6):
+        whole = [decode_whole(toy(seed), p, 2, policy="attn-sequential") for p in PROMPTS]
+        block = [
+            decode_whole(toy(seed), p, 2, policy="attn-sequential", softmax_scope="block") for p in PROMPTS
+        ]
+        differing += whole != block
+        for scope, expected in (("sequence", whole), ("block", block)):
+            config = DllmConfig({"policy": "attn-sequential", "softmax_scope": scope})
+            assert serve(adapter.algorithm()(config), ModelRunner(config, seed), 2) == expected
+    assert differing > 0
+
+
+def test_the_model_is_watched_when_it_is_loaded(adapter: Any):
+    adapter.register()
+    (target, hook, _), config = HookRegistry.hooks[0], DllmConfig({"tau": 0.3})
+    assert target == "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+    runner = ModelRunner(config)
+    hook(None, runner)
+    algorithm = sys.modules["sglang.srt.dllm.algorithm"].algo_name_to_cls["AttnSampler"](config)
+    batch = make_batch([Request(prompt) for prompt in PROMPTS])
+    runner.forward(batch, None)
+    algorithm.prepare_inputs(runner, batch, [])
+    hooks = sum(len(layer._forward_hooks) for layer in runner.model.attention)
+    assert hooks == len(runner.model.attention), "watched once"
+    assert algorithm._scores.read(len(PROMPTS)).sum() > 0
+
+
+def test_models_that_need_no_watching_are_left_alone(adapter: Any):
+    adapter.register()
+    for config in (None, SimpleNamespace(algorithm="LowConfidence"), DllmConfig({"policy": "threshold"})):
+        runner = ModelRunner(DllmConfig({}))
+        runner.server_args.dllm_config = config
+        HookRegistry.hooks[0][1](None, runner)
+        assert not any(layer._forward_hooks for layer in runner.model.attention)
+
+
+def test_a_mask_token_in_a_prompt_is_text(adapter: Any):
+    config = DllmConfig({"tau": 0.3})
+    algorithm, runner, request = adapter.algorithm()(config), ModelRunner(config), Request([5, MASK, 7])
+    literal = torch.tensor([[True, True, True, False]])
+    batch = make_batch([request], dllm_prompt_mask=literal)
+    algorithm.run(runner, batch)
+    tokens = batch.input_ids.tolist()
+    assert tokens[:3] == [5, MASK, 7]
+    assert tokens[3] != MASK
+
+
+def test_policies_without_attention_watch_nothing(adapter: Any):
+    config = DllmConfig({"policy": "confidence"})
+    runner = ModelRunner(config)
+    served = serve(adapter.algorithm()(config), runner, 1)
+    assert served == [decode_whole(toy(), prompt, 1, policy="confidence") for prompt in PROMPTS]
+    assert not any(layer._forward_hooks for layer in runner.model.attention)
+
+
+def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
+    algorithm = adapter.algorithm()
+    with pytest.raises(ValueError, match=r"expected options among .* got threshold"):
+        algorithm(DllmConfig({"threshold": 0.9}))
+    with pytest.raises(ValueError, match="carries something over"):
+        algorithm(DllmConfig({"policy": "klass"}))
+    config = DllmConfig({})
+    runner = ModelRunner(config)
+    runner.model.attention = nn.ModuleList()
+    with pytest.raises(RuntimeError, match="FlatToy has no RadixAttention layer"):
+        algorithm(config).prepare_inputs(runner, None, [])
+    runner = ModelRunner(config)
+    request = Request([1] * 8)
+    batch = make_batch([request])
+    runner.forward(batch, None)
+    request.store(batch.input_ids.tolist())
+    batch = make_batch([request], joins=False)
+    with pytest.raises(RuntimeError, match="--attention-backend flashinfer"):
+        algorithm(config).run(runner, batch)
+    unseen = algorithm(config)
+    unseen.prepare_inputs(ModelRunner(config), batch, [])
+    with pytest.raises(RuntimeError, match="no attention of the model was seen"):
+        unseen.step(make_batch([Request([])]), torch.zeros(BLOCK, MASK + 1), [None])
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.4.9")
+    with pytest.raises(RuntimeError, match=r"sglang 0\.4\.9 is outside the tested range"):
+        adapter.register()
+    monkeypatch.setitem(sys.modules, "sglang.srt.dllm.algorithm", None)
+    with pytest.raises(ImportError, match=r'sglang cannot be imported .* pip install "sglang'):
+        adapter.register()
