@@ -246,13 +246,13 @@ def write_results_page(results: Path = RESULTS) -> Path:
             steps = json.loads(path.read_text())
             lines += ["", f"### End to end: {steps['model']}", "", caption(steps, steps["device"])]
             lines += ["", end_to_end_table(steps)]
-    quality = sorted((results / "quality").glob("*.md"))
-    if quality:
+    quality = results / "quality"
+    if pages := sorted(quality.glob("*.md")):
+        lines += ["", "## Decoding quality", ""]
+        lines += [f"- [{p.stem}]({results.name}/quality/{p.name})" for p in pages]
         lines += [
             "",
-            "## Decoding quality",
-            "",
-            *(f"- [{p.stem}]({results.name}/quality/{p.name})" for p in quality),
+            *(f"![{p.name}]({results.name}/quality/{p.name})" for p in sorted(quality.glob("*.png"))),
         ]
     page = results.parent / "RESULTS.md"
     page.write_text("\n".join(lines) + "\n")

@@ -403,8 +403,13 @@ def test_results_page_marks_stale_tables(tmp_path):
         (folder / "2026-01-02.json").write_text(json.dumps(made))
         (folder / "2026-01-03-quick.json").write_text("only the newest full run is read")
     (fresh / "share_of_floor.png").write_bytes(b"")
+    (tmp_path / "quality").mkdir()
+    for name in ("rules.md", "frontier.png"):
+        (tmp_path / "quality" / name).touch()
     page = report.write_results_page(tmp_path / "").read_text()
     assert "We win here." in page
+    assert f"- [rules]({tmp_path.name}/quality/rules.md)" in page
+    assert f"![frontier.png]({tmp_path.name}/quality/frontier.png)" in page
     of_fresh, of_old = page.split("## fresh")[1].split("## old")
     caption = "`python -m bench`, 2026-01-02, commit abc1234, "
     assert caption + "fresh." in of_fresh
