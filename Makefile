@@ -25,7 +25,7 @@ lint: $(VENV)/dev ## Check style, types and formatting
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-bench: $(VENV)/dev ## Measure the kernels on this machine
+bench: $(VENV)/dev ## Measure the kernels on this machine (options: ARGS="--quick")
 	$(bin)/python -m bench $(ARGS)
 
 clean: ## Remove what the other verbs made
@@ -41,7 +41,7 @@ $(VENV)/installed: $(VENV)/torch $(sources)
 	touch $@
 
 $(VENV)/dev: $(VENV)/torch $(sources)
-	$(pip) --editable '.[dev,test,triton]'
+	$(pip) --editable '.[dev,test,triton,bench]'
 	touch $(VENV)/installed $@
 
 .PHONY: help demo test lint bench clean

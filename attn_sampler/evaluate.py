@@ -426,7 +426,7 @@ def run(options: argparse.Namespace) -> int:
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"--{name}: expected a file in a folder that exists, got {path}")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[eval]'")
+        raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[plot]'")
     rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
     results = Results(options.out, options.baseline)
     work = list(_work(options))

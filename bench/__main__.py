@@ -1,120 +1,215 @@
-"""Time the kernels on real decode shapes against PyTorch, on this machine's CPU.
+"""Measure the kernels on real decode shapes against what one would use instead.
 
-    python -m bench [--rows 1 2 6] [--threads 1 2] [--dtype bfloat16] [--json FILE]
+    python -m bench [--rows 1 2 a1] [--cases columns step] [--backends cpu] [--threads 1 2] [--quick]
+    python -m bench end-to-end        tokens per second, and where a step's time goes
+    python -m bench compare OLD NEW   exit status 1 where ours became slower
+    python -m bench report            RESULTS.md from the files under results/
 
-Every result is checked before it is timed. Candidates run interleaved in one process; the table shows
-medians, and ratios to ours.
+Every result is checked before it is timed. Candidates take turns in one process, with cold caches.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
-import platform
+import math
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
-import attn_sampler
-from attn_sampler import _core, column_scores, reference, token_confidence
+from attn_sampler.backends import BACKENDS
 
-from . import rivals
-from .rows import ROWS
+from . import harness, report
+from .cases import CASES
+from .rows import QUICK, ROWS
+from .timing import thread_counts
 
-_SECONDS = 1.5  # for each candidate of a comparison
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
-def median_ms(candidates: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median milliseconds of each candidate, run in turns."""
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    stop = time.perf_counter() + _SECONDS * len(candidates)
-    while time.perf_counter() < stop or min(map(len, samples.values())) < 3:
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            run()
-            samples[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(times[1:]) for name, times in samples.items()}
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
+    shared.add_argument("--output", type=Path, default=report.RESULTS, metavar="FOLDER")
+    shared.add_argument("--quick", action="store_true", help="few rows and samples, under two minutes")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    kernels = commands.add_parser("kernels", parents=[shared], help="the default: every case on every row")
+    kernels.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {' '.join(ROWS)}")
+    kernels.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"of {' '.join(CASES)}"
+    )
+    kernels.add_argument("--backends", nargs="+", choices=BACKENDS, default=harness.default_backends())
+    kernels.add_argument("--threads", type=int, nargs="+", default=thread_counts(), help="of the CPU")
+    kernels.add_argument("--seconds", type=float, default=math.inf, help="start no row after so long")
+    steps = commands.add_parser("end-to-end", parents=[shared], help="whole decoding steps of a model")
+    steps.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    compare = commands.add_parser("compare", help="two result files")
+    compare.add_argument("old", type=Path)
+    compare.add_argument("new", type=Path)
+    compare.add_argument("--threshold", type=float, default=1.15, help="times the old median (default 1.15)")
+    commands.add_parser("report", help="write RESULTS.md")
+    return parser
 
 
-def column_scores_case(number: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Scores of the candidate columns of one layer."""
-    row = ROWS[number]
-    q, k, lse = row.attention(dtype)
-    columns = slice(row.n_keys - row.columns, row.n_keys)
-    exact = reference.column_scores(q.double(), k[:, :, columns].double(), softmax_lse=lse.double())
-    candidates = {
-        "ours": lambda: column_scores(q, k, columns=columns, softmax_lse=lse, backend="cpu"),
-        "block matmul": lambda: rivals.block_scores(q, k, lse, columns),
-        "naive": lambda: rivals.naive_scores(q, k, columns),
-    }
-    torch.testing.assert_close(candidates["ours"]().double(), exact, rtol=1e-5, atol=1e-6)
-    return candidates
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text. The exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given.insert(0, "kernels")
+    options = parser.parse_args(given)
+    if options.command == "compare":
+        return _compare(options.old, options.new, options.threshold)
+    if options.command == "report":
+        print(f"written: {report.write_results_page()}")
+        return 0
+    shown = [word for word in given if word != "kernels"]
+    command = " ".join(["python -m bench", *shown])
+    if options.command == "end-to-end":
+        return _end_to_end(options, command)
+    return _kernels(options, command)
 
 
-def token_confidence_case(number: int, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """Token and probability of every candidate."""
-    logits = ROWS[number].logits(dtype)
-    candidates = {
-        "ours": lambda: token_confidence(logits, backend="cpu"),
-        "softmax + max": lambda: rivals.softmax_max(logits),
-        "float64": lambda: rivals.float64_confidence(logits),
-    }
-    (ids, confidence), (true_ids, true_confidence) = candidates["ours"](), candidates["float64"]()
-    torch.testing.assert_close(logits.gather(-1, ids[..., None]), logits.gather(-1, true_ids[..., None]))
-    torch.testing.assert_close(confidence.double(), true_confidence, rtol=1e-5, atol=1e-7)
-    return candidates
-
-
-CASES = {"column_scores": column_scores_case, "token_confidence": token_confidence_case}
-
-
-def main() -> None:
-    """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Time the kernels on this CPU.")
-    parser.add_argument("--rows", type=int, nargs="+", choices=ROWS, default=list(ROWS), metavar="N")
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    options = parser.parse_args()
-    if (problem := _core.UNAVAILABLE) is not None:
-        parser.error(problem)
-    console = Console(width=None if Console().is_terminal else 120)
-    results = []
-    for function, make_case in CASES.items():
-        table = Table("row", "shape", "threads", "ours ms", "rivals: ms (times ours)", title=function)
-        for number in track(options.rows, description=function, console=console, transient=True):
-            candidates = make_case(number, getattr(torch, options.dtype))
-            for threads in options.threads:
-                torch.set_num_threads(threads)
-                ms = median_ms(candidates)
-                results.append({"function": function, "row": number, "threads": threads, "ms": ms})
-                others = [f"{n} {t:.3g} ({t / ms['ours']:.1f}x)" for n, t in ms.items() if n != "ours"]
-                table.add_row(
-                    str(number), ROWS[number].name, str(threads), f"{ms['ours']:.3g}", ", ".join(others)
-                )
-        console.print(table)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "cpu_isa": _core.cpu_isa(),
-        "torch": torch.__version__,
-        "attn_sampler": attn_sampler.__version__,
+def _kernels(options: argparse.Namespace, command: str) -> int:
+    load = harness.load_average()
+    absent = harness.missing(options.backends)
+    for name, reason in absent.items():
+        print(f"not measured: {name}: {reason}")
+    rows = options.rows or (QUICK if options.quick else ROWS)
+    with _progress() as advance:
+        measured = harness.run(
+            options.cases,
+            rows,
+            options.backends,
+            options.threads,
+            getattr(torch, options.dtype),
+            harness.BRIEF if options.quick else harness.FULL,
+            seconds=options.seconds,
+            advance=advance,
+        )
+    if not measured["cells"]:
+        print(
+            f"nothing to measure: none of {' '.join(options.backends)} runs here, or no case has "
+            f"the rows {' '.join(rows)}",
+        )
+        return 2
+    results = {
+        "command": command,
         "dtype": options.dtype,
-        "date": time.strftime("%Y-%m-%d"),
+        "environment": harness.environment(measured),
+        "load_average": load,
+        "missing": absent,
+        **measured,
     }
-    console.print(" ".join(f"{name}={value}" for name, value in machine.items()))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    path = _write(options, results, "-quick" if options.quick else "")
+    tables = report.markdown(results)
+    path.with_suffix(".md").write_text(f"# {results['environment']['machine']}\n\n{tables}\n")
+    _show(tables)
+    print(f"written: {path} and .md")
+    try:
+        plots = report.plot(results, path.parent)
+    except ImportError as error:
+        print(f"no plots: {error} (pip install .[bench])")
+    else:
+        print(f"plots: {', '.join(plots) or 'none, for want of rows'}")
+    wrong = [
+        f"{cell['case']} {cell['row']} {name}: {figure['failed']}"
+        for cell in results["cells"]
+        for name, figure in cell.get("figures", {}).items()
+        if figure["ours"] and "failed" in figure
+    ]
+    for line in wrong:
+        print(f"failed: {line}")
+    return 1 if wrong else 0
+
+
+def _end_to_end(options: argparse.Namespace, command: str) -> int:
+    from . import end_to_end
+
+    load = harness.load_average()
+    measured = end_to_end.run(options.device, getattr(torch, options.dtype), brief=options.quick)
+    devices = {"devices": [{"device": options.device}]}
+    results = {
+        "command": command,
+        "environment": harness.environment(devices),
+        "load_average": load,
+        **measured,
+    }
+    path = _write(options, results, "-end-to-end")
+    _show(report.end_to_end_table(results))
+    print(f"written: {path}")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, and lines in a log."""
+    if not sys.stderr.isatty():
+        yield lambda label, done, total: print(f"{done}/{total} {label}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+
+
+def _show(markdown: str) -> None:
+    """Tables drawn on a terminal, and as they are in a log."""
+    if not sys.stdout.isatty():
+        print(markdown)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(markdown))
+
+
+def _write(options: argparse.Namespace, results: dict[str, Any], suffix: str) -> Path:
+    about = results["environment"]
+    folder = report.folder_of(about["machine"], options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{about['date']}{suffix}.json"
+    # Five digits are more than any figure here is worth, and half the file.
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.5g}"))
+    path.write_text(json.dumps(rounded, indent=1) + "\n")
+    return path
+
+
+def _compare(old: Path, new: Path, threshold: float) -> int:
+    before, after = (json.loads(path.read_text()) for path in (old, new))
+    machines = [r["environment"]["machine"] for r in (before, after)]
+    if machines[0] != machines[1]:
+        print(f"different machines: {machines[0]}; {machines[1]}")
+    changes, rivals = report.compare(before, after, threshold)
+    if not changes:
+        print("the files have no figure of ours in common")
+        return 2
+    regressions = [change for change in changes if change.regressed]
+    for change in regressions:
+        became = change.reason if change.new_ms is None else f"{change.new_ms:.3g} ms"
+        times = "" if change.new_ms is None else f", {change.new_ms / change.old_ms:.2f} times"
+        print(f"regressed: {change.what}: {change.old_ms:.3g} ms, now {became}{times}")
+    ratios = [change.new_ms / change.old_ms for change in changes if change.new_ms is not None]
+    if ratios:
+        print(f"ours: {statistics.median(ratios):.2f} times the old medians, over {len(ratios)} figures")
+    if rivals is not None:
+        print(f"the rivals' own: {rivals:.2f} times, which is the machine's doing")
+    print(f"{len(regressions)} of {len(changes)} figures regressed beyond {threshold:g} times")
+    return 1 if regressions else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,16 +20,18 @@ from attn_sampler.kernels import launch
 
 from attn_sampler import attention_map, column_scores, token_confidence
 
-from .gpu import DTYPE, Timer
-from .rows import ROWS
+from .rows import DECODE
+from .timing import CudaDevice
 
 _GAIN = 1.03
+DTYPE = torch.bfloat16
 
 
 def column_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for row in ROWS.values():
-        q, k, lse = row.attention(DTYPE, "cuda")
-        columns = slice(row.n_keys - row.columns, row.n_keys)
+    for row in DECODE.values():
+        q, k = row.attention(DTYPE, "cuda")
+        lse = row.softmax_lse(q, k)
+        columns = row.block
         shape_class = launch.attention_class(row.columns, row.headdim, 2)
         yield (
             shape_class,
@@ -41,11 +43,11 @@ def column_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def lse_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The same columns without the log-sum-exp: both kernels run, and only one of them changes."""
-    for row in ROWS.values():
+    for row in DECODE.values():
         if row.n_keys > 16384:
             continue
-        q, k, _ = row.attention(DTYPE, "cuda")
-        columns = slice(row.n_keys - row.columns, row.n_keys)
+        q, k = row.attention(DTYPE, "cuda")
+        columns = row.block
         n_rows = row.n_rows * row.heads // row.kv_heads
         shape_class = launch.attention_class(n_rows, row.headdim, 2)
         yield (
@@ -55,9 +57,10 @@ def lse_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def map_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for row in ROWS.values():
-        q, k, lse = row.attention(DTYPE, "cuda")
-        rows, columns = slice(0, min(row.columns, row.n_rows)), slice(row.n_keys - row.columns, row.n_keys)
+    for row in DECODE.values():
+        q, k = row.attention(DTYPE, "cuda")
+        lse = row.softmax_lse(q, k)
+        rows, columns = slice(0, min(row.columns, row.n_rows)), row.block
         shape_class = launch.attention_class(row.columns, row.headdim, 2)
         yield (
             shape_class,
@@ -69,7 +72,7 @@ def map_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def confidence_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     for row, (dtype, shape_class) in itertools.product(
-        (ROWS[2], ROWS[6], ROWS[10], ROWS[12]), ((DTYPE, "narrow"), (torch.float32, "float32"))
+        (DECODE[n] for n in ("2", "6", "10", "12")), ((DTYPE, "narrow"), (torch.float32, "float32"))
     ):
         logits = row.logits(dtype, "cuda")
         yield shape_class, lambda logits=logits: token_confidence(logits, backend="triton")
@@ -92,7 +95,7 @@ KERNELS = {
 }
 
 
-def tune(kernel: str, timer: Timer) -> None:
+def tune(kernel: str, timer: CudaDevice) -> None:
     """Print the better entries of one kernel."""
     make_calls, candidates = KERNELS[kernel]
     calls: dict[str, list[Callable[[], Any]]] = {}
@@ -107,7 +110,11 @@ def tune(kernel: str, timer: Timer) -> None:
         for config in dict.fromkeys((present, *candidates)):
             launch.TABLE[key] = config
             try:
-                cold = [timer(run, 10)["cold"] for run in runs]
+                runs_by_name = {str(i): run for i, run in enumerate(runs)}
+                figures = timer.measure(runs_by_name, lambda: None, seconds=0.0, least=10).values()
+                if failed := [f["failed"] for f in figures if "failed" in f]:
+                    raise RuntimeError(failed[0])
+                cold = [1e3 * figure["median_ms"] for figure in figures]
             except Exception as error:  # shared memory or registers beyond the device's
                 print(f"# {shape_class} {tuple(config)}: {type(error).__name__}", flush=True)
                 torch.cuda.synchronize()
@@ -129,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU here")
-    timer = Timer()
+    timer = CudaDevice()
     for kernel in options.kernel:
         tune(kernel, timer)
 

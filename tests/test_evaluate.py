@@ -395,7 +395,7 @@ def test_a_plot_without_matplotlib(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["eval", "--plot", str(tmp_path / "plot.png")])
-    assert "--plot: needs matplotlib: pip install 'attn_sampler[eval]'" in capsys.readouterr().err
+    assert "--plot: needs matplotlib: pip install 'attn_sampler[plot]'" in capsys.readouterr().err
 
 
 def test_a_file_of_something_else(tmp_path: Path) -> None:
