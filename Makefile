@@ -41,7 +41,7 @@ $(VENV)/installed: $(VENV)/torch $(sources)
 	touch $@
 
 $(VENV)/dev: $(VENV)/torch $(sources)
-	$(pip) --editable '.[dev,test,triton,bench]'
+	$(pip) --editable '.[dev,test,triton]'
 	touch $(VENV)/installed $@
 
 .PHONY: help demo test lint bench clean
