@@ -145,8 +145,8 @@ def generate(
     TypeError, ValueError, BackendUnavailableError
         Naming the argument, before the model has run; or the model's output, of a wrong shape or dtype.
     RuntimeError
-        The logits of a chosen position are undefined (NaN, +inf or all -inf), or the attention scores are NaN
-        at every masked position of a sequence.
+        The logits of a chosen position are undefined (NaN, +inf or all -inf), the attention scores are NaN
+        at every masked position of a sequence, or the policy chooses none of these.
     """
     if not callable(model):
         raise TypeError(f"model: expected a callable, got {type(model).__name__}")
@@ -229,7 +229,9 @@ def generate(
                     backend=backend,
                     **score_options,
                 )
-                committed, open_rows = _check_progress(result, active, block, mask_token_id)
+                committed, open_rows = _check_progress(
+                    result, active, block, mask_token_id, chosen.needs_scores
+                )
                 tokens[active] = batch
                 forward_seconds += between - began
                 sampling_seconds += time.perf_counter() - between
@@ -366,7 +368,7 @@ def _block_logits(
 
 
 def _check_progress(
-    result: StepResult, active: Tensor, block: slice, mask_token_id: int
+    result: StepResult, active: Tensor, block: slice, mask_token_id: int, needs_scores: bool
 ) -> tuple[int, Tensor]:
     """How many tokens the step committed, and which of its rows have more to fill, after one host sync."""
     undefined = result.selected & result.confidence.isnan()
@@ -381,10 +383,14 @@ def _check_progress(
             "undefined (NaN, +inf or all -inf), and the policy chose it"
         )
     if any_stuck:
-        raise RuntimeError(
-            f"nothing could be committed in sequences {active[stuck].tolist()}: the attention scores "
-            "are NaN at every masked position"
+        left = result.tokens[:, block] == mask_token_id
+        scored = bool((left & ~result.scores.isnan())[stuck].any())
+        reason = (
+            "the policy chose no masked position"
+            if scored or not needs_scores
+            else "the attention scores are NaN at every masked position"
         )
+        raise RuntimeError(f"nothing could be committed in sequences {active[stuck].tolist()}: {reason}")
     return count, (result.tokens[:, block] == mask_token_id).any(dim=1)
 
 

@@ -4,7 +4,17 @@ A policy is a small object with ``select``, which sees one step's state and answ
 them are vectorised over the batch and the block and stay on the device. ``POLICIES`` names them;
 ``make_policy("threshold", tau=0.95)`` builds one; ``register_policy`` adds another. One of your own is a
 subclass of ``Policy`` with ``select`` (and ``needs_scores = True`` where it reads the attention received;
-``needs_map = True`` too where it reads the block's attention map, as the rules in ``dependency`` do).
+``needs_map = True`` too where it reads the block's attention map, as the rules in ``dependency`` do)::
+
+    class AboveMean(Policy):
+        needs_scores = True
+
+        def select(self, state: StepState) -> Tensor:
+            best = top_positions(state.scores, state.masked, 1)  # one at least, so that decoding ends
+            return best | (state.masked & (state.scores > state.scores.mean(dim=1, keepdim=True)))
+
+``generate(model, prompts, policy=AboveMean(), ...)`` decodes by it; after ``register_policy("above-mean",
+AboveMean)`` its name does, also in the ``--rule`` of ``attn_sampler.cli.main(["eval", ...])``.
 """
 
 from __future__ import annotations
@@ -57,7 +67,7 @@ class Policy(abc.ABC):
 
     @abc.abstractmethod
     def select(self, state: StepState) -> Tensor:
-        """The positions to commit, bool [B, C], all of them masked."""
+        """The positions to commit, bool [B, C]; those that are not masked are left out."""
 
     def step(
         self,
@@ -97,6 +107,11 @@ class Policy(abc.ABC):
         -------
         StepResult
             Its ``scores`` are NaN where no attention was given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``attention`` is not what the policy needs, or ``select`` answers something else than bool [B, C].
         """
         block_tokens = tokens[:, block]
         masked = block_tokens == mask_token_id
@@ -132,7 +147,11 @@ class Policy(abc.ABC):
             backend,
             attention_map,
         )
-        selected = masked & self.select(state)
+        chosen = self.select(state)
+        name = f"{type(self).__name__}.select"
+        checks.tensor(name, chosen, "[B, C]", (torch.bool,), like=masked)
+        checks.shape(name, chosen, "[B, C]", masked.shape)
+        selected = masked & chosen
         block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
         if scores is None:
             scores = torch.full_like(confidence, torch.nan)
@@ -447,6 +466,14 @@ POLICIES: dict[str, Callable[..., Policy] | str] = {
 def register_policy(name: str, policy: Callable[..., Policy] | str) -> None:
     """Add a policy, or another name for one.
 
+    Parameters
+    ----------
+    name
+        What ``generate(policy=name)`` and the commands' ``--policy`` and ``--rule`` take, in this process.
+    policy
+        A class, or a function, that returns a ``Policy``; its keywords are the policy's options, and one
+        called ``tau`` is what ``generate(tau=...)`` sets. Or a name that is registered already.
+
     Raises
     ------
     TypeError, ValueError
@@ -474,7 +501,8 @@ def make_policy(policy: str | Policy, **options: Any) -> Policy:
             raise TypeError(f"policy: options {sorted(options)} go with a name, not with an object")
         return policy
     if not isinstance(policy, str):
-        raise TypeError(f"policy: expected a name or a Policy, got {type(policy).__name__}")
+        given = f"the class {policy.__name__}" if isinstance(policy, type) else type(policy).__name__
+        raise TypeError(f"policy: expected a name or a Policy, got {given}")
     factory = _resolve(policy, POLICIES)
     try:
         return factory(**options)

@@ -741,13 +741,15 @@ def test_undefined_attention_stops_the_run() -> None:
         decode(Broken(), [prompt(3), prompt(3)], gen_length=4)
 
 
-class Nothing(Policy):
-    def select(self, state: StepState) -> Tensor:
-        return torch.zeros_like(state.masked)
+@pytest.mark.parametrize("needs_scores", [False, True])
+def test_a_policy_that_commits_nothing_does_not_run_forever(needs_scores: bool) -> None:
+    class Nothing(Policy):
+        def select(self, state: StepState) -> Tensor:
+            return torch.zeros_like(state.masked)
 
-
-def test_a_policy_that_commits_nothing_does_not_run_forever() -> None:
-    with pytest.raises(RuntimeError, match=r"nothing could be committed in sequences \[0\]"):
+    Nothing.needs_scores = needs_scores
+    message = r"nothing could be committed in sequences \[0\]: the policy chose no masked position"
+    with pytest.raises(RuntimeError, match=message):
         decode(ToyModel(), [prompt(3)], gen_length=4, policy=Nothing())
 
 

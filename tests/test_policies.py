@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import math
 import random
+import re
 import statistics
 import struct
+import textwrap
 from collections.abc import Callable
 
 import pytest
@@ -470,6 +472,37 @@ def test_policy_of_the_user_reads_scores_and_commits_masked_positions_only() -> 
     assert torch.equal(result.selected, masked)
 
 
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (None, TypeError, r"Broken.select: expected a tensor \[B, C\], got NoneType"),
+        (torch.ones(1, 3), ValueError, "Broken.select: expected dtype bool, got float32"),
+        (torch.ones(3, dtype=torch.bool), ValueError, "Broken.select: expected a 2-dimensional tensor"),
+        (torch.ones(1, 1, dtype=torch.bool), ValueError, r"Broken.select: expected shape .* = \[1, 3\]"),
+    ],
+)
+def test_policy_of_the_user_that_answers_something_else(
+    answer: object, error: type[Exception], message: str
+) -> None:
+    class Broken(Policy):
+        def select(self, state: StepState) -> Tensor:
+            return answer  # type: ignore[return-value]
+
+    with pytest.raises(error, match=message):
+        run_step(Broken(), torch.randn(1, 3, 5), torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_policy_of_the_documentation() -> None:
+    code = textwrap.dedent("\n".join(re.findall(r"(?m)^(?: {4}.*)?$", sampler.__doc__ or "")))
+    names = vars(sampler).copy()
+    exec(compile(code, "the module's docstring", "exec"), names)
+    scores = torch.tensor([[3.0, 1.0, 2.5, 0.1], [1.0, 9.0, 8.0, 1.0]])
+    masked = torch.tensor([[True, True, True, True], [True, False, False, True]])
+    logits = torch.randn(2, 4, 5)
+    result = run_step(names["AboveMean"](), logits, masked, scores)
+    assert result.selected.tolist() == [[True, False, True, False], [True, False, False, False]]
+
+
 def test_attn_sampler_needs_attention() -> None:
     with pytest.raises(ValueError, match="attention: expected column scores"):
         run_step(AttnSampler(), torch.randn(1, 2, 5), torch.ones(1, 2, dtype=torch.bool))
@@ -545,6 +578,7 @@ def test_register(registry: dict) -> None:
         ("nobody", {}, ValueError, "policy: expected one of a, adas, attn, .*threshold, got 'nobody'"),
         ("a", {}, ValueError, "policy: the names run in a circle: a -> b -> a"),
         (3, {}, TypeError, "policy: expected a name or a Policy, got int"),
+        (PARD, {}, TypeError, "policy: expected a name or a Policy, got the class PARD"),
         ("random", {"tau": 0.5}, TypeError, "policy 'random': .*'tau'"),
         ("attn-sequential", {"mode": "parallel"}, TypeError, "policy 'attn-sequential': .*'mode'"),
         (PARD(), {"tau": 0.5}, TypeError, r"policy: options \['tau'\] go with a name"),
