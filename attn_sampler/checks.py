@@ -49,6 +49,18 @@ def shape(name: str, value: Tensor, axes: str, expected: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected shape {axes} = {list(expected)}, got {list(value.shape)}")
 
 
+def device(name: str, value: str) -> str:
+    """The name of a device that torch can use here."""
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no GPU in this build: an assertion
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name}: expected a device that torch can use here, got {value!r} ({reason})"
+        ) from None
+    return value
+
+
 def optional(
     name: str,
     value: Tensor | None,

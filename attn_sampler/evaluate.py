@@ -35,6 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_sampler import checks
+from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.demo import default_tau
 from attn_sampler.generate import Generation, generate
 from attn_sampler.problem_sets import (
@@ -344,13 +346,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"bundled problems, of {', '.join(BUNDLED)} (default: {' '.join(BUNDLED[:2])})",
     )
     parser.add_argument(
-        "--task-file", type=Path, metavar="FILE", help="problems of your own instead, JSON Lines"
+        "--task-file",
+        type=Path,
+        metavar="FILE",
+        help='problems of your own instead, one a line: {"prompt": "2 + 2 =", "answer": " 4"}, as text or as '
+        "lists of token ids",
     )
     parser.add_argument(
         "--model",
         metavar="SPEC",
         help="hub:ID or hub:FOLDER (a checkpoint), a .safetensors file of the bundled format, a folder with "
         "one, or module:function (default: the task's bundled model)",
+    )
+    parser.add_argument(
+        "--adapter",
+        choices=tuple(FAMILIES),
+        help="how a checkpoint is called (default: by its model_type)",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with a checkpoint"
@@ -384,7 +395,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=SPLITS[0],
         help="bundled problems to report on, or others to choose rules by (default: heldout)",
     )
-    parser.add_argument("--order-log-likelihood", action="store_true", help="measure that too")
+    parser.add_argument(
+        "--order-log-likelihood",
+        action="store_true",
+        help="add the log-likelihood (nats) of the true answer, revealed in each rule's order",
+    )
     parser.add_argument(
         "--block-length", type=int, default=32, metavar="N", help="for --task-file (default: 32)"
     )
@@ -421,6 +436,7 @@ def run(options: argparse.Namespace) -> int:
     for name in ("problems", "block_length", "batch", "threads"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    checks.device("--device", options.device)
     for name in ("out", "table", "plot"):
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
@@ -485,7 +501,9 @@ def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedMo
 
 
 def _load(spec: str, options: argparse.Namespace) -> EvaluatedModel:
-    return load_model(spec, options.device, trust_remote_code=options.trust_remote_code)
+    return load_model(
+        spec, options.device, family=options.adapter, trust_remote_code=options.trust_remote_code
+    )
 
 
 def _held(cell: dict[str, Any], rules: Sequence[Rule], orders: bool) -> int:

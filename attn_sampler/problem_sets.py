@@ -36,7 +36,9 @@ class EvaluatedModel:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load_model(spec: str, device: str = "cpu", *, trust_remote_code: bool = False) -> EvaluatedModel:
+def load_model(
+    spec: str, device: str = "cpu", *, family: str | None = None, trust_remote_code: bool = False
+) -> EvaluatedModel:
     """The model that ``spec`` names.
 
     Parameters
@@ -47,8 +49,9 @@ def load_model(spec: str, device: str = "cpu", *, trust_remote_code: bool = Fals
         ``module:function``, called without arguments for an ``EvaluatedModel``.
     device
         Of the model; one that ``module:function`` made is moved if it is a module.
-    trust_remote_code
-        Whether code that comes with a checkpoint may run.
+    family, trust_remote_code
+        Of a checkpoint: a name of ``adapters.models.FAMILIES`` (default: by its model_type), and whether
+        code that comes with it may run.
 
     Raises
     ------
@@ -77,7 +80,9 @@ def load_model(spec: str, device: str = "cpu", *, trust_remote_code: bool = Fals
     if prefix == "hub":
         from attn_sampler.adapters.run import load
 
-        adapter, tokenizer, options = load(rest, device=device, trust_remote_code=trust_remote_code)
+        adapter, tokenizer, options = load(
+            rest, family=family, device=device, trust_remote_code=trust_remote_code
+        )
         return EvaluatedModel(adapter, options.pop("mask_token_id"), tokenizer, options)
     try:
         loaded = getattr(importlib.import_module(prefix), rest)()

@@ -212,6 +212,28 @@ def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.C
     assert "no file named model.safetensors" in failure(arguments(tmp_path, "--prompt", "w1"), capsys)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "none-such"])
+def test_a_device_that_is_not_there(folder: Path, device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(arguments(folder, "--prompt", "w1", "--device", device), capsys)
+    assert f"device: expected a device that torch can use here, got '{device}' (" in line
+    with pytest.raises(SystemExit, match="2"):
+        main(["eval", "--device", device, "--problems", "1"])
+    assert f"error: --device: expected a device that torch can use here, got '{device}' (" in (
+        capsys.readouterr().err
+    )
+
+
+def test_eval_calls_a_checkpoint_as_its_adapter_says(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "problems.jsonl").write_text('{"prompt": "w1 w2", "answer": "w3 w4"}')
+    command = ["eval", "--model", f"hub:{folder}", "--task-file", str(tmp_path / "problems.jsonl")]
+    command += ["--rule", "confidence"]
+    assert "none that is known here; --adapter names" in failure(command, capsys)
+    assert main([*command, "--adapter", "bidirectional"]) == 0
+    assert "| `confidence` | 2.00 |" in capsys.readouterr().out
+
+
 def test_an_unknown_family_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(["generate", "--model", str(folder), "--prompt", "w1"], capsys)
     assert f"{folder}: its model_type 'llama' is none that is known here; --adapter names" in line

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attn_sampler import checks
 from attn_sampler.adapters import version_problem
 from attn_sampler.adapters.models import FAMILIES, Adapter, Family, adapt, find_family
 from attn_sampler.generate import Generation, generate
@@ -68,8 +69,8 @@ def load(
     Raises
     ------
     LoadError
-        transformers is missing or untested, the checkpoint is not to be had, its family is unknown, or its
-        tokenizer lacks the mask token.
+        transformers is missing or untested, torch cannot use the device, the checkpoint is not to be had, its
+        family is unknown, or its tokenizer lacks the mask token.
     """
     try:
         version = importlib.metadata.version("transformers")
@@ -82,6 +83,12 @@ def load(
         raise LoadError(f"{problem}; --any-version tries it")
     import transformers
 
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        checks.device("device", device)
+    except ValueError as error:
+        raise LoadError(str(error)) from None
     if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise LoadError(f"{path}: no such folder")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line tells what its retries would
@@ -106,7 +113,7 @@ def load(
         model = auto_class.from_pretrained(path, dtype=dtype, **given, **code).eval()
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise LoadError(f"cannot load {path}: {_reason(error)}") from error
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
     if family == "bidirectional":
         from attn_sampler.adapters.transformers import make_bidirectional
 
