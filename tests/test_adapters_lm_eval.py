@@ -258,6 +258,16 @@ def test_registered_under_its_name(loaded: list):
     assert lm.tokenizer_name == "tests__letters"
 
 
+@pytest.mark.parametrize(("gpu", "device"), [(False, "cpu"), (True, "cuda:0")])
+def test_the_harness_asks_for_a_gpu_unless_told_otherwise(
+    gpu: bool, device: str, loaded: list, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    get_model("attn_sampler").create_from_arg_string(ARGUMENTS, {"batch_size": 1, "device": "cuda:0"})
+    assert loaded[0][1]["device"] == device
+    assert ("the model runs on the CPU instead of on cuda:0" in caplog.text) is not gpu
+
+
 def test_command_line(
     loaded: list, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -15,6 +15,7 @@ In Python, importing it is enough: ``lm_eval.simple_evaluate(model="attn_sampler
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from attn_sampler.generate import generate
 from attn_sampler.sampler import Policy, make_policy
 
 NAME = "attn_sampler"
+_LOGGER = logging.getLogger(__name__)
 
 _INSTALL = "pip install 'attn_sampler[lm-eval]'"
 _api: Any = require("lm_eval.api.model", "lm_eval", _INSTALL, "0.4.13", "0.5")
@@ -62,7 +64,8 @@ class AttnSamplerLM(_api.TemplateLM):
     mask_token_id, eos_token_id
         Default: what the loader or the tokenizer says.
     device, dtype, family, attention, trust_remote_code
-        For the loader.
+        For the loader. The harness's command line asks for ``cuda:0`` unless told otherwise; where torch
+        sees no GPU the model runs on the CPU then, as the harness's own do, with a warning.
     policy, tau, seed
         As in ``generate``; request i draws from the stream ``seed + i``.
     batch_size
@@ -121,6 +124,9 @@ class AttnSamplerLM(_api.TemplateLM):
         make_policy(policy, **({} if tau is None else {"tau": tau}))  # refuses what it does not know
         options: dict[str, Any] = {}
         if pretrained is not None:
+            if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+                _LOGGER.warning("torch sees no GPU: the model runs on the CPU instead of on %s", device)
+                device = "cpu"
             run: Any = importlib.import_module("attn_sampler.adapters.run")  # imports transformers
             model, tokenizer, options = run.load(
                 pretrained,
