@@ -111,17 +111,20 @@ def _kernels(options: argparse.Namespace, command: str) -> int:
         "missing": absent,
         **measured,
     }
-    path = _write(options, results, "-quick" if options.quick else "")
+    # Apart from a run of everything, and not among the results: it would stand for the machine otherwise.
+    part = options.rows is not None or set(options.cases) != set(CASES)
+    path = _write(options, results, ("-quick" if options.quick else "") + ("-part" if part else ""))
     tables = report.markdown(results)
     path.with_suffix(".md").write_text(f"# {results['environment']['machine']}\n\n{tables}\n")
     _show(tables)
     print(f"written: {path} and .md")
-    try:
-        plots = report.plot(results, path.parent)
-    except ImportError as error:
-        print(f"no plots: {error} (pip install .[bench])")
-    else:
-        print(f"plots: {', '.join(plots) or 'none, for want of rows'}")
+    if not part:
+        try:
+            plots = report.plot(results, path.parent)
+        except ImportError as error:
+            print(f"no plots: {error} (pip install .[plot])")
+        else:
+            print(f"plots: {', '.join(plots) or 'none, for want of rows'}")
     wrong = [
         f"{cell['case']} {cell['row']} {name}: {figure['failed']}"
         for cell in results["cells"]
