@@ -18,7 +18,10 @@ try:
     import attn_sampler._C as _C
 except ImportError as error:
     #: Why the extension cannot be used; None where it can.
-    UNAVAILABLE: str | None = f"the compiled extension attn_sampler._C is not installed ({error})"
+    UNAVAILABLE: str | None = (
+        f"the compiled extension attn_sampler._C is not installed ({error}); in a clone, pip install -e . "
+        "builds it in place"
+    )
 else:
     UNAVAILABLE = None
 
