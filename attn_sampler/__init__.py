@@ -2,7 +2,7 @@
 
 from attn_sampler._version import __version__
 from attn_sampler.backends import BackendUnavailableError, Support, is_backend_supported
-from attn_sampler.capture import AttentionCapture, CapturedLayer
+from attn_sampler.capture import AttentionCapture, CapturedLayer, report_attention
 from attn_sampler.dependency import ADAS, CLAD, DAPD, DAWN
 from attn_sampler.functional import (
     attention_map,
@@ -43,6 +43,7 @@ __all__ = [
     "is_backend_supported",
     "make_policy",
     "register_policy",
+    "report_attention",
     "select_tokens",
     "token_confidence",
 ]

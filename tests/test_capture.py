@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_model import ToyModel
 
+from attn_sampler import AttentionCapture, decode_step, report_attention
 from attn_sampler import capture as capture_module
-from attn_sampler import decode_step
-from attn_sampler.capture import AttentionCapture, attention_with_lse, is_capturing, report_attention
+from attn_sampler.capture import attention_with_lse, is_capturing
 
 B, H, M, N, D = 2, 4, 7, 13, 16
 COLUMNS = slice(3, 9)
@@ -575,7 +575,7 @@ def test_no_attention_call() -> None:
     with AttentionCapture() as capture:
         torch.nn.MultiheadAttention(16, 2)(*[torch.randn(3, 1, 16)] * 3)
     for read in (lambda: capture.scores, capture.step_input, lambda: capture.step_options):
-        with pytest.raises(RuntimeError, match=r"saw no call of .*scaled_dot_product_attention"):
+        with pytest.raises(RuntimeError, match=r"saw no call of .*product_attention: .* report_attention"):
             read()
 
 
