@@ -125,7 +125,22 @@ def markdown(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
             f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
             + "".join(_markdown_row(row, measures) for row in chosen)
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, _legend(rows, baseline)])
+
+
+def _legend(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
+    """What the columns hold, in one line."""
+    text = (
+        "passes: forward passes per problem. right: percent of the problems, with Wilson's interval. less "
+        f"{baseline}: the difference to that rule on the same problems (Newcombe's interval; p of McNemar's "
+        "exact test)."
+    )
+    if any("nats" in row for row in rows):
+        text += (
+            " nats: log-likelihood of the true answer revealed in the rule's order, per problem (bootstrap "
+            "interval)."
+        )
+    return text + "\n"
 
 
 def _markdown_row(row: Mapping[str, Any], measures: Sequence[str]) -> str:

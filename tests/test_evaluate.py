@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,9 @@ def test_summary_table_and_plot(tmp_path: Path) -> None:
     ]
     assert lines[4].startswith("| `threshold:tau=0.5` | 1.50 | 75.0 | 30.1 to 95.4 | +25.0 | ")
     assert len({line.count("|") for line in lines[2:7]}) == 1
+    assert re.match(r"passes: .* less confidence: .* nats: ", lines[-2])
+    decoded = [{name: value for name, value in row.items() if name != "nats"} for row in rows[:2]]
+    assert "nats: " not in markdown(decoded, "confidence")
     plot_frontier(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
