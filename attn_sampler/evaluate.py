@@ -488,11 +488,9 @@ def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedMo
         if options.model is None:
             raise ValueError("--task-file: needs --model")
         model = _load(options.model, options)
-        yield (
-            read_problems(options.task_file, model, options.block_length, options.problems),
-            model,
-            options.model,
-        )
+        problems = read_problems(options.task_file, model, options.block_length, options.problems)
+        called = f" as {options.adapter}" if options.adapter else ""  # other results than by its model_type
+        yield problems, model, options.model + called
         return
     for name in options.task:
         spec = options.model or name.partition("-")[0]

@@ -230,8 +230,10 @@ def test_eval_calls_a_checkpoint_as_its_adapter_says(
     command = ["eval", "--model", f"hub:{folder}", "--task-file", str(tmp_path / "problems.jsonl")]
     command += ["--rule", "confidence"]
     assert "none that is known here; --adapter names" in failure(command, capsys)
-    assert main([*command, "--adapter", "bidirectional"]) == 0
+    out = tmp_path / "results.json"
+    assert main([*command, "--adapter", "bidirectional", "--out", str(out)]) == 0
     assert "| `confidence` | 2.00 |" in capsys.readouterr().out
+    assert f'"hub:{folder} as bidirectional"' in out.read_text()
 
 
 def test_an_unknown_family_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
