@@ -28,6 +28,9 @@ def tensor(
     """A tensor of the rank that ``shape`` spells (as in "[B, C]"), of one of the dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a dense tensor {shape}, got a {layout} one")
     if value.dim() != shape.count(",") + 1:
         raise ValueError(
             f"{name}: expected a {shape.count(',') + 1}-dimensional tensor {shape}, "

@@ -274,13 +274,18 @@ def is_direct(backend: str, tensor: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _core.READS_TENSORS
-        and type(tensor) is Tensor
+        and is_plain(tensor)
         and names_extension(backend, tensor)
         and not torch._C._len_torch_dispatch_stack()
         and (not torch._C._len_torch_function_stack() or _modes_only_choose_devices())
         and not torch._C._autograd._profiler_enabled()
         and torch._C._get_tracing_state() is None
     )
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor of no subclass whose shape and strides say where its elements are."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _modes_only_choose_devices() -> bool:
