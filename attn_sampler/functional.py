@@ -673,10 +673,12 @@ def _padded(layer: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _alike(x: object, y: Tensor | None) -> bool:
-    """Whether x has the shape, dtype and device of y, or both are None."""
+    """Whether x is dense and has the shape, dtype and device of y, or both are None."""
     if x is None or y is None:
         return x is y
-    return isinstance(x, Tensor) and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+    if not isinstance(x, Tensor) or not checks.is_dense(x):
+        return False
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
 
 
 def _check_sampling(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
 
-from attn_sampler import _core, reference
+from attn_sampler import _core, checks, reference
 from attn_sampler.backends import TRITON_MODULE, choose_backend, names_extension
 
 _ATTENTION = (
@@ -284,8 +284,8 @@ def is_direct(backend: str, tensor: Any) -> bool:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor of no subclass whose shape and strides say where its elements are."""
-    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+    """Whether it is a dense tensor of no subclass."""
+    return type(tensor) is Tensor and checks.is_dense(tensor)
 
 
 def _modes_only_choose_devices() -> bool:

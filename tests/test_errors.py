@@ -187,6 +187,7 @@ def test_out(function, per_head):
         (torch.ones(100).as_strided(shape, [1] * len(shape)), ["apart in memory"]),
         (torch.ones(100).as_strided(shape, [C - 1] * (len(shape) - 1) + [1]), ["apart in memory"]),
         (torch.ones(*shape, requires_grad=True), ["gradient"]),
+        (torch.ones(*shape, dtype=torch.complex64).conj().imag, ["negation"]),
     ):
         rejects(function, arguments | {"out": out}, ValueError, "out", *words)
     rejects(function, arguments | {"out": [0.0]}, TypeError, "out", "list")
@@ -263,6 +264,7 @@ def test_attention_map_alone(rows, error, words):
         ({"exclude_token_id": True}, TypeError, "exclude_token_id", ["integer", "bool"]),
         ({"temperature": True, "seed": 1}, TypeError, "temperature", ["bool"]),
         ({"seed": True}, TypeError, "seed", ["integer", "bool"]),
+        ({"metric": zeros(2).numpy()}, ValueError, "metric", ["probability, margin, entropy"]),
         ({"metric": b"margin"}, ValueError, "metric", ["b'margin'"]),
         ({"logits": zeros(B, C, 1), "exclude_token_id": 0}, ValueError, "exclude_token_id", ["only token"]),
         ({"backend": None}, ValueError, "backend", ["auto"]),
@@ -408,6 +410,7 @@ def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
         ({"layers": zeros(B, C), "softmax_scale": float("nan")}, ValueError, "softmax_scale", ["finite"]),
         ({"layers": zeros(B, C), "query_start": 1 << 62}, ValueError, "query_start", ["integer in"]),
         ({"layers": zeros(B, C).to_sparse()}, ValueError, "layers", ["dense", "sparse_coo"]),
+        ({"layers": torch.ones(B, C, dtype=torch.complex64).conj().imag}, ValueError, "layers", ["negation"]),
         ({"layers": HUGE}, ValueError, "layers", ["[2, 4]"]),
         ({"layers": [((zeros(B, HQ, M, D),) * 2, zeros(B, HKV, N, D))]}, TypeError, "layers[0] q", ["tuple"]),
         ({"layers": [(zeros(B, HQ, M, D), FIELDS)]}, TypeError, "layers[0] k", ["tuple"]),
@@ -442,6 +445,12 @@ def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
             ["float32", "float16"],
         ),
         ({"layers": layers(1, lse=zeros(B, HQ, M + 1))}, ValueError, "layers[1] softmax_lse", ["[2, 4, 9]"]),
+        (
+            {"layers": layers(1, q=zeros(B, HQ, M, D).to_sparse())},
+            ValueError,
+            "layers[1] q",
+            ["dense", "sparse_coo"],
+        ),
         ({"layers": layers(1, lse="none")}, TypeError, "layers[1] softmax_lse", ["str"]),
         ({"layers": layers(1, lse=None)}, ValueError, "layers", ["all layers or for none", "1 of 2"]),
         ({"layers": layers(0, lse=None)}, ValueError, "layers", ["all layers or for none", "1 of 2"]),
