@@ -101,7 +101,7 @@ def _view(x: Tensor | None) -> Any:
     """What the extension reads a tensor from."""
     if x is None or (READS_TENSORS and type(x) is Tensor):
         return x
-    return x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride()
+    return _C.TensorView(x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride())
 
 
 def column_scores(

@@ -17,6 +17,11 @@ FLOAT8 = torch.float8_e4m3fn
 ATTENTION_DTYPES = (*FLOAT_DTYPES, FLOAT8)
 
 
+def is_dense(value: Tensor) -> bool:
+    """Whether its shape and strides say where its elements are."""
+    return value.layout == torch.strided and not value.is_nested
+
+
 def tensor(
     name: str,
     value: object,
@@ -28,6 +33,9 @@ def tensor(
     """A tensor of the rank that ``shape`` spells (as in "[B, C]"), of one of the dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if not is_dense(value):
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name}: expected a dense tensor {shape}, got a {layout} one")
     if value.dim() != shape.count(",") + 1:
         raise ValueError(
             f"{name}: expected a {shape.count(',') + 1}-dimensional tensor {shape}, "
@@ -77,7 +85,7 @@ def optional(
 
 def choice(name: str, value: object, accepted: Sequence[str]) -> None:
     """One of a few words."""
-    if value not in accepted:
+    if not isinstance(value, str) or value not in accepted:
         raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
 
 
@@ -156,6 +164,8 @@ def writable(name: str, value: Tensor) -> None:
                 )
     if value.requires_grad:
         raise ValueError(f"{name}: expected a tensor that does not require a gradient")
+    if not torch.compiler.is_compiling() and value.is_neg():
+        raise ValueError(f"{name}: expected a tensor without a pending negation (see resolve_neg)")
 
 
 def _shown(value: object) -> str:

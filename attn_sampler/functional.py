@@ -287,7 +287,7 @@ def token_confidence(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
-    if ops.is_direct(backend, logits):
+    if ops.is_direct(backend, logits) and logits.dim() == 3:
         outputs = ops.token_confidence_outputs(logits)
         options = (metric, temperature, seed, exclude_token_id)
         if _core.attempt("token_confidence", logits, (*outputs, logits, *options)):
@@ -449,13 +449,12 @@ def decode_step(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``. ``tokens`` is untouched then.
     """
-    if ops.is_direct(backend, tokens) and type(logits) is Tensor and logits.dim() == 3:
+    if ops.is_direct(backend, tokens) and ops.is_plain(logits) and logits.dim() == 3:
+        scores = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
+        outputs = token_ids, confidence, selected = ops.decode_step_outputs(tokens, scores)
         masks: tuple[Tensor | None, ...] = (key_mask, query_mask)
         if isinstance(layers, Tensor):
             scores, masks = layers, (None, None)  # the scores are made: there is nothing left to mask
-        else:
-            scores = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
-        outputs = token_ids, confidence, selected = ops.decode_step_outputs(tokens, scores)
         tensors = (tokens, scores, *outputs, logits, layers, *masks)
         choosing = (block, mask_token_id, policy, tau, fallback, metric, temperature, seed, rows, columns)
         options = (lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, reduction)
@@ -538,7 +537,7 @@ def _is_direct(backend: str, q: Any, k: Any, out: Any) -> bool:
     """Whether an attention function may go the direct way."""
     return (
         ops.is_direct(backend, q)
-        and type(k) is Tensor
+        and ops.is_plain(k)
         and q.dim() == k.dim() == 4
         and (out is None or (type(out) is Tensor and not out.requires_grad))
     )
@@ -546,7 +545,8 @@ def _is_direct(backend: str, q: Any, k: Any, out: Any) -> bool:
 
 def _new_output(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
     """float32 [B, *sizes] or, per head, [B, Hq, *sizes]."""
-    return q.new_empty(*q.shape[: 2 if per_head else 1], *sizes, dtype=torch.float32)
+    # What per_head has to be is for the extension to ask: anything may be given.
+    return q.new_empty(*q.shape[: 2 if per_head is True else 1], *sizes, dtype=torch.float32)
 
 
 def _output(
@@ -673,10 +673,12 @@ def _padded(layer: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _alike(x: object, y: Tensor | None) -> bool:
-    """Whether x has the shape, dtype and device of y, or both are None."""
+    """Whether x is dense and has the shape, dtype and device of y, or both are None."""
     if x is None or y is None:
         return x is y
-    return isinstance(x, Tensor) and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+    if not isinstance(x, Tensor) or not checks.is_dense(x):
+        return False
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
 
 
 def _check_sampling(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
 
-from attn_sampler import _core, reference
+from attn_sampler import _core, checks, reference
 from attn_sampler.backends import TRITON_MODULE, choose_backend, names_extension
 
 _ATTENTION = (
@@ -274,13 +274,18 @@ def is_direct(backend: str, tensor: Any) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _core.READS_TENSORS
-        and type(tensor) is Tensor
+        and is_plain(tensor)
         and names_extension(backend, tensor)
         and not torch._C._len_torch_dispatch_stack()
         and (not torch._C._len_torch_function_stack() or _modes_only_choose_devices())
         and not torch._C._autograd._profiler_enabled()
         and torch._C._get_tracing_state() is None
     )
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a dense tensor of no subclass."""
+    return type(tensor) is Tensor and checks.is_dense(tensor)
 
 
 def _modes_only_choose_devices() -> bool:

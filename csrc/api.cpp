@@ -216,6 +216,26 @@ void check_descale(const char *name, const Tensor *descale, const AttentionProbl
     copy_strides(descale, stride, 2);
 }
 
+/* The options that stand by themselves. */
+void check_attention_params(const attn_sampler_attention_params &params) {
+    check_choice("params.lse_base", params.lse_base, 2);
+    check_choice("params.softmax_scope", params.softmax_scope, 2);
+    check_choice("params.reduction", params.reduction, 3);
+    check_choice("params.causal", params.causal, 2);
+    check_choice("params.diagonal", params.diagonal, 2);
+    check_choice("params.per_head", params.per_head, 2);
+    check_choice("params.accumulate", params.accumulate, 2);
+    /* It is multiplied by log2(e), in float32. */
+    if (!(std::fabs(params.softmax_scale) <= 2.35e38))
+        fail(ATTN_SAMPLER_INVALID_ARGUMENT,
+             "params.softmax_scale: expected a finite number of magnitude up to 2.35e+38, got %g",
+             params.softmax_scale);
+    /* Row positions are sums with query_start; this bound keeps them far from overflow. */
+    if (params.query_start > INT64_MAX / 2 || params.query_start < INT64_MIN / 2)
+        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "params.query_start: expected at most 2^62 in size, got %lld",
+             static_cast<long long>(params.query_start));
+}
+
 /* Everything of an attention problem but its output. */
 AttentionProblem check_attention(const attn_sampler_layer &layer, const Tensor *key_mask,
                                  const Tensor *query_mask, const attn_sampler_attention_params &params,
@@ -251,22 +271,7 @@ AttentionProblem check_attention(const attn_sampler_layer &layer, const Tensor *
     check_like("key_mask", key_mask, ATTN_SAMPLER_BOOL, {p.batch, p.n_keys}, true);
     check_like("query_mask", query_mask, ATTN_SAMPLER_BOOL, {p.batch, p.n_rows}, true);
     check_range("params.columns", params.column_start, params.column_stop, p.n_keys);
-    check_choice("params.lse_base", params.lse_base, 2);
-    check_choice("params.softmax_scope", params.softmax_scope, 2);
-    check_choice("params.reduction", params.reduction, 3);
-    check_choice("params.causal", params.causal, 2);
-    check_choice("params.diagonal", params.diagonal, 2);
-    check_choice("params.per_head", params.per_head, 2);
-    check_choice("params.accumulate", params.accumulate, 2);
-    /* It is multiplied by log2(e), in float32. */
-    if (!(std::fabs(params.softmax_scale) <= 2.35e38))
-        fail(ATTN_SAMPLER_INVALID_ARGUMENT,
-             "params.softmax_scale: expected a finite number of magnitude up to 2.35e+38, got %g",
-             params.softmax_scale);
-    /* Row positions are sums with query_start; this bound keeps them far from overflow. */
-    if (params.query_start > INT64_MAX / 2 || params.query_start < INT64_MIN / 2)
-        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "params.query_start: expected at most 2^62 in size, got %lld",
-             static_cast<long long>(params.query_start));
+    check_attention_params(params);
     if (lse != nullptr && params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK)
         fail(ATTN_SAMPLER_INVALID_ARGUMENT, "softmax_lse: expected NULL in block scope");
     p.q = q->data;
@@ -467,6 +472,7 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
     attn_sampler_attention_params attention = params->attention;
     attention.per_head = 0;
     attention.accumulate = 1;
+    check_attention_params(attention); /* without a layer too */
     std::vector<AttentionProblem> problems;
     problems.reserve(static_cast<size_t>(num_layers));
     for (int64_t i = 0; i < num_layers; ++i) {

@@ -56,27 +56,53 @@ int32_t dtype_of(DLDataType dtype) {
     throw Refused("a tensor has a dtype that no kernel takes");
 }
 
-/* Views of the tensors of one call, which the caller keeps alive. Those that say where they are, are on one
- * device. */
+void set_dimensions(int64_t count, attn_sampler_tensor *view) {
+    if (count > 4)
+        throw Refused("a tensor has more than 4 dimensions");
+    view->ndim = static_cast<int32_t>(count);
+}
+
+/* What a caller that has validated a tensor hands over in its place. */
+attn_sampler_tensor tensor_view(uintptr_t address, int32_t dtype, const py::tuple &shape,
+                                const py::tuple &stride) {
+    attn_sampler_tensor view{};
+    set_dimensions(static_cast<int64_t>(shape.size()), &view);
+    view.data = reinterpret_cast<void *>(address);
+    view.dtype = dtype;
+    for (size_t i = 0; i < shape.size(); ++i) {
+        view.shape[i] = shape[i].cast<int64_t>();
+        view.stride[i] = stride[i].cast<int64_t>();
+    }
+    return view;
+}
+
+/* Views of the tensors of one call, kept alive: another thread may change the lists that hold them. Those
+ * that say where they are, are on one device. */
 class Views {
   public:
     /* Room for so many, whose addresses stay. */
-    explicit Views(size_t count) { views_.reserve(count); }
+    explicit Views(size_t count) {
+        views_.reserve(count);
+        sources_.reserve(count);
+    }
 
     /* Null for None. */
     const attn_sampler_tensor *optional(py::handle source) {
         return source.is_none() ? nullptr : (*this)(source);
     }
 
-    /* Of a tensor of the type that is read, or of its (address, dtype, shape, strides). */
+    /* Of a tensor of the type that is read, or what stands in its place. */
     const attn_sampler_tensor *operator()(py::handle source) {
+        sources_.push_back(py::reinterpret_borrow<py::object>(source));
         views_.emplace_back();
-        if (Py_TYPE(source.ptr()) == exchange.type)
+        if (Py_TYPE(source.ptr()) == exchange.type) {
             read(source, &views_.back());
-        else if (PyTuple_CheckExact(source.ptr()))
-            unpack(py::reinterpret_borrow<py::tuple>(source), &views_.back());
-        else
+            return &views_.back();
+        }
+        py::detail::make_caster<attn_sampler_tensor> view;
+        if (source.is_none() || !view.load(source, false))
             throw Refused("a tensor is not of the plain type");
+        views_.back() = py::detail::cast_op<const attn_sampler_tensor &>(view);
         return &views_.back();
     }
 
@@ -105,40 +131,20 @@ class Views {
             throw Refused("a tensor is the negative of its memory");
     }
 
-    static void unpack(const py::tuple &fields, attn_sampler_tensor *view) {
-        const py::tuple shape = fields[2], stride = fields[3];
-        set_dimensions(static_cast<int64_t>(shape.size()), view);
-        view->data = reinterpret_cast<void *>(fields[0].cast<uintptr_t>());
-        view->dtype = fields[1].cast<int32_t>();
-        for (size_t i = 0; i < shape.size(); ++i) {
-            view->shape[i] = shape[i].cast<int64_t>();
-            view->stride[i] = stride[i].cast<int64_t>();
-        }
-    }
-
-    static void set_dimensions(int64_t count, attn_sampler_tensor *view) {
-        if (count > 4)
-            throw Refused("a tensor has more than 4 dimensions");
-        view->ndim = static_cast<int32_t>(count);
-    }
-
     std::vector<attn_sampler_tensor> views_;
+    std::vector<py::object> sources_;
     DLDevice device_{}; /* its type is 0 as long as no tensor has said it */
 };
 
-/* The items of a list or tuple, one at least. */
-struct Items {
-    PyObject *sequence;
-
-    explicit Items(py::handle source) : sequence(source.ptr()) {
-        if (!PyList_Check(sequence) && !PyTuple_Check(sequence))
-            throw Refused("expected a list or a tuple");
-        if (size() == 0)
-            throw Refused("expected at least one item");
-    }
-    size_t size() const { return static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence)); }
-    py::handle operator[](size_t i) const { return PySequence_Fast_GET_ITEM(sequence, i); }
-};
+/* The items of a list or tuple, one at least; of a list, those that it holds now. */
+py::tuple items(py::handle source) {
+    if (!PyList_Check(source.ptr()) && !PyTuple_Check(source.ptr()))
+        throw Refused("expected a list or a tuple");
+    py::tuple result = py::reinterpret_borrow<py::object>(source);
+    if (result.empty())
+        throw Refused("expected at least one item");
+    return result;
+}
 
 bool flag(py::handle value) {
     if (value.ptr() != Py_True && value.ptr() != Py_False)
@@ -375,11 +381,12 @@ int64_t select_tokens(py::handle selected, py::handle scores, py::handle confide
 
 /* A layer from (q, k), (q, k, softmax_lse) or (q, k, softmax_lse, q_descale, k_descale). */
 attn_sampler_layer layer_of(py::handle source, Views &view) {
-    const Items fields(source);
+    const py::tuple fields = items(source);
     if (fields.size() != 2 && fields.size() != 3 && fields.size() != 5)
         throw Refused("expected two, three or five tensors");
-    auto optional = [&](size_t i) { return i < fields.size() ? view.optional(fields[i]) : nullptr; };
-    return {view(fields[0]), view(fields[1]), optional(2), optional(3), optional(4)};
+    auto field = [&](size_t i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
+    auto optional = [&](size_t i) { return i < fields.size() ? view.optional(field(i)) : nullptr; };
+    return {view(field(0)), view(field(1)), optional(2), optional(3), optional(4)};
 }
 
 /* Whether two layers have one dtype, M, N and D, and each of the optional tensors both or neither. */
@@ -399,7 +406,8 @@ int64_t decode_step(py::handle tokens, py::handle scores, py::handle token_ids, 
                     py::handle softmax_scale, py::handle causal, py::handle query_start,
                     py::handle softmax_scope, py::handle diagonal, py::handle reduction,
                     const py::tuple &where) {
-    const size_t count = layers.is(scores) ? 0 : Items(layers).size();
+    const py::tuple given = layers.is(scores) ? py::tuple() : items(layers);
+    const size_t count = given.size();
     Views view(9 + 5 * count);
     const auto *const tokens_ = view(tokens), *const scores_ = view(scores),
                       *const token_ids_ = view(token_ids), *const confidence_ = view(confidence),
@@ -410,7 +418,7 @@ int64_t decode_step(py::handle tokens, py::handle scores, py::handle token_ids, 
     std::vector<attn_sampler_layer> layers_;
     layers_.reserve(count);
     for (size_t i = 0; i < count; ++i) {
-        layers_.push_back(layer_of(Items(layers)[i], view));
+        layers_.push_back(layer_of(given[i], view));
         if (!alike(layers_[i], layers_[0]))
             throw Refused("the layers differ");
     }
@@ -420,8 +428,9 @@ int64_t decode_step(py::handle tokens, py::handle scores, py::handle token_ids, 
     params.block_stop = positions.stop;
     params.mask_token_id = integer(mask_token_id);
     params.masked_rows_only = choice(rows, {"all", "masked"});
-    /* Where the scores are given, nothing is made of these options. */
-    const attn_sampler_tensor none{};
+    /* Where the scores are given, nothing is made of these options, valid as they have to be. */
+    attn_sampler_tensor none{};
+    none.shape[3] = 1;
     params.attention = attention_params(count == 0 ? &none : layers_[0].q, count == 0 ? &none : layers_[0].k,
                                         columns.is_none() ? block : columns, lse_base, softmax_scale, causal,
                                         query_start, softmax_scope, diagonal);
@@ -448,6 +457,8 @@ int64_t decode_step(py::handle tokens, py::handle scores, py::handle token_ids, 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled core of attn_sampler; use the functions of the package instead.";
     py::register_local_exception<Refused>(m, "Refused", PyExc_ValueError);
+    /* A second copy of the module, such as another build of it, has a type of its own. */
+    py::class_<attn_sampler_tensor>(m, "TensorView", py::module_local()).def(py::init(&tensor_view));
     m.def("read_tensors_of", &read_tensors_of);
     m.def("column_scores", &column_scores);
     m.def("attention_map", &attention_map);

@@ -16,6 +16,7 @@ from attn_sampler import (
     select_tokens,
     token_confidence,
 )
+from attn_sampler.ops import is_plain
 
 B, HQ, HKV, M, N, D, C, V, T = 2, 4, 2, 9, 12, 8, 4, 11, 12
 FLOAT8 = torch.float8_e4m3fn
@@ -47,11 +48,19 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
+#: An address, a dtype, a shape and strides are no tensor.
+FIELDS = (4096, 4, (B, N), (N, 1))
+
+
+#: More elements than there is memory for, in four bytes.
+HUGE = torch.zeros(1, 1).expand(1 << 24, 1 << 24)
+
+
 def rejects(
     function: Any, arguments: dict[str, Any], error: type[Exception], start: str, *words: str
 ) -> None:
     """The call raises this error; its message starts with the argument's name; no tensor changed."""
-    given = [t for t in tensors(arguments) if t.device.type != "meta"]
+    given = [t for t in tensors(arguments) if t.device.type != "meta" and is_plain(t) and t is not HUGE]
     before = [t.detach().clone() for t in given]
     with pytest.raises(error) as caught:
         function(**arguments)
@@ -79,6 +88,15 @@ ATTENTION = [
     (in_float8(k_descale=zeros(B, HKV, device="meta")), ValueError, "k_descale", ["cpu", "meta"]),
     (in_float8(q_descale=1.0), TypeError, "q_descale", ["float"]),
     ({"q": [1.0]}, TypeError, "q", ["list"]),
+    ({"q": zeros(B, HQ, M, D).to_sparse()}, ValueError, "q", ["dense", "sparse_coo"]),
+    ({"q": torch.nested.nested_tensor([zeros(HQ, M, D)] * B)}, ValueError, "q", ["dense", "nested"]),
+    ({"k": zeros(B, HKV, N, D).to_sparse()}, ValueError, "k", ["dense", "sparse_coo"]),
+    ({"k": torch.nested.nested_tensor([zeros(HKV, N, D)] * B)}, ValueError, "k", ["dense", "nested"]),
+    ({"k": zeros(B, HKV, N, D).to_mkldnn()}, ValueError, "k", ["dense", "_mkldnn"]),
+    ({"softmax_lse": (zeros(B, HQ, M), None)}, TypeError, "softmax_lse", ["tuple"]),
+    ({"softmax_lse": zeros(B, HQ, M).to_sparse()}, ValueError, "softmax_lse", ["dense", "sparse_coo"]),
+    ({"key_mask": FIELDS}, TypeError, "key_mask", ["tuple"]),
+    ({"query_mask": ((), (), (), ())}, TypeError, "query_mask", ["tuple"]),
     ({"q": zeros(HQ, M, D)}, ValueError, "q", ["4-dimensional", "[4, 9, 8]"]),
     ({"q": zeros(B, HQ, M, D, dtype=torch.int64)}, ValueError, "q", ["float32", "int64"]),
     ({"q": zeros(B, HQ, M, 0), "k": zeros(B, HKV, N, 0)}, ValueError, "q", ["D >= 1"]),
@@ -129,6 +147,7 @@ ATTENTION = [
     ({"causal": 1}, TypeError, "causal", ["True or False", "1"]),
     ({"diagonal": None}, TypeError, "diagonal", ["True or False"]),
     ({"per_head": "no"}, TypeError, "per_head", ["True or False"]),
+    ({"per_head": zeros(3)}, TypeError, "per_head", ["True or False"]),
     ({"key_mask": zeros(B, N)}, ValueError, "key_mask", ["bool", "float32"]),
     ({"key_mask": zeros(B, M, dtype=torch.bool)}, ValueError, "key_mask", ["[2, 12]", "[2, 9]"]),
     ({"key_mask": zeros(N, dtype=torch.bool)}, ValueError, "key_mask", ["2-dimensional"]),
@@ -168,6 +187,7 @@ def test_out(function, per_head):
         (torch.ones(100).as_strided(shape, [1] * len(shape)), ["apart in memory"]),
         (torch.ones(100).as_strided(shape, [C - 1] * (len(shape) - 1) + [1]), ["apart in memory"]),
         (torch.ones(*shape, requires_grad=True), ["gradient"]),
+        (torch.ones(*shape, dtype=torch.complex64).conj().imag, ["negation"]),
     ):
         rejects(function, arguments | {"out": out}, ValueError, "out", *words)
     rejects(function, arguments | {"out": [0.0]}, TypeError, "out", "list")
@@ -218,6 +238,9 @@ def test_attention_map_alone(rows, error, words):
     [
         ({"logits": [[0.0]]}, TypeError, "logits", ["list"]),
         ({"logits": zeros(B, V)}, ValueError, "logits", ["3-dimensional", "[2, 11]"]),
+        ({"logits": zeros()}, ValueError, "logits", ["3-dimensional", "[]"]),
+        ({"logits": zeros(B, C, V).to_sparse()}, ValueError, "logits", ["dense", "sparse_coo"]),
+        ({"temperature": 1.0, "seed": FIELDS}, TypeError, "seed", ["tuple"]),
         ({"logits": zeros(B, C, V, dtype=torch.int32)}, ValueError, "logits", ["float32", "int32"]),
         ({"logits": zeros(B, C, 0)}, ValueError, "logits", ["V = 0"]),
         ({"metric": "p"}, ValueError, "metric", ["probability, margin, entropy", "'p'"]),
@@ -241,6 +264,7 @@ def test_attention_map_alone(rows, error, words):
         ({"exclude_token_id": True}, TypeError, "exclude_token_id", ["integer", "bool"]),
         ({"temperature": True, "seed": 1}, TypeError, "temperature", ["bool"]),
         ({"seed": True}, TypeError, "seed", ["integer", "bool"]),
+        ({"metric": zeros(2).numpy()}, ValueError, "metric", ["probability, margin, entropy"]),
         ({"metric": b"margin"}, ValueError, "metric", ["b'margin'"]),
         ({"logits": zeros(B, C, 1), "exclude_token_id": 0}, ValueError, "exclude_token_id", ["only token"]),
         ({"backend": None}, ValueError, "backend", ["auto"]),
@@ -259,7 +283,9 @@ def test_token_confidence(change, error, start, words):
         ({"confidence": zeros(B, C + 1)}, ValueError, "confidence", ["[2, 4]", "[2, 5]"]),
         ({"confidence": zeros(B, C, dtype=torch.float64)}, ValueError, "confidence", ["float32", "float64"]),
         ({"confidence": zeros(B, C, device="meta")}, ValueError, "confidence", ["cpu", "meta"]),
+        ({"scores": FIELDS}, TypeError, "scores", ["tuple"]),
         ({"masked": zeros(B, C)}, ValueError, "masked", ["bool", "float32"]),
+        ({"masked": zeros(B, C, dtype=torch.bool).to_sparse()}, ValueError, "masked", ["dense"]),
         ({"masked": zeros(B, C - 1, dtype=torch.bool)}, ValueError, "masked", ["[2, 4]", "[2, 3]"]),
         ({"masked": zeros(B, C, dtype=torch.bool, device="meta")}, ValueError, "masked", ["cpu", "meta"]),
         ({"policy": "greedy"}, ValueError, "policy", ["parallel, sequential", "'greedy'"]),
@@ -381,6 +407,13 @@ def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
         ({"layers": zeros(B, C, device="meta")}, ValueError, "layers", ["cpu", "meta"]),
         ({"layers": zeros(B, C), "lse_base": "10"}, ValueError, "lse_base", ["'10'"]),
         ({"layers": zeros(B, C), "causal": 3}, TypeError, "causal", ["True or False"]),
+        ({"layers": zeros(B, C), "softmax_scale": float("nan")}, ValueError, "softmax_scale", ["finite"]),
+        ({"layers": zeros(B, C), "query_start": 1 << 62}, ValueError, "query_start", ["integer in"]),
+        ({"layers": zeros(B, C).to_sparse()}, ValueError, "layers", ["dense", "sparse_coo"]),
+        ({"layers": torch.ones(B, C, dtype=torch.complex64).conj().imag}, ValueError, "layers", ["negation"]),
+        ({"layers": HUGE}, ValueError, "layers", ["[2, 4]"]),
+        ({"layers": [((zeros(B, HQ, M, D),) * 2, zeros(B, HKV, N, D))]}, TypeError, "layers[0] q", ["tuple"]),
+        ({"layers": [(zeros(B, HQ, M, D), FIELDS)]}, TypeError, "layers[0] k", ["tuple"]),
         (
             {"layers": layers(0, q=zeros(B, HQ, M, D, device="meta"))},
             ValueError,
@@ -412,6 +445,12 @@ def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
             ["float32", "float16"],
         ),
         ({"layers": layers(1, lse=zeros(B, HQ, M + 1))}, ValueError, "layers[1] softmax_lse", ["[2, 4, 9]"]),
+        (
+            {"layers": layers(1, q=zeros(B, HQ, M, D).to_sparse())},
+            ValueError,
+            "layers[1] q",
+            ["dense", "sparse_coo"],
+        ),
         ({"layers": layers(1, lse="none")}, TypeError, "layers[1] softmax_lse", ["str"]),
         ({"layers": layers(1, lse=None)}, ValueError, "layers", ["all layers or for none", "1 of 2"]),
         ({"layers": layers(0, lse=None)}, ValueError, "layers", ["all layers or for none", "1 of 2"]),

@@ -4,6 +4,7 @@ direct way past them, which gives the same and is not taken where somebody liste
 from __future__ import annotations
 
 import functools
+import weakref
 
 import pytest
 import torch
@@ -423,3 +424,29 @@ def test_the_extension_refuses_what_it_must_not_write():
         with pytest.raises(_core._C.Refused, match="out: expected elements that are apart in memory"):
             _core._C.column_scores(*map(_core._view, (out, q, q)), *[None] * 5, *options)
         assert not out.any()
+
+
+def test_lists_of_layers_may_change_during_a_step(monkeypatch):
+    """Another thread can take the lists apart: here, the method that tells of a negation does."""
+    if _core.UNAVAILABLE is not None:
+        pytest.skip(_core.UNAVAILABLE)
+    if not _core.READS_TENSORS:
+        pytest.skip(f"torch {torch.__version__} lets no extension read its tensors")
+    given = [(torch.randn(1, 1, 1, 8), torch.randn(1, 1, 4, 8), torch.zeros(1, 1, 1)) for _ in range(2)]
+    layers = [[x.clone() for x in layer] for layer in given]
+    kept = [weakref.ref(x) for layer in layers for x in layer]
+    first = layers[0]
+    alive = []
+
+    def is_neg(_: Tensor) -> bool:
+        layers.clear()
+        first.clear()
+        alive.append([reference() is not None for reference in kept])
+        return False
+
+    monkeypatch.setattr(Tensor, "is_neg", is_neg)
+    tokens, logits = torch.full((1, 4), 10), torch.randn(1, 2, 11)
+    options = {"block": slice(1, 3), "mask_token_id": 10}
+    actual = decode_step(tokens.clone(), logits, layers, **options, backend="cpu")
+    assert alive == [[True] * 6] * 2
+    same(actual, decode_step(tokens, logits, given, **options, backend="cpu"))

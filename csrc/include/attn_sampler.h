@@ -225,10 +225,10 @@ typedef struct attn_sampler_layer {
 /* A whole step: column scores of all layers, token confidence, selection, commit.
  *
  * masked = (tokens[:, block] == mask_token_id). With layers, scores is overwritten by their sum (the
- * attention's columns are the block's key positions); with none, it is read. The mask token itself is never
- * predicted. Selected positions of tokens receive their token. attention.accumulate, per_head and the
- * rows are not read. With masked_rows_only a query row counts only if it stands at a masked token: row i at
- * tokens[:, query_start + i - column_start + block_start].
+ * attention's columns are the block's key positions); with none, it is read, and attention only has to be
+ * valid. The mask token itself is never predicted. Selected positions of tokens receive their token.
+ * attention.accumulate, per_head and the rows are not read. With masked_rows_only a query row counts only if
+ * it stands at a masked token: row i at tokens[:, query_start + i - column_start + block_start].
  */
 typedef struct attn_sampler_decode_step_params {
     int64_t block_start, block_stop; /* positions of the block in tokens; stop - start = C */
