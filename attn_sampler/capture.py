@@ -110,7 +110,7 @@ class AttentionCapture(TorchFunctionMode):
         self.columns = columns
         self.keep = keep
         self.query_mask = query_mask
-        self._selection = _check_selection(layers)
+        self._selection = check_layer_choice(layers)
         self._lookback = _lookback(self._selection)
         self.query_start = query_start
         self._options: dict[str, Any] = {"softmax_scope": softmax_scope, "diagonal": diagonal}
@@ -223,7 +223,7 @@ class AttentionCapture(TorchFunctionMode):
 
     def _wants(self, index: int) -> bool:
         """Whether the attention call of this index counts, or may."""
-        return self._lookback > 0 or index in _choose(self._selection, index + 1)
+        return self._lookback > 0 or index in chosen_layers(self._selection, index + 1)
 
     def _chosen_records(self) -> list[_Record]:
         """The records that count and are not reduced yet."""
@@ -234,7 +234,7 @@ class AttentionCapture(TorchFunctionMode):
                 "written out by hand (attn_implementation='eager' in transformers), or no forward pass ran "
                 "inside the context"
             )
-        chosen = _choose(self._selection, self.num_calls)
+        chosen = chosen_layers(self._selection, self.num_calls)
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_calls:
             raise RuntimeError(
                 f"layers: {self._selection} does not fit the {self.num_calls} attention calls of the model"
@@ -384,7 +384,7 @@ def _copy(x: Tensor) -> Tensor:
     return x[once].clone().expand(x.shape)
 
 
-def _check_selection(layers: Any) -> str | slice | tuple[int, ...]:
+def check_layer_choice(layers: Any) -> str | slice | tuple[int, ...]:
     if isinstance(layers, str):
         checks.choice("layers", layers, ("all",))
         return layers
@@ -409,7 +409,7 @@ def _lookback(selection: str | slice | Sequence[int]) -> int:
     return max(-min(selection), 0)
 
 
-def _choose(selection: str | slice | Sequence[int], count: int) -> set[int]:
+def chosen_layers(selection: str | slice | Sequence[int], count: int) -> set[int]:
     """The chosen indices among ``count`` calls; those of a sequence may lie outside."""
     if isinstance(selection, slice):
         return set(range(*selection.indices(count)))

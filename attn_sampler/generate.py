@@ -16,11 +16,12 @@ from attn_sampler import checks
 from attn_sampler.backends import choose_backend
 from attn_sampler.caching import ForwardPasses
 from attn_sampler.capture import AttentionCapture
+from attn_sampler.functional import ROWS
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
 from attn_sampler.trace import Commit, DecodeTrace
 
-_STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
+STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
 
 
 @dataclasses.dataclass
@@ -154,7 +155,7 @@ def generate(
     checks.integer("mask_token_id", mask_token_id, 0)
     checks.integer("block_length", block_length, 1)
     checks.non_negative("temperature", temperature)
-    checks.choice("rows", rows, ("all", "masked"))
+    checks.choice("rows", rows, ROWS)
     flags = {"logit_shift": logit_shift, "keep_layers": keep_layers, "progress": progress, "trace": trace}
     for name, flag in flags.items():
         checks.flag(name, flag)
@@ -224,7 +225,7 @@ def generate(
                     block=block,
                     mask_token_id=mask_token_id,
                     sequence=active,
-                    seeds=seeds[active] + passes[active] * _STEP_STRIDE,
+                    seeds=seeds[active] + passes[active] * STEP_STRIDE,
                     temperature=temperature,
                     backend=backend,
                     **score_options,

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from attn_sampler import checks
-from attn_sampler.capture import _check_selection, _choose
+from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
 from attn_sampler.functional import column_scores
-from attn_sampler.generate import _STEP_STRIDE
+from attn_sampler.generate import STEP_STRIDE
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
 
@@ -71,7 +71,7 @@ def stateless_policy(policy: str | Policy, tau: float | None) -> Policy:
 
 def step_seeds(seed: int, step: int, sequence: Tensor) -> Tensor:
     """int64 [B]: a stream for each row of each step."""
-    first = (seed + step * _STEP_STRIDE + (1 << 63)) % (1 << 64) - (1 << 63)
+    first = (seed + step * STEP_STRIDE + (1 << 63)) % (1 << 64) - (1 << 63)
     return sequence + first
 
 
@@ -281,7 +281,7 @@ def attention_layers(
         raise RuntimeError(
             f"{type(model).__name__} has no {kind.__name__} layer: its attention cannot be seen"
         )
-    chosen = sorted(_choose(_check_selection(layers), len(found)))
+    chosen = sorted(chosen_layers(check_layer_choice(layers), len(found)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(found):
         raise RuntimeError(f"layers: {layers} does not fit the {len(found)} attention layers of the model")
     return [found[index] for index in chosen]
