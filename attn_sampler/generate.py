@@ -103,7 +103,8 @@ def generate(
     temperature, seed
         As in ``token_confidence``. An integer seed gives sequence i the stream ``seed + i``; a sequence
         of integers gives each its own. Noise follows a position's place in its block: masks in the first,
-        incomplete block of a prompt draw other noise where padding makes that block longer.
+        incomplete block of a prompt draw other noise where padding makes that block longer (and the rules
+        that count a block's positions, dawn and clad, count its padding).
     attention_mask
         Boolean [B, T] for a left-padded ``prompt_ids`` tensor: False at padding.
     eos_token_id
@@ -113,7 +114,8 @@ def generate(
         What ragged prompts are padded with, not mask_token_id. Default: eos_token_id, or else 0 (or 1). It is
         masked from attention.
     logit_shift
-        True for models that predict position j from hidden row j - 1 (Dream, Fast-dLLM v2).
+        True for models that predict position j from hidden row j - 1 (Dream, Fast-dLLM v2). A sequence's
+        first position, which nothing but padding precedes, is predicted from its own row.
     cache
         What a ``caching.CacheableModel`` need not compute again in each pass. ``"none"``; ``"prefix"``, the
         keys and values of all positions before the block; ``"dual"``, those behind it too (Fast-dLLM,
@@ -179,6 +181,8 @@ def generate(
     if len(tokens) and not to_fill.any():
         raise ValueError("prompt_ids: expected masked positions to fill, got none and gen_length = 0")
     padded = not bool(visible.all())
+    begins = visible & ~torch.nn.functional.pad(visible, (1, 0))[:, :-1]
+    last_begin = int((~visible).sum(dim=1).max()) if padded and logit_shift else -1
     passes = torch.zeros_like(seeds)
     finished = torch.zeros_like(seeds, dtype=torch.bool)
     record = None
@@ -220,6 +224,7 @@ def generate(
                         logit_shift,
                         mask_token_id,
                         forward.before(block, active),
+                        begins[active, block] if block.start <= last_begin else None,
                     ),
                     attention,
                     block=block,
@@ -353,17 +358,26 @@ def _block_logits(
     logit_shift: bool,
     mask_token_id: int,
     before: Tensor | None = None,
+    begins: Tensor | None = None,
 ) -> Tensor:
-    """The predictions [B, C, V] for the block's positions; the output's rows stand at ``start`` and on."""
+    """The predictions [B, C, V] for the block's positions; the output's rows stand at ``start`` and on.
+
+    ``before`` holds the row before the first where the output lacks it; ``begins`` says where a sequence
+    begins behind padding.
+    """
     logits = getattr(output, "logits", output)
     checks.tensor("model output", logits, "[B, T, V]", checks.FLOAT_DTYPES, like=tokens)
     checks.shape("model output", logits, "[B, T, V]", (*tokens.shape, logits.shape[2]))
     checks.integer("mask_token_id", mask_token_id, 0, logits.shape[2])
-    first, last = block.start - start - logit_shift, block.stop - start - logit_shift
-    if first >= 0:
-        return logits[:, first:last]
-    # Nothing precedes row 0: it predicts its own position too.
-    return torch.cat([logits[:, :1] if before is None else before, logits[:, :last]], dim=1)
+    first, last = block.start - start, block.stop - start
+    own = logits[:, first:last]
+    if not logit_shift:
+        return own
+    if first > 0:
+        shifted = logits[:, first - 1 : last - 1]
+    else:  # nothing precedes row 0: it predicts its own position too
+        shifted = torch.cat([own[:, :1] if before is None else before, own[:, :-1]], dim=1)
+    return shifted if begins is None else torch.where(begins[..., None], own, shifted)
 
 
 def _check_progress(

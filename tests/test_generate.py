@@ -413,6 +413,17 @@ def test_logit_shift_of_the_first_position() -> None:
     assert got.tokens.tolist() == [[7, 7, 8]]  # nothing precedes row 0, so it speaks for itself too
 
 
+@pytest.mark.parametrize("policy", ["attn", "confidence", "left-to-right"])
+def test_logit_shift_of_the_first_position_behind_padding(policy: str) -> None:
+    prompts = [prompt(9), [MASK, *prompt(3), MASK], [*prompt(2), MASK], [MASK, *prompt(5)], [MASK]]
+    options = {"gen_length": 6, "policy": policy, "logit_shift": True}
+    batch = decode(ToyModel(3), prompts, **options)
+    for i, tokens in enumerate(prompts):
+        alone = decode(ToyModel(3), [tokens], **options)
+        assert torch.equal(batch.tokens[i, 9 - len(tokens) :], alone.tokens[0])
+        assert batch.num_forward_passes[i] == alone.num_forward_passes[0]
+
+
 def test_models_that_return_an_object() -> None:
     model = ToyModel(9)
     wrapped = lambda tokens: types.SimpleNamespace(logits=model(tokens), loss=None)  # noqa: E731
