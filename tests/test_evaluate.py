@@ -323,6 +323,8 @@ def test_paired_rate_difference_is_newcombes() -> None:
 
     # Table II of Newcombe (1998), method 10.
     assert paired_rate_difference(*pairs(36, 12, 2, 0)) == pytest.approx((0.2, 0.0569, 0.3404), abs=6e-5)
+    # Altman et al., Statistics with Confidence (2000), table 6.2, by the same method: the correction counts.
+    assert paired_rate_difference(*pairs(14, 5, 0, 22)) == pytest.approx((5 / 41, 0.0115, 0.2265), abs=6e-5)
     difference, low, high = paired_rate_difference(*pairs(50, 0, 0, 0))
     assert difference == 0.0
     assert -0.1 < low < 0.0 < high < 0.1
