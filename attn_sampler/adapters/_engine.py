@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from attn_sampler import checks
+from attn_sampler.adapters import version_problem
 from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
 from attn_sampler.functional import column_scores
@@ -47,15 +47,20 @@ def require(module: str, distribution: str, install: str, oldest: str, below: st
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         version = getattr(importlib.import_module(engine), "__version__", "0")
-    if not oldest <= TorchVersion(version) < below:
-        raise RuntimeError(
-            f"{engine} {version} is outside the tested range, {oldest} to below {below}: {install}"
-        )
+    problem = version_problem(engine, version, oldest, below)
+    if problem is not None:
+        raise RuntimeError(f"{problem}: {install}")
     return found
 
 
 def _policy(policy: str | Policy, tau: float | None) -> Policy:
-    return make_policy(policy, **({} if tau is None else {"tau": tau}))
+    chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
+    if chosen.needs_map:
+        raise ValueError(
+            f"policy: {policy!r} reads the block's attention map, and of an engine's attention the adapters "
+            "keep the column scores alone"
+        )
+    return chosen
 
 
 def stateless_policy(policy: str | Policy, tau: float | None) -> Policy:
@@ -96,7 +101,7 @@ class BlockDecoder:
     Parameters
     ----------
     policy, tau
-        As in ``generate``.
+        As in ``generate``; not one that reads an attention map.
     mask_token_id, temperature, backend
         As in ``decode_step``.
     seed
