@@ -35,7 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_sampler import checks
+from attn_sampler.capture import AttentionCapture
 from attn_sampler.demo import default_tau
+from attn_sampler.functional import ROWS
 from attn_sampler.generate import Generation, generate
 from attn_sampler.problem_sets import (
     BUNDLED,
@@ -117,6 +120,9 @@ class Rule:
                 options[name] = _literal(value)
         try:
             make_policy(policy, **options)
+            capture = {name: value for name, value in attention.items() if name != "rows"}
+            AttentionCapture(**capture)
+            checks.choice("rows", attention.get("rows", "all"), ROWS)
         except TypeError as error:
             raise ValueError(f"rule {text!r}: {error}") from None
         return cls(text, policy, options, attention)
@@ -260,6 +266,8 @@ def order_log_likelihood(
     padded = torch.stack([torch.nn.functional.pad(t, (length - len(t), 0)) for t in truths])
     parameter = next(model.model.parameters(), None) if isinstance(model.model, torch.nn.Module) else None
     policy = _Revealing(rule.make(), padded if parameter is None else padded.to(parameter.device))
+    # A true answer may hold the end of text before its end.
+    model = dataclasses.replace(model, options={**model.options, "eos_token_id": None})
     result = _generate(problems, indices, model, rule, policy)
     nats = [round(x, 6) for x in policy.nats.tolist()]
     return {"nats": nats, "passes": result.num_forward_passes.tolist()}

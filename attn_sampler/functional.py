@@ -30,7 +30,6 @@ _OPS = torch.ops.attn_sampler
 ROWS = ("all", "masked")
 _REDUCTIONS = ("sum", "mean", "max")
 _INT64_MIN, _UINT64_END = -(1 << 63), 1 << 64
-_MIN_TEMPERATURE = 2.0**-120  # logits are multiplied by its inverse, in float32
 _MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
 
 
@@ -704,9 +703,7 @@ def check_sampling(
 ) -> tuple[int, Tensor | None, float]:
     """The seed as a signed 64-bit integer, the per-row seeds, and the temperature."""
     checks.choice("metric", metric, ("probability", "margin", "entropy"))
-    temperature = checks.non_negative("temperature", temperature)
-    if 0.0 < temperature < _MIN_TEMPERATURE:
-        raise ValueError(f"temperature: expected 0 or at least {_MIN_TEMPERATURE:.3g}, got {temperature}")
+    temperature = checks.temperature("temperature", temperature)
     if seed is None:
         if temperature > 0.0:
             raise ValueError("seed: needed where temperature > 0 (an integer, or an int64 tensor [B])")

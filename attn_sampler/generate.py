@@ -156,7 +156,7 @@ def generate(
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
     checks.integer("mask_token_id", mask_token_id, 0)
     checks.integer("block_length", block_length, 1)
-    checks.non_negative("temperature", temperature)
+    checks.temperature("temperature", temperature)
     checks.choice("rows", rows, ROWS)
     flags = {"logit_shift": logit_shift, "keep_layers": keep_layers, "progress": progress, "trace": trace}
     for name, flag in flags.items():

@@ -59,6 +59,15 @@ def write_problems(path: Path, records: list[dict]) -> Path:
     return path
 
 
+def test_order_log_likelihood_goes_on_behind_an_end_of_text(toy_file: Path) -> None:
+    problems = read_problems(toy_file, TOY, 3)
+    end = int(next(answer for answer in problems.answers if len(answer) > 4)[0])
+    ending = EvaluatedModel(TOY.model, MASK, options={"eos_token_id": end})
+    rule = Rule.parse("left-to-right")
+    expected, got = (order_log_likelihood(problems, range(12), model, rule) for model in (TOY, ending))
+    assert got == expected
+
+
 @pytest.fixture
 def toy_file(tmp_path: Path) -> Path:
     rng = random.Random(0)
@@ -107,6 +116,9 @@ def test_rules_are_read_as_written() -> None:
         ("threshold:size=2", "rule 'threshold:size=2': .*'size'"),
         ("attn:layers=first", "layers: expected all, last, a slice 0:2 or indices"),
         ("threshold:tau=high", "tau: "),
+        ("attn:rows=some", "rows: expected one of all, masked, got 'some'"),
+        ("attn:softmax_scope=all", "softmax_scope: expected one of"),
+        ("attn:diagonal=1", "rule 'attn:diagonal=1': diagonal: expected True or False"),
     ],
 )
 def test_bad_rules(text: str, message: str) -> None:

@@ -630,6 +630,7 @@ def padding_mask(*rows: list[bool]) -> Tensor:
         ({"policy": EBSampler(), "tau": 0.5}, TypeError, "policy: options"),
         ({"tau": 1.5}, ValueError, "tau: "),
         ({"temperature": -1.0}, ValueError, "temperature: "),
+        ({"temperature": 1e-40}, ValueError, "temperature: expected 0 or at least"),
         ({"temperature": "hot"}, TypeError, "temperature: "),
         ({"seed": 0.5}, TypeError, "seed: "),
         ({"seed": "x"}, TypeError, "seed: "),

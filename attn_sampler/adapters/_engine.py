@@ -125,7 +125,7 @@ class BlockDecoder:
     ) -> None:
         self.policy = _policy(policy, tau) if one_block else stateless_policy(policy, tau)
         self.mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
-        self.temperature = checks.non_negative("temperature", temperature)
+        self.temperature = checks.temperature("temperature", temperature)
         self.seed = checks.integer("seed", seed)
         self.backend = backend
         self._steps = 0
