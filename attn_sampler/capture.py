@@ -21,8 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
-from attn_sampler.backends import BACKENDS
-from attn_sampler.functional import attention_map, column_scores
+from attn_sampler.functional import BACKEND_CHOICES, REDUCTIONS, attention_map, column_scores
 
 _ATTENTION = F.scaled_dot_product_attention
 
@@ -103,8 +102,8 @@ class AttentionCapture(TorchFunctionMode):
         checks.flag("keep", keep)
         checks.choice("softmax_scope", softmax_scope, ("sequence", "block"))
         checks.flag("diagonal", diagonal)
-        checks.choice("reduction", reduction, ("sum", "mean", "max"))
-        checks.choice("backend", backend, ("auto", *BACKENDS))
+        checks.choice("reduction", reduction, REDUCTIONS)
+        checks.choice("backend", backend, BACKEND_CHOICES)
         if query_start is not None:
             checks.integer("query_start", query_start)
         self.columns = columns

@@ -28,7 +28,7 @@ BACKEND_CHOICES = ("auto", *BACKENDS)
 _OPS = torch.ops.attn_sampler
 
 ROWS = ("all", "masked")
-_REDUCTIONS = ("sum", "mean", "max")
+REDUCTIONS = ("sum", "mean", "max")
 _INT64_MIN, _UINT64_END = -(1 << 63), 1 << 64
 _MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
 
@@ -125,7 +125,7 @@ def column_scores(
     _check_masks(q, k, key_mask, query_mask)
     (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
     lo, hi = checks.span("columns", columns, n_keys, "key positions (N)")
-    checks.choice("reduction", reduction, _REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     if per_head:
         result = _output(out, q, "[B, Hq, C]", (batch, heads, hi - lo))
     else:
@@ -464,7 +464,7 @@ def decode_step(
             return StepResult(tokens, token_ids, confidence, scores, selected)
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
     checks.choice("rows", rows, ROWS)
-    checks.choice("reduction", reduction, _REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     tau = check_selection(policy, tau, fallback)
     checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
     checks.writable("tokens", tokens)

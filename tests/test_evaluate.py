@@ -186,6 +186,8 @@ def test_problems_given_as_text(tmp_path: Path) -> None:
         ({"prompt": [1]}, r"line 2: expected prompt and answer: KeyError\('answer'\)"),
         ({"prompt": "a", "answer": "b"}, "line 2: .*comes without a tokenizer"),
         ({"prompt": [1, 2.5], "answer": [1]}, "line 2: .*a list of token ids"),
+        ({"prompt": [1, -2], "answer": [1]}, "line 2: .*a list of token ids"),
+        ({"prompt": [1, 1 << 70], "answer": [1]}, "line 2: .*a list of token ids"),
         ({"prompt": [1, MASK], "answer": [1, 2]}, "line 2: 1 blanks, but 2 true tokens"),
         ({"prompt": [1], "answer": []}, "line 2: 0 blanks, but 0 true tokens"),
         ({"prompt": [1], "answer": [MASK]}, "line 2: 1 blanks, but 1 true tokens"),
@@ -462,6 +464,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: P
         (["--out", "/no/such/folder/x.json"], "--out: expected a file in a folder that exists"),
         (["--task-file", "x.jsonl"], "--task-file: needs --model"),
         (["--model", "nowhere"], "model: expected a bundled task"),
+        (["--device", "gpu"], "argument --device: expected a device that torch can use, got 'gpu'"),
+        (["--device", "cuda:77"], "argument --device: expected a device that torch can use, got 'cuda:77'"),
     ],
 )
 def test_bad_arguments(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

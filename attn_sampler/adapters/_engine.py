@@ -22,7 +22,7 @@ from attn_sampler import checks
 from attn_sampler.adapters import version_problem
 from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
-from attn_sampler.functional import column_scores
+from attn_sampler.functional import BACKEND_CHOICES, REDUCTIONS, column_scores
 from attn_sampler.generate import STEP_STRIDE
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
@@ -127,6 +127,7 @@ class BlockDecoder:
         self.mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
         self.temperature = checks.temperature("temperature", temperature)
         self.seed = checks.integer("seed", seed)
+        checks.choice("backend", backend, BACKEND_CHOICES)
         self.backend = backend
         self._steps = 0
 
@@ -197,7 +198,8 @@ class BlockScores:
     ) -> None:
         self.block_length = checks.integer("block_length", block_length, 1)
         checks.flag("diagonal", diagonal)
-        checks.choice("reduction", reduction, ("sum", "mean", "max"))
+        checks.choice("reduction", reduction, REDUCTIONS)
+        checks.choice("backend", backend, BACKEND_CHOICES)
         self._group = group
         self._options: dict[str, Any] = {"diagonal": diagonal, "reduction": reduction, "backend": backend}
         self._buffer: Tensor | None = None
