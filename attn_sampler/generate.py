@@ -103,8 +103,7 @@ def generate(
     temperature, seed
         As in ``token_confidence``. An integer seed gives sequence i the stream ``seed + i``; a sequence
         of integers gives each its own. Noise follows a position's place in its block: masks in the first,
-        incomplete block of a prompt draw other noise where padding makes that block longer (and the rules
-        that count a block's positions, dawn and clad, count its padding).
+        incomplete block of a prompt draw other noise where padding makes that block longer.
     attention_mask
         Boolean [B, T] for a left-padded ``prompt_ids`` tensor: False at padding.
     eos_token_id
@@ -214,6 +213,8 @@ def generate(
                 attention, score_options = (
                     capture.step_input(chosen.needs_map) if chosen.needs_scores else (None, {})
                 )
+                if padded and chosen.needs_map:
+                    score_options["padding"] = ~mask[:, block]
                 result = chosen.step(
                     batch,
                     _block_logits(

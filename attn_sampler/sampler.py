@@ -37,6 +37,7 @@ class StepState:
     seeds: Tensor  # [B] int64, a fresh random stream for each row in each step
     backend: str = "auto"  # what library functions called by the policy should run on
     attention_map: Tensor | None = None  # [B, C, C] float32, rows = queries, where the policy asks for it
+    padding: Tensor | None = None  # [B, C] bool, with the map: positions of no sequence; None: there are none
 
 
 class Policy(abc.ABC):
@@ -71,6 +72,7 @@ class Policy(abc.ABC):
         seeds: Tensor,
         temperature: float = 0.0,
         backend: str = "auto",
+        padding: Tensor | None = None,
         **score_options: Any,
     ) -> StepResult:
         """Predict, select and commit into ``tokens``, in place.
@@ -92,6 +94,8 @@ class Policy(abc.ABC):
             int64 ``[B]``, ascending: which sequence of the whole run each row is.
         seeds
             int64 ``[B]``: a fresh random stream for each row.
+        padding
+            Boolean ``[B, C]``, for a policy that needs the map: the block's positions that are padding.
 
         Returns
         -------
@@ -131,6 +135,7 @@ class Policy(abc.ABC):
             seeds,
             backend,
             attention_map,
+            padding,
         )
         selected = masked & self.select(state)
         block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
