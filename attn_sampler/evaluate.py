@@ -449,6 +449,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[plot]'")
     rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
     results = Results(options.out, options.baseline)
+    labels = {rule.label for rule in rules}.union(*(cell["rules"] for cell in results.cells.values()))
+    if options.baseline not in {BASELINE, *labels}:
+        raise ValueError(
+            f"--baseline: expected one of the rules ({', '.join(sorted(labels))}), got {options.baseline}"
+        )
     work = list(_work(options))
     total = len(rules) * sum(len(problems) for problems, *_ in work) * (1 + options.order_log_likelihood)
 

@@ -464,6 +464,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: P
         (["--out", "/no/such/folder/x.json"], "--out: expected a file in a folder that exists"),
         (["--task-file", "x.jsonl"], "--task-file: needs --model"),
         (["--model", "nowhere"], "model: expected a bundled task"),
+        (["--rule", "pard", "--baseline", "prad"], "--baseline: expected one of the rules (pard), got prad"),
         (["--device", "gpu"], "argument --device: expected a device that torch can use, got 'gpu'"),
         (["--device", "cuda:77"], "argument --device: expected a device that torch can use, got 'cuda:77'"),
     ],
