@@ -292,7 +292,10 @@ def _prompts(
         raise ValueError("attention_mask: goes with a prompt_ids tensor, not with a list of prompts")
     if isinstance(prompt_ids, str) or not isinstance(prompt_ids, Sequence):
         raise TypeError(f"prompt_ids: expected a tensor or a sequence, got {type(prompt_ids).__name__}")
-    rows = [torch.as_tensor(row) for row in prompt_ids]
+    try:
+        rows = [torch.as_tensor(row) for row in prompt_ids]
+    except (TypeError, ValueError, RuntimeError) as error:  # text that is yet to be tokenized, for one
+        raise TypeError(f"prompt_ids: expected a sequence of token ids for each prompt: {error}") from None
     if any(row.dim() != 1 or (len(row) and row.dtype != torch.int64) for row in rows):
         raise ValueError("prompt_ids: expected [B, T], or a sequence of 1-dimensional int64 prompts")
     if pad_token_id is None:

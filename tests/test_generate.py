@@ -619,6 +619,8 @@ def padding_mask(*rows: list[bool]) -> Tensor:
         ({"prompt_ids": "text"}, TypeError, "prompt_ids: expected a tensor or a sequence, got str"),
         ({"prompt_ids": [[1.5]]}, ValueError, "prompt_ids: expected"),
         ({"prompt_ids": [1, 2]}, ValueError, "prompt_ids: expected"),
+        ({"prompt_ids": ["a text"]}, TypeError, "prompt_ids: expected a sequence of token ids for each"),
+        ({"prompt_ids": [[1], None]}, TypeError, "prompt_ids: expected a sequence of token ids for each"),
         ({"mask_token_id": -1}, ValueError, "mask_token_id: "),
         ({"mask_token_id": "[MASK]"}, TypeError, "mask_token_id: "),
         ({"gen_length": -1}, ValueError, "gen_length: "),
