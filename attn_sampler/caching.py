@@ -75,8 +75,8 @@ class ForwardPasses:
 
     Raises
     ------
-    ValueError
-        The model does not serve that cache.
+    TypeError, ValueError
+        The model does not serve that cache, or its ``causal_block`` is no number of positions.
     """
 
     def __init__(self, model: Callable[..., Any], cache: str, logit_shift: bool) -> None:
@@ -88,6 +88,8 @@ class ForwardPasses:
         self._model, self._cache, self._shift = model, cache, logit_shift
         self._rows_model = cast(CacheableModel, model)  # asked for more than a call where there is a cache
         self.causal_block: int | None = getattr(model, "causal_block", None)
+        if self.causal_block is not None:
+            checks.integer("causal_block", self.causal_block, 1)
         self._past: Any = None  # of the sequences below
         self._sequences: Tensor | None = None
         self._prefix: Any = None  # block-causal: of all sequences, and how many positions it covers

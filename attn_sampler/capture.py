@@ -21,8 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
-from attn_sampler.backends import BACKENDS
-from attn_sampler.functional import attention_map, column_scores
+from attn_sampler.functional import BACKEND_CHOICES, REDUCTIONS, attention_map, column_scores
 
 _ATTENTION = F.scaled_dot_product_attention
 
@@ -103,14 +102,14 @@ class AttentionCapture(TorchFunctionMode):
         checks.flag("keep", keep)
         checks.choice("softmax_scope", softmax_scope, ("sequence", "block"))
         checks.flag("diagonal", diagonal)
-        checks.choice("reduction", reduction, ("sum", "mean", "max"))
-        checks.choice("backend", backend, ("auto", *BACKENDS))
+        checks.choice("reduction", reduction, REDUCTIONS)
+        checks.choice("backend", backend, BACKEND_CHOICES)
         if query_start is not None:
             checks.integer("query_start", query_start)
         self.columns = columns
         self.keep = keep
         self.query_mask = query_mask
-        self._selection = _check_selection(layers)
+        self._selection = check_layer_choice(layers)
         self._lookback = _lookback(self._selection)
         self.query_start = query_start
         self._options: dict[str, Any] = {"softmax_scope": softmax_scope, "diagonal": diagonal}
@@ -223,7 +222,7 @@ class AttentionCapture(TorchFunctionMode):
 
     def _wants(self, index: int) -> bool:
         """Whether the attention call of this index counts, or may."""
-        return self._lookback > 0 or index in _choose(self._selection, index + 1)
+        return self._lookback > 0 or index in chosen_layers(self._selection, index + 1)
 
     def _chosen_records(self) -> list[_Record]:
         """The records that count and are not reduced yet."""
@@ -234,7 +233,7 @@ class AttentionCapture(TorchFunctionMode):
                 "written out by hand (attn_implementation='eager' in transformers), or no forward pass ran "
                 "inside the context; an attention that knows its log-sum-exp can call report_attention"
             )
-        chosen = _choose(self._selection, self.num_calls)
+        chosen = chosen_layers(self._selection, self.num_calls)
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_calls:
             raise RuntimeError(
                 f"layers: {self._selection} does not fit the {self.num_calls} attention calls of the model"
@@ -384,7 +383,7 @@ def _copy(x: Tensor) -> Tensor:
     return x[once].clone().expand(x.shape)
 
 
-def _check_selection(layers: Any) -> str | slice | tuple[int, ...]:
+def check_layer_choice(layers: Any) -> str | slice | tuple[int, ...]:
     if isinstance(layers, str):
         checks.choice("layers", layers, ("all",))
         return layers
@@ -409,7 +408,7 @@ def _lookback(selection: str | slice | Sequence[int]) -> int:
     return max(-min(selection), 0)
 
 
-def _choose(selection: str | slice | Sequence[int], count: int) -> set[int]:
+def chosen_layers(selection: str | slice | Sequence[int], count: int) -> set[int]:
     """The chosen indices among ``count`` calls; those of a sequence may lie outside."""
     if isinstance(selection, slice):
         return set(range(*selection.indices(count)))

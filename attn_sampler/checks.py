@@ -15,6 +15,7 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8 = torch.float8_e4m3fn
 ATTENTION_DTYPES = (*FLOAT_DTYPES, FLOAT8)
+_MIN_TEMPERATURE = 2.0**-120
 
 
 def is_dense(value: Tensor) -> bool:
@@ -124,6 +125,14 @@ def non_negative(name: str, value: object) -> float:
     """A finite number, zero or more."""
     # The largest float, written out, as a constant elsewhere would be no constant to torch.compile.
     return _number(name, value, "a finite number >= 0", lambda x: 0.0 <= x <= 1.7976931348623157e308)
+
+
+def temperature(name: str, value: object) -> float:
+    """Zero, or a number whose inverse, by which logits are multiplied in float32, is far from overflow."""
+    number = non_negative(name, value)
+    if 0.0 < number < _MIN_TEMPERATURE:
+        raise ValueError(f"{name}: expected 0 or at least {_MIN_TEMPERATURE:.3g}, got {number}")
+    return number
 
 
 def finite(name: str, value: object) -> float:

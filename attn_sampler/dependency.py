@@ -57,7 +57,7 @@ class DAWN(MapPolicy):
     def select(self, state: StepState) -> Tensor:
         p, masked = state.confidence, state.masked
         attention = attention_weights(state, keep_diagonal=True)
-        sink = attention.mean(dim=1) > self.tau_sink  # [B, C]
+        sink = attention.sum(dim=1) / _block_size(state) > self.tau_sink  # [B, C]
         attention = _without_diagonal(attention.masked_fill(sink[:, None, :], 0.0))
         depends = attention >= self.tau_edge  # [B, C, C]: row on column
         anchor = ~masked & (p >= self.tau)
@@ -163,7 +163,7 @@ class CLAD(MapPolicy):
         mutual = partner.gather(1, partner) == index
         strong = torch.where(
             number == 2,
-            strongest >= self.tau_link / masked.shape[1],
+            strongest >= self.tau_link / _block_size(state),
             (strongest >= mean) & (strongest >= mean.gather(1, partner)),
         )
         partner_size = size.gather(1, partner)
@@ -215,6 +215,12 @@ def attention_weights(state: StepState, keep_diagonal: bool = False) -> Tensor:
     assert state.attention_map is not None
     weights = state.attention_map.to(torch.float64).nan_to_num(nan=0.0)
     return weights if keep_diagonal else _without_diagonal(weights)
+
+
+def _block_size(state: StepState) -> Tensor:
+    """How many of the block's positions are not padding, float64 [B, 1]."""
+    real = torch.ones_like(state.masked) if state.padding is None else ~state.padding
+    return real.sum(dim=1, keepdim=True).to(torch.float64)
 
 
 def _without_diagonal(weights: Tensor) -> Tensor:

@@ -148,8 +148,8 @@ def decode_step(
     logits, vocab_start, vocab_size, group
         As in ``token_confidence``.
     layers
-        This rank's heads: ``(q, k, softmax_lse)`` for each layer, or their scores, float32 ``[B, C]``, as
-        ``AttentionCapture.step_input`` gives them.
+        This rank's heads, as ``functional.decode_step`` takes layers, or their scores, float32 ``[B, C]``:
+        either as ``AttentionCapture.step_input`` gives them.
     block, mask_token_id, policy, tau, fallback, metric, temperature, seed, backend
         As in ``functional.decode_step``, the same on every rank; mask_token_id counts in the whole
         vocabulary.
@@ -169,7 +169,7 @@ def decode_step(
     RuntimeError
         torch.distributed is not initialised.
     """
-    functional._check_selection(policy, tau, fallback)
+    functional.check_selection(policy, tau, fallback)
     checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
     checks.writable("tokens", tokens)
     lo, hi = checks.span("block", block, tokens.shape[1], "token positions (T)")
@@ -216,7 +216,7 @@ class _Shard:
         checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
         checks.integer("vocab_size", vocab_size, 1 if exclude_token_id is None else 2)
         checks.integer("vocab_start", vocab_start, 0, vocab_size + 1)
-        checks.choice("backend", backend, functional._BACKEND_CHOICES)
+        checks.choice("backend", backend, functional.BACKEND_CHOICES)
         self.logits = logits[..., : vocab_size - vocab_start]
         self.start = vocab_start
         self.exclude: int | None = None  # counted in the shard
@@ -224,7 +224,7 @@ class _Shard:
             checks.integer("exclude_token_id", exclude_token_id, 0, vocab_size)
             if vocab_start <= exclude_token_id < vocab_start + self.logits.shape[2]:
                 self.exclude = exclude_token_id - vocab_start
-        seed, seeds, self.temperature = functional._check_sampling(logits, metric, temperature, seed)
+        seed, seeds, self.temperature = functional.check_sampling(logits, metric, temperature, seed)
         self.seed = seed if seeds is None else seeds
         self.metric = metric
         self.backend = backend
@@ -367,27 +367,23 @@ def partial_scores(
     """float32 [B, C], the column scores of this rank's heads, as ``functional.decode_step`` reads layers."""
     if isinstance(layers, Tensor):
         return layers
-    all_q, all_k, all_lse = functional._check_layers(layers, tokens, options.get("softmax_scope", "sequence"))
-    checks.choice("rows", rows, ("all", "masked"))
-    n_rows, n_keys = all_q[0].shape[2], all_k[0].shape[2]
-    columns = slice(lo, hi) if columns is None else columns
-    start = n_keys - n_rows if query_start is None else query_start
+    all_q, all_k, *_ = functional.check_layers(layers, tokens, options.get("softmax_scope", "sequence"))
+    checks.choice("rows", rows, functional.ROWS)
+    first, last, start, row = functional.place_block(
+        all_q[0], all_k[0], tokens, lo, hi, rows=rows, columns=columns, query_start=query_start
+    )
     if rows == "masked":
-        first = start - checks.span("columns", columns, n_keys, "key positions (N)")[0] + lo
-        if first < 0 or first + n_rows > tokens.shape[1]:
-            raise ValueError(
-                f"rows: with 'masked', every query row must stand at one of the {tokens.shape[1]} tokens; "
-                f"rows are at {first} to {first + n_rows - 1} (query_start, columns)"
-            )
-        masked = tokens[:, first : first + n_rows] == mask_token_id
+        masked = tokens[:, row : row + all_q[0].shape[2]] == mask_token_id
         query_mask = masked if query_mask is None else masked & query_mask
     scores: Tensor | None = None
-    for index, (q, k) in enumerate(zip(all_q, all_k, strict=True)):
+    for q, k, softmax_lse, q_descale, k_descale in map(functional.layer_fields, layers):
         scores = column_scores(
             q,
             k,
-            columns=columns,
-            softmax_lse=all_lse[index] if all_lse else None,
+            columns=slice(first, last),
+            softmax_lse=softmax_lse,
+            q_descale=q_descale,
+            k_descale=k_descale,
             query_mask=query_mask,
             query_start=start,
             out=scores,

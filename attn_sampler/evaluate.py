@@ -37,7 +37,9 @@ from torch import Tensor
 
 from attn_sampler import checks
 from attn_sampler.adapters.models import FAMILIES
+from attn_sampler.capture import AttentionCapture
 from attn_sampler.demo import default_tau
+from attn_sampler.functional import ROWS
 from attn_sampler.generate import Generation, generate
 from attn_sampler.problem_sets import (
     BUNDLED,
@@ -119,6 +121,9 @@ class Rule:
                 options[name] = _literal(value)
         try:
             make_policy(policy, **options)
+            capture = {name: value for name, value in attention.items() if name != "rows"}
+            AttentionCapture(**capture)
+            checks.choice("rows", attention.get("rows", "all"), ROWS)
         except TypeError as error:
             raise ValueError(f"rule {text!r}: {error}") from None
         return cls(text, policy, options, attention)
@@ -262,6 +267,8 @@ def order_log_likelihood(
     padded = torch.stack([torch.nn.functional.pad(t, (length - len(t), 0)) for t in truths])
     parameter = next(model.model.parameters(), None) if isinstance(model.model, torch.nn.Module) else None
     policy = _Revealing(rule.make(), padded if parameter is None else padded.to(parameter.device))
+    # A true answer may hold the end of text before its end.
+    model = dataclasses.replace(model, options={**model.options, "eos_token_id": None})
     result = _generate(problems, indices, model, rule, policy)
     nats = [round(x, 6) for x in policy.nats.tolist()]
     return {"nats": nats, "passes": result.num_forward_passes.tolist()}
@@ -335,6 +342,18 @@ def evaluate(
     return left
 
 
+def usable_device(text: str) -> str:
+    """A device that an argument names, after torch has used it."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device that torch can use, got {text!r}: {reason}"
+        ) from None
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attn-sampler eval``."""
     parser.add_argument(
@@ -406,7 +425,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=100, metavar="N", help="problems decoded together (default: 100)"
     )
-    parser.add_argument("--device", default="cpu", help="of the model (default: cpu)")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="of the model (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     parser.add_argument(
         "--time-limit",
@@ -445,6 +464,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[plot]'")
     rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
     results = Results(options.out, options.baseline)
+    labels = {rule.label for rule in rules}.union(*(cell["rules"] for cell in results.cells.values()))
+    if options.baseline not in {BASELINE, *labels}:
+        raise ValueError(
+            f"--baseline: expected one of the rules ({', '.join(sorted(labels))}), got {options.baseline}"
+        )
     work = list(_work(options))
     total = len(rules) * sum(len(problems) for problems, *_ in work) * (1 + options.order_log_likelihood)
 

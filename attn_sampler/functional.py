@@ -24,12 +24,12 @@ from attn_sampler import _core, checks, ops
 from attn_sampler.backends import BACKENDS
 from attn_sampler.reference import StepResult
 
-_BACKEND_CHOICES = ("auto", *BACKENDS)
+BACKEND_CHOICES = ("auto", *BACKENDS)
 _OPS = torch.ops.attn_sampler
 
-_REDUCTIONS = ("sum", "mean", "max")
+ROWS = ("all", "masked")
+REDUCTIONS = ("sum", "mean", "max")
 _INT64_MIN, _UINT64_END = -(1 << 63), 1 << 64
-_MIN_TEMPERATURE = 2.0**-120  # logits are multiplied by its inverse, in float32
 _MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
 
 
@@ -125,7 +125,7 @@ def column_scores(
     _check_masks(q, k, key_mask, query_mask)
     (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
     lo, hi = checks.span("columns", columns, n_keys, "key positions (N)")
-    checks.choice("reduction", reduction, _REDUCTIONS)
+    checks.choice("reduction", reduction, REDUCTIONS)
     if per_head:
         result = _output(out, q, "[B, Hq, C]", (batch, heads, hi - lo))
     else:
@@ -292,12 +292,12 @@ def token_confidence(
         options = (metric, temperature, seed, exclude_token_id)
         if _core.attempt("token_confidence", logits, (*outputs, logits, *options)):
             return outputs
-    checks.choice("backend", backend, _BACKEND_CHOICES)
+    checks.choice("backend", backend, BACKEND_CHOICES)
     checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
     vocab = logits.shape[2]
     if vocab < 1:
         raise ValueError("logits: expected at least one token in the vocabulary, got V = 0")
-    seed, seeds, temperature = _check_sampling(logits, metric, temperature, seed)
+    seed, seeds, temperature = check_sampling(logits, metric, temperature, seed)
     if exclude_token_id is not None:
         checks.integer("exclude_token_id", exclude_token_id, 0, vocab)
         if vocab == 1:
@@ -364,8 +364,8 @@ def select_tokens(
         tensors = (selected, scores, confidence, masked)
         if _core.attempt("select_tokens", masked, (*tensors, policy, tau, fallback)):
             return selected
-    checks.choice("backend", backend, _BACKEND_CHOICES)
-    tau = _check_selection(policy, tau, fallback)
+    checks.choice("backend", backend, BACKEND_CHOICES)
+    tau = check_selection(policy, tau, fallback)
     dtypes = (torch.float32, torch.float64)
     checks.tensor("scores", scores, "[B, C]", dtypes)
     checks.tensor("confidence", confidence, "[B, C]", dtypes, like=scores)
@@ -462,9 +462,9 @@ def decode_step(
         if not scores.requires_grad and _core.attempt("decode_step", tokens, arguments):
             return StepResult(tokens, token_ids, confidence, scores, selected)
     _check_options(lse_base, softmax_scale, causal, query_start, softmax_scope, diagonal, backend)
-    checks.choice("rows", rows, ("all", "masked"))
-    checks.choice("reduction", reduction, _REDUCTIONS)
-    tau = _check_selection(policy, tau, fallback)
+    checks.choice("rows", rows, ROWS)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    tau = check_selection(policy, tau, fallback)
     checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
     checks.writable("tokens", tokens)
     lo, hi = checks.span("block", block, tokens.shape[1], "token positions (T)")
@@ -474,7 +474,7 @@ def decode_step(
     checks.integer("mask_token_id", mask_token_id, 0, logits.shape[2])
     if logits.shape[2] == 1:
         raise ValueError("logits: expected a vocabulary with more than the mask token, got V = 1")
-    seed, seeds, temperature = _check_sampling(logits, metric, temperature, seed)
+    seed, seeds, temperature = check_sampling(logits, metric, temperature, seed)
 
     fields: tuple[list[Tensor], ...] = ([], [], [], [], [])  # of the layers, as the operator takes them
     column_start, column_stop, start, headdim = lo, hi, 0, 1
@@ -482,24 +482,12 @@ def decode_step(
         scores = _output(layers, tokens, "[B, C]", (batch, count), name="layers")
         key_mask = query_mask = None  # the scores are made: there is nothing left to mask
     else:
-        q, k, *_ = fields = _check_layers(layers, tokens, softmax_scope)
+        q, k, *_ = fields = check_layers(layers, tokens, softmax_scope)
         _check_masks(q[0], k[0], key_mask, query_mask)
-        (n_rows, headdim), n_keys = q[0].shape[2:], k[0].shape[2]
-        column_start, column_stop = checks.span(
-            "columns", block if columns is None else columns, n_keys, "key positions (N)"
+        headdim = q[0].shape[3]
+        column_start, column_stop, start, _ = place_block(
+            q[0], k[0], tokens, lo, hi, rows=rows, columns=columns, query_start=query_start
         )
-        if column_stop - column_start != count:
-            raise ValueError(
-                f"columns: expected as many key positions as the block has tokens, {count}, "
-                f"got {column_stop - column_start}"
-            )
-        start = n_keys - n_rows if query_start is None else query_start
-        first_row = start - column_start + lo
-        if rows == "masked" and (first_row < 0 or first_row + n_rows > tokens.shape[1]):
-            raise ValueError(
-                f"rows: with 'masked', every query row must stand at one of the {tokens.shape[1]} tokens; "
-                f"rows are at {first_row} to {first_row + n_rows - 1} (query_start, columns)"
-            )
         scores = _output(None, tokens, "[B, C]", (batch, count))
     token_ids, confidence, selected = _OPS.decode_step(
         tokens,
@@ -570,7 +558,7 @@ def _check_options(
     diagonal: bool,
     backend: str,
 ) -> None:
-    checks.choice("backend", backend, _BACKEND_CHOICES)
+    checks.choice("backend", backend, BACKEND_CHOICES)
     checks.choice("lse_base", lse_base, ("e", "2"))
     checks.choice("softmax_scope", softmax_scope, ("sequence", "block"))
     checks.flag("causal", causal)
@@ -626,7 +614,7 @@ def _check_masks(q: Tensor, k: Tensor, key_mask: Tensor | None, query_mask: Tens
     checks.optional("query_mask", query_mask, "[B, M]", (q.shape[0], q.shape[2]), (torch.bool,), q)
 
 
-def _check_layers(
+def check_layers(
     layers: Sequence[Sequence[Tensor | None]], tokens: Tensor, softmax_scope: str
 ) -> tuple[list[Tensor], ...]:
     """The layers' q, k and (each for all of them, or for none) softmax_lse, q_descale and k_descale.
@@ -649,7 +637,7 @@ def _check_layers(
             continue  # most layers are like the first: a quick way
         first = first or layer
         prefix = f"layers[{index}] "
-        q, k, lse, q_descale, k_descale = _padded(layer)
+        q, k, lse, q_descale, k_descale = layer_fields(layer)
         dtypes = checks.ATTENTION_DTYPES if index == 0 else (first[0].dtype,)
         _check_layer(prefix, q, k, lse, q_descale, k_descale, softmax_scope, dtypes=dtypes, like=tokens)
         batch, (n_rows, headdim), n_keys = tokens.shape[0], first[0].shape[2:], first[1].shape[2]
@@ -657,7 +645,7 @@ def _check_layers(
         checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], n_keys, headdim))
     names = ("q", "k", "softmax_lse", "q_descale", "k_descale")
     fields = []
-    for name, values in zip(names, zip(*map(_padded, layers), strict=True), strict=True):
+    for name, values in zip(names, zip(*map(layer_fields, layers), strict=True), strict=True):
         given = [x for x in values if x is not None]
         if given and len(given) != len(layers):
             raise ValueError(
@@ -667,7 +655,38 @@ def _check_layers(
     return tuple(fields)
 
 
-def _padded(layer: Sequence[Any]) -> tuple[Any, ...]:
+def place_block(
+    q: Tensor,
+    k: Tensor,
+    tokens: Tensor,
+    lo: int,
+    hi: int,
+    *,
+    rows: str,
+    columns: slice | None,
+    query_start: int | None,
+) -> tuple[int, int, int, int]:
+    """Where the block of tokens [lo, hi) stands in the layers: its columns' begin and end, the key position
+    of query row 0, and the token position of that row.
+    """
+    n_rows, n_keys = q.shape[2], k.shape[2]
+    chosen = slice(lo, hi) if columns is None else columns
+    first, last = checks.span("columns", chosen, n_keys, "key positions (N)")
+    if last - first != hi - lo:
+        raise ValueError(
+            f"columns: expected as many key positions as the block has tokens, {hi - lo}, got {last - first}"
+        )
+    start = n_keys - n_rows if query_start is None else query_start
+    row = start - first + lo
+    if rows == "masked" and (row < 0 or row + n_rows > tokens.shape[1]):
+        raise ValueError(
+            f"rows: with 'masked', every query row must stand at one of the {tokens.shape[1]} tokens; "
+            f"rows are at {row} to {row + n_rows - 1} (query_start, columns)"
+        )
+    return first, last, start, row
+
+
+def layer_fields(layer: Sequence[Any]) -> tuple[Any, ...]:
     """(q, k, softmax_lse, q_descale, k_descale), with None for what is left out."""
     return (*layer, None, None, None)[:5]
 
@@ -681,14 +700,12 @@ def _alike(x: object, y: Tensor | None) -> bool:
     return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
 
 
-def _check_sampling(
+def check_sampling(
     logits: Tensor, metric: str, temperature: float, seed: int | Tensor | None
 ) -> tuple[int, Tensor | None, float]:
     """The seed as a signed 64-bit integer, the per-row seeds, and the temperature."""
     checks.choice("metric", metric, ("probability", "margin", "entropy"))
-    temperature = checks.non_negative("temperature", temperature)
-    if 0.0 < temperature < _MIN_TEMPERATURE:
-        raise ValueError(f"temperature: expected 0 or at least {_MIN_TEMPERATURE:.3g}, got {temperature}")
+    temperature = checks.temperature("temperature", temperature)
     if seed is None:
         if temperature > 0.0:
             raise ValueError("seed: needed where temperature > 0 (an integer, or an int64 tensor [B])")
@@ -702,7 +719,7 @@ def _check_sampling(
     return seed - _UINT64_END if seed >= 1 << 63 else seed, None, temperature
 
 
-def _check_selection(policy: str, tau: float, fallback: str) -> float:
+def check_selection(policy: str, tau: float, fallback: str) -> float:
     checks.choice("policy", policy, ("parallel", "sequential"))
     checks.choice("fallback", fallback, ("confidence", "score"))
     return checks.unit_interval("tau", tau)

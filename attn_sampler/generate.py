@@ -16,11 +16,12 @@ from attn_sampler import checks
 from attn_sampler.backends import choose_backend
 from attn_sampler.caching import ForwardPasses
 from attn_sampler.capture import AttentionCapture
+from attn_sampler.functional import ROWS
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
 from attn_sampler.trace import Commit, DecodeTrace
 
-_STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
+STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
 
 
 @dataclasses.dataclass
@@ -112,7 +113,8 @@ def generate(
         What ragged prompts are padded with, not mask_token_id. Default: eos_token_id, or else 0 (or 1). It is
         masked from attention.
     logit_shift
-        True for models that predict position j from hidden row j - 1 (Dream, Fast-dLLM v2).
+        True for models that predict position j from hidden row j - 1 (Dream, Fast-dLLM v2). A sequence's
+        first position, which nothing but padding precedes, is predicted from its own row.
     cache
         What a ``caching.CacheableModel`` need not compute again in each pass. ``"none"``; ``"prefix"``, the
         keys and values of all positions before the block; ``"dual"``, those behind it too (Fast-dLLM,
@@ -153,8 +155,8 @@ def generate(
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
     checks.integer("mask_token_id", mask_token_id, 0)
     checks.integer("block_length", block_length, 1)
-    checks.non_negative("temperature", temperature)
-    checks.choice("rows", rows, ("all", "masked"))
+    checks.temperature("temperature", temperature)
+    checks.choice("rows", rows, ROWS)
     flags = {"logit_shift": logit_shift, "keep_layers": keep_layers, "progress": progress, "trace": trace}
     for name, flag in flags.items():
         checks.flag(name, flag)
@@ -178,6 +180,8 @@ def generate(
     if len(tokens) and not to_fill.any():
         raise ValueError("prompt_ids: expected masked positions to fill, got none and gen_length = 0")
     padded = not bool(visible.all())
+    begins = visible & ~torch.nn.functional.pad(visible, (1, 0))[:, :-1]
+    last_begin = int((~visible).sum(dim=1).max()) if padded and logit_shift else -1
     passes = torch.zeros_like(seeds)
     finished = torch.zeros_like(seeds, dtype=torch.bool)
     record = None
@@ -209,6 +213,8 @@ def generate(
                 attention, score_options = (
                     capture.step_input(chosen.needs_map) if chosen.needs_scores else (None, {})
                 )
+                if padded and chosen.needs_map:
+                    score_options["padding"] = ~mask[:, block]
                 result = chosen.step(
                     batch,
                     _block_logits(
@@ -219,12 +225,13 @@ def generate(
                         logit_shift,
                         mask_token_id,
                         forward.before(block, active),
+                        begins[active, block] if block.start <= last_begin else None,
                     ),
                     attention,
                     block=block,
                     mask_token_id=mask_token_id,
                     sequence=active,
-                    seeds=seeds[active] + passes[active] * _STEP_STRIDE,
+                    seeds=seeds[active] + passes[active] * STEP_STRIDE,
                     temperature=temperature,
                     backend=backend,
                     **score_options,
@@ -287,7 +294,10 @@ def _prompts(
         raise ValueError("attention_mask: goes with a prompt_ids tensor, not with a list of prompts")
     if isinstance(prompt_ids, str) or not isinstance(prompt_ids, Sequence):
         raise TypeError(f"prompt_ids: expected a tensor or a sequence, got {type(prompt_ids).__name__}")
-    rows = [torch.as_tensor(row) for row in prompt_ids]
+    try:
+        rows = [torch.as_tensor(row) for row in prompt_ids]
+    except (TypeError, ValueError, RuntimeError) as error:  # text that is yet to be tokenized, for one
+        raise TypeError(f"prompt_ids: expected a sequence of token ids for each prompt: {error}") from None
     if any(row.dim() != 1 or (len(row) and row.dtype != torch.int64) for row in rows):
         raise ValueError("prompt_ids: expected [B, T], or a sequence of 1-dimensional int64 prompts")
     if pad_token_id is None:
@@ -354,17 +364,26 @@ def _block_logits(
     logit_shift: bool,
     mask_token_id: int,
     before: Tensor | None = None,
+    begins: Tensor | None = None,
 ) -> Tensor:
-    """The predictions [B, C, V] for the block's positions; the output's rows stand at ``start`` and on."""
+    """The predictions [B, C, V] for the block's positions; the output's rows stand at ``start`` and on.
+
+    ``before`` holds the row before the first where the output lacks it; ``begins`` says where a sequence
+    begins behind padding.
+    """
     logits = getattr(output, "logits", output)
     checks.tensor("model output", logits, "[B, T, V]", checks.FLOAT_DTYPES, like=tokens)
     checks.shape("model output", logits, "[B, T, V]", (*tokens.shape, logits.shape[2]))
     checks.integer("mask_token_id", mask_token_id, 0, logits.shape[2])
-    first, last = block.start - start - logit_shift, block.stop - start - logit_shift
-    if first >= 0:
-        return logits[:, first:last]
-    # Nothing precedes row 0: it predicts its own position too.
-    return torch.cat([logits[:, :1] if before is None else before, logits[:, :last]], dim=1)
+    first, last = block.start - start, block.stop - start
+    own = logits[:, first:last]
+    if not logit_shift:
+        return own
+    if first > 0:
+        shifted = logits[:, first - 1 : last - 1]
+    else:  # nothing precedes row 0: it predicts its own position too
+        shifted = torch.cat([own[:, :1] if before is None else before, own[:, :-1]], dim=1)
+    return shifted if begins is None else torch.where(begins[..., None], own, shifted)
 
 
 def _check_progress(

@@ -197,6 +197,6 @@ def _token_ids(value: Any, model: EvaluatedModel) -> Tensor:
         if model.tokenizer is None:
             raise ValueError("text, but the model comes without a tokenizer")
         value = model.tokenizer.encode(value, add_special_tokens=False)
-    if not isinstance(value, list) or not all(type(token) is int for token in value):
-        raise ValueError("expected text or a list of token ids")
+    if not isinstance(value, list) or not all(type(x) is int and 0 <= x < 1 << 31 for x in value):
+        raise ValueError("expected text or a list of token ids, which are not negative")
     return torch.tensor(value, dtype=torch.int64)

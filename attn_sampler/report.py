@@ -31,7 +31,10 @@ def paired_rate_difference(first: Sequence[int], second: Sequence[int]) -> tuple
     neither = n - both - only_x - only_y
     p, q = Score(both + only_x, n), Score(both + only_y, n)
     margins = (both + only_x) * (only_y + neither) * (both + only_y) * (only_x + neither)
-    correlation = (both * neither - only_x * only_y) / math.sqrt(margins) if margins else 0.0
+    agreement = float(both * neither - only_x * only_y)
+    if agreement > 0:  # method 10's continuity correction, without which the interval is too short
+        agreement = max(0.0, agreement - n / 2)
+    correlation = agreement / math.sqrt(margins) if margins else 0.0
     difference = p.rate - q.rate
 
     def half(a: float, b: float) -> float:

@@ -47,6 +47,7 @@ class StepState:
     seeds: Tensor  # [B] int64, a fresh random stream for each row in each step
     backend: str = "auto"  # what library functions called by the policy should run on
     attention_map: Tensor | None = None  # [B, C, C] float32, rows = queries, where the policy asks for it
+    padding: Tensor | None = None  # [B, C] bool, with the map: positions of no sequence; None: there are none
 
 
 class Policy(abc.ABC):
@@ -81,6 +82,7 @@ class Policy(abc.ABC):
         seeds: Tensor,
         temperature: float = 0.0,
         backend: str = "auto",
+        padding: Tensor | None = None,
         **score_options: Any,
     ) -> StepResult:
         """Predict, select and commit into ``tokens``, in place.
@@ -102,6 +104,8 @@ class Policy(abc.ABC):
             int64 ``[B]``, ascending: which sequence of the whole run each row is.
         seeds
             int64 ``[B]``: a fresh random stream for each row.
+        padding
+            Boolean ``[B, C]``, for a policy that needs the map: the block's positions that are padding.
 
         Returns
         -------
@@ -146,6 +150,7 @@ class Policy(abc.ABC):
             seeds,
             backend,
             attention_map,
+            padding,
         )
         chosen = self.select(state)
         name = f"{type(self).__name__}.select"

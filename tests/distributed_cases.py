@@ -129,6 +129,21 @@ def _tied() -> Case:
     return case
 
 
+def _float8() -> Case:
+    """Queries and keys in float8, with a scale for each head."""
+    case = _case(18, UNEVEN)
+    descales = 1.0 + torch.rand(2, BATCH, KV_HEADS, generator=torch.Generator().manual_seed(18))
+    group = HEADS // KV_HEADS
+    layers = []
+    for q, k, _ in case.layers:
+        q, k = q.to(torch.float8_e4m3fn), k.to(torch.float8_e4m3fn)
+        real_q = q.float() * descales[0].repeat_interleave(group, dim=1)[:, :, None, None]
+        real_k = (k.float() * descales[1][:, :, None, None]).repeat_interleave(group, dim=1)
+        lse = torch.logsumexp(real_q @ real_k.transpose(-1, -2) * HEADDIM**-0.5, dim=-1)
+        layers.append((q, k, lse, *descales))
+    return dataclasses.replace(case, layers=layers)
+
+
 def _undefined(number: int, **options: Any) -> Case:
     """Infinities and NaN: in one shard, in all, alone and beside numbers."""
     case = _case(number, **options)
@@ -175,6 +190,7 @@ def _cases() -> dict[str, Case]:
         "largest": _case(15, reduction="max"),
         "reference": _case(16, UNEVEN, backend="reference"),
         "empty batch": _case(17, batch=0),
+        "float8": _float8(),
     }
     return cases
 

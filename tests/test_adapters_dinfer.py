@@ -268,6 +268,8 @@ def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
         NotImplementedError, match="with the vicinity cache the rows' positions are not known"
     ):
         vicinity.decode(logits, 5, 9, x)
+    with pytest.raises(ValueError, match="policy: 'dawn' reads the block's attention map"):
+        make_decoder(adapter, model, policy="dawn")
     monkeypatch.delitem(sys.modules, "attn_sampler.adapters.dinfer")
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.2.1")
     with pytest.raises(RuntimeError, match=r"dinfer 0\.2\.1 is outside the tested range, 0\.1 to"):

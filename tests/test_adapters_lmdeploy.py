@@ -194,6 +194,11 @@ def test_engine_without_a_strategy_is_left_alone(adapter: Any):
 def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="policy: expected one that judges tokens by their probability"):
         adapter.install("margin")
+    for option in ({"backend": "gpu"}, {"reduction": "median"}, {"layers": "first"}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: expected one of"):
+            adapter.install(**option)
+    with pytest.raises(ValueError, match="policy: 'clad' reads the block's attention map"):
+        adapter.install("clad")
     with pytest.raises(ValueError, match="carries something over"):
         adapter.install("klass")
     processor, model = engine()

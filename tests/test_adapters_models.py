@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="the caches of the adapters are those of transformers")
 
 from attn_sampler import AttentionCapture, generate
-from attn_sampler.adapters.models import FAMILIES, LLaDA, adapt
+from attn_sampler.adapters.models import FAMILIES, SDAR, LLaDA, adapt
 
 BIDIRECTIONAL = {"llada": published.FastLLaDA, "dream": published.FastDream}
 BLOCK_CAUSAL = {
@@ -78,6 +78,17 @@ def test_unknown_families() -> None:
     with pytest.raises(ValueError, match="got model_type 'gpt2'"):
         adapt(model)
     assert type(adapt(model, "llada")[0]) is LLaDA
+
+
+@pytest.mark.parametrize("causal_block", [0, -4, True, 8.0, None])
+def test_block_lengths_that_are_none(causal_block: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="causal_block: "):
+        SDAR(published.SDARForCausalLM(), causal_block)
+    if causal_block is not None:
+        adapter, _ = adapt(published.SDARForCausalLM())
+        adapter.causal_block = causal_block
+        with pytest.raises((TypeError, ValueError), match="causal_block: expected an integer"):
+            generate(adapter, [[1, 2]], mask_token_id=MASK, gen_length=4, block_length=4)
 
 
 # --- without a cache: the model is called as its own decoder calls it -----------------------------------

@@ -274,6 +274,9 @@ def test_attention_that_cannot_be_read(
 def test_versions(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert version_problem("engine", "5.24.9.dev0", "5.24", "5.25") is None
     assert version_problem("engine", "0.10", "0.9", "1.0") is None
+    assert version_problem("engine", "0.5.23.post1", "0.5.23", "0.6") is None
+    assert version_problem("engine", "0.5.22", "0.5.23", "0.6") is not None
+    assert version_problem("engine", "0.6rc1", "0.5.23", "0.6") is not None
     for version in ("5.23.0", "4.57.1", "5.25", "6.0.0"):
         message = f"engine {version} is outside the tested range, 5.24 to below 5.25"
         assert version_problem("engine", version, "5.24", "5.25") == message
@@ -301,6 +304,7 @@ def test_versions(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     [
         (["--prompt", "w"], "required: --model"),
         (["--model", "m"], "required: --prompt"),
+        (["--model", "m", "--prompt", "w", "--device", "cuda:77"], "argument --device: expected a device"),
         (
             ["--model", "m", "--prompt", "w", "--gen-length", "0"],
             "argument --gen-length: expected an integer from 1",

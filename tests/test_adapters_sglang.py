@@ -284,6 +284,10 @@ def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
     algorithm = adapter.algorithm()
     with pytest.raises(ValueError, match=r"expected options among .* got threshold"):
         algorithm(DllmConfig({"threshold": 0.9}))
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        algorithm(DllmConfig({"backend": "gpu"}))
+    with pytest.raises(ValueError, match="policy: 'clad' reads the block's attention map"):
+        algorithm(DllmConfig({"policy": "clad"}))
     with pytest.raises(ValueError, match="carries something over"):
         algorithm(DllmConfig({"policy": "klass"}))
     config = DllmConfig({})

@@ -19,7 +19,7 @@ import transformers
 from attn_sampler import AttentionCapture, generate, select_tokens
 from attn_sampler.adapters import transformers as adapter
 from attn_sampler.adapters.models import adapt
-from attn_sampler.sampler import AttnSampler
+from attn_sampler.sampler import AttnSampler, Confidence
 
 VOCAB, MASK, T = 40, 39, 13
 TAU = 0.0165  # of DiffusionGemma's 60 tokens, nearly equally probable without training
@@ -404,6 +404,33 @@ def test_diffusion_gemma_accepts_by_attention(
     assert len(counts) > 8  # two canvases of two sequences
     assert min(counts) == 1
     assert max(counts) > 1
+
+
+@pytest.mark.parametrize("options", [{"threshold": "mean"}, {"fallback": "score"}, {"mode": "sequential"}])
+def test_diffusion_gemma_follows_the_policy(options: dict[str, str]) -> None:
+    from attn_sampler.adapters.diffusion_gemma import CanvasSampler
+
+    scores = torch.tensor([[5.0, 4.0, 3.0, 1.0, 2.0], [1.0, 5.0, 2.0, 3.0, 4.0]])
+    p = torch.tensor([[0.9, 0.2, 0.8, 0.1, 0.3], [0.3, 0.2, 0.4, 0.1, 0.35]])
+    logits = torch.stack([p, 1 - p], dim=-1).log()  # the token drawn is 0
+    drawn, canvas = torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
+    policy = AttnSampler(tau=0.5, **options)
+    sampler = CanvasSampler(policy, 5, 2)
+    sampler.capture = types.SimpleNamespace(scores=scores)  # type: ignore[assignment]
+    got = sampler.accept_canvas(canvas, drawn, logits, 0)
+    expected = {
+        "threshold": [[0, 2], [2]],  # above the mean of the unconfident, 7 / 3; where none is, the surest
+        "fallback": [[0], [1]],
+        "mode": [[0], [1]],
+    }[next(iter(options))]
+    assert [row.nonzero().flatten().tolist() for row in got == 0] == expected
+
+
+def test_diffusion_gemma_refuses_other_policies() -> None:
+    model = diffusion_gemma("sdpa")
+    model.attn_sampler = Confidence()
+    with pytest.raises(TypeError, match="attn_sampler: expected an AttnSampler, got Confidence"):
+        model.generate(TOKENS, max_new_tokens=8)
 
 
 def test_diffusion_gemma_refuses_static_caches() -> None:

@@ -298,6 +298,10 @@ def test_switched_off(adapter: Any):
 
 
 def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        adapter.Remask(MASK, BLOCK, backend="gpu")
+    with pytest.raises(ValueError, match="policy: 'clad' reads the block's attention map"):
+        adapter.Remask(MASK, BLOCK, policy="clad")
     with pytest.raises(ValueError, match="carries something over"):
         adapter.Remask(MASK, BLOCK, policy="klass")
     remask = adapter.Remask(MASK, BLOCK)

@@ -303,3 +303,19 @@ def test_generate_batch_equals_one_by_one(name: str) -> None:
 def test_bad_options(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_policy(name, **options)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [DAWN(tau=0.3, tau_induced=0.2, tau_low=0.1, tau_sink=0.05, tau_edge=0.05), CLAD(tau=0.2), DAPD(tau=0.3)],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_padding_inside_a_block_changes_nothing(policy: Policy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options = {"mask_token_id": MASK, "gen_length": 4, "block_length": 16, "policy": policy}
+    for _ in range(12):
+        longer, tokens = (torch.randint(4, 20, (n,), generator=generator).tolist() for n in (11, 6))
+        tokens = [MASK if i in (1, 2, 4) else token for i, token in enumerate(tokens)]
+        batch, alone = (generate(ToyModel(), p, **options) for p in ([longer, tokens], [tokens]))
+        assert torch.equal(batch.tokens[1, 5:], alone.tokens[0])
+        assert batch.num_forward_passes[1] == alone.num_forward_passes[0]

@@ -60,6 +60,15 @@ def write_problems(path: Path, records: list[dict]) -> Path:
     return path
 
 
+def test_order_log_likelihood_goes_on_behind_an_end_of_text(toy_file: Path) -> None:
+    problems = read_problems(toy_file, TOY, 3)
+    end = int(next(answer for answer in problems.answers if len(answer) > 4)[0])
+    ending = EvaluatedModel(TOY.model, MASK, options={"eos_token_id": end})
+    rule = Rule.parse("left-to-right")
+    expected, got = (order_log_likelihood(problems, range(12), model, rule) for model in (TOY, ending))
+    assert got == expected
+
+
 @pytest.fixture
 def toy_file(tmp_path: Path) -> Path:
     rng = random.Random(0)
@@ -108,6 +117,9 @@ def test_rules_are_read_as_written() -> None:
         ("threshold:size=2", "rule 'threshold:size=2': .*'size'"),
         ("attn:layers=first", "layers: expected all, last, a slice 0:2 or indices"),
         ("threshold:tau=high", "tau: "),
+        ("attn:rows=some", "rows: expected one of all, masked, got 'some'"),
+        ("attn:softmax_scope=all", "softmax_scope: expected one of"),
+        ("attn:diagonal=1", "rule 'attn:diagonal=1': diagonal: expected True or False"),
     ],
 )
 def test_bad_rules(text: str, message: str) -> None:
@@ -175,6 +187,8 @@ def test_problems_given_as_text(tmp_path: Path) -> None:
         ({"prompt": [1]}, r"line 2: expected prompt and answer: KeyError\('answer'\)"),
         ({"prompt": "a", "answer": "b"}, "line 2: .*comes without a tokenizer"),
         ({"prompt": [1, 2.5], "answer": [1]}, "line 2: .*a list of token ids"),
+        ({"prompt": [1, -2], "answer": [1]}, "line 2: .*a list of token ids"),
+        ({"prompt": [1, 1 << 70], "answer": [1]}, "line 2: .*a list of token ids"),
         ({"prompt": [1, MASK], "answer": [1, 2]}, "line 2: 1 blanks, but 2 true tokens"),
         ({"prompt": [1], "answer": []}, "line 2: 0 blanks, but 0 true tokens"),
         ({"prompt": [1], "answer": [MASK]}, "line 2: 1 blanks, but 1 true tokens"),
@@ -324,6 +338,8 @@ def test_paired_rate_difference_is_newcombes() -> None:
 
     # Table II of Newcombe (1998), method 10.
     assert paired_rate_difference(*pairs(36, 12, 2, 0)) == pytest.approx((0.2, 0.0569, 0.3404), abs=6e-5)
+    # Altman et al., Statistics with Confidence (2000), table 6.2, by the same method: the correction counts.
+    assert paired_rate_difference(*pairs(14, 5, 0, 22)) == pytest.approx((5 / 41, 0.0115, 0.2265), abs=6e-5)
     difference, low, high = paired_rate_difference(*pairs(50, 0, 0, 0))
     assert difference == 0.0
     assert -0.1 < low < 0.0 < high < 0.1
@@ -452,6 +468,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: P
         (["--out", "/no/such/folder/x.json"], "--out: expected a file in a folder that exists"),
         (["--task-file", "x.jsonl"], "--task-file: needs --model"),
         (["--model", "nowhere"], "model: expected a bundled task"),
+        (["--rule", "pard", "--baseline", "prad"], "--baseline: expected one of the rules (pard), got prad"),
+        (["--device", "gpu"], "argument --device: expected a device that torch can use, got 'gpu'"),
+        (["--device", "cuda:77"], "argument --device: expected a device that torch can use, got 'cuda:77'"),
     ],
 )
 def test_bad_arguments(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -413,6 +413,17 @@ def test_logit_shift_of_the_first_position() -> None:
     assert got.tokens.tolist() == [[7, 7, 8]]  # nothing precedes row 0, so it speaks for itself too
 
 
+@pytest.mark.parametrize("policy", ["attn", "confidence", "left-to-right"])
+def test_logit_shift_of_the_first_position_behind_padding(policy: str) -> None:
+    prompts = [prompt(9), [MASK, *prompt(3), MASK], [*prompt(2), MASK], [MASK, *prompt(5)], [MASK]]
+    options = {"gen_length": 6, "policy": policy, "logit_shift": True}
+    batch = decode(ToyModel(3), prompts, **options)
+    for i, tokens in enumerate(prompts):
+        alone = decode(ToyModel(3), [tokens], **options)
+        assert torch.equal(batch.tokens[i, 9 - len(tokens) :], alone.tokens[0])
+        assert batch.num_forward_passes[i] == alone.num_forward_passes[0]
+
+
 def test_models_that_return_an_object() -> None:
     model = ToyModel(9)
     wrapped = lambda tokens: types.SimpleNamespace(logits=model(tokens), loss=None)  # noqa: E731
@@ -608,6 +619,8 @@ def padding_mask(*rows: list[bool]) -> Tensor:
         ({"prompt_ids": "text"}, TypeError, "prompt_ids: expected a tensor or a sequence, got str"),
         ({"prompt_ids": [[1.5]]}, ValueError, "prompt_ids: expected"),
         ({"prompt_ids": [1, 2]}, ValueError, "prompt_ids: expected"),
+        ({"prompt_ids": ["a text"]}, TypeError, "prompt_ids: expected a sequence of token ids for each"),
+        ({"prompt_ids": [[1], None]}, TypeError, "prompt_ids: expected a sequence of token ids for each"),
         ({"mask_token_id": -1}, ValueError, "mask_token_id: "),
         ({"mask_token_id": "[MASK]"}, TypeError, "mask_token_id: "),
         ({"gen_length": -1}, ValueError, "gen_length: "),
@@ -619,6 +632,7 @@ def padding_mask(*rows: list[bool]) -> Tensor:
         ({"policy": EBSampler(), "tau": 0.5}, TypeError, "policy: options"),
         ({"tau": 1.5}, ValueError, "tau: "),
         ({"temperature": -1.0}, ValueError, "temperature: "),
+        ({"temperature": 1e-40}, ValueError, "temperature: expected 0 or at least"),
         ({"temperature": "hot"}, TypeError, "temperature: "),
         ({"seed": 0.5}, TypeError, "seed: "),
         ({"seed": "x"}, TypeError, "seed: "),

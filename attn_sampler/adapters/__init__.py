@@ -6,14 +6,16 @@ its library itself.
 
 from __future__ import annotations
 
+import re
+
 
 def version_problem(library: str, version: str, first: str, end: str) -> str | None:
-    """Why a library of this version may not work: its major and minor part are not in [first, end).
+    """Why a library of this version may not work: it is not in [first, end); suffixes do not count.
 
     >>> version_problem("transformers", "4.57.1", "5.24", "5.25")
     'transformers 4.57.1 is outside the tested range, 5.24 to below 5.25'
     """
-    lowest, highest, given = (tuple(map(int, v.split(".")[:2])) for v in (first, end, version))
+    lowest, highest, given = (tuple(map(int, re.findall(r"\d+", v))) for v in (first, end, version))
     if lowest <= given < highest:
         return None
     return f"{library} {version} is outside the tested range, {first} to below {end}"

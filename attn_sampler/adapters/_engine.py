@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from attn_sampler import checks
-from attn_sampler.capture import _check_selection, _choose
+from attn_sampler.adapters import version_problem
+from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
-from attn_sampler.functional import column_scores
-from attn_sampler.generate import _STEP_STRIDE
+from attn_sampler.functional import BACKEND_CHOICES, REDUCTIONS, column_scores
+from attn_sampler.generate import STEP_STRIDE
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
 
@@ -47,15 +47,20 @@ def require(module: str, distribution: str, install: str, oldest: str, below: st
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         version = getattr(importlib.import_module(engine), "__version__", "0")
-    if not oldest <= TorchVersion(version) < below:
-        raise RuntimeError(
-            f"{engine} {version} is outside the tested range, {oldest} to below {below}: {install}"
-        )
+    problem = version_problem(engine, version, oldest, below)
+    if problem is not None:
+        raise RuntimeError(f"{problem}: {install}")
     return found
 
 
 def _policy(policy: str | Policy, tau: float | None) -> Policy:
-    return make_policy(policy, **({} if tau is None else {"tau": tau}))
+    chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
+    if chosen.needs_map:
+        raise ValueError(
+            f"policy: {policy!r} reads the block's attention map, and of an engine's attention the adapters "
+            "keep the column scores alone"
+        )
+    return chosen
 
 
 def stateless_policy(policy: str | Policy, tau: float | None) -> Policy:
@@ -71,7 +76,7 @@ def stateless_policy(policy: str | Policy, tau: float | None) -> Policy:
 
 def step_seeds(seed: int, step: int, sequence: Tensor) -> Tensor:
     """int64 [B]: a stream for each row of each step."""
-    first = (seed + step * _STEP_STRIDE + (1 << 63)) % (1 << 64) - (1 << 63)
+    first = (seed + step * STEP_STRIDE + (1 << 63)) % (1 << 64) - (1 << 63)
     return sequence + first
 
 
@@ -96,7 +101,7 @@ class BlockDecoder:
     Parameters
     ----------
     policy, tau
-        As in ``generate``.
+        As in ``generate``; not one that reads an attention map.
     mask_token_id, temperature, backend
         As in ``decode_step``.
     seed
@@ -120,8 +125,9 @@ class BlockDecoder:
     ) -> None:
         self.policy = _policy(policy, tau) if one_block else stateless_policy(policy, tau)
         self.mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
-        self.temperature = checks.non_negative("temperature", temperature)
+        self.temperature = checks.temperature("temperature", temperature)
         self.seed = checks.integer("seed", seed)
+        checks.choice("backend", backend, BACKEND_CHOICES)
         self.backend = backend
         self._steps = 0
 
@@ -192,7 +198,8 @@ class BlockScores:
     ) -> None:
         self.block_length = checks.integer("block_length", block_length, 1)
         checks.flag("diagonal", diagonal)
-        checks.choice("reduction", reduction, ("sum", "mean", "max"))
+        checks.choice("reduction", reduction, REDUCTIONS)
+        checks.choice("backend", backend, BACKEND_CHOICES)
         self._group = group
         self._options: dict[str, Any] = {"diagonal": diagonal, "reduction": reduction, "backend": backend}
         self._buffer: Tensor | None = None
@@ -281,7 +288,7 @@ def attention_layers(
         raise RuntimeError(
             f"{type(model).__name__} has no {kind.__name__} layer: its attention cannot be seen"
         )
-    chosen = sorted(_choose(_check_selection(layers), len(found)))
+    chosen = sorted(chosen_layers(check_layer_choice(layers), len(found)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(found):
         raise RuntimeError(f"layers: {layers} does not fit the {len(found)} attention layers of the model")
     return [found[index] for index in chosen]

@@ -23,8 +23,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
 from attn_sampler.capture import AttentionCapture
-from attn_sampler.functional import select_tokens
-from attn_sampler.sampler import AttnSampler
+from attn_sampler.sampler import AttnSampler, StepState
 
 
 class CanvasSampler(EntropyBoundSampler):
@@ -36,7 +35,7 @@ class CanvasSampler(EntropyBoundSampler):
     Parameters
     ----------
     policy
-        Mode, tau and fallback.
+        Its rule is applied as it is.
     canvas_length, vocab_size
         Of the model.
     """
@@ -53,13 +52,20 @@ class CanvasSampler(EntropyBoundSampler):
         """The canvas int64 [B, C] with the drawn tokens at the accepted positions."""
         drawn = logits.float().gather(-1, denoiser_canvas[..., None])[..., 0]
         confidence = (drawn - torch.logsumexp(logits.float(), dim=-1)).exp()
-        self.accepted_token_mask = select_tokens(
-            self.capture.scores,
-            confidence,
-            torch.ones_like(denoiser_canvas, dtype=torch.bool),
-            policy=self.policy.mode,
-            tau=self.policy.tau,
-            fallback=self.policy.fallback,
+        everywhere = torch.ones_like(denoiser_canvas, dtype=torch.bool)
+        sequence = torch.arange(len(everywhere), device=everywhere.device)
+        no_mask = -1  # the canvas has no mask token
+        self.accepted_token_mask = self.policy.select(
+            StepState(
+                everywhere,
+                denoiser_canvas,
+                confidence,
+                self.capture.scores,
+                logits,
+                no_mask,
+                sequence,
+                seeds=sequence,
+            )
         )
         return torch.where(self.accepted_token_mask, denoiser_canvas, current_canvas)
 
@@ -74,6 +80,8 @@ class DiffusionGemmaForAttnSampling(DiffusionGemmaForBlockDiffusion):
     attn_sampler = AttnSampler()
 
     def _prepare_sampler(self, generation_config: DiffusionGemmaGenerationConfig) -> CanvasSampler:
+        if not isinstance(self.attn_sampler, AttnSampler):
+            raise TypeError(f"attn_sampler: expected an AttnSampler, got {type(self.attn_sampler).__name__}")
         if generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
             raise NotImplementedError(
                 "cache_implementation: Attn-Sampler needs the dynamic cache, got "

@@ -37,7 +37,7 @@ _strategy: Any = require(
 
 
 class AttnParallelDecoder(_strategy.ParallelDecoder):
-    """Commits by the attention that positions receive, or by any other policy.
+    """Commits by the attention that positions receive, or by another policy.
 
     Parameters
     ----------

@@ -31,6 +31,7 @@ from attn_sampler.adapters._engine import (
     stateless_policy,
     step_seeds,
 )
+from attn_sampler.capture import check_layer_choice
 from attn_sampler.sampler import Policy, StepState
 
 
@@ -143,9 +144,10 @@ def install(
             f"policy: expected one that judges tokens by their probability, got {policy!r} ({chosen.metric})"
         )
     checks.integer("seed", seed)
-    unmasking = Unmasking(
-        chosen, seed, layers, {"diagonal": diagonal, "reduction": reduction, "backend": backend}
-    )
+    check_layer_choice(layers)
+    score_options: dict[str, Any] = {"diagonal": diagonal, "reduction": reduction, "backend": backend}
+    BlockScores(1, **score_options)  # checks them: the real one needs the model
+    unmasking = Unmasking(chosen, seed, layers, score_options)
     processor = _require("lmdeploy.pytorch.strategies.dllm.unmasking").UnmaskingProcessor
     agent = _require("lmdeploy.pytorch.engine.model_agent.agent")
     uninstall()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attn_sampler import checks
+
 if TYPE_CHECKING:
     from attn_sampler.adapters.remote_code import RowCache
 
@@ -35,7 +37,7 @@ class Adapter:
 
     def __init__(self, model: torch.nn.Module, causal_block: int | None = None) -> None:
         self.model = model
-        self.causal_block = causal_block
+        self.causal_block = None if causal_block is None else checks.integer("causal_block", causal_block, 1)
         self._takes = inspect.signature(model.forward).parameters
         self._padding_is_masked = False
 

@@ -152,7 +152,7 @@ def algorithm() -> type:
     base = _require("sglang.srt.dllm.algorithm.base").DllmAlgorithm
 
     class AttnSampler(base):  # type: ignore[misc, valid-type]
-        """Commits by the attention that positions receive, or by any other policy."""
+        """Commits by the attention that positions receive, or by another policy."""
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)

@@ -34,7 +34,7 @@ def _require(module: str) -> Any:
 
 
 class Remask:
-    """Commits by the attention that positions receive, or by any other policy.
+    """Commits by the attention that positions receive, or by another policy.
 
     Parameters
     ----------
