@@ -203,9 +203,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
     parser.add_argument("--trace", type=_writable, metavar="FILE", help="write every commit as JSON")
     parser.add_argument("--no-chat", dest="chat", action="store_false", help="leave out the chat template")
-    parser.add_argument(
-        "--device", type=evaluate.usable_device, help="default: cuda where there is one, or else cpu"
-    )
+    parser.add_argument("--device", help="default: cuda where there is one, or else cpu")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: auto"
     )

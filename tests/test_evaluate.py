@@ -469,8 +469,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: P
         (["--task-file", "x.jsonl"], "--task-file: needs --model"),
         (["--model", "nowhere"], "model: expected a bundled task"),
         (["--rule", "pard", "--baseline", "prad"], "--baseline: expected one of the rules (pard), got prad"),
-        (["--device", "gpu"], "argument --device: expected a device that torch can use, got 'gpu'"),
-        (["--device", "cuda:77"], "argument --device: expected a device that torch can use, got 'cuda:77'"),
+        (["--device", "gpu"], "--device: expected a device that torch can use here, got 'gpu'"),
     ],
 )
 def test_bad_arguments(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
