@@ -302,20 +302,7 @@ class AttentionCapture(TorchFunctionMode):
             if record.bias is not None:
                 scores = _biased_column_scores(record, self.query_mask, **self._options)
                 return scores if total is None else total.add_(scores)
-            block_scope = self._options["softmax_scope"] == "block"
-            return column_scores(
-                record.q,
-                record.k,
-                softmax_lse=None if block_scope else record.softmax_lse,
-                softmax_scale=record.softmax_scale,
-                causal=record.causal,
-                key_mask=record.key_mask,
-                query_mask=self.query_mask,
-                query_start=record.query_start,
-                backend=self._backend,
-                out=total,
-                **self._options,
-            )
+            return column_scores(**self._attention(record), out=total, **self._options)
 
     def _map(self, record: _Record, total: Tensor | None) -> Tensor:
         first, (n_rows, n_columns) = -record.query_start, (record.q.shape[2], record.k.shape[2])
@@ -331,20 +318,22 @@ class AttentionCapture(TorchFunctionMode):
                 weights, _ = _biased_weights(record, self.query_mask, **options)
                 weights = weights[:, :, rows].sum(dim=1).to(torch.float32)
                 return weights if total is None else total.add_(weights)
-            return attention_map(
-                record.q,
-                record.k,
-                rows=rows,
-                softmax_lse=None if options["softmax_scope"] == "block" else record.softmax_lse,
-                softmax_scale=record.softmax_scale,
-                causal=record.causal,
-                key_mask=record.key_mask,
-                query_mask=self.query_mask,
-                query_start=record.query_start,
-                backend=self._backend,
-                out=total,
-                **options,
-            )
+            return attention_map(**self._attention(record), rows=rows, out=total, **options)
+
+    def _attention(self, record: _Record) -> dict[str, Any]:
+        """What ``column_scores`` and ``attention_map`` are told of a call."""
+        block_scope = self._options["softmax_scope"] == "block"
+        return {
+            "q": record.q,
+            "k": record.k,
+            "softmax_lse": None if block_scope else record.softmax_lse,
+            "softmax_scale": record.softmax_scale,
+            "causal": record.causal,
+            "key_mask": record.key_mask,
+            "query_mask": self.query_mask,
+            "query_start": record.query_start,
+            "backend": self._backend,
+        }
 
 
 class _Record(NamedTuple):
