@@ -117,6 +117,27 @@ def test_ties_and_specials(backend, device, row, excluded, token, defined, dtype
     assert confidence.isnan().item() is not defined
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_levels_that_change_along_the_vocabulary(backend, device, dtype, metric):
+    """No part of the vocabulary tells how large the logits of the rest are."""
+    vocab = 20_000
+    logits = normal(6, 1, 9, vocab)
+    steps = (torch.arange(vocab) // 3000).float()
+    logits[0, 0] += 30.0 * steps
+    logits[0, 1] -= 30.0 * steps
+    logits[0, 2] -= 1000.0
+    logits[0, 2, :5000] = -INF
+    logits[0, 3] = -3e38
+    logits[0, 4] = -3e38
+    logits[0, 4, 13_000] = 3e38
+    logits[0, 5] *= 1e30
+    logits[0, 6, [4999, 15_000]] = 40.0
+    logits[0, 7, 70] = 40.0
+    logits[0, 8] += 7.0 * steps
+    judge(backend, logits.to(device, dtype), metric=metric, exclude_token_id=19_999)
+
+
 def test_excluding_a_token_is_leaving_it_out(backend, device):
     logits = normal(3, 2, 4, 50).to(device)
     without = torch.cat([logits[..., :20], logits[..., 21:]], dim=-1)

@@ -538,7 +538,7 @@ struct SoftmaxTask {
                     largest[c] =
                         maximum[l] > largest[c] || maximum[l] != maximum[l] ? maximum[l] : largest[c];
             } else {
-                total[c] += static_cast<double>(horizontal_sum(sum));
+                total[c] += static_cast<double>(sum_of_lanes(sum));
             }
         }
         return first;

@@ -1,9 +1,10 @@
 /* Token confidence on the CPU: one pass over the vocabulary.
  *
- * A chunk of logits is widened into a buffer that stays in the first-level cache and read from there several
- * times: largest value, sum of exponentials, and, where wanted, runner-up, entropy and sampling noise. Memory
- * is read once. This file is compiled without contraction of multiply-adds, because the noise is fixed to
- * the last bit.
+ * Each logit is read once, where it lies, and everything is taken from it then: the largest values, and the
+ * sum of exponentials relative to the largest value so far. Which token holds the largest is looked up at the
+ * end, in the one chunk that has it. Chunks that need an edit (the end of the vocabulary, an excluded token)
+ * and those to sample from are widened into a buffer in the first-level cache first. This file is compiled
+ * without contraction of multiply-adds, because the noise is fixed to the last bit.
  */
 #include <cmath>
 #include <cstdlib>
@@ -16,8 +17,10 @@
 namespace attn_sampler {
 namespace {
 
-constexpr int64_t kChunk = 2048;
-constexpr int64_t kPadding = 64; /* of a chunk, with -inf: the sampler takes four vectors at a time */
+constexpr int64_t kChunk = 4096;
+constexpr int64_t kPadding = 64; /* of a chunk, with -inf: four vectors of the widest kind */
+constexpr int64_t kPeek = 64;    /* logits that tell roughly how large the others are */
+constexpr float kRoom = 8.0f;    /* how far above the shift logits cost no precision */
 constexpr int64_t kTasks = 64;
 constexpr int64_t kMinSplit = 8192; /* tokens that are worth a task */
 constexpr float kLog2e = 0x1.715476p+0f;
@@ -30,7 +33,7 @@ struct State {
     float max = -kInf, runner_up = -kInf; /* the two largest logits (equal where they tie) */
     double sum = 0.0;                     /* of exp(x - shift) */
     double moment = 0.0;                  /* of exp(x - shift) (x - shift) */
-    float shift = 0.0f;                   /* max, or 0 where that is not finite */
+    float shift = 0.0f;                   /* finite; max or a little less */
 
     void choose(float key, float logit, int64_t token) {
         best_key = key;
@@ -38,12 +41,8 @@ struct State {
         best = token;
     }
 
-    /* A NaN is nowhere the largest; it makes the sums NaN. */
-    void raise(float new_max) {
-        if (!(new_max > max))
-            return;
-        max = new_max;
-        const float new_shift = std::isfinite(max) ? max : 0.0f;
+    void move_shift(float to) {
+        const float new_shift = std::isfinite(to) ? to : 0.0f;
         const double down = static_cast<double>(shift) - new_shift;
         if (sum != 0.0) {
             moment = std::exp(down) * (moment + down * sum);
@@ -52,74 +51,135 @@ struct State {
         shift = new_shift;
     }
 
-    void push_second(float x) { runner_up = x > runner_up ? x : runner_up; }
+    /* Takes in two largest logits. A NaN is nowhere the largest; it makes the sums NaN. */
+    void push(float other_max, float other_runner_up) {
+        const float lower = other_max > max ? max : other_max;
+        runner_up = lower > runner_up ? lower : runner_up;
+        runner_up = other_runner_up > runner_up ? other_runner_up : runner_up;
+        max = other_max > max ? other_max : max;
+    }
 
     /* Takes in a later stretch. */
     void merge(State other) {
         if (best < 0 || other.best_key > best_key)
             choose(other.best_key, other.best_logit, other.best);
-        push_second(other.max > max ? max : other.max);
-        push_second(other.runner_up);
-        raise(other.max);
-        other.raise(max);
+        push(other.max, other.runner_up);
+        move_shift(max);
+        other.move_shift(max);
         sum += other.sum;
         moment += other.moment;
     }
 };
 
-inline float largest(const float *x, int64_t n) {
-    VecF m = splat(-kInf);
-    for (int64_t i = 0; i < n; i += kLanes) {
-        const VecF v = load<VecF>(x + i);
-        m = v > m ? v : m;
+constexpr int64_t size_of(int dtype) { return dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2; }
+
+/* 2 kLanes logits as two vectors, in no particular order. */
+template <int kDtype>
+inline void load_two(const char *x, VecF &a, VecF &b) {
+    if constexpr (kDtype == ATTN_SAMPLER_BFLOAT16) {
+        const VecU pairs = load<VecU>(x);
+        a = (VecF)(pairs << 16);
+        b = (VecF)(pairs & 0xFFFF0000u);
+    } else if constexpr (kDtype == ATTN_SAMPLER_FLOAT16) {
+        a = fp16_to_float(load<VecH>(x));
+        b = fp16_to_float(load<VecH>(x + 2 * kLanes));
+    } else {
+        a = load<VecF>(x);
+        b = load<VecF>(x + 4 * kLanes);
     }
-    float result = -kInf;
-    for (int i = 0; i < kLanes; ++i)
-        result = m[i] > result ? m[i] : result;
-    return result;
 }
 
-/* The sums of a chunk; fetches as many tokens from `ahead` on the way. Sixteen accumulators whatever the
- * vector's width, so that none adds up many terms. */
-template <bool kMoment>
-inline void add_exponentials(const float *x, int64_t n, const char *ahead, int64_t size, State &state) {
-    constexpr int kVectors = 16 / kLanes;
-    VecF sum[kVectors] = {}, moment[kVectors] = {};
-    for (int64_t i = 0; i < n; i += 16) {
-        __builtin_prefetch(ahead + i * size);
-        for (int v = 0; v < kVectors; ++v) {
-            VecF d = load<VecF>(x + i + v * kLanes) - state.shift;
-            const VecF e = exp2_vec(d * kLog2e);
-            sum[v] += e;
-            if (kMoment) {
-                d = d < -1e4f ? splat(-1e4f) : d; /* 0 * -inf is no term */
-                moment[v] += e * d;
+/* Logits of consecutive tokens, as many as a multiple of kPadding. */
+template <int kDtype>
+struct Chunk {
+    static constexpr int64_t kSize = size_of(kDtype);
+    const char *x;
+    int64_t n;
+
+    /* Of the first few. */
+    float largest() const {
+        VecF max = splat(-kInf);
+        for (int64_t i = 0; i < kPeek; i += 2 * kLanes) {
+            VecF a, b;
+            load_two<kDtype>(x + i * kSize, a, b);
+            max = larger(b, larger(a, max));
+        }
+        return largest_lane(max);
+    }
+
+    struct Sums {
+        float max, runner_up;
+        double sum, moment;
+    };
+
+    /* The largest logits, and the sums relative to a shift that is not far below; fetches as many logits from
+     * `ahead` on the way. Sixteen accumulators at least, so that none adds up many terms. */
+    template <int kMetric>
+    Sums sums(float shift, const char *ahead) const {
+        constexpr int kVectors = kLanes < 8 ? 16 / kLanes : 2;
+        VecF sum[kVectors] = {}, moment[kVectors] = {}, max[kVectors], second[kVectors];
+        for (int v = 0; v < kVectors; ++v)
+            max[v] = second[v] = splat(-kInf);
+        for (int64_t i = 0; i < n; i += kVectors * kLanes) {
+            __builtin_prefetch(ahead + i * kSize);
+            VecF logits[kVectors];
+            for (int v = 0; v < kVectors; v += 2)
+                load_two<kDtype>(x + (i + v * kLanes) * kSize, logits[v], logits[v + 1]);
+            for (int v = 0; v < kVectors; ++v) {
+                const VecF d = logits[v] - shift;
+                if constexpr (kMetric == ATTN_SAMPLER_METRIC_MARGIN)
+                    second[v] = larger(smaller(logits[v], max[v]), second[v]);
+                max[v] = larger(logits[v], max[v]);
+                if constexpr (kMetric == ATTN_SAMPLER_METRIC_ENTROPY) {
+                    const VecF e = add_exp2(VecF{}, d, kLog2e);
+                    sum[v] += e;
+                    moment[v] += e * larger(splat(-1e4f), d); /* 0 * -inf is no term */
+                } else {
+                    sum[v] = add_exp2(sum[v], d, kLog2e);
+                }
             }
         }
+        /* The accumulators into the first. */
+        VecF largest = max[0], next = second[0];
+        double total = sum_of_lanes_in_double(sum[0]), total_moment = sum_of_lanes_in_double(moment[0]);
+        for (int v = 1; v < kVectors; ++v) {
+            next = larger(smaller(max[v], largest), larger(second[v], next));
+            largest = larger(max[v], largest);
+            total += sum_of_lanes_in_double(sum[v]);
+            total_moment += sum_of_lanes_in_double(moment[v]);
+        }
+        const float top = largest_lane(largest);
+        float runner_up = -kInf;
+        if constexpr (kMetric == ATTN_SAMPLER_METRIC_MARGIN) {
+            runner_up = largest_lane(next);
+            bool found = false; /* the lane that holds the largest; others may be next to it */
+            for (int i = 0; i < kLanes; ++i) {
+                if (!found && largest[i] == top)
+                    found = true;
+                else
+                    runner_up = largest[i] > runner_up ? largest[i] : runner_up;
+            }
+        }
+        return {top, runner_up, total, total_moment};
     }
-    for (int i = 0; i < 16; ++i) {
-        state.sum += static_cast<double>(sum[i / kLanes][i % kLanes]);
-        if (kMoment)
-            state.moment += static_cast<double>(moment[i / kLanes][i % kLanes]);
-    }
-}
 
-/* Both largest values of a chunk. */
-inline void update_two_largest(const float *x, int64_t n, State &state) {
-    VecF first = splat(-kInf), second = first;
-    for (int64_t i = 0; i < n; i += kLanes) {
-        const VecF v = load<VecF>(x + i);
-        const VecF lower = first < v ? first : v;
-        second = lower > second ? lower : second;
-        first = v > first ? v : first;
+    /* Takes all that does not depend on which token is chosen into the state; returns the largest logit. */
+    template <int kMetric>
+    float add_to(State &state, const char *ahead) const {
+        const bool first = state.max == -kInf;
+        if (first)
+            state.move_shift(largest()); /* a good guess, as a rule */
+        Sums chunk = sums<kMetric>(state.shift, ahead);
+        if (chunk.max - state.shift > kRoom || (first && chunk.max < state.shift)) {
+            state.move_shift(chunk.max);
+            chunk = sums<kMetric>(state.shift, ahead);
+        }
+        state.push(chunk.max, chunk.runner_up);
+        state.sum += chunk.sum;
+        state.moment += chunk.moment;
+        return chunk.max;
     }
-    float largest = state.max;
-    for (int i = 0; i < kLanes; ++i) {
-        state.push_second(second[i]);
-        state.push_second(first[i] > largest ? largest : first[i]);
-        largest = first[i] > largest ? first[i] : largest;
-    }
-}
+};
 
 /* Two vectors of counters, to keep the multipliers busy. */
 struct Counters {
@@ -196,55 +256,100 @@ struct Sampler {
     }
 };
 
-/* The first token of a chunk with its largest logit. */
-inline int64_t find(const float *x, float value) {
-    int64_t i = 0;
-    while (!any_at_least(load<VecF>(x + i), splat(value)))
-        i += kLanes;
-    while (!(x[i] >= value))
-        ++i;
-    return i;
+template <int kDtype>
+inline const char *logits_of(const ConfidenceProblem &p, int64_t b, int64_t c) {
+    const int64_t offset = b * p.logits_stride[0] + c * p.logits_stride[1];
+    return static_cast<const char *>(p.logits) + offset * size_of(kDtype);
 }
 
-/* Tokens [first, last) of one position; first is a multiple of 4. */
+/* The first token of a position, from `first` on, whose logit is no less than the value; there is one. */
+template <int kDtype>
+int64_t find(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, float value) {
+    constexpr int64_t kStep = 2 * kLanes;
+    for (int64_t v = first;; v += kStep) {
+        const char *const logits = logits_of<kDtype>(p, b, c) + v * size_of(kDtype);
+        const int64_t n = min_of(kStep, p.vocab - v);
+        if (n == kStep) {
+            VecF x, y;
+            load_two<kDtype>(logits, x, y);
+            if (!any_at_least(x, splat(value)) && !any_at_least(y, splat(value)))
+                continue;
+        }
+        float in_order[kStep];
+        convert_to_float(logits, kDtype, n, in_order);
+        for (int64_t i = 0; i < n; ++i)
+            if (in_order[i] >= value && v + i != p.params.exclude_token_id)
+                return v + i;
+    }
+}
+
+/* Tokens [first, last) of one position; first is a multiple of 4. The chosen one is that with the largest
+ * logit in the chunk from state.best on, or, when sampling, state.best itself. */
+template <int kDtype, int kMetric>
 State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int64_t last) {
-    const int64_t size = p.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2;
-    const char *const row =
-        static_cast<const char *>(p.logits) + (b * p.logits_stride[0] + c * p.logits_stride[1]) * size;
+    constexpr int64_t kSize = size_of(kDtype);
+    const char *const row = logits_of<kDtype>(p, b, c);
     const bool sample = p.params.temperature > 0.0;
     const Sampler sampler{
         p.seeds == nullptr ? p.params.seed : static_cast<uint64_t>(p.seeds[b * p.seeds_stride]),
         static_cast<uint32_t>(c), sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f};
     const int64_t excluded = p.params.exclude_token_id;
     State state;
-    alignas(64) float x[kChunk];
+    alignas(64) float widened[kChunk];
     for (int64_t v = first; v < last; v += kChunk) {
         const int64_t n = min_of(kChunk, last - v), padded = round_up(n, kPadding);
+        const bool excludes = excluded >= v && excluded < v + n;
+        const char *const logits = row + v * kSize;
         const char *const next =
-            row + min_of(v + kChunk, last - 1) * size; /* a fetch past the end is no read */
-        convert_to_float(row + v * size, p.dtype, n, x);
-        for (int64_t i = n; i < padded; ++i)
-            x[i] = -kInf;
-        if (excluded >= v && excluded < v + n)
-            x[excluded - v] = -kInf;
-        const float chunk_max = largest(x, padded);
-        if (p.params.metric == ATTN_SAMPLER_METRIC_MARGIN && chunk_max > state.runner_up)
-            update_two_largest(x, padded, state);
-        state.raise(chunk_max);
-        if (p.params.metric == ATTN_SAMPLER_METRIC_ENTROPY)
-            add_exponentials<true>(x, padded, next, size, state);
-        else
-            add_exponentials<false>(x, padded, next, size, state);
-
-        /* Any token is better than none; then strictly larger ones, so that the lowest wins ties. */
-        if (state.best < 0 && !(n == 1 && excluded == v))
-            state.choose(-kInf, x[excluded == v], v + (excluded == v));
+            row + min_of(v + kChunk, last - 1) * kSize; /* a fetch past the end is no read */
+        const auto take = [&](const auto &chunk) {
+            const float chunk_max = chunk.template add_to<kMetric>(state, next);
+            /* Strictly larger ones only, so that the lowest wins ties. Which token of the chunk is found out
+             * at the end. */
+            if (!sample && chunk_max > state.best_key)
+                state.choose(chunk_max, chunk_max, v);
+        };
+        if (n == padded && !excludes && !sample) {
+            take(Chunk<kDtype>{logits, n});
+        } else {
+            convert_to_float(logits, kDtype, n, widened);
+            for (int64_t i = n; i < padded; ++i)
+                widened[i] = -kInf;
+            if (excludes)
+                widened[excluded - v] = -kInf;
+            take(Chunk<ATTN_SAMPLER_FLOAT32>{reinterpret_cast<const char *>(widened), padded});
+        }
+        /* Any token is better than none. */
+        if (state.best < 0 && !(n == 1 && excludes)) {
+            const int64_t lowest = v == excluded;
+            float logit;
+            convert_to_float(logits + lowest * kSize, kDtype, 1, &logit);
+            state.choose(-kInf, logit, v + lowest);
+        }
         if (sample)
-            sampler.choose(x, n, v, state);
-        else if (chunk_max > state.best_key)
-            state.choose(chunk_max, chunk_max, v + find(x, chunk_max));
+            sampler.choose(widened, n, v, state);
     }
     return state;
+}
+
+/* The code for a dtype and metric. */
+struct Code {
+    State (*scan)(const ConfidenceProblem &, int64_t b, int64_t c, int64_t first, int64_t last);
+    int64_t (*find)(const ConfidenceProblem &, int64_t b, int64_t c, int64_t first, float value);
+};
+
+template <int kDtype>
+Code code_for(int metric) {
+    return {metric == ATTN_SAMPLER_METRIC_ENTROPY  ? scan<kDtype, ATTN_SAMPLER_METRIC_ENTROPY>
+            : metric == ATTN_SAMPLER_METRIC_MARGIN ? scan<kDtype, ATTN_SAMPLER_METRIC_MARGIN>
+                                                   : scan<kDtype, ATTN_SAMPLER_METRIC_PROBABILITY>,
+            find<kDtype>};
+}
+
+Code code_for(int dtype, int metric) {
+    return dtype == ATTN_SAMPLER_BFLOAT16  ? code_for<ATTN_SAMPLER_BFLOAT16>(metric)
+           : dtype == ATTN_SAMPLER_FLOAT16 ? code_for<ATTN_SAMPLER_FLOAT16>(metric)
+                                           : code_for<ATTN_SAMPLER_FLOAT32>(metric);
 }
 
 float confidence_of(const State &s, int metric) {
@@ -275,9 +380,10 @@ bool token_confidence(const ConfidenceProblem &p) {
         return false;
     struct Context {
         const ConfidenceProblem &p;
+        Code code;
         State *state;
         int64_t splits, tokens_per_split;
-    } context{p, state, splits, tokens_per_split};
+    } context{p, code_for(p.dtype, p.params.metric), state, splits, tokens_per_split};
     parallel_for(
         p.num_threads, rows * splits,
         [](void *opaque, int64_t index, int) {
@@ -285,7 +391,7 @@ bool token_confidence(const ConfidenceProblem &p) {
             const int64_t row = index / c.splits;
             const int64_t first = min_of(index % c.splits * c.tokens_per_split, c.p.vocab);
             const int64_t last = min_of(first + c.tokens_per_split, c.p.vocab);
-            c.state[index] = scan(c.p, row / c.p.positions, row % c.p.positions, first, last);
+            c.state[index] = c.code.scan(c.p, row / c.p.positions, row % c.p.positions, first, last);
         },
         &context);
     for (int64_t row = 0; row < rows; ++row) {
@@ -293,6 +399,8 @@ bool token_confidence(const ConfidenceProblem &p) {
         for (int64_t split = 1; split < splits; ++split)
             total.merge(state[row * splits + split]);
         const int64_t b = row / p.positions, c = row % p.positions;
+        if (p.params.temperature == 0.0 && total.best_key > -kInf)
+            total.best = context.code.find(p, b, c, total.best, total.best_logit);
         p.token_ids[b * p.token_ids_stride[0] + c * p.token_ids_stride[1]] = total.best;
         p.confidence[b * p.confidence_stride[0] + c * p.confidence_stride[1]] =
             confidence_of(total, p.params.metric);

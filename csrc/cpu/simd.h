@@ -77,12 +77,29 @@ inline VecF multiply_add(VecF a, VecF b, VecF c) {
 #endif
 }
 
-/* Within [low, high]; NaN stays NaN. */
-inline VecF clamp(VecF x, float low, float high) {
-    const VecF at_least = splat(low), at_most = splat(high);
-    x = at_least > x ? at_least : x;
-    return at_most < x ? at_most : x;
+/* a > b ? a : b, which is b where either is NaN, and a < b ? a : b. GCC does not make these of that. */
+inline VecF larger(VecF a, VecF b) {
+#if defined(__AVX512F__)
+    return (VecF)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (VecF)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
 }
+
+inline VecF smaller(VecF a, VecF b) {
+#if defined(__AVX512F__)
+    return (VecF)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (VecF)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+/* Within [low, high]; NaN stays NaN. */
+inline VecF clamp(VecF x, float low, float high) { return smaller(splat(high), larger(splat(low), x)); }
 
 /* Whether a >= b in any lane. */
 inline bool any_at_least(VecF a, VecF b) {
@@ -101,32 +118,83 @@ inline bool any_at_least(VecF a, VecF b) {
 #endif
 }
 
-/* 2^x with relative error below 2e-7; 0 below 2^-126.5, inf above 2^127.5; NaN stays NaN. Never into the slow
- * denormals. */
-inline VecF exp2_vec(VecF x) {
 #if defined(__AVX512F__)
-    /* The forms without a mask make GCC 12 warn of its own uninitialised variables. */
-    const VecF f = (VecF)_mm512_maskz_reduce_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT); /* 0 for inf */
-    const VecF integer = x - f;
-#else
-    x = clamp(x, -127.0f, 128.0f);
-    /* Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. */
-    const VecF integer = x + 0x1.8p23f;
-    const VecF f = x - (integer - 0x1.8p23f);
+/* 2^(j/32) as the bits of a float, less j at the place to which exp2_factors shifts it. */
+struct Exp2Table {
+    int32_t bits[32] = {};
+
+    constexpr Exp2Table() {
+        double power = 1.0;
+        for (int j = 0; j < 32; ++j, power *= 0x1.059b0d3158574p+0)
+            bits[j] = 0x3F800000 + static_cast<int32_t>((power - 1.0) * 0x1p23 + 0.5) - j * (1 << 18);
+    }
+};
+alignas(64) constexpr Exp2Table kExp2Table;
 #endif
-    /* Minimax fit of 2^f on [-1/2, 1/2]. */
+
+/* x * unit + y in one rounding where the processor can; a plain sum where the unit is 1. */
+inline VecF add_units(VecF x, float unit, VecF y) {
+    return unit == 1.0f ? x + y : multiply_add(x, splat(unit), y);
+}
+
+/* Two factors of 2^(x unit), with relative error below 2e-7 + 1e-8 |x unit|, where that exponent is in
+ * [-126, 128]; one is NaN where x is. */
+struct Exp2Factors {
+    VecF near_one, power;
+};
+
+inline Exp2Factors exp2_factors(VecF x, float unit) {
+#if defined(__AVX512F__)
+    /* 2^(n + j/32 + f). Adding 1.5 * 2^18 rounds to a multiple of 1/32 and leaves j in the lowest bits and n
+     * above them. */
+    const VecF rounded = add_units(x, unit, splat(0x1.8p18f));
+    const VecF f = add_units(x, unit, 0x1.8p18f - rounded);
+    /* Minimax fit on [-1/64, 1/64]. */
+    VecF p = multiply_add(splat(0x1.ebfbdep-3f), f, splat(0x1.62e584p-1f));
+    p = multiply_add(p, f, splat(1.0f));
+    const VecI power = (VecI)_mm512_permutex2var_epi32(_mm512_load_si512(kExp2Table.bits), (__m512i)rounded,
+                                                       _mm512_load_si512(kExp2Table.bits + 16));
+    return {p, (VecF)(power + ((VecI)rounded << 18))};
+#else
+    /* Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. */
+    const VecF integer = add_units(x, unit, splat(0x1.8p23f));
+    const VecF f = add_units(x, unit, 0x1.8p23f - integer);
+    /* Minimax fit on [-1/2, 1/2]. */
     VecF p = splat(0x1.5bba14p-10f);
     p = multiply_add(p, f, splat(0x1.3cea88p-7f));
     p = multiply_add(p, f, splat(0x1.c6b752p-5f));
     p = multiply_add(p, f, splat(0x1.ebf9bcp-3f));
     p = multiply_add(p, f, splat(0x1.62e42ap-1f));
     p = multiply_add(p, f, splat(1.0f));
-#if defined(__AVX512F__)
-    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return (VecF)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)integer);
-#else
     const VecU power = ((VecU)integer + (127u - 0x4B400000u)) << 23;
-    return p * (VecF)power;
+    return {p, (VecF)power};
+#endif
+}
+
+/* sum + 2^(x unit) where that exponent is at most 128; adds nothing where it is below -126. Never into the
+ * slow denormals. */
+inline VecF add_exp2(VecF sum, VecF x, float unit) {
+#if defined(__AVX512F__)
+    const Exp2Factors e = exp2_factors(x, unit);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f / unit), _CMP_NLT_UQ);
+    return (VecF)_mm512_mask3_fmadd_ps((__m512)e.near_one, (__m512)e.power, (__m512)sum, normal);
+#else
+    const VecF least = splat(-127.0f / unit); /* whose power is 0 */
+    const Exp2Factors e = exp2_factors(larger(least, x), unit);
+    return multiply_add(e.near_one, e.power, sum);
+#endif
+}
+
+/* 2^x with relative error below 2e-7; 0 below -126.5, inf from 128 on; NaN stays NaN. Never into the slow
+ * denormals. */
+inline VecF exp2_vec(VecF x) {
+#if defined(__AVX512F__)
+    const Exp2Factors e = exp2_factors(smaller(splat(128.0f), x), 1.0f);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return (VecF)_mm512_maskz_mul_ps(normal, (__m512)e.near_one, (__m512)e.power);
+#else
+    const Exp2Factors e = exp2_factors(clamp(x, -127.0f, 128.0f), 1.0f);
+    return e.near_one * e.power;
 #endif
 }
 
@@ -235,13 +303,37 @@ inline void convert_to_float(const void *x, int dtype, int64_t n, float *out) {
         convert_all<VecH>(halves, n, out, bf16_to_float);
 }
 
-inline float horizontal_sum(VecF v) {
-    float lane[kLanes];
-    store(lane, v);
-    for (int n = kLanes / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; ++i)
-            lane[i] += lane[i + n];
-    return lane[0];
+template <typename T, int kCount>
+struct Vec {
+    typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
+/* All lanes as one: the upper half combined with the lower one, and so on. GCC makes scalar code of loops
+ * over lanes. */
+template <typename T, int kCount, typename Combine>
+inline T combine_lanes(typename Vec<T, kCount>::type v, Combine combine) {
+    if constexpr (kCount == 4) {
+        return combine(combine(v[0], v[2]), combine(v[1], v[3]));
+    } else {
+        typename Vec<T, kCount / 2>::type low, high;
+        memcpy(&low, &v, sizeof(low));
+        memcpy(&high, reinterpret_cast<const char *>(&v) + sizeof(low), sizeof(high));
+        return combine_lanes<T, kCount / 2>(combine(low, high), combine);
+    }
+}
+
+inline float sum_of_lanes(VecF v) {
+    return combine_lanes<float, kLanes>(v, [](auto a, auto b) { return a + b; });
+}
+
+inline double sum_of_lanes_in_double(VecF v) {
+    return combine_lanes<double, kLanes>(__builtin_convertvector(v, typename Vec<double, kLanes>::type),
+                                         [](auto a, auto b) { return a + b; });
+}
+
+/* No lane being NaN. */
+inline float largest_lane(VecF v) {
+    return combine_lanes<float, kLanes>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
