@@ -85,12 +85,19 @@ def _finite_or_zero(m):
 
 
 @triton.jit
+def _distance(m, top):
+    """From a maximum to a larger one, below 0; never -inf, because sums of 0 are multiplied by it too."""
+    distance = m - _finite_or_zero(top)
+    return tl.where(m == -_INF, 0.0, tl.where(distance < -1e4, -1e4, distance))
+
+
+@triton.jit
 def _reduce_partials(m, l, t, key, token, x, other, AXIS: tl.constexpr):  # noqa: E741
     """Merge the partials along an axis."""
     top = tl.max(m, AXIS, keep_dims=True)
-    shift = tl.where(m == -_INF, 0.0, m - _finite_or_zero(top))
-    weight = tl.exp2(shift * _LOG2E)
-    t = tl.sum(weight * (t + shift * l), AXIS)
+    distance = _distance(m, top)
+    weight = tl.exp2(distance * _LOG2E)
+    t = tl.sum(weight * (t + distance * l), AXIS)
     l = tl.sum(weight * l, AXIS)  # noqa: E741
     best = tl.max(key, AXIS, keep_dims=True)
     winner = tl.min(tl.where(key == best, token, _NO_TOKEN), AXIS, keep_dims=True)
@@ -199,12 +206,12 @@ def _token_partials_kernel(
         rises = tile_m > m
         new_m = tl.where(rises, tile_m, m)
         shift = _finite_or_zero(new_m)
-        rescale_by = tl.where(m == -_INF, 0.0, m - shift)
-        rescale = tl.exp2(rescale_by * _LOG2E)
+        distance = _distance(m, new_m)
+        rescale = tl.exp2(distance * _LOG2E)
         weight = tl.exp2((raw - shift[None, :]) * _LOG2E)
         if METRIC == "entropy":
             terms = tl.where(weight > 0.0, weight * (raw - shift[None, :]), 0.0)
-            t = rescale * (t + rescale_by * l) + tl.sum(terms, 0)
+            t = rescale * (t + distance * l) + tl.sum(terms, 0)
         l = rescale * l + tl.sum(weight, 0)  # noqa: E741
 
         if KEYED:
