@@ -44,6 +44,10 @@ inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int wi
         for (int v = 0; v < kVectors; ++v)
             sum[r][v] = VecF{};
     for (int64_t d = 0; d < words; ++d) {
+        if (d % 16 == 0)
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r)
+                __builtin_prefetch(a + (r + kRows) * a_stride + d * 4);
         VecF column[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
