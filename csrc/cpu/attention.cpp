@@ -136,19 +136,38 @@ void for_each_task(int num_threads, int64_t count, Body &body) {
         &body);
 }
 
-/* Turns products into base-2 logits, -inf where a row (lane) does not see the key; returns the largest, or
- * `top`. */
-inline VecF scale_logits(const Plan &plan, float scale, float *logits, int width, int64_t count,
-                         const int32_t *keys, VecI position, VecF top) {
-    for (int64_t i = 0; i < count; ++i) {
-        VecF x = load<VecF>(logits + i * width) * scale;
-        if (plan.p.params.causal)
-            x = position >= keys[i] ? x : splat(-kInf);
-        store(logits + i * width, x);
-        top = x > top ? x : top;
+/* Products of keys and rows, the rows across the lanes, become logits to the base 2 once multiplied by the
+ * unit. They are left as they are where their largest can be found so. */
+struct Logits {
+    bool as_products;
+    float scale;
+
+    Logits(const Plan &plan, int64_t b, int64_t hkv)
+        : as_products(!plan.p.params.causal && plan.scale(b, hkv) > 0.0f), scale(plan.scale(b, hkv)) {}
+
+    float unit() const { return as_products ? scale : 1.0f; }
+
+    /* x[count][width] = the keys times the packed rows; -inf where a row, whose position is given, does not
+     * see a key. Raises top[width] to the largest. */
+    template <typename Words>
+    void compute(const Plan &plan, Rows keys, int64_t count, const int32_t *at, const int32_t *position,
+                 const Scratch &s, int width, float *x, float *top) const {
+        const int64_t words = plan.p.headdim / Words::kElements;
+        multiply<Words>(keys, count, s.packed, width, words, x, as_products ? top : nullptr);
+        for (int j = 0; !as_products && j < width; j += kLanes) {
+            const VecI row = load<VecI>(position + j);
+            VecF largest = load<VecF>(top + j);
+            for (int64_t i = 0; i < count; ++i) {
+                VecF logit = load<VecF>(x + i * width + j) * scale;
+                if (plan.p.params.causal)
+                    logit = row >= at[i] ? logit : splat(-kInf);
+                store(x + i * width + j, logit);
+                largest = larger(logit, largest);
+            }
+            store(top + j, largest);
+        }
     }
-    return top;
-}
+};
 
 /* What to subtract from logits whose maximum this is: never inf - inf, and far above what is not +inf beside
  * it. */
@@ -157,15 +176,15 @@ inline VecF shift_of(VecF top) {
     return top > finite ? finite : top < -finite ? VecF{} : top;
 }
 
-/* Base-2 log-sum-exp of up to kTile of a key head's rows, over keys [key, key_stop): maximum and sum by lane.
- */
+/* Sums of exponentials of up to kTile of a key head's rows, over keys [key, key_stop), relative to the
+ * largest logit: that one (in units) and the sum, by lane. Both have room for kTile. */
 template <typename Words>
 struct LseTask {
     const Plan &plan;
     int64_t b, hkv;
-    float scale;
+    Logits logits;
 
-    LseTask(const Plan &p, int64_t b_, int64_t hkv_) : plan(p), b(b_), hkv(hkv_), scale(p.scale(b_, hkv_)) {}
+    LseTask(const Plan &p, int64_t b_, int64_t hkv_) : plan(p), b(b_), hkv(hkv_), logits(p, b_, hkv_) {}
 
     /* Row f of the key head's list is row f % rows of query head f / rows of the group. */
     void operator()(int64_t first, int64_t n, int64_t key, int64_t key_stop, const Scratch &s, float *maximum,
@@ -183,7 +202,7 @@ struct LseTask {
             furthest = position[i] > furthest ? position[i] : furthest;
         }
         pack<Words>(address, n, p.dtype, p.headdim, width, s.rows, s.packed);
-        for (int i = 0; i < width; ++i) {
+        for (int i = 0; i < kTile; ++i) {
             maximum[i] = -kInf;
             sum[i] = 0.0f;
         }
@@ -200,22 +219,18 @@ struct LseTask {
             if (count == 0)
                 break;
             const Rows keys = as_rows<Words>(address, count, p.dtype, p.headdim, s.rows);
-            multiply<Words>(keys, count, s.packed, width, p.headdim / Words::kElements, s.product);
-            for (int j = 0; j < width; j += kLanes)
-                update(s.product + j, width, count, at, load<VecI>(position + j), maximum + j, sum + j);
+            float top[kTile];
+            memcpy(top, maximum, sizeof(top));
+            logits.template compute<Words>(plan, keys, count, at, position, s, width, s.product, top);
+            for (int j = 0; j < width; j += kLanes) {
+                const VecF shift = shift_of(load<VecF>(top + j));
+                VecF total = load<VecF>(sum + j) * exp2_vec(load<VecF>(maximum + j) - shift, logits.unit());
+                for (int64_t i = 0; i < count; ++i)
+                    total += exp2_vec(load<VecF>(s.product + i * width + j) - shift, logits.unit());
+                store(sum + j, total);
+            }
+            memcpy(maximum, top, sizeof(top));
         }
-    }
-
-    void update(float *logits, int width, int64_t count, const int32_t *at, VecI position, float *maximum,
-                float *sum) const {
-        const VecF old_max = load<VecF>(maximum);
-        const VecF new_max = scale_logits(plan, scale, logits, width, count, at, position, old_max);
-        const VecF shift = shift_of(new_max);
-        VecF total = load<VecF>(sum) * exp2_vec(old_max - shift);
-        for (int64_t i = 0; i < count; ++i)
-            total += exp2_vec(load<VecF>(logits + i * width) - shift);
-        store(maximum, new_max);
-        store(sum, total);
     }
 };
 
@@ -251,22 +266,23 @@ bool compute_lse(Plan &plan, double *lse) {
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t tile = unit % tiles, bh = unit / tiles;
         const int64_t first = tile * kTile, n = min_of(kTile, plan.group * rows - first);
+        const double scale = static_cast<double>(Logits(plan, bh / p.kv_heads, bh % p.kv_heads).unit());
         for (int64_t i = 0; i < n; ++i) {
             const float *const result = partial + unit * splits * 2 * kTile + i;
             float maximum = -kInf;
             for (int64_t split = 0; split < splits; ++split)
                 maximum = result[split * 2 * kTile] > maximum ? result[split * 2 * kTile] : maximum;
-            const float shift = std::isfinite(maximum) ? maximum : 0.0f;
+            const double shift = std::isfinite(maximum) ? static_cast<double>(maximum) : 0.0;
             double sum = 0.0;
             for (int64_t split = 0; split < splits; ++split) {
                 const float *const part = result + split * 2 * kTile;
-                const float part_shift = std::isfinite(part[0]) ? part[0] : 0.0f;
+                const double part_shift = std::isfinite(part[0]) ? static_cast<double>(part[0]) : 0.0;
                 if (part[kTile] != 0.0f) /* else nothing was seen, and its shift means nothing */
-                    sum += std::exp2(static_cast<double>(part_shift) - shift) * part[kTile];
+                    sum += std::exp2((part_shift - shift) * scale) * static_cast<double>(part[kTile]);
             }
             const int64_t f = first + i, h = bh % p.kv_heads * plan.group + f / rows;
             lse[(bh / p.kv_heads * p.heads + h) * p.n_rows + plan.row_start + f % rows] =
-                shift + std::log2(sum);
+                shift * scale + std::log2(sum);
         }
     }
     return true;
@@ -333,31 +349,51 @@ struct RowTile {
     }
 };
 
-/* s.product[rows.n][columns.width] = the attention weights; exactly 0 where a row does not see a column. */
-template <typename Words>
-inline void weights_tile(const Plan &plan, const Columns &columns, const RowTile &rows, const Scratch &s) {
-    const attn_sampler_attention_params &params = plan.p.params;
-    const int64_t depth = plan.p.headdim;
-    const float scale = plan.scale(columns.b, columns.kv_head);
-    const Rows q = as_rows<Words>(rows.address, rows.n, plan.p.dtype, depth, s.rows);
-    multiply<Words>(q, rows.n, s.packed, columns.width, depth / Words::kElements, s.product);
-    const bool select = !columns.all_count || columns.n < columns.width || params.causal || !params.diagonal;
-    for (int r = 0; r < rows.n; ++r) {
-        const int32_t last_seen = params.causal ? rows.position[r] : kTile;
-        const int32_t dropped = params.diagonal ? -1 : rows.position[r];
-        for (int v = 0; v < columns.width / kLanes; ++v) {
-            float *const at = s.product + r * columns.width + v * kLanes;
-            VecF x = load<VecF>(at) * scale - rows.lse_high[r];
-            x = exp2_vec(x - rows.lse_low[r]);
-            if (select) {
-                const VecI lane = lane_index() + v * kLanes;
-                const VecI keep = columns.counts[v] & (lane <= last_seen) & (lane != dropped);
-                x = keep ? x : VecF{};
-            }
-            store(at, x);
+/* The attention weights of a tile of rows for a tile of columns, a vector of columns at a time. */
+class Weights {
+  public:
+    template <typename Words>
+    Weights(const Plan &plan, const Columns &columns, const RowTile &rows, const Scratch &s, Words)
+        : columns_(columns), rows_(rows), product_(s.product), scale_(plan.scale(columns.b, columns.kv_head)),
+          causal_(plan.p.params.causal != 0), diagonal_(plan.p.params.diagonal != 0),
+          select_(!columns.all_count || columns.n < columns.width || causal_ || !diagonal_) {
+        const int64_t depth = plan.p.headdim;
+        const Rows q = as_rows<Words>(rows.address, rows.n, plan.p.dtype, depth, s.rows);
+        multiply<Words>(q, rows.n, s.packed, columns.width, depth / Words::kElements, s.product);
+    }
+
+    /* Calls use(row, weights) for vector v of all rows in turn. Exactly 0 where a row does not see a column.
+     */
+    template <typename Use>
+    void for_each_row(int v, const Use &use) const {
+        if (!select_) {
+            for (int r = 0; r < rows_.n; ++r)
+                use(r, weights(r, v));
+            return;
+        }
+        const VecI lane = lane_index() + v * kLanes;
+        for (int r = 0; r < rows_.n; ++r) {
+            VecI keep = columns_.counts[v];
+            if (causal_)
+                keep &= lane <= rows_.position[r];
+            if (!diagonal_)
+                keep &= lane != rows_.position[r];
+            use(r, keep ? weights(r, v) : VecF{});
         }
     }
-}
+
+  private:
+    VecF weights(int r, int v) const {
+        const VecF x = load<VecF>(product_ + r * columns_.width + v * kLanes);
+        return exp2_vec(multiply_add(x, splat(scale_), splat(-rows_.lse_high[r])) - rows_.lse_low[r], 1.0f);
+    }
+
+    const Columns &columns_;
+    const RowTile &rows_;
+    const float *const product_;
+    const float scale_;
+    const bool causal_, diagonal_, select_;
+};
 
 /* The larger, NaN if one is. */
 inline VecF max_or_nan(VecF a, VecF b) { return ((a > b) | (a != a)) ? a : b; }
@@ -406,18 +442,17 @@ struct ScoreTask {
                 tile.add(plan, columns, hkv * plan.group + first / rows, plan.row_start + first % rows);
             if (tile.n == 0)
                 continue;
-            weights_tile<Words>(plan, columns, tile, s);
-            for (int j = 0; j < columns.width; j += kLanes) {
-                VecF sum{};
-                for (int r = 0; r < tile.n; ++r) {
-                    const VecF weight = load<VecF>(s.product + r * columns.width + j);
-                    if (is_max)
-                        largest[j / kLanes] = max_or_nan(weight, largest[j / kLanes]);
-                    else
-                        sum += weight;
+            const Weights weights(plan, columns, tile, s, Words());
+            for (int v = 0; v < columns.width / kLanes; ++v) {
+                if (is_max) {
+                    weights.for_each_row(
+                        v, [&](int, VecF weight) { largest[v] = max_or_nan(weight, largest[v]); });
+                    continue;
                 }
-                for (int i = 0; i < kLanes && j + i < columns.n; ++i)
-                    total[j + i] += static_cast<double>(sum[i]);
+                VecF sum{};
+                weights.for_each_row(v, [&](int, VecF weight) { sum += weight; });
+                for (int i = 0; i < kLanes && v * kLanes + i < columns.n; ++i)
+                    total[v * kLanes + i] += static_cast<double>(sum[i]);
             }
         }
         for (int i = 0; is_max && i < columns.n; ++i)
@@ -483,71 +518,92 @@ struct SoftmaxTask {
             position[i] = -1;
         pack<Words>(address, n, p.dtype, p.headdim, width, s.rows, s.packed);
 
-        const float scale = plan.scale(b, hkv);
-        VecF largest_logit[kTile / kLanes];
-        for (VecF &x : largest_logit)
-            x = splat(-kInf);
+        const Logits logits(plan, b, hkv);
+        float top[kTile];
+        for (float &x : top)
+            x = -kInf;
         for (int64_t i = 0; i < seen; i += kTile) {
             const int64_t count = min_of(kTile, seen - i);
             for (int64_t r = 0; r < count; ++r)
                 address[r] = plan.key(b, hkv, s.keys[i + r]);
             const Rows keys = as_rows<Words>(address, count, p.dtype, p.headdim, s.rows);
-            float *const logits = s.product + i * width;
-            multiply<Words>(keys, count, s.packed, width, p.headdim / Words::kElements, logits);
-            for (int j = 0; j < width; j += kLanes)
-                largest_logit[j / kLanes] = scale_logits(plan, scale, logits + j, width, count, s.keys + i,
-                                                         load<VecI>(position + j), largest_logit[j / kLanes]);
+            logits.template compute<Words>(plan, keys, count, s.keys + i, position, s, width,
+                                           s.product + i * width, top);
         }
 
         VecF inverse[kTile / kLanes];
         for (int j = 0; j < width; j += kLanes) {
-            const VecF shift = shift_of(largest_logit[j / kLanes]);
-            VecF sum[4] = {};
-            int64_t i = 0;
-            for (; i + 4 <= seen; i += 4)
-                for (int u = 0; u < 4; ++u)
-                    sum[u] += exponential(s.product + (i + u) * width + j, shift);
-            for (; i < seen; ++i)
-                sum[0] += exponential(s.product + i * width + j, shift);
-            const VecF total_sum = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            const VecF shift = shift_of(load<VecF>(top + j));
+            VecF sum[2] = {};
+            for (int64_t i = 0; i < seen; ++i) {
+                float *const at = s.product + i * width + j;
+                const VecF e = exp2_vec(load<VecF>(at) - shift, logits.unit());
+                store(at, e);
+                sum[i % 2] += e;
+            }
+            const VecF total_sum = sum[0] + sum[1];
             inverse[j / kLanes] = total_sum == 0.0f ? VecF{} : 1.0f / total_sum;
         }
 
-        const bool select = p.params.causal || !p.params.diagonal || n < width;
-        const bool is_max = p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
-        for (int64_t i = 0; i < seen; ++i) {
+        const auto weight = [&](int64_t i, int j) {
+            return load<VecF>(s.product + i * width + j) * inverse[j / kLanes];
+        };
+        const auto selected = [&](int64_t i, int j) {
             const int32_t key = s.keys[i];
-            if (key < p.params.column_start || key >= p.params.column_stop)
-                continue;
-            VecF sum{}, maximum{};
-            for (int j = 0; j < width; j += kLanes) {
-                VecF weight = load<VecF>(s.product + i * width + j) * inverse[j / kLanes];
-                if (select) {
-                    const VecI at = load<VecI>(position + j);
-                    const VecI padding = lane_index() + j >= static_cast<int32_t>(n);
-                    const VecI unseen = p.params.causal ? at < key : VecI{};
-                    const VecI dropped = p.params.diagonal ? VecI{} : at == key;
-                    weight = (unseen | dropped | padding) ? VecF{} : weight;
-                }
-                sum += weight;
-                maximum = max_or_nan(weight, maximum);
-            }
-            const int64_t c = key - p.params.column_start;
-            if (is_max) {
-                for (int l = 0; l < kLanes; ++l)
-                    largest[c] =
-                        maximum[l] > largest[c] || maximum[l] != maximum[l] ? maximum[l] : largest[c];
-            } else {
-                total[c] += static_cast<double>(sum_of_lanes(sum));
-            }
+            const VecI at = load<VecI>(position + j);
+            const VecI padding = lane_index() + j >= static_cast<int32_t>(n);
+            const VecI unseen = p.params.causal ? at < key : VecI{};
+            const VecI dropped = p.params.diagonal ? VecI{} : at == key;
+            return (unseen | dropped | padding) ? VecF{} : weight(i, j);
+        };
+        const int64_t from = first_key_from(p.params.column_start, seen);
+        const int64_t to = first_key_from(p.params.column_stop, seen);
+        if (p.params.causal || !p.params.diagonal || n < width)
+            add_columns(from, to, width, selected, total);
+        else
+            add_columns(from, to, width, weight, total);
+        return first;
+    }
+
+    /* The first of s.keys[0, count) that is no less, or count. */
+    int64_t first_key_from(int64_t key, int64_t count) const {
+        int64_t first = 0;
+        while (first < count) {
+            const int64_t middle = (first + count) / 2;
+            if (s.keys[middle] < key)
+                first = middle + 1;
+            else
+                count = middle;
         }
         return first;
     }
 
-    static VecF exponential(float *at, VecF shift) {
-        const VecF x = exp2_vec(load<VecF>(at) - shift);
-        store(at, x);
-        return x;
+    /* Reduces the weights of keys s.keys[from, to) over the rows. */
+    template <typename Weight>
+    void add_columns(int64_t from, int64_t to, int width, const Weight &weight, double *total) {
+        const attn_sampler_attention_params &params = plan.p.params;
+        for (; from < to; from += kLanes) {
+            const int count = static_cast<int>(min_of(kLanes, to - from));
+            const int32_t *const keys = s.keys + from;
+            VecF row[kLanes] = {};
+            if (params.reduction == ATTN_SAMPLER_REDUCTION_MAX) {
+                for (int i = 0; i < count; ++i) {
+                    for (int j = 0; j < width; j += kLanes)
+                        row[i] = max_or_nan(weight(from + i, j), row[i]);
+                    float &x = largest[keys[i] - params.column_start];
+                    for (int l = 0; l < kLanes; ++l)
+                        x = row[i][l] > x || row[i][l] != row[i][l] ? row[i][l] : x;
+                }
+                continue;
+            }
+            for (int i = 0; i < count; ++i)
+                for (int j = 0; j < width; j += kLanes)
+                    row[i] += weight(from + i, j);
+            float sum[kLanes];
+            store(sum, sums_of_lanes(row));
+            for (int i = 0; i < count; ++i)
+                total[keys[i] - params.column_start] += static_cast<double>(sum[i]);
+        }
     }
 };
 
@@ -708,10 +764,12 @@ bool attention_map_of(const AttentionProblem &p) {
                 tile.add(plan, columns, h, m);
             if (tile.n > 0) {
                 columns.pack_keys<Words>(plan, h / plan.group, s);
-                weights_tile<Words>(plan, columns, tile, s);
-                for (int r = 0; r < tile.n; ++r)
-                    for (int i = 0; i < columns.n; ++i)
-                        total[(tile.row[r] - row0) * kTile + i] += s.product[r * columns.width + i];
+                const Weights weights(plan, columns, tile, s, Words());
+                for (int v = 0; v < columns.width / kLanes; ++v)
+                    weights.for_each_row(v, [&](int r, VecF weight) {
+                        float *const at = total + (tile.row[r] - row0) * kTile + v * kLanes;
+                        store(at, load<VecF>(at) + weight);
+                    });
             }
             if (p.params.per_head) {
                 write_tile(columns, unit, h, total);

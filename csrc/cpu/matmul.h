@@ -33,10 +33,11 @@ struct Bf16Words {
 };
 #endif
 
-/* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...]; strides of a in bytes. */
+/* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...]; strides of a in bytes. Raises top[...], if
+ * there is one, to the largest of each column. */
 template <typename Words, int kRows, int kVectors>
-inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int width, int64_t words,
-                         float *c) {
+inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int width, int64_t words, float *c,
+                         float *top) {
     VecF sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
@@ -44,7 +45,7 @@ inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int wi
         for (int v = 0; v < kVectors; ++v)
             sum[r][v] = VecF{};
     for (int64_t d = 0; d < words; ++d) {
-        if (d % 16 == 0)
+        if (d % 16 == 0) /* a cache line; the rows after these */
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r)
                 __builtin_prefetch(a + (r + kRows) * a_stride + d * 4);
@@ -65,19 +66,34 @@ inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int wi
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
             store(c + r * width + v * kLanes, sum[r][v]);
+    if (top == nullptr)
+        return;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+        VecF largest = load<VecF>(top + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r)
+            largest = larger(sum[r][v], largest);
+        store(top + v * kLanes, largest);
+    }
 }
 
 /* The same for any number of rows: as many as possible at a time, then fewer, so that 8, 32 and 64 leave no
  * single ones. */
 template <typename Words, int kRows, int kVectors>
 inline void micro_rows(const char *a, int64_t a_stride, int64_t rows, const float *b, int width,
-                       int64_t words, float *c) {
+                       int64_t words, float *c, float *top) {
     for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * width)
-        micro_kernel<Words, kRows, kVectors>(a, a_stride, b, width, words, c);
+        micro_kernel<Words, kRows, kVectors>(a, a_stride, b, width, words, c, top);
     constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
     if constexpr (kRows > 1)
-        micro_rows<Words, kFewer, kVectors>(a, a_stride, rows, b, width, words, c);
+        micro_rows<Words, kFewer, kVectors>(a, a_stride, rows, b, width, words, c, top);
 }
+
+template <int kValue>
+struct Constant {
+    constexpr operator int() const { return kValue; }
+};
 
 /* Rows of words as `multiply` walks them. */
 struct Rows {
@@ -85,25 +101,38 @@ struct Rows {
     int64_t stride; /* bytes */
 };
 
-/* c[rows][width] = a[rows][words] b[words][width]; width is a multiple of kLanes. */
+/* c[rows][width] = a[rows][words] b[words][width]; width is a multiple of kLanes. Raises top[width], if there
+ * is one, to the largest of each column that is a number. */
 template <typename Words>
-inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t words, float *c) {
+inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t words, float *c,
+                     float *top = nullptr) {
 #if defined(ATTN_SAMPLER_AMX)
     if constexpr (Words::kElements == 2) {
         const int64_t done = multiply_amx(a.data, a.stride, rows, b, width, words, c);
+        for (int j = 0; top != nullptr && j < width; j += kLanes) {
+            VecF largest = load<VecF>(top + j);
+            for (int64_t r = 0; r < done; ++r)
+                largest = larger(load<VecF>(c + r * width + j), largest);
+            store(top + j, largest);
+        }
         a.data += done * a.stride;
         rows -= done;
         c += done * width;
     }
 #endif
+    const auto columns = [&](auto rows_at_once, auto vectors, int j) {
+        micro_rows<Words, rows_at_once, vectors>(a.data, a.stride, rows, b + j, width, words, c + j,
+                                                 top == nullptr ? nullptr : top + j);
+        return j + vectors * kLanes;
+    };
     int j = 0;
     if constexpr (kMaxVectors == 4)
-        for (; j + 4 * kLanes <= width; j += 4 * kLanes)
-            micro_rows<Words, 6, 4>(a.data, a.stride, rows, b + j, width, words, c + j);
-    for (; j + 2 * kLanes <= width; j += 2 * kLanes)
-        micro_rows<Words, kLanes == 16 ? 12 : 6, 2>(a.data, a.stride, rows, b + j, width, words, c + j);
-    for (; j + kLanes <= width; j += kLanes)
-        micro_rows<Words, kLanes == 16 ? 16 : 8, 1>(a.data, a.stride, rows, b + j, width, words, c + j);
+        while (j + 4 * kLanes <= width)
+            j = columns(Constant<6>(), Constant<4>(), j);
+    while (j + 2 * kLanes <= width)
+        j = columns(Constant<kLanes == 16 ? 12 : 6>(), Constant<2>(), j);
+    while (j + kLanes <= width)
+        j = columns(Constant<kLanes == 16 ? 16 : 8>(), Constant<1>(), j);
 }
 
 /* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
@@ -165,6 +194,29 @@ inline void transpose(VecF *x) {
     }
 }
 #endif
+
+/* Lane i is the sum of the lanes of x[i]; uses up x[kLanes]. */
+inline VecF sums_of_lanes(VecF *x) {
+#if defined(__AVX512F__)
+    /* As for a transposition, except that both results of an exchange are added. */
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; ++stage) {
+        const __m512i low = (__m512i)load<VecI>(kShuffles.low[stage]);
+        const __m512i high = (__m512i)load<VecI>(kShuffles.high[stage]);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i += 2 << stage) {
+            const __m512 a = (__m512)x[i], b = (__m512)x[i + (1 << stage)];
+            x[i] = (VecF)_mm512_permutex2var_ps(a, low, b) + (VecF)_mm512_permutex2var_ps(a, high, b);
+        }
+    }
+    return x[0];
+#else
+    VecF sums;
+    for (int i = 0; i < kLanes; ++i)
+        sums[i] = sum_of_lanes(x[i]);
+    return sums;
+#endif
+}
 
 /* packed[words][width], the rows across the lanes; zeros in the lanes beyond n. */
 template <typename Words>

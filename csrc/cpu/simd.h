@@ -132,9 +132,9 @@ struct Exp2Table {
 alignas(64) constexpr Exp2Table kExp2Table;
 #endif
 
-/* x * unit + y in one rounding where the processor can; a plain sum where the unit is 1. */
+/* x * unit + y in one rounding where the processor can; a plain sum where the unit is known to be 1. */
 inline VecF add_units(VecF x, float unit, VecF y) {
-    return unit == 1.0f ? x + y : multiply_add(x, splat(unit), y);
+    return __builtin_constant_p(unit) && unit == 1.0f ? x + y : multiply_add(x, splat(unit), y);
 }
 
 /* Two factors of 2^(x unit), with relative error below 2e-7 + 1e-8 |x unit|, where that exponent is in
@@ -185,15 +185,15 @@ inline VecF add_exp2(VecF sum, VecF x, float unit) {
 #endif
 }
 
-/* 2^x with relative error below 2e-7; 0 below -126.5, inf from 128 on; NaN stays NaN. Never into the slow
- * denormals. */
-inline VecF exp2_vec(VecF x) {
+/* 2^(x unit), the unit being positive; 0 where that exponent is below -126.5, inf from 128 on; NaN stays NaN.
+ * Never into the slow denormals. */
+inline VecF exp2_vec(VecF x, float unit) {
 #if defined(__AVX512F__)
-    const Exp2Factors e = exp2_factors(smaller(splat(128.0f), x), 1.0f);
-    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    const Exp2Factors e = exp2_factors(smaller(splat(128.0f / unit), x), unit);
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f / unit), _CMP_NLT_UQ);
     return (VecF)_mm512_maskz_mul_ps(normal, (__m512)e.near_one, (__m512)e.power);
 #else
-    const Exp2Factors e = exp2_factors(clamp(x, -127.0f, 128.0f), 1.0f);
+    const Exp2Factors e = exp2_factors(clamp(x, -127.0f / unit, 128.0f / unit), unit);
     return e.near_one * e.power;
 #endif
 }
