@@ -26,7 +26,7 @@ constexpr int64_t kRowsPerUnit = 256; /* of one key head, the grain by which row
 constexpr int64_t kTasks = 64;        /* as many as this keep a large machine busy */
 constexpr int64_t kKeysPerSplit = 1024;
 constexpr int64_t kSoftmaxBytes =
-    3 << 18; /* of a row tile's logits over all keys, in the second-level cache */
+    3 << 18; /* of a row tile's exponentials over all keys, in the second-level cache */
 constexpr int64_t kSequenceBytes = 1 << 20; /* of a sequence's partial sums, at the most */
 constexpr int64_t kPartialBytes = 8 << 20;  /* of all that are held at once */
 constexpr double kLog2e = 1.4426950408889634;
@@ -95,7 +95,7 @@ struct Plan {
 struct Scratch {
     float *packed;  /* [D][kTile] */
     float *rows;    /* [kTile][D] */
-    float *product; /* [kTile][kTile], or a row tile's logits over all keys */
+    float *product; /* [kTile][kTile], or what SoftmaxTask keeps */
     int32_t *keys;  /* the keys that count */
 };
 
@@ -136,39 +136,6 @@ void for_each_task(int num_threads, int64_t count, Body &body) {
         &body);
 }
 
-/* Products of keys and rows, the rows across the lanes, become logits to the base 2 once multiplied by the
- * unit. They are left as they are where their largest can be found so. */
-struct Logits {
-    bool as_products;
-    float scale;
-
-    Logits(const Plan &plan, int64_t b, int64_t hkv)
-        : as_products(!plan.p.params.causal && plan.scale(b, hkv) > 0.0f), scale(plan.scale(b, hkv)) {}
-
-    float unit() const { return as_products ? scale : 1.0f; }
-
-    /* x[count][width] = the keys times the packed rows; -inf where a row, whose position is given, does not
-     * see a key. Raises top[width] to the largest. */
-    template <typename Words>
-    void compute(const Plan &plan, Rows keys, int64_t count, const int32_t *at, const int32_t *position,
-                 const Scratch &s, int width, float *x, float *top) const {
-        const int64_t words = plan.p.headdim / Words::kElements;
-        multiply<Words>(keys, count, s.packed, width, words, x, as_products ? top : nullptr);
-        for (int j = 0; !as_products && j < width; j += kLanes) {
-            const VecI row = load<VecI>(position + j);
-            VecF largest = load<VecF>(top + j);
-            for (int64_t i = 0; i < count; ++i) {
-                VecF logit = load<VecF>(x + i * width + j) * scale;
-                if (plan.p.params.causal)
-                    logit = row >= at[i] ? logit : splat(-kInf);
-                store(x + i * width + j, logit);
-                largest = larger(logit, largest);
-            }
-            store(top + j, largest);
-        }
-    }
-};
-
 /* What to subtract from logits whose maximum this is: never inf - inf, and far above what is not +inf beside
  * it. */
 inline VecF shift_of(VecF top) {
@@ -176,15 +143,70 @@ inline VecF shift_of(VecF top) {
     return top > finite ? finite : top < -finite ? VecF{} : top;
 }
 
-/* Sums of exponentials of up to kTile of a key head's rows, over keys [key, key_stop), relative to the
- * largest logit: that one (in units) and the sum, by lane. Both have room for kTile. */
+/* The softmax of a tile of rows, which stand across the lanes, over keys that come block by block. Logits are
+ * kept in units: products are left as they are where their largest can be found so. */
+template <typename Words>
+struct Softmax {
+    const Plan &plan;
+    float scale, unit; /* of a product, and of what is kept of it, in base-2 logits */
+    float top[kTile];  /* the largest logit of each row so far, in units */
+    float sum[kTile];  /* of the exponentials relative to it */
+
+    Softmax(const Plan &p, int64_t b, int64_t hkv) : plan(p), scale(p.scale(b, hkv)) {
+        unit = keeps_products() ? scale : 1.0f;
+        for (int i = 0; i < kTile; ++i) {
+            top[i] = -kInf;
+            sum[i] = 0.0f;
+        }
+    }
+
+    bool keeps_products() const { return !plan.p.params.causal && scale > 0.0f; }
+
+    /* Takes in the keys at these addresses and positions, up to kTile of them, for the packed rows at their
+     * positions. Leaves the exponentials, 0 where a row does not see a key, in x[count][width]. */
+    void add(const void *const *address, const int32_t *at, int64_t count, const int32_t *position,
+             const Scratch &s, int width, float *x) {
+        const int64_t depth = plan.p.headdim;
+        float before[kTile];
+        memcpy(before, top, sizeof(top));
+        const Rows keys = as_rows<Words>(address, count, plan.p.dtype, depth, s.rows);
+        multiply<Words>(keys, count, s.packed, width, depth / Words::kElements, x,
+                        keeps_products() ? top : nullptr);
+        for (int j = 0; j < width; j += kLanes) {
+            if (!keeps_products())
+                scale_logits(at, count, load<VecI>(position + j), width, x + j, top + j);
+            const VecF shift = shift_of(load<VecF>(top + j));
+            VecF total = load<VecF>(sum + j) * exp2_vec(load<VecF>(before + j) - shift, unit);
+            for (int64_t i = 0; i < count; ++i) {
+                const VecF e = exp2_vec(load<VecF>(x + i * width + j) - shift, unit);
+                store(x + i * width + j, e);
+                total += e;
+            }
+            store(sum + j, total);
+        }
+    }
+
+  private:
+    void scale_logits(const int32_t *at, int64_t count, VecI position, int width, float *x,
+                      float *largest) const {
+        VecF m = load<VecF>(largest);
+        for (int64_t i = 0; i < count; ++i) {
+            VecF logit = load<VecF>(x + i * width) * scale;
+            if (plan.p.params.causal)
+                logit = position >= at[i] ? logit : splat(-kInf);
+            store(x + i * width, logit);
+            m = larger(logit, m);
+        }
+        store(largest, m);
+    }
+};
+
+/* The largest logit, in units, and the sum of exponentials relative to it, of up to kTile of a key head's
+ * rows, over keys [key, key_stop). Both have room for kTile. */
 template <typename Words>
 struct LseTask {
     const Plan &plan;
     int64_t b, hkv;
-    Logits logits;
-
-    LseTask(const Plan &p, int64_t b_, int64_t hkv_) : plan(p), b(b_), hkv(hkv_), logits(p, b_, hkv_) {}
 
     /* Row f of the key head's list is row f % rows of query head f / rows of the group. */
     void operator()(int64_t first, int64_t n, int64_t key, int64_t key_stop, const Scratch &s, float *maximum,
@@ -202,10 +224,7 @@ struct LseTask {
             furthest = position[i] > furthest ? position[i] : furthest;
         }
         pack<Words>(address, n, p.dtype, p.headdim, width, s.rows, s.packed);
-        for (int i = 0; i < kTile; ++i) {
-            maximum[i] = -kInf;
-            sum[i] = 0.0f;
-        }
+        Softmax<Words> softmax(plan, b, hkv);
         if (p.params.causal)
             key_stop = min_of(key_stop, static_cast<int64_t>(furthest) + 1);
         while (key < key_stop) {
@@ -218,19 +237,10 @@ struct LseTask {
                 }
             if (count == 0)
                 break;
-            const Rows keys = as_rows<Words>(address, count, p.dtype, p.headdim, s.rows);
-            float top[kTile];
-            memcpy(top, maximum, sizeof(top));
-            logits.template compute<Words>(plan, keys, count, at, position, s, width, s.product, top);
-            for (int j = 0; j < width; j += kLanes) {
-                const VecF shift = shift_of(load<VecF>(top + j));
-                VecF total = load<VecF>(sum + j) * exp2_vec(load<VecF>(maximum + j) - shift, logits.unit());
-                for (int64_t i = 0; i < count; ++i)
-                    total += exp2_vec(load<VecF>(s.product + i * width + j) - shift, logits.unit());
-                store(sum + j, total);
-            }
-            memcpy(maximum, top, sizeof(top));
+            softmax.add(address, at, count, position, s, width, s.product);
         }
+        memcpy(maximum, softmax.top, sizeof(softmax.top));
+        memcpy(sum, softmax.sum, sizeof(softmax.sum));
     }
 };
 
@@ -255,7 +265,7 @@ bool compute_lse(Plan &plan, double *lse) {
     float *const partial = work.extra<float>(); /* [units, splits, {maximum, sum}, kTile] */
     auto body = [&](int64_t index, int worker) {
         const int64_t split = index % splits, unit = index / splits, tile = unit % tiles;
-        const LseTask<Words> task(plan, unit / tiles / p.kv_heads, unit / tiles % p.kv_heads);
+        const LseTask<Words> task{plan, unit / tiles / p.kv_heads, unit / tiles % p.kv_heads};
         const int64_t first = tile * kTile, key = plan.key_start + split * keys_per_split;
         float *const result = partial + index * 2 * kTile;
         task(first, min_of(kTile, plan.group * rows - first), key,
@@ -266,7 +276,7 @@ bool compute_lse(Plan &plan, double *lse) {
     for (int64_t unit = 0; unit < units; ++unit) {
         const int64_t tile = unit % tiles, bh = unit / tiles;
         const int64_t first = tile * kTile, n = min_of(kTile, plan.group * rows - first);
-        const double scale = static_cast<double>(Logits(plan, bh / p.kv_heads, bh % p.kv_heads).unit());
+        const double scale = Softmax<Words>(plan, bh / p.kv_heads, bh % p.kv_heads).unit;
         for (int64_t i = 0; i < n; ++i) {
             const float *const result = partial + unit * splits * 2 * kTile + i;
             float maximum = -kInf;
@@ -468,11 +478,13 @@ struct SoftmaxTask {
     const int64_t b;
     const int64_t lanes; /* rows at a time */
     const Scratch s;
+    float *const factors; /* [blocks of kTile keys][kTile] */
     float *const largest; /* [columns], for the maximum */
     int64_t n_keys = 0;   /* in s.keys */
 
     SoftmaxTask(const Plan &p, int64_t b_, int64_t lanes_, const Scratch &scratch, float *largest_)
-        : plan(p), b(b_), lanes(lanes_), s(scratch), largest(largest_) {
+        : plan(p), b(b_), lanes(lanes_), s(scratch), factors(s.product + lanes * (p.key_stop - p.key_start)),
+          largest(largest_) {
         for (int64_t key = plan.key_start; key < plan.key_stop; ++key)
             if (plan.key_counts(b, key))
                 s.keys[n_keys++] = static_cast<int32_t>(key);
@@ -518,35 +530,25 @@ struct SoftmaxTask {
             position[i] = -1;
         pack<Words>(address, n, p.dtype, p.headdim, width, s.rows, s.packed);
 
-        const Logits logits(plan, b, hkv);
-        float top[kTile];
-        for (float &x : top)
-            x = -kInf;
+        Softmax<Words> softmax(plan, b, hkv);
         for (int64_t i = 0; i < seen; i += kTile) {
             const int64_t count = min_of(kTile, seen - i);
             for (int64_t r = 0; r < count; ++r)
                 address[r] = plan.key(b, hkv, s.keys[i + r]);
-            const Rows keys = as_rows<Words>(address, count, p.dtype, p.headdim, s.rows);
-            logits.template compute<Words>(plan, keys, count, s.keys + i, position, s, width,
-                                           s.product + i * width, top);
+            softmax.add(address, s.keys + i, count, position, s, width, s.product + i * width);
+            memcpy(factors_of(i), softmax.top, sizeof(softmax.top));
         }
-
-        VecF inverse[kTile / kLanes];
-        for (int j = 0; j < width; j += kLanes) {
-            const VecF shift = shift_of(load<VecF>(top + j));
-            VecF sum[2] = {};
-            for (int64_t i = 0; i < seen; ++i) {
-                float *const at = s.product + i * width + j;
-                const VecF e = exp2_vec(load<VecF>(at) - shift, logits.unit());
-                store(at, e);
-                sum[i % 2] += e;
+        /* From exponentials relative to the largest logit up to their block to weights. */
+        for (int64_t i = 0; i < seen; i += kTile)
+            for (int j = 0; j < width; j += kLanes) {
+                const VecF top = load<VecF>(factors_of(i) + j), sum = load<VecF>(softmax.sum + j);
+                const VecF shift = shift_of(load<VecF>(softmax.top + j));
+                const VecF factor = exp2_vec(shift_of(top) - shift, softmax.unit) / sum;
+                store(factors_of(i) + j, (top == -kInf) | (sum == 0.0f) ? VecF{} : factor);
             }
-            const VecF total_sum = sum[0] + sum[1];
-            inverse[j / kLanes] = total_sum == 0.0f ? VecF{} : 1.0f / total_sum;
-        }
 
         const auto weight = [&](int64_t i, int j) {
-            return load<VecF>(s.product + i * width + j) * inverse[j / kLanes];
+            return load<VecF>(s.product + i * width + j) * load<VecF>(factors_of(i) + j);
         };
         const auto selected = [&](int64_t i, int j) {
             const int32_t key = s.keys[i];
@@ -564,6 +566,8 @@ struct SoftmaxTask {
             add_columns(from, to, width, weight, total);
         return first;
     }
+
+    float *factors_of(int64_t key) const { return factors + key / kTile * kTile; }
 
     /* The first of s.keys[0, count) that is no less, or count. */
     int64_t first_key_from(int64_t key, int64_t count) const {
@@ -703,8 +707,8 @@ bool column_scores_of(const AttentionProblem &p) {
     if (p.softmax_lse == nullptr && lanes > 0) {
         const Cut cut(plan, columns, columns, lanes);
         const int64_t totals = cut.totals(p);
-        const Workspace work(p.num_threads, p.headdim, totals * 8 + p.num_threads * columns * 4, keys * lanes,
-                             keys);
+        const Workspace work(p.num_threads, p.headdim, totals * 8 + p.num_threads * columns * 4,
+                             keys * lanes + round_up(keys, kTile), keys);
         if (!work)
             return false;
         float *const largest = reinterpret_cast<float *>(work.extra<double>() + totals);
