@@ -77,13 +77,6 @@ struct Plan {
                 static_cast<double>(p.k_descale[b * p.k_descale_stride[0] + hkv * p.k_descale_stride[1]]);
         return static_cast<float>(scale);
     }
-    double row_lse(int64_t b, int64_t h, int64_t m) const {
-        if (lse != nullptr)
-            return lse[(b * p.heads + h) * p.n_rows + m];
-        const double given = static_cast<double>(
-            p.softmax_lse[b * p.lse_stride[0] + h * p.lse_stride[1] + m * p.lse_stride[2]]);
-        return p.params.lse_base == ATTN_SAMPLER_LSE_BASE_2 ? given : given * kLog2e;
-    }
     /* Where row m stands, counted from key `origin`; bounded, so that it fits the lanes. */
     int32_t position(int64_t m, int64_t origin) const {
         const int64_t from_start = p.params.query_start - origin + m;
@@ -339,23 +332,31 @@ struct RowTile {
     int64_t row[kTile];
     int n = 0;
 
-    bool full() const { return n == kTile; }
-
-    /* Adds row m of head h, unless it has no weight in any of the columns. */
-    void add(const Plan &plan, const Columns &columns, int64_t h, int64_t m) {
-        if (!plan.row_counts(columns.b, m))
-            return;
-        const int32_t at = plan.position(m, columns.first);
-        if (plan.p.params.causal && at < 0)
-            return;
-        const double lse = plan.row_lse(columns.b, h, m);
-        if (lse == -static_cast<double>(kInf))
-            return;
-        address[n] = plan.query(columns.b, h, m);
-        lse_high[n] = static_cast<float>(lse);
-        lse_low[n] = std::isfinite(lse_high[n]) ? static_cast<float>(lse - lse_high[n]) : 0.0f;
-        position[n] = at;
-        row[n++] = m;
+    /* Adds rows m, m + 1, ... of head h, but for those that have no weight in any of the columns, until
+     * `stop` or the tile is full; returns the row to go on with. */
+    int64_t add(const Plan &plan, const Columns &columns, int64_t h, int64_t m, int64_t stop) {
+        const AttentionProblem &p = plan.p;
+        const int64_t b = columns.b, step = p.q_stride[2] * element_size(p.dtype);
+        const char *q = static_cast<const char *>(plan.query(b, h, m));
+        const double *const computed =
+            plan.lse == nullptr ? nullptr : plan.lse + (b * p.heads + h) * p.n_rows;
+        const float *const given = p.softmax_lse + b * p.lse_stride[0] + h * p.lse_stride[1];
+        const int64_t given_step = p.lse_stride[2];
+        const double given_unit = p.params.lse_base == ATTN_SAMPLER_LSE_BASE_2 ? 1.0 : kLog2e;
+        const bool causal = p.params.causal != 0, masked = p.query_mask != nullptr;
+        for (; m < stop && n < kTile; ++m, q += step) {
+            const int32_t at = plan.position(m, columns.first);
+            const double lse =
+                computed != nullptr ? computed[m] : static_cast<double>(given[m * given_step]) * given_unit;
+            if ((masked && !plan.row_counts(b, m)) || (causal && at < 0) || lse == -static_cast<double>(kInf))
+                continue;
+            address[n] = q;
+            lse_high[n] = static_cast<float>(lse);
+            lse_low[n] = std::isfinite(lse_high[n]) ? static_cast<float>(lse - lse_high[n]) : 0.0f;
+            position[n] = at;
+            row[n++] = m;
+        }
+        return m;
     }
 };
 
@@ -448,8 +449,11 @@ struct ScoreTask {
         VecF largest[kTile / kLanes] = {};
         while (first < last) {
             RowTile tile;
-            for (; first < last && !tile.full(); ++first)
-                tile.add(plan, columns, hkv * plan.group + first / rows, plan.row_start + first % rows);
+            while (first < last && tile.n < kTile) {
+                const int64_t m = plan.row_start + first % rows;
+                const int64_t stop = min_of(m + last - first, plan.row_stop);
+                first += tile.add(plan, columns, hkv * plan.group + first / rows, m, stop) - m;
+            }
             if (tile.n == 0)
                 continue;
             const Weights weights(plan, columns, tile, s, Words());
@@ -764,8 +768,7 @@ bool attention_map_of(const AttentionProblem &p) {
         memset(total, 0, kTile * kTile * 4);
         for (int64_t h = p.heads * split / splits; h < p.heads * (split + 1) / splits; ++h) {
             RowTile tile;
-            for (int64_t m = first; m < last; ++m)
-                tile.add(plan, columns, h, m);
+            tile.add(plan, columns, h, first, last);
             if (tile.n > 0) {
                 columns.pack_keys<Words>(plan, h / plan.group, s);
                 const Weights weights(plan, columns, tile, s, Words());
