@@ -121,6 +121,11 @@ class Workspace {
     char *memory_;
 };
 
+inline void prefetch(const void *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch(static_cast<const char *>(p) + i);
+}
+
 template <typename Body>
 void for_each_task(int num_threads, int64_t count, Body &body) {
     parallel_for(
@@ -155,16 +160,16 @@ struct Softmax {
 
     bool keeps_products() const { return !plan.p.params.causal && scale > 0.0f; }
 
-    /* Takes in the keys at these addresses and positions, up to kTile of them, for the packed rows at their
-     * positions. Leaves the exponentials, 0 where a row does not see a key, in x[count][width]. */
-    void add(const void *const *address, const int32_t *at, int64_t count, const int32_t *position,
-             const Scratch &s, int width, float *x) {
+    /* Takes in the keys at these addresses and positions, up to kTile of them, before those at `next`, for
+     * the packed rows at their positions. Leaves the exponentials, 0 where a row does not see a key, in
+     * x[count][width]. */
+    void add(const void *const *address, const int32_t *at, int64_t count, const void *next,
+             const int32_t *position, const Scratch &s, int width, float *x) {
         const int64_t depth = plan.p.headdim;
         float before[kTile];
         memcpy(before, top, sizeof(top));
-        const Rows keys = as_rows<Words>(address, count, plan.p.dtype, depth, s.rows);
-        multiply<Words>(keys, count, s.packed, width, depth / Words::kElements, x,
-                        keeps_products() ? top : nullptr);
+        const Rows keys = as_rows<Words>(address, count, plan.p.dtype, depth, s.rows, next);
+        multiply<Words>(keys, s.packed, width, depth / Words::kElements, x, keeps_products() ? top : nullptr);
         for (int j = 0; j < width; j += kLanes) {
             if (!keeps_products())
                 scale_logits(at, count, load<VecI>(position + j), width, x + j, top + j);
@@ -230,7 +235,7 @@ struct LseTask {
                 }
             if (count == 0)
                 break;
-            softmax.add(address, at, count, position, s, width, s.product);
+            softmax.add(address, at, count, nullptr, position, s, width, s.product);
         }
         memcpy(maximum, softmax.top, sizeof(softmax.top));
         memcpy(sum, softmax.sum, sizeof(softmax.sum));
@@ -321,6 +326,9 @@ struct Columns {
             address[i] = plan.key(b, hkv, first + i);
         pack<Words>(address, n, plan.p.dtype, plan.p.headdim, width, s.rows, s.packed);
         kv_head = hkv;
+        if (hkv + 1 < plan.p.kv_heads)
+            for (int i = 0; i < n; ++i)
+                prefetch(plan.key(b, hkv + 1, first + i), plan.p.headdim * element_size(plan.p.dtype));
     }
 };
 
@@ -331,6 +339,7 @@ struct RowTile {
     int32_t position[kTile];               /* lane at which the row stands */
     int64_t row[kTile];
     int n = 0;
+    const void *next = nullptr; /* where other rows are, if not after these */
 
     /* Adds rows m, m + 1, ... of head h, but for those that have no weight in any of the columns, until
      * `stop` or the tile is full; returns the row to go on with. */
@@ -369,8 +378,8 @@ class Weights {
           causal_(plan.p.params.causal != 0), diagonal_(plan.p.params.diagonal != 0),
           select_(!columns.all_count || columns.n < columns.width || causal_ || !diagonal_) {
         const int64_t depth = plan.p.headdim;
-        const Rows q = as_rows<Words>(rows.address, rows.n, plan.p.dtype, depth, s.rows);
-        multiply<Words>(q, rows.n, s.packed, columns.width, depth / Words::kElements, s.product);
+        const Rows q = as_rows<Words>(rows.address, rows.n, plan.p.dtype, depth, s.rows, rows.next);
+        multiply<Words>(q, s.packed, columns.width, depth / Words::kElements, s.product);
     }
 
     /* Calls use(row, weights) for vector v of all rows in turn. Exactly 0 where a row does not see a column.
@@ -456,6 +465,10 @@ struct ScoreTask {
             }
             if (tile.n == 0)
                 continue;
+            if (first == last && first == plan.group * rows && hkv + 1 < plan.p.kv_heads)
+                tile.next = plan.query(columns.b, (hkv + 1) * plan.group, plan.row_start);
+            else if (first < last && first % rows == 0)
+                tile.next = plan.query(columns.b, hkv * plan.group + first / rows, plan.row_start);
             const Weights weights(plan, columns, tile, s, Words());
             for (int v = 0; v < columns.width / kLanes; ++v) {
                 if (is_max) {
@@ -539,7 +552,9 @@ struct SoftmaxTask {
             const int64_t count = min_of(kTile, seen - i);
             for (int64_t r = 0; r < count; ++r)
                 address[r] = plan.key(b, hkv, s.keys[i + r]);
-            softmax.add(address, s.keys + i, count, position, s, width, s.product + i * width);
+            const bool next_head = i + count == seen && first == last && hkv + 1 < p.kv_heads;
+            const void *const next = next_head ? plan.key(b, hkv + 1, s.keys[0]) : nullptr;
+            softmax.add(address, s.keys + i, count, next, position, s, width, s.product + i * width);
             memcpy(factors_of(i), softmax.top, sizeof(softmax.top));
         }
         /* From exponentials relative to the largest logit up to their block to weights. */

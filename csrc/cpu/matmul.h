@@ -33,11 +33,18 @@ struct Bf16Words {
 };
 #endif
 
-/* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...]; strides of a in bytes. Raises top[...], if
- * there is one, to the largest of each column. */
+/* Rows of words as `multiply` walks them. */
+struct Rows {
+    const char *data;
+    int64_t stride; /* bytes */
+    int64_t count;
+    const char *next; /* the first of the rows that will be wanted after these, or anything, to be fetched */
+};
+
+/* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...], a's first rows. Raises top[...], if there is
+ * one, to the largest of each column. */
 template <typename Words, int kRows, int kVectors>
-inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int width, int64_t words, float *c,
-                         float *top) {
+inline void micro_kernel(const Rows &a, const float *b, int width, int64_t words, float *c, float *top) {
     VecF sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
@@ -45,17 +52,18 @@ inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int wi
         for (int v = 0; v < kVectors; ++v)
             sum[r][v] = VecF{};
     for (int64_t d = 0; d < words; ++d) {
-        if (d % 16 == 0) /* a cache line; the rows after these */
+        if (d % 16 == 0) /* a cache line of the rows after these */
 #pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r)
-                __builtin_prefetch(a + (r + kRows) * a_stride + d * 4);
+            for (int r = kRows; r < 2 * kRows; ++r)
+                __builtin_prefetch((r < a.count ? a.data + r * a.stride : a.next + (r - a.count) * a.stride) +
+                                   d * 4);
         VecF column[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
             column[v] = load<VecF>(b + d * width + v * kLanes);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-            const VecF x = broadcast_word(a + r * a_stride + d * 4);
+            const VecF x = broadcast_word(a.data + r * a.stride + d * 4);
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v)
                 sum[r][v] = Words::multiply_add(sum[r][v], column[v], x);
@@ -81,13 +89,12 @@ inline void micro_kernel(const char *a, int64_t a_stride, const float *b, int wi
 /* The same for any number of rows: as many as possible at a time, then fewer, so that 8, 32 and 64 leave no
  * single ones. */
 template <typename Words, int kRows, int kVectors>
-inline void micro_rows(const char *a, int64_t a_stride, int64_t rows, const float *b, int width,
-                       int64_t words, float *c, float *top) {
-    for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * width)
-        micro_kernel<Words, kRows, kVectors>(a, a_stride, b, width, words, c, top);
+inline void micro_rows(Rows a, const float *b, int width, int64_t words, float *c, float *top) {
+    for (; a.count >= kRows; a.count -= kRows, a.data += kRows * a.stride, c += kRows * width)
+        micro_kernel<Words, kRows, kVectors>(a, b, width, words, c, top);
     constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
     if constexpr (kRows > 1)
-        micro_rows<Words, kFewer, kVectors>(a, a_stride, rows, b, width, words, c, top);
+        micro_rows<Words, kFewer, kVectors>(a, b, width, words, c, top);
 }
 
 template <int kValue>
@@ -95,20 +102,13 @@ struct Constant {
     constexpr operator int() const { return kValue; }
 };
 
-/* Rows of words as `multiply` walks them. */
-struct Rows {
-    const char *data;
-    int64_t stride; /* bytes */
-};
-
 /* c[rows][width] = a[rows][words] b[words][width]; width is a multiple of kLanes. Raises top[width], if there
  * is one, to the largest of each column that is a number. */
 template <typename Words>
-inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t words, float *c,
-                     float *top = nullptr) {
+inline void multiply(Rows a, const float *b, int width, int64_t words, float *c, float *top = nullptr) {
 #if defined(ATTN_SAMPLER_AMX)
     if constexpr (Words::kElements == 2) {
-        const int64_t done = multiply_amx(a.data, a.stride, rows, b, width, words, c);
+        const int64_t done = multiply_amx(a.data, a.stride, a.count, b, width, words, c);
         for (int j = 0; top != nullptr && j < width; j += kLanes) {
             VecF largest = load<VecF>(top + j);
             for (int64_t r = 0; r < done; ++r)
@@ -116,12 +116,12 @@ inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t wo
             store(top + j, largest);
         }
         a.data += done * a.stride;
-        rows -= done;
+        a.count -= done;
         c += done * width;
     }
 #endif
     const auto columns = [&](auto rows_at_once, auto vectors, int j) {
-        micro_rows<Words, rows_at_once, vectors>(a.data, a.stride, rows, b + j, width, words, c + j,
+        micro_rows<Words, rows_at_once, vectors>(a, b + j, width, words, c + j,
                                                  top == nullptr ? nullptr : top + j);
         return j + vectors * kLanes;
     };
@@ -136,9 +136,10 @@ inline void multiply(Rows a, int64_t rows, const float *b, int width, int64_t wo
 }
 
 /* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
- * copied into the buffer, [n][depth] floats. */
+ * copied into the buffer, [n][depth] floats. `next` is where the rows after them start. */
 template <typename Words>
-inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t depth, float *buffer) {
+inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t depth, float *buffer,
+                    const void *next = nullptr) {
     const char *const first = static_cast<const char *>(address[0]);
     if (dtype == (Words::kElements == 2 ? ATTN_SAMPLER_BFLOAT16 : ATTN_SAMPLER_FLOAT32)) {
         const int64_t stride = n > 1 ? static_cast<const char *>(address[1]) - first : 4 * depth;
@@ -146,7 +147,7 @@ inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t de
         for (int64_t i = 2; i < n; ++i)
             even = even && static_cast<const char *>(address[i]) - first == i * stride;
         if (even)
-            return {first, stride};
+            return {first, stride, n, next == nullptr ? first + n * stride : static_cast<const char *>(next)};
     }
     if (Words::kElements == 2) {
         uint16_t *const copy = reinterpret_cast<uint16_t *>(buffer);
@@ -155,11 +156,11 @@ inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t de
                 convert_to_bf16(address[i], depth, copy + i * depth);
             else
                 memcpy(copy + i * depth, address[i], static_cast<size_t>(depth * 2));
-        return {reinterpret_cast<const char *>(copy), depth * 2};
+        return {reinterpret_cast<const char *>(copy), depth * 2, n, reinterpret_cast<const char *>(copy)};
     }
     for (int64_t i = 0; i < n; ++i)
         convert_to_float(address[i], dtype, depth, buffer + i * depth);
-    return {reinterpret_cast<const char *>(buffer), depth * 4};
+    return {reinterpret_cast<const char *>(buffer), depth * 4, n, reinterpret_cast<const char *>(buffer)};
 }
 
 #if defined(__AVX512F__)
