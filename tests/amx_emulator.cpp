@@ -27,16 +27,16 @@ struct Tile {
     uint32_t word[16][16];
 };
 
-/* The tiles of one thread. They are not thread-local themselves: a shared library's large thread-local
- * objects are allocated on first use, which a signal handler must not do. */
+/* The tiles of one thread, from a table: a shared library's large thread-local objects are allocated on first
+ * use, which a signal handler must not do. */
 struct Unit {
-    std::atomic_flag taken;
+    std::atomic<bool> taken{false};
     int start_row;
     Tile tiles[8];
 };
 
 constexpr int kMaxThreads = 256;
-Unit units[kMaxThreads];
+Unit units[kMaxThreads] = {};
 __attribute__((tls_model("initial-exec"))) thread_local Unit *unit = nullptr; /* null: not configured */
 std::atomic<uint64_t> products{0};
 struct sigaction previous;
@@ -106,7 +106,7 @@ bool decode(const uint8_t *at, const greg_t *gregs, Instruction *result) {
 
 void release() {
     if (unit != nullptr)
-        unit->taken.clear(std::memory_order_release);
+        unit->taken.store(false, std::memory_order_release);
     unit = nullptr;
 }
 
@@ -122,7 +122,7 @@ void configure(const char *address) {
     for (int i = 0; unit == nullptr; ++i) {
         if (i == kMaxThreads)
             fail("too many threads have tiles");
-        if (!units[i].taken.test_and_set(std::memory_order_acquire))
+        if (!units[i].taken.exchange(true, std::memory_order_acquire))
             unit = &units[i];
     }
     memset(unit->tiles, 0, sizeof(unit->tiles));
@@ -165,6 +165,11 @@ void move_rows(const char *instruction, const Instruction &at, Move move) {
         refuse(instruction, "#UD, the start row is beyond the tile");
     for (int r = unit->start_row; r < tile.rows; ++r)
         move(tile.word[r], at.address + r * at.index, static_cast<size_t>(tile.row_bytes));
+    unit->start_row = 0;
+}
+
+void zero_tile(const Instruction &at) {
+    memset(get_tile("tilezero", at.reg).word, 0, sizeof(Tile::word));
     unit->start_row = 0;
 }
 
@@ -218,7 +223,7 @@ bool execute(const Instruction &at) {
     else if (at.opcode == 0x4B && at.prefix == 2 && at.memory && no_vvvv)
         move_rows("tilestored", at, [](void *row, char *p, size_t bytes) { memcpy(p, row, bytes); });
     else if (at.opcode == 0x49 && at.prefix == 3 && !at.memory && at.rm == 0 && no_vvvv)
-        memset(get_tile("tilezero", at.reg).word, 0, sizeof(Tile::word)), unit->start_row = 0;
+        zero_tile(at);
     else if (at.opcode == 0x49 && at.prefix == 0 && at.memory && at.reg == 0 && no_vvvv)
         configure(at.address + at.index);
     else if (at.opcode == 0x49 && at.prefix == 0 && !at.memory && at.reg == 0 && at.rm == 0 && no_vvvv)

@@ -79,10 +79,10 @@ struct Words {
 
 #define DEFINE_LOAD(base, index, scale, displacement)                                                        \
     extern "C" void load_by_##base(const void *data, int64_t stride);                                        \
-    asm(".text\nload_by_" #base ":\n"                                                                        \
+    asm(".pushsection .text\nload_by_" #base ":\n"                                                           \
         "push %" #base "\npush %" #index "\npush %rdi\npush %rsi\npop %" #index "\npop %" #base "\n"         \
         "tileloadd " #displacement "(%" #base ",%" #index "," #scale "), %tmm0\n"                            \
-        "pop %" #index "\npop %" #base "\nret\n");
+        "pop %" #index "\npop %" #base "\nret\n.popsection");
 FOR_EACH_ADDRESSING(DEFINE_LOAD)
 
 void check_addressing() {
@@ -135,8 +135,8 @@ void check_addressing() {
     static Config two[3];
     two[0] = Config{}.tile(0, 2, 8);
     two[2] = Config{}.tile(0, 3, 12);
-    asm volatile("ldtilecfg two_configs(%rip)\n.section .data\n.balign 64\ntwo_configs: .byte 1\n.zero 15\n"
-                 ".word 4\n.zero 30\n.byte 1\n.zero 15\n.text");
+    asm volatile("ldtilecfg 1f(%rip)\n.pushsection .data\n1: .byte 1\n.zero 15\n.word 4\n.zero 30\n"
+                 ".byte 1\n.zero 15\n.popsection");
     uint32_t word[16] = {};
     LOAD(0, from, kStride);
     STORE(0, word, 4);

@@ -60,6 +60,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("this processor has AMX: test_contract_on[amx] uses the unit itself")
     if (problem := _problem("avx512_bf16", ROOT)) != "None":
         pytest.skip(f"the code around the tiles: {problem}")
+    compiler = (os.environ.get("CXX", "c++"), "-mamx-bf16", "-fsyntax-only", "-x", "c++", os.devnull)
+    if subprocess.run(compiler, capture_output=True).returncode != 0:
+        pytest.skip("the compiler has no AMX")
     options = ("-DATTN_SAMPLER_CUDA=0", "-DATTN_SAMPLER_EMULATE_AMX=ON", "-DATTN_SAMPLER_WERROR=ON")
     folder, _ = build_once(tmp_path_factory, "emulate_amx", *python_module(), *options)
     return folder
@@ -78,9 +81,9 @@ def test_contract_on_emulated_amx(emulation: Path, tmp_path: Path) -> None:
     (module,) = emulation.glob("_C.*.so")
     shutil.copy(module, package)
     assert _problem("amx", tmp_path) == "None"
-    # The emulator needs the signal that pytest's faulthandler would take.
-    files = ("test_column_scores.py", "test_attention_map.py")
-    printed = _run_tests("amx", tmp_path, "-p", "no:faulthandler", *files)
+    # The emulator needs the signal that pytest's faulthandler would take, and to be heard when it refuses.
+    options = ("-p", "no:faulthandler", "--capture=sys")
+    printed = _run_tests("amx", tmp_path, *options, "test_column_scores.py", "test_attention_map.py")
     products = re.search(r"amx_emulator: (\d+) tile products", printed)
     assert products is not None
     assert int(products[1]) > 1000, "the tests must reach the tiles"
