@@ -5,7 +5,8 @@
  * refused, with #UD or #GP, ends the process with a message. Any other SIGILL goes to who had the signal
  * before, for good. Python's faulthandler would take the signal away: leave it off.
  *
- * At exit the number of products is printed, so that a test can tell that there were any.
+ * At exit it prints the number of products, so that a test can tell that there were any, and how many threads
+ * have not released their tiles.
  */
 #include <signal.h>
 #include <ucontext.h>
@@ -255,7 +256,11 @@ __attribute__((constructor)) void install() {
 }
 
 __attribute__((destructor)) void report() {
-    fprintf(stderr, "amx_emulator: %llu tile products\n", static_cast<unsigned long long>(products.load()));
+    int unreleased = 0;
+    for (const Unit &each : units)
+        unreleased += each.taken.load();
+    fprintf(stderr, "amx_emulator: %llu tile products, %d threads with tiles left\n",
+            static_cast<unsigned long long>(products.load()), unreleased);
 }
 
 } // namespace

@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -41,7 +42,7 @@ void release() { asm volatile("tilerelease"); }
 #define STORE(number, data, stride)                                                                          \
     asm volatile("tilestored %%tmm" #number ", (%0,%1,1)" ::"r"(data), "r"(int64_t{stride}) : "memory")
 
-int num_checks = 0;
+std::atomic<int> num_checks{0};
 
 void check(bool right, const std::string &what) {
     ++num_checks;
@@ -365,5 +366,5 @@ int main() {
     check_refused_instructions();
     check_ends(0, 3, "the previous handler", [] { asm volatile("ud2"); });
     check_ends(0, 3, "the previous handler", [] { raise(SIGILL); });
-    printf("%d checks\n", num_checks);
+    printf("%d checks\n", num_checks.load());
 }

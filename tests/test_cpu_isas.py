@@ -84,6 +84,6 @@ def test_contract_on_emulated_amx(emulation: Path, tmp_path: Path) -> None:
     # The emulator needs the signal that pytest's faulthandler would take, and to be heard when it refuses.
     options = ("-p", "no:faulthandler", "--capture=sys")
     printed = _run_tests("amx", tmp_path, *options, "test_column_scores.py", "test_attention_map.py")
-    products = re.search(r"amx_emulator: (\d+) tile products", printed)
-    assert products is not None
+    products = re.search(r"amx_emulator: (\d+) tile products, 0 threads with tiles left", printed)
+    assert products is not None, printed
     assert int(products[1]) > 1000, "the tests must reach the tiles"
