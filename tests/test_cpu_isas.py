@@ -1,19 +1,20 @@
 """The contract's tests again, once for each instruction set that the CPU kernels can be pinned to.
 
-The AMX kernels also run where the processor has no AMX: their tiles are then plain arrays, which proves the
-index arithmetic, though not the unit.
+The AMX kernels also run where the processor has no AMX: there an emulator (amx_emulator.cpp) executes the
+instructions that the compiler made, as Intel's manual describes them. That says nothing of the unit itself.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cmake_build import ROOT, build, python_module
+from cmake_build import ROOT, build_once, python_module
 
 from attn_sampler import _core
 
@@ -32,16 +33,17 @@ def _problem(isa: str, package_root: Path) -> str:
     ).stdout.strip()
 
 
-def _run_tests(isa: str, package_root: Path, *files: str) -> None:
+def _run_tests(isa: str, package_root: Path, *arguments: str) -> str:
+    """Run the contract's tests, given as pytest's arguments; what the run printed to stderr."""
     command = [
         *(sys.executable, "-m", "pytest", "-q", "--backend", "cpu", "-m", "not slow and not long"),
-        *("-p", "no:cacheprovider", "-o", f"pythonpath={package_root}"),
-        *(str(ROOT / "tests" / name) for name in files),
+        *("-p", "no:cacheprovider", "-o", f"pythonpath={package_root}", *arguments),
     ]
     environment = {**os.environ, "ATTN_SAMPLER_CPU_ISA": isa, "PYTHONPATH": str(package_root)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
+    return result.stderr
 
 
 @pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
@@ -51,15 +53,37 @@ def test_contract_on(isa: str) -> None:
     _run_tests(isa, ROOT, *TESTS)
 
 
-def test_contract_on_emulated_amx(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build whose AMX kernels run on the emulator."""
+    if _problem("amx", ROOT) == "None":
+        pytest.skip("this processor has AMX: test_contract_on[amx] uses the unit itself")
     if (problem := _problem("avx512_bf16", ROOT)) != "None":
         pytest.skip(f"the code around the tiles: {problem}")
-    folder = tmp_path / "build"
-    folder.mkdir()
-    build(folder, *python_module(), "-DATTN_SAMPLER_CUDA=0", "-DATTN_SAMPLER_EMULATE_AMX=ON")
+    compiler = (os.environ.get("CXX", "c++"), "-mamx-bf16", "-fsyntax-only", "-x", "c++", os.devnull)
+    if subprocess.run(compiler, capture_output=True).returncode != 0:
+        pytest.skip("the compiler has no AMX")
+    options = ("-DATTN_SAMPLER_CUDA=0", "-DATTN_SAMPLER_EMULATE_AMX=ON", "-DATTN_SAMPLER_WERROR=ON")
+    folder, _ = build_once(tmp_path_factory, "emulate_amx", *python_module(), *options)
+    return folder
+
+
+def test_amx_emulator(emulation: Path) -> None:
+    """Instructions, addressing, arithmetic and refusals against values worked out by hand."""
+    result = subprocess.run([emulation / "amx_emulator_check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.fullmatch(r"\d+ checks\n", result.stdout)
+
+
+def test_contract_on_emulated_amx(emulation: Path, tmp_path: Path) -> None:
     package = tmp_path / "attn_sampler"
     shutil.copytree(ROOT / "attn_sampler", package, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
-    (module,) = folder.glob("_C.*.so")
+    (module,) = emulation.glob("_C.*.so")
     shutil.copy(module, package)
     assert _problem("amx", tmp_path) == "None"
-    _run_tests("amx", tmp_path, "test_column_scores.py", "test_attention_map.py")
+    # The emulator needs the signal that pytest's faulthandler would take, and to be heard when it refuses.
+    options = ("-p", "no:faulthandler", "--capture=sys")
+    printed = _run_tests("amx", tmp_path, *options, "test_column_scores.py", "test_attention_map.py")
+    products = re.search(r"amx_emulator: (\d+) tile products, 0 threads with tiles left", printed)
+    assert products is not None, printed
+    assert int(products[1]) > 1000, "the tests must reach the tiles"

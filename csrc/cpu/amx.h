@@ -1,61 +1,15 @@
-/* Products of bfloat16 rows on AMX tiles. ATTN_SAMPLER_AMX is defined where they are compiled in.
- *
- * With ATTN_SAMPLER_AMX_EMULATED the tiles are plain arrays, so that the index arithmetic can be tested on
- * processors without the unit.
- */
+/* Products of bfloat16 rows on AMX tiles. ATTN_SAMPLER_AMX is defined where they are compiled in. */
 #ifndef ATTN_SAMPLER_CPU_AMX_H_
 #define ATTN_SAMPLER_CPU_AMX_H_
 
 #include "cpu/simd.h"
 
-#if defined(__AMX_BF16__) || defined(ATTN_SAMPLER_AMX_EMULATED)
+#if defined(__AMX_BF16__)
 #define ATTN_SAMPLER_AMX 1
 
 namespace attn_sampler {
 namespace {
 
-#if defined(ATTN_SAMPLER_AMX_EMULATED)
-struct Tiles {
-    float sum[4][16][16];
-    float a[2][16][16], b[2][16][16];
-
-    void zero() { memset(sum, 0, sizeof(sum)); }
-    template <int kIndex>
-    void load_a(const void *p, int64_t stride) {
-        copy(a[kIndex], p, stride);
-    }
-    template <int kIndex>
-    void load_b(const void *p, int64_t stride) {
-        copy(b[kIndex], p, stride);
-    }
-    template <int kIndex>
-    void store_sum(float *p, int64_t stride) {
-        for (int r = 0; r < 16; ++r)
-            memcpy(reinterpret_cast<char *>(p) + r * stride, sum[kIndex][r], 64);
-    }
-    template <int kA, int kB>
-    void multiply() {
-        for (int m = 0; m < 16; ++m)
-            for (int pair = 0; pair < 16; ++pair)
-                for (int n = 0; n < 16; ++n)
-                    for (int half = 0; half < 2; ++half)
-                        sum[2 * kA + kB][m][n] += value(a[kA][m][pair], half) * value(b[kB][pair][n], half);
-    }
-
-    static void copy(float (*tile)[16], const void *p, int64_t stride) {
-        for (int r = 0; r < 16; ++r)
-            memcpy(tile[r], static_cast<const char *>(p) + r * stride, 64);
-    }
-    static float value(float word, int half) {
-        uint32_t bits;
-        memcpy(&bits, &word, 4);
-        bits = half == 0 ? bits << 16 : bits & 0xFFFF0000u;
-        float result;
-        memcpy(&result, &bits, 4);
-        return result;
-    }
-};
-#else
 /* Eight tiles of 16 rows of 64 bytes. */
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -119,7 +73,6 @@ struct Tiles {
             _tile_dpbf16ps(3, 5, 7);
     }
 };
-#endif
 
 /* c[done][width] = a[done][words] b[words][width] for as many whole blocks of 32 rows as there are; returns
  * done. The packed operand is laid out as a tile wants it: a row holds pair d of all columns. */
