@@ -301,7 +301,7 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
         const bool excludes = excluded >= v && excluded < v + n;
         const char *const logits = row + v * kSize;
         const char *const next =
-            row + min_of(v + kChunk, last - 1) * kSize; /* a fetch past the end is no read */
+            row + min_of(v + kChunk, p.vocab - 1) * kSize; /* a fetch past the end is no read */
         const auto take = [&](const auto &chunk) {
             const float chunk_max = chunk.template add_to<kMetric>(state, next);
             /* Strictly larger ones only, so that the lowest wins ties. Which token of the chunk is found out
@@ -382,16 +382,20 @@ bool token_confidence(const ConfidenceProblem &p) {
         const ConfidenceProblem &p;
         Code code;
         State *state;
-        int64_t splits, tokens_per_split;
-    } context{p, code_for(p.dtype, p.params.metric), state, splits, tokens_per_split};
+        int64_t splits, tokens_per_split, splits_per_task;
+    } context{p, code_for(p.dtype, p.params.metric), state, splits, tokens_per_split, 1};
+    if (rows >= kTasks) /* whole rows, which a core fetches best, are tasks enough */
+        context.splits_per_task = splits;
     parallel_for(
-        p.num_threads, rows * splits,
-        [](void *opaque, int64_t index, int) {
+        p.num_threads, rows * splits / context.splits_per_task,
+        [](void *opaque, int64_t task, int) {
             const Context &c = *static_cast<Context *>(opaque);
-            const int64_t row = index / c.splits;
-            const int64_t first = min_of(index % c.splits * c.tokens_per_split, c.p.vocab);
-            const int64_t last = min_of(first + c.tokens_per_split, c.p.vocab);
-            c.state[index] = c.code.scan(c.p, row / c.p.positions, row % c.p.positions, first, last);
+            for (int64_t i = task * c.splits_per_task; i < (task + 1) * c.splits_per_task; ++i) {
+                const int64_t row = i / c.splits;
+                const int64_t first = min_of(i % c.splits * c.tokens_per_split, c.p.vocab);
+                const int64_t last = min_of(first + c.tokens_per_split, c.p.vocab);
+                c.state[i] = c.code.scan(c.p, row / c.p.positions, row % c.p.positions, first, last);
+            }
         },
         &context);
     for (int64_t row = 0; row < rows; ++row) {
