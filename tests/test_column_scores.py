@@ -396,6 +396,16 @@ def test_large_logits_do_not_overflow(backend, device):
     torch.testing.assert_close(scores.sum(dim=1), torch.full((2,), 36.0, device=device), rtol=1e-3, atol=0.0)
 
 
+@pytest.mark.parametrize("scale", [-0.3, -2.0, 0.0, 1e-37])
+@pytest.mark.parametrize("infinite", [False, True])
+def test_any_scale(backend, device, scale, infinite):
+    """Where the scale is not positive, or as good as 0, the largest product need not be the largest logit."""
+    problem = small_problem(device, softmax_scale=scale)
+    if infinite:
+        problem.k[0, 0, 5, 3] = torch.inf
+    judge("column_scores", backend, problem)
+
+
 def test_no_gradient(backend, device):
     problem = small_problem(device)
     out = torch.zeros(2, 21, device=device)

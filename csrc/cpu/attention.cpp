@@ -158,7 +158,7 @@ struct Softmax {
         }
     }
 
-    bool keeps_products() const { return !plan.p.params.causal && scale > 0.0f; }
+    bool keeps_products() const { return !plan.p.params.causal && scale > 0x1p-100f; }
 
     /* Takes in the keys at these addresses and positions, up to kTile of them, before those at `next`, for
      * the packed rows at their positions. Leaves the exponentials, 0 where a row does not see a key, in
@@ -174,13 +174,14 @@ struct Softmax {
             if (!keeps_products())
                 scale_logits(at, count, load<VecI>(position + j), width, x + j, top + j);
             const VecF shift = shift_of(load<VecF>(top + j));
-            VecF total = load<VecF>(sum + j) * exp2_vec(load<VecF>(before + j) - shift, unit);
+            const VecF earlier = load<VecF>(sum + j) * exp2_vec(load<VecF>(before + j) - shift, unit);
+            VecF total{}; /* of this block: long sums lose precision */
             for (int64_t i = 0; i < count; ++i) {
                 const VecF e = exp2_vec(load<VecF>(x + i * width + j) - shift, unit);
                 store(x + i * width + j, e);
                 total += e;
             }
-            store(sum + j, total);
+            store(sum + j, earlier + total);
         }
     }
 

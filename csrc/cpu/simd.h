@@ -137,8 +137,9 @@ inline VecF add_units(VecF x, float unit, VecF y) {
     return __builtin_constant_p(unit) && unit == 1.0f ? x + y : multiply_add(x, splat(unit), y);
 }
 
-/* Two factors of 2^(x unit), with relative error below 2e-7 + 1e-8 |x unit|, where that exponent is in
- * [-126, 128]; one is NaN where x is. */
+/* Two factors of 2^(x unit), where that exponent is in [-126, 127.5]; one is NaN where x is. The relative
+ * error is below 2.5e-7, and where the unit is not 1, 1e-8 |x unit| more, or 6e-8 |x unit| without
+ * multiply-adds. */
 struct Exp2Factors {
     VecF near_one, power;
 };
@@ -185,8 +186,8 @@ inline VecF add_exp2(VecF sum, VecF x, float unit) {
 #endif
 }
 
-/* 2^(x unit), the unit being positive; 0 where that exponent is below -126.5, inf from 128 on; NaN stays NaN.
- * Never into the slow denormals. */
+/* 2^(x unit), the unit being positive; 0 where that exponent is below -126.5, inf from 127.5 or 128 on; NaN
+ * stays NaN. Never into the slow denormals. */
 inline VecF exp2_vec(VecF x, float unit) {
 #if defined(__AVX512F__)
     const Exp2Factors e = exp2_factors(smaller(splat(128.0f / unit), x), unit);
