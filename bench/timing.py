@@ -1,7 +1,7 @@
 """Clocks, peak memory and measured ceilings of a device.
 
-Every sample is taken with cold caches: before each, a buffer larger than the last-level cache goes through them.
-Candidates take turns, so that what disturbs the machine disturbs them alike.
+Every sample is taken with cold caches: before each, a buffer larger than the last-level cache goes through
+them. Candidates take turns, so that what disturbs the machine disturbs them alike.
 """
 
 from __future__ import annotations

@@ -76,9 +76,8 @@ struct Tiles {
 
 /* c[done][width] = a[done][words] b[words][width] for as many whole blocks of 32 rows as there are; returns
  * done. The packed operand is laid out as a tile wants it: a row holds pair d of all columns. */
-inline int64_t multiply_amx(const char *a, int64_t a_stride, int64_t rows, const float *b, int width,
-                            int64_t words, float *c) {
-    const int64_t done = rows / 32 * 32;
+inline int64_t multiply_amx(const Rows &a, const float *b, int width, int64_t words, float *c) {
+    const int64_t done = a.count / 32 * 32;
     if (words % 16 != 0 || width % 32 != 0 || done == 0)
         return 0;
     const int64_t width_bytes = int64_t{width} * 4;
@@ -87,10 +86,12 @@ inline int64_t multiply_amx(const char *a, int64_t a_stride, int64_t rows, const
         for (int j = 0; j < width; j += 32) {
             tiles.zero();
             for (int64_t d = 0; d < words; d += 16) {
-                tiles.load_a<0>(a + r * a_stride + d * 4, a_stride);
-                tiles.load_a<1>(a + (r + 16) * a_stride + d * 4, a_stride);
+                tiles.load_a<0>(a.row(r) + d * 4, a.stride);
+                tiles.load_a<1>(a.row(r + 16) + d * 4, a.stride);
                 tiles.load_b<0>(b + d * width + j, width_bytes);
                 tiles.load_b<1>(b + d * width + j + 16, width_bytes);
+                for (int64_t ahead = r + 32; j == 0 && ahead < r + 64; ++ahead)
+                    __builtin_prefetch(a.row(ahead) + d * 4);
                 tiles.multiply<0, 0>();
                 tiles.multiply<0, 1>();
                 tiles.multiply<1, 0>();

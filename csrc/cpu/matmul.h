@@ -33,14 +33,6 @@ struct Bf16Words {
 };
 #endif
 
-/* Rows of words as `multiply` walks them. */
-struct Rows {
-    const char *data;
-    int64_t stride; /* bytes */
-    int64_t count;
-    const char *next; /* the first of the rows that will be wanted after these, or anything, to be fetched */
-};
-
 /* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...], a's first rows. Raises top[...], if there is
  * one, to the largest of each column. */
 template <typename Words, int kRows, int kVectors>
@@ -55,8 +47,7 @@ inline void micro_kernel(const Rows &a, const float *b, int width, int64_t words
         if (d % 16 == 0) /* a cache line of the rows after these */
 #pragma GCC unroll 16
             for (int r = kRows; r < 2 * kRows; ++r)
-                __builtin_prefetch((r < a.count ? a.data + r * a.stride : a.next + (r - a.count) * a.stride) +
-                                   d * 4);
+                __builtin_prefetch(a.row(r) + d * 4);
         VecF column[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v)
@@ -108,7 +99,7 @@ template <typename Words>
 inline void multiply(Rows a, const float *b, int width, int64_t words, float *c, float *top = nullptr) {
 #if defined(ATTN_SAMPLER_AMX)
     if constexpr (Words::kElements == 2) {
-        const int64_t done = multiply_amx(a.data, a.stride, a.count, b, width, words, c);
+        const int64_t done = multiply_amx(a, b, width, words, c);
         for (int j = 0; top != nullptr && j < width; j += kLanes) {
             VecF largest = load<VecF>(top + j);
             for (int64_t r = 0; r < done; ++r)

@@ -337,6 +337,16 @@ inline float largest_lane(VecF v) {
     return combine_lanes<float, kLanes>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
+/* Rows that a product walks. */
+struct Rows {
+    const char *data;
+    int64_t stride; /* bytes */
+    int64_t count;
+    const char *next; /* the first of the rows that will be wanted after these, or anything, to be fetched */
+
+    const char *row(int64_t r) const { return r < count ? data + r * stride : next + (r - count) * stride; }
+};
+
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
