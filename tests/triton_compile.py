@@ -115,7 +115,7 @@ def confidence(
 ) -> None:
     logits = torch.empty(1, 32, vocab, dtype=dtype)
     ids = torch.empty(1, 32, dtype=torch.int64)
-    kernels.token_confidence(ids, torch.empty(1, 32), logits, None, metric, temperature, 7, 126336)
+    kernels.token_confidence(ids, torch.empty(1, 32), logits, None, metric, temperature, 7, 126336, 0)
 
 
 def select() -> None:
