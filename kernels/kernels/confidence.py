@@ -305,7 +305,8 @@ def token_partials(
 ) -> Tensor:
     """Mergeable partials of every row, float32 ``[7, B * C, S]`` for S splits of the vocabulary.
 
-    Token t draws the noise of token ``vocab_start + t``. ``counters`` (int32) are set to 0 on the way.
+    Token t draws the noise of token ``vocab_start + t``; sampling reads the logits in vectors only where that
+    start is a multiple of 4. ``counters`` (int32) are set to 0 on the way.
     """
     batch, positions, vocab = logits.shape
     parameters = launch.config(
