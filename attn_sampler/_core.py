@@ -188,6 +188,7 @@ def token_confidence(
     temperature: float,
     seed: int,
     exclude_token_id: int,
+    vocab_start: int,
 ) -> None:
     arguments = (
         *map(_view, (token_ids, confidence, logits)),
@@ -195,6 +196,7 @@ def token_confidence(
         temperature,
         seed if seeds is None else _view(seeds),
         None if exclude_token_id < 0 else exclude_token_id,
+        vocab_start,
     )
     _run(_C.token_confidence, logits, arguments)
 

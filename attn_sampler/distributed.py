@@ -107,9 +107,8 @@ def token_confidence(
 
     Notes
     -----
-    The logits are read once for ``"probability"`` and twice for the others. Sampling also copies them behind
-    ``vocab_start`` columns of -inf, so that each token meets its own noise: on the last rank, the memory and
-    time of the whole vocabulary.
+    The logits are read twice for ``"probability"``, three times for the others, and once more where tokens
+    are sampled. They are never copied.
     """
     shard = _Shard(logits, vocab_start, vocab_size, metric, temperature, seed, exclude_token_id, backend)
     return shard.merge(_gather(torch.stack(shard.statistics()), group))
@@ -310,23 +309,16 @@ class _Shard:
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """The shard's sampled token, counted in the shard, and the noisy logit that it won with."""
-        logits, start = self.logits, self.start
-        if start > 0:
-            batch, count, width = logits.shape
-            padded = logits.new_full((batch, count, start + width), -torch.inf)
-            padded[..., start:] = logits
-            logits = padded
         ids, _ = functional.token_confidence(
-            logits,
+            self.logits,
             temperature=self.temperature,
             seed=self.seed,
-            exclude_token_id=None if self.exclude is None else self.exclude + start,
+            exclude_token_id=self.exclude,
+            vocab_start=self.start,
             backend=self.backend,
         )
-        # Padding wins only where every noisy logit is -inf; the shard's lowest token stands for it.
-        ids = torch.where(ids < start, start + int(self.exclude == 0), ids)
-        logit = logits.gather(-1, ids[..., None]).squeeze(-1)
-        return ids - start, logit.float() * (1.0 / self.temperature) + self._noise(ids)
+        logit = self.logits.gather(-1, ids[..., None]).squeeze(-1)
+        return ids, logit.float() * (1.0 / self.temperature) + self._noise(ids + self.start)
 
     def _noise(self, ids: Tensor) -> Tensor:
         """The noise of one token [B, C] at each position."""

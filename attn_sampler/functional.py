@@ -30,6 +30,7 @@ _OPS = torch.ops.attn_sampler
 ROWS = ("all", "masked")
 REDUCTIONS = ("sum", "mean", "max")
 _INT64_MIN, _UINT64_END = -(1 << 63), 1 << 64
+_MAX_VOCAB = 1 << 34  # the sampling stream counts groups of 4 tokens in 32 bits
 _MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
 
 
@@ -251,6 +252,7 @@ def token_confidence(
     temperature: float = 0.0,
     seed: int | Tensor | None = None,
     exclude_token_id: int | None = None,
+    vocab_start: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The predicted token of each position and how sure the model is of it.
@@ -273,6 +275,10 @@ def token_confidence(
         to the last bit on every backend.
     exclude_token_id
         A token treated as absent from the vocabulary (such as the mask token).
+    vocab_start
+        Where ``logits`` are a part of the vocabulary, the place of the first one in the whole: at least 0,
+        and ``vocab_start + V`` at most 2^34. It moves the noise and nothing else: token t draws that of token
+        ``vocab_start + t``. ``token_ids`` and ``exclude_token_id`` are counted in ``logits``.
     backend
         As in ``column_scores``.
 
@@ -289,7 +295,7 @@ def token_confidence(
     """
     if ops.is_direct(backend, logits) and logits.dim() == 3:
         outputs = ops.token_confidence_outputs(logits)
-        options = (metric, temperature, seed, exclude_token_id)
+        options = (metric, temperature, seed, exclude_token_id, vocab_start)
         if _core.attempt("token_confidence", logits, (*outputs, logits, *options)):
             return outputs
     checks.choice("backend", backend, BACKEND_CHOICES)
@@ -302,6 +308,7 @@ def token_confidence(
         checks.integer("exclude_token_id", exclude_token_id, 0, vocab)
         if vocab == 1:
             raise ValueError("exclude_token_id: the vocabulary's only token cannot be excluded")
+    checks.integer("vocab_start", vocab_start, 0, _MAX_VOCAB - vocab + 1)
     return _OPS.token_confidence(
         logits,
         seeds,
@@ -309,6 +316,7 @@ def token_confidence(
         temperature,
         seed,
         -1 if exclude_token_id is None else exclude_token_id,
+        vocab_start,
         backend,
     )
 

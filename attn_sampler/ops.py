@@ -36,7 +36,7 @@ for _schema in (
     f"column_scores(Tensor(a!) out, {_COLUMN_SCORES}) -> ()",
     f"attention_map(Tensor(a!) out, {_ATTENTION_MAP}) -> ()",
     "token_confidence(Tensor logits, Tensor? seeds, str metric, float temperature, SymInt seed, "
-    "SymInt exclude_token_id, str backend) -> (Tensor token_ids, Tensor confidence)",
+    "SymInt exclude_token_id, SymInt vocab_start, str backend) -> (Tensor token_ids, Tensor confidence)",
     "select_tokens(Tensor scores, Tensor confidence, Tensor masked, str policy, float tau, "
     "str fallback, str backend) -> Tensor",
     "decode_step(Tensor(a!) tokens, Tensor(b!) scores, Tensor logits, Tensor[] q, Tensor[] k, "
@@ -171,6 +171,7 @@ class _Reference:
         temperature: float,
         seed: int,
         exclude_token_id: int,
+        vocab_start: int,
     ) -> None:
         ids, value = reference.token_confidence(
             logits,
@@ -178,6 +179,7 @@ class _Reference:
             temperature=temperature,
             seed=seed if seeds is None else seeds,
             exclude_token_id=None if exclude_token_id < 0 else exclude_token_id,
+            vocab_start=vocab_start,
         )
         token_ids.copy_(ids)
         confidence.copy_(value)

@@ -140,6 +140,7 @@ def token_confidence(
     temperature: float = 0.0,
     seed: int | Tensor | None = None,  # one stream, or [B] int64: one for each row
     exclude_token_id: int | None = None,
+    vocab_start: int = 0,  # whose noise the first token draws
 ) -> tuple[Tensor, Tensor]:
     """The predicted token [B, C] and its confidence [B, C]."""
     vocab = torch.arange(logits.shape[-1], device=logits.device)
@@ -152,7 +153,8 @@ def token_confidence(
     if temperature > 0.0:
         assert seed is not None
         # In float32 for every dtype, the inverse too: the product and the sum are each rounded once.
-        key = x.to(torch.float32) * (1.0 / temperature) + gumbel_noise(logits.shape, seed, logits.device)
+        noise = gumbel_noise(logits.shape, seed, logits.device, vocab_start)
+        key = x.to(torch.float32) * (1.0 / temperature) + noise
     key = key.masked_fill(key.isnan(), -_INF)
     best = (key == key.amax(dim=-1, keepdim=True)) & present
     token_ids = vocab.where(best, logits.shape[-1]).amin(dim=-1)  # the lowest token wins ties
@@ -262,17 +264,20 @@ def decode_step(
 # subtractions and multiplications in float32, each rounded once, and no library logarithm.
 
 
-def gumbel_noise(shape: Sequence[int], seed: int | Tensor, device: torch.device) -> Tensor:
-    """Standard Gumbel noise, float32 [B, C, V], of the stream (seed, position, token)."""
+def gumbel_noise(
+    shape: Sequence[int], seed: int | Tensor, device: torch.device, vocab_start: int = 0
+) -> Tensor:
+    """Standard Gumbel noise, float32 [B, C, V], of the stream (seed, position, token), from a token on."""
     batch, positions, vocab = shape
-    groups = -(-vocab // 4)
+    skipped = vocab_start % 4  # tokens of the first group
+    groups = -(-(skipped + vocab) // 4)
     if not isinstance(seed, Tensor):
         seed = torch.full((batch,), seed, dtype=torch.int64, device=device)
     key = seed[:, None, None]
-    group = torch.arange(groups, device=device)[None, None, :]
+    group = vocab_start // 4 + torch.arange(groups, device=device)[None, None, :]
     position = torch.arange(positions, device=device)[None, :, None]
     words = torch.stack(philox(key, group, position), dim=-1)  # [B, C, groups, 4]
-    return gumbel(words.reshape(batch, positions, groups * 4)[..., :vocab])
+    return gumbel(words.reshape(batch, positions, groups * 4)[..., skipped : skipped + vocab])
 
 
 def gumbel(words: Tensor) -> Tensor:

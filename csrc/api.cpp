@@ -315,6 +315,10 @@ ConfidenceProblem check_confidence(const Tensor *logits, const Tensor *seeds,
     if (!(params.temperature == 0.0 || (params.temperature >= 0x1p-120 && std::isfinite(params.temperature))))
         fail(ATTN_SAMPLER_INVALID_ARGUMENT,
              "params.temperature: expected 0, or a finite number >= 2^-120, got %g", params.temperature);
+    constexpr int64_t kMaxVocab = int64_t{1} << 34; /* groups of 4 are counted in 32 bits */
+    if (params.vocab_start < 0 || params.vocab_start > kMaxVocab - p.vocab)
+        fail(ATTN_SAMPLER_INVALID_ARGUMENT, "params.vocab_start: expected 0 to %lld, got %lld",
+             static_cast<long long>(kMaxVocab - p.vocab), static_cast<long long>(params.vocab_start));
     p.dtype = logits->dtype;
     p.logits = logits->data;
     copy_strides(logits, p.logits_stride, 2);
@@ -460,6 +464,7 @@ void decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_
              static_cast<long long>(logits->shape[2] - 1), static_cast<long long>(params->mask_token_id));
     attn_sampler_confidence_params confidence_params = params->confidence;
     confidence_params.exclude_token_id = params->mask_token_id;
+    confidence_params.vocab_start = 0;
     const ConfidenceProblem predict =
         check_confidence(logits, seeds, confidence_params, token_ids, confidence, num_threads);
     check_select_params(params->select);

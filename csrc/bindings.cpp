@@ -342,7 +342,7 @@ int64_t attention_map(py::handle out, py::handle q, py::handle k, py::handle sof
 
 int64_t token_confidence(py::handle token_ids, py::handle confidence, py::handle logits, py::handle metric,
                          py::handle temperature, py::handle seed, py::handle exclude_token_id,
-                         const py::tuple &where) {
+                         py::handle vocab_start, const py::tuple &where) {
     Views view(4);
     const auto *const token_ids_ = view(token_ids), *const confidence_ = view(confidence),
                       *const logits_ = view(logits);
@@ -353,6 +353,7 @@ int64_t token_confidence(py::handle token_ids, py::handle confidence, py::handle
         if (params.exclude_token_id < 0 || params.exclude_token_id >= logits_->shape[2])
             throw Refused("expected a token of the vocabulary");
     }
+    params.vocab_start = integer(vocab_start);
     const attn_sampler_exec exec = exec_of(where);
     return run(
         [&] {

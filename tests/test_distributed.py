@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_sampler import distributed, token_confidence
+from attn_sampler import distributed, reference, token_confidence
 from attn_sampler.reference import StepResult
 from tests.distributed_cases import CASES, Case, adapters_step
 
@@ -137,6 +137,19 @@ def test_any_split_of_the_vocabulary(data: st.DataObject):
     ids, confidence = shards[0].merge(torch.stack([torch.stack(shard.statistics()) for shard in shards]))
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(confidence, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+def test_sampling_costs_the_shard_alone():
+    """The tokens before it would fill the memory."""
+    logits, start = CASES["ties"].logits, (1 << 33) + 3
+    drawn = {"temperature": 0.5, "seed": 4}
+    shard = distributed._Shard(logits, start, 1 << 34, "probability", 0.5, 4, None, "auto")
+    *_, token, logit, noisy = shard.statistics()
+    ids, _ = token_confidence(logits, vocab_start=start, **drawn)
+    noise = reference.gumbel_noise(logits.shape, 4, logits.device, start)
+    assert torch.equal(token, (start + ids).double())
+    assert torch.equal(logit, logits.gather(-1, ids[..., None]).squeeze(-1).double())
+    assert torch.equal(noisy, (2.0 * logits + noise).amax(dim=-1).double())
 
 
 def test_sum_scores(results: list[dict]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -199,6 +200,57 @@ def test_seeds_are_streams(backend, device):
     assert sample(7, one_position).unique().numel() > 4  # each position has its own noise
 
 
+@pytest.mark.parametrize(
+    ("metric", "dtype", "bounds", "excluded"),
+    [
+        *((metric, torch.float32, (0, 1, 6, 7, 500, 998, 1003), 6) for metric in METRICS),
+        ("margin", torch.bfloat16, (0, 3, 4102, 20_503), 4101),
+        ("entropy", torch.float16, (0, 2, 2049, 5001), None),
+    ],
+)
+def test_shards_draw_the_noise_of_the_whole_vocabulary(backend, device, metric, dtype, bounds, excluded):
+    """The shards' tokens are those that are best of their shard; the best of them is that of the whole."""
+    logits = normal(10, 2, 3, bounds[-1]).mul(2).to(device, dtype)
+    temperature, seed = 0.8, torch.tensor([-5, 1 << 40], device=device)
+    options = {"metric": metric, "temperature": temperature, "seed": seed, "backend": backend}
+    whole, _ = token_confidence(logits, exclude_token_id=excluded, **options)
+    keys = logits.float() * (1.0 / temperature) + reference.gumbel_noise(logits.shape, seed, device)
+    winners = []
+    for lo, hi in itertools.pairwise(bounds):
+        alone = torch.full_like(logits, -INF)
+        alone[..., lo:hi] = logits[..., lo:hi]
+        here = excluded is not None and lo <= excluded < hi
+        if here and hi - lo == 1:
+            continue  # nothing to choose
+        ids, confidence = token_confidence(
+            logits[..., lo:hi], exclude_token_id=excluded - lo if here else None, vocab_start=lo, **options
+        )
+        expected_ids, expected = token_confidence(alone, exclude_token_id=excluded, **options)
+        assert torch.equal(lo + ids, expected_ids)
+        torch.testing.assert_close(confidence, expected, rtol=1e-5, atol=1e-6)
+        winners.append(lo + ids)
+    ids = torch.stack(winners, dim=-1)
+    assert torch.equal(ids.gather(-1, keys.gather(-1, ids).argmax(-1, keepdim=True)).squeeze(-1), whole)
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 64, 2047, 4096])
+@pytest.mark.parametrize("start", [1, 2, 3, 126_464, (1 << 31) - 3, (1 << 34) - 4096])
+def test_a_shard_may_start_anywhere(backend, device, start, vocab):
+    logits = normal(start % 97, 1, 4, vocab, dtype=torch.bfloat16).to(device)
+    logits[0, 0] = -INF  # the lowest token of the shard is taken, and none before it
+    logits[0, 1, 0] = NAN
+    excluded = 0 if vocab > 1 and start % 2 else None
+    judge(backend, logits, temperature=0.7, seed=start, vocab_start=start, exclude_token_id=excluded)
+
+
+def test_without_sampling_the_start_of_the_vocabulary_changes_nothing(backend, device):
+    logits = normal(11, 2, 3, 1001).to(device)
+    for metric in METRICS:
+        expected = token_confidence(logits, metric=metric, backend=backend)
+        moved = token_confidence(logits, metric=metric, vocab_start=1003, backend=backend)
+        assert all(map(torch.equal, moved, expected))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_splitting_the_batch_changes_nothing(backend, device, temperature):
     logits = normal(6, 6, 5, 1000, dtype=torch.bfloat16).to(device)
@@ -221,7 +273,7 @@ def test_every_element_of_the_outputs_is_written(backend, device):
         token_ids = torch.full((3, 5), -7, device=device)
         confidence = torch.full((3, 5), NAN, device=device)
         ops.implementation(backend).token_confidence(
-            token_ids, confidence, logits, None, "probability", 0.0, 0, -1
+            token_ids, confidence, logits, None, "probability", 0.0, 0, -1, 0
         )
         expected_ids, expected = token_confidence(logits, backend=backend)
         assert torch.equal(token_ids, expected_ids)
@@ -265,6 +317,13 @@ def test_philox_known_answer():
     """The published test vectors of Philox4x32-10 whose upper counter words are 0."""
     words = reference.philox(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]))
     assert [hex(w.item()) for w in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+def test_noise_of_a_part_of_the_vocabulary():
+    whole = reference.gumbel_noise((2, 3, 1001), 5, torch.device("cpu"))
+    for start in (1, 2, 3, 4, 500, 1000):
+        part = reference.gumbel_noise((2, 3, 1001 - start), 5, torch.device("cpu"), start)
+        assert torch.equal(part, whole[..., start:])
 
 
 def test_noise_is_gumbel():

@@ -73,8 +73,8 @@ def calls(x: dict, backend: str) -> dict:
         ],
         "attention_map": [(weights, *attention, 1, 4, 4, 8, *options, False, False, backend)],
         "token_confidence": [
-            (x["logits"], None, "probability", 0.0, 0, -1, backend),
-            (x["logits"], x["seeds"], "entropy", 0.7, 0, MASK, backend),
+            (x["logits"], None, "probability", 0.0, 0, -1, 0, backend),
+            (x["logits"], x["seeds"], "entropy", 0.7, 0, MASK, 6, backend),
         ],
         "select_tokens": [(x["scores"], x["confidence"], x["masked"], "parallel", 0.9, "score", backend)],
         "decode_step": [
@@ -424,6 +424,17 @@ def test_the_extension_refuses_what_it_must_not_write():
         with pytest.raises(_core._C.Refused, match="out: expected elements that are apart in memory"):
             _core._C.column_scores(*map(_core._view, (out, q, q)), *[None] * 5, *options)
         assert not out.any()
+
+
+@pytest.mark.parametrize("start", [-1, (1 << 34) - 3])
+def test_the_extension_refuses_a_start_without_noise(start):
+    if _core.UNAVAILABLE is not None:
+        pytest.skip(_core.UNAVAILABLE)
+    outputs = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)
+    arguments = (*map(_core._view, (*outputs, torch.ones(2, 3, 4))), "probability", 1.0, 7, None, start)
+    with pytest.raises(_core._C.Refused, match=f"params.vocab_start: expected 0 to 17179869180, got {start}"):
+        _core._C.token_confidence(*arguments, (0, 1, 0, 0, 0, 0))
+    assert not any(x.any() for x in outputs)
 
 
 def test_lists_of_layers_may_change_during_a_step(monkeypatch):

@@ -112,10 +112,13 @@ def confidence(
     temperature: float = 0.0,
     dtype: torch.dtype = torch.bfloat16,
     vocab: int = 126464,
+    vocab_start: int = 0,
 ) -> None:
     logits = torch.empty(1, 32, vocab, dtype=dtype)
     ids = torch.empty(1, 32, dtype=torch.int64)
-    kernels.token_confidence(ids, torch.empty(1, 32), logits, None, metric, temperature, 7, 126336)
+    kernels.token_confidence(
+        ids, torch.empty(1, 32), logits, None, metric, temperature, 7, 126336, vocab_start
+    )
 
 
 def select() -> None:
@@ -218,6 +221,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "map, 256 columns, no LSE, D 192": functools.partial(attention_map, columns=256, lse=False, headdim=192),
     "confidence": confidence,
     "confidence, margin, sampled": functools.partial(confidence, metric="margin", temperature=0.7),
+    "confidence, sampled, a far shard": functools.partial(
+        confidence, temperature=0.7, vocab_start=(1 << 34) - 126464
+    ),
     "confidence, entropy, float32": functools.partial(confidence, metric="entropy", dtype=torch.float32),
     "select": select,
     "step, 32 layers": step,

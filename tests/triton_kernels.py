@@ -471,6 +471,7 @@ def token_confidence(logits: Tensor, **options: object) -> tuple[Tensor, Tensor]
         options.get("temperature", 0.0),
         0 if isinstance(seed, Tensor) else seed,
         -1 if exclude is None else exclude,
+        options.get("vocab_start", 0),
     )
     return token_ids, value
 
@@ -570,26 +571,16 @@ def test_noise_is_equal_to_the_last_bit() -> None:
         assert torch.equal(out.view(torch.int32), expected.contiguous().view(torch.int32))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("metric", ["probability", "margin", "entropy"])
-def test_vocabulary_shards_merge(metric: str, temperature: float) -> None:
-    """Two shards' partials give the tokens of the whole, and its confidence."""
-    vocab, cut = 3001, 1200
-    logits = (3.0 * torch.randn(2, 3, vocab, generator=generator(4))).to(DEVICE)
-    whole_ids, whole = token_confidence(
-        logits, metric=metric, temperature=temperature, seed=9, exclude_token_id=1500
-    )
-    parts = [
-        kernels.token_partials(shard, None, metric, temperature, 9, 1500, vocab_start=start)
-        for shard, start in ((logits[..., :cut], 0), (logits[..., cut:], cut))
-    ]
-    token_ids = torch.full((2, 3), -7, dtype=torch.int64, device=DEVICE)
-    value = torch.full((2, 3), NAN, device=DEVICE)
-    kernels.merge_token_partials(torch.cat(parts, dim=2), metric, token_ids, value)
-    assert torch.equal(token_ids, whole_ids)
-    torch.testing.assert_close(value, whole, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="vocab_start: expected a multiple of 4, got 6"):
-        kernels.token_partials(logits, None, metric, temperature, 9, -1, vocab_start=6)
+@pytest.mark.usefixtures("many_processors")
+@pytest.mark.parametrize("start", [0, 1, 1202, 1203, 2**31, 2**34 - 4096])
+def test_a_vocabulary_shard(start: int) -> None:
+    """Its noise is that of its place in the whole vocabulary, in splits of whole tiles too."""
+    logits = (3.0 * torch.randn(1, 2, 4096, generator=generator(4))).to(DEVICE)
+    options = {"metric": "margin", "temperature": 0.8, "seed": 9, "exclude_token_id": 1500}
+    token_ids, value = token_confidence(logits, vocab_start=start, **options)
+    expected_ids, expected = reference.token_confidence(logits, vocab_start=start, **options)
+    assert torch.equal(token_ids, expected_ids)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
 def random_selection(seed: int) -> tuple[Tensor, Tensor, Tensor, dict[str, object]]:

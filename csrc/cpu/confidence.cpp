@@ -213,6 +213,7 @@ struct VectorLane {
 struct Sampler {
     uint64_t seed;
     uint32_t position;
+    int64_t vocab_start;
     float inverse_temperature;
 
     VecF key(VecF x, VecU word) const { return x * inverse_temperature + gumbel<VectorLane>(word); }
@@ -227,12 +228,13 @@ struct Sampler {
         return (VecF) __builtin_convertvector(clamp(bits, 0.0f, 255.0f * kUnit), VecI);
     }
 
-    /* Takes the token of the largest key among the n of a chunk, if it exceeds the state's. Few tokens can
-     * win, and only their noise is worked out. */
+    /* Takes the token of the largest key among the n of a chunk, if it exceeds the state's. The first begins
+     * a group of the stream. Few tokens can win, and only their noise is worked out. */
     void choose(const float *x, int64_t n, int64_t first_token, State &state) const {
         Counters group; /* each counter good for four tokens */
         for (int i = 0; i < kLanes / 2; ++i)
-            group.a[i] = static_cast<uint64_t>(first_token / 4 + i / 2 + i % 2 * (kLanes / 4));
+            group.a[i] =
+                static_cast<uint64_t>((vocab_start + first_token) / 4 + i / 2 + i % 2 * (kLanes / 4));
         group.b = group.a + kLanes / 2;
         for (int64_t i = 0; i < n; i += 4 * kLanes, group = group + kLanes) {
             const PhiloxWords<Counters> w = philox<VectorLane>(seed, group, position);
@@ -290,12 +292,18 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
     constexpr int64_t kSize = size_of(kDtype);
     const char *const row = logits_of<kDtype>(p, b, c);
     const bool sample = p.params.temperature > 0.0;
-    const Sampler sampler{
-        p.seeds == nullptr ? p.params.seed : static_cast<uint64_t>(p.seeds[b * p.seeds_stride]),
-        static_cast<uint32_t>(c), sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f};
+    const Sampler sampler{p.seeds == nullptr ? p.params.seed
+                                             : static_cast<uint64_t>(p.seeds[b * p.seeds_stride]),
+                          static_cast<uint32_t>(c), p.params.vocab_start,
+                          sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f};
     const int64_t excluded = p.params.exclude_token_id;
     State state;
-    alignas(64) float widened[kChunk];
+    /* A chunk may begin within a group of the stream: the sampler then begins at `lead` logits of -inf. */
+    const int64_t lead = p.params.vocab_start % 4;
+    alignas(64) float buffer[kPadding + kChunk + kPadding];
+    float *const widened = buffer + kPadding;
+    for (int64_t i = 1; i <= lead; ++i)
+        widened[-i] = -kInf;
     for (int64_t v = first; v < last; v += kChunk) {
         const int64_t n = min_of(kChunk, last - v), padded = round_up(n, kPadding);
         const bool excludes = excluded >= v && excluded < v + n;
@@ -313,7 +321,7 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
             take(Chunk<kDtype>{logits, n});
         } else {
             convert_to_float(logits, kDtype, n, widened);
-            for (int64_t i = n; i < padded; ++i)
+            for (int64_t i = n; i < round_up(lead + n, kPadding); ++i)
                 widened[i] = -kInf;
             if (excludes)
                 widened[excluded - v] = -kInf;
@@ -327,7 +335,7 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
             state.choose(-kInf, logit, v + lowest);
         }
         if (sample)
-            sampler.choose(widened, n, v, state);
+            sampler.choose(widened - lead, lead + n, v - lead, state);
     }
     return state;
 }

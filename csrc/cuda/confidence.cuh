@@ -42,6 +42,8 @@ struct ConfidenceArgs {
     uint32_t *arrived;                         /* [rows] */
     int32_t batch, positions, vocab, excluded; /* excluded: -1 for none */
     int32_t splits, groups_per_split;
+    uint32_t noise_group; /* of the sampling stream, and the place in it: where the first token's noise is */
+    int32_t noise_place;
     int32_t dtype, metric;
     float inverse_temperature;
     bool sample;
@@ -160,9 +162,10 @@ __device__ inline void add_group(const ConfidenceArgs &a, uint64_t seed, int pos
         decltype(philox(seed, 0, 0)) words;
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-            const int token = v + i, part = token & 3;
+            const int token = v + i, place = a.noise_place + token, part = place & 3;
             if (i == 0 || part == 0)
-                words = philox(seed, static_cast<uint32_t>(token) / 4, static_cast<uint32_t>(position));
+                words = philox(seed, a.noise_group + static_cast<uint32_t>(place) / 4,
+                               static_cast<uint32_t>(position));
             const auto word = part == 0   ? words.word[0]
                               : part == 1 ? words.word[1]
                               : part == 2 ? words.word[2]

@@ -125,6 +125,8 @@ ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher) {
     a.vocab = static_cast<int32_t>(p.vocab);
     const int64_t excluded = p.params.exclude_token_id;
     a.excluded = excluded >= 0 && excluded < p.vocab ? static_cast<int32_t>(excluded) : -1;
+    a.noise_group = static_cast<uint32_t>(p.params.vocab_start / 4);
+    a.noise_place = static_cast<int32_t>(p.params.vocab_start % 4);
     a.dtype = p.dtype;
     a.metric = p.params.metric;
     a.sample = p.params.temperature > 0.0;

@@ -172,7 +172,9 @@ attn_sampler_attention_map(const attn_sampler_tensor *q, const attn_sampler_tens
  * fl(fl(x * inv_temperature) + gumbel(seed_b, c, v)) in float32, inv_temperature = fl(1 / temperature).
  * The lowest token wins ties; NaN counts as -inf. gumbel() is fixed to the last bit: see
  * csrc/include/attn_sampler_random.h. Its stream depends on the row's seed, the position c
- * and the token v, not on the batch.
+ * and the token v, not on the batch. Where logits are a part of a vocabulary, vocab_start is the place of
+ * the first in the whole: token v draws the noise of token vocab_start + v then. Nothing else depends on it;
+ * token ids are counted in logits.
  *
  * Confidence is of softmax(logits) at temperature 1: the token's probability; its margin over the
  * most probable other token; or the negated entropy in nats. It is NaN where the softmax is undefined (a
@@ -183,6 +185,7 @@ typedef struct attn_sampler_confidence_params {
     double temperature;       /* 0 is greedy; else at least 2^-120 */
     uint64_t seed;            /* of every row, unless `seeds` is given */
     int64_t exclude_token_id; /* a token treated as absent; negative for none */
+    int64_t vocab_start;      /* at least 0, and vocab_start + V at most 2^34 */
 } attn_sampler_confidence_params;
 
 /* logits [B,C,V] float32 | float16 | bfloat16, last stride 1. seeds [B] int64 or NULL: one stream per row.
@@ -235,7 +238,7 @@ typedef struct attn_sampler_decode_step_params {
     int64_t mask_token_id;           /* in [0, V) */
     int32_t masked_rows_only;        /* 0 or 1 */
     attn_sampler_attention_params attention;
-    attn_sampler_confidence_params confidence; /* exclude_token_id is not read */
+    attn_sampler_confidence_params confidence; /* but for exclude_token_id and vocab_start */
     attn_sampler_select_params select;
 } attn_sampler_decode_step_params;
 

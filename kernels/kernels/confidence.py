@@ -1,7 +1,7 @@
 """Token confidence: one streaming pass over the vocabulary.
 
 Where B * C is small the vocabulary is split among programs. What a program (or a lane of it) has seen of a
-row is a *partial*, and partials merge in any grouping: lanes, splits and vocabulary shards alike.
+row is a *partial*, and partials merge in any grouping: of lanes and of splits.
 
 A partial of the tokens seen so far, NaN logits counting as -inf except in ``l``:
 
@@ -141,7 +141,7 @@ def confidence_of(m, l, t, x, other, METRIC: tl.constexpr):  # noqa: E741
 
 
 @triton.jit(
-    do_not_specialize=["seed", "exclude", "inverse_temperature", "vocab_start", "n_counters", "n_splits"]
+    do_not_specialize=["seed", "exclude", "inverse_temperature", "first_group", "n_counters", "n_splits"]
 )
 def _token_partials_kernel(
     logits,
@@ -150,7 +150,7 @@ def _token_partials_kernel(
     stride_v,
     n_positions,
     vocab,
-    vocab_start,
+    first_group,
     seeds,
     stride_seed,
     seed,
@@ -163,11 +163,16 @@ def _token_partials_kernel(
     counters,
     n_counters,
     SAMPLE: tl.constexpr,
+    LEAD: tl.constexpr,
     METRIC: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """The partial of one row and one split of the vocabulary; clears the counters of the next kernel."""
+    """The partial of one row and one split of the vocabulary; clears the counters of the next kernel.
+
+    Tiles begin with a group of four tokens of the sampling stream: the first of them LEAD places before the
+    logits, with ``first_group``.
+    """
     pid = tl.program_id(0)
     if counters is not None:
         for index in range(pid, n_counters, tl.num_programs(0)):
@@ -177,7 +182,7 @@ def _token_partials_kernel(
     batch = row // n_positions
     position = row % n_positions
     base = logits + batch.to(tl.int64) * stride_b + position.to(tl.int64) * stride_c
-    first = split * split_size
+    first = split * split_size - LEAD
     last = tl.minimum(first + split_size, vocab)
     if SAMPLE:
         row_seed = seed.to(tl.int64)
@@ -187,7 +192,6 @@ def _token_partials_kernel(
     # Sampling and the margin need the best token of every tile. Without them a lane only remembers the tile
     # in which its maximum rose, and looks the token up there at the end: half the work for each logit.
     KEYED: tl.constexpr = SAMPLE or METRIC == "margin"
-    excluded = exclude - vocab_start
     lane = tl.arange(0, BLOCK_K)[:, None] * BLOCK_W + tl.arange(0, BLOCK_W)[None, :]
     m = tl.full([BLOCK_W], -_INF, tl.float32)
     l = tl.zeros([BLOCK_W], tl.float32)  # noqa: E741
@@ -198,9 +202,12 @@ def _token_partials_kernel(
     other = tl.full([BLOCK_W], -_INF, tl.float32)
     for start in range(first, last, BLOCK_K * BLOCK_W):
         here = start + lane
-        raw = tl.load(base + here.to(tl.int64) * stride_v, mask=here < last, other=-_INF).to(tl.float32)
-        if (excluded >= start) & (excluded < start + BLOCK_K * BLOCK_W):
-            raw = tl.where(here == excluded, -_INF, raw)
+        there = here < last
+        if LEAD > 0:
+            there = there & (here >= 0)
+        raw = tl.load(base + here.to(tl.int64) * stride_v, mask=there, other=-_INF).to(tl.float32)
+        if (exclude >= start) & (exclude < start + BLOCK_K * BLOCK_W):
+            raw = tl.where(here == exclude, -_INF, raw)
 
         tile_m = tl.max(raw, 0)  # passes over NaN
         rises = tile_m > m
@@ -215,12 +222,13 @@ def _token_partials_kernel(
         l = rescale * l + tl.sum(weight, 0)  # noqa: E741
 
         if KEYED:
-            present = (here < last) & (here != excluded)
+            present = there & (here != exclude)
             clean = tl.where(raw == raw, raw, -_INF)
             if SAMPLE:
-                group = (start + vocab_start) // 4 + (
+                group = (start + LEAD) // 4 + (
                     tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4) + tl.arange(0, BLOCK_W // 4)[None, :]
                 )
+                group = first_group.to(tl.uint32) + group.to(tl.uint32)
                 keys = raw * inverse_temperature + _gumbel_noise(row_seed, position, group)
                 keys = tl.where(keys == keys, keys, -_INF)
             else:
@@ -245,14 +253,13 @@ def _token_partials_kernel(
         found = token != _NO_TOKEN
         here = tl.where(found, token, first)[None, :] + lane
         raw = tl.load(base + here.to(tl.int64) * stride_v, mask=here < last, other=-_INF).to(tl.float32)
-        hit = found[None, :] & (raw == m[None, :]) & (here != excluded)
+        hit = found[None, :] & (raw == m[None, :]) & (here != exclude)
         token = tl.min(tl.where(hit, here, _NO_TOKEN), 0)
     m, l, t, key, token, x, other = _reduce_partials(m, l, t, key, token, x, other, 0)  # noqa: E741
     if not KEYED:
         # No logit above -inf: the first token there is.
-        lowest = first + (excluded == first).to(tl.int32)
+        lowest = first + (exclude == first).to(tl.int32)
         token = tl.where((token == _NO_TOKEN) & (lowest < last), lowest, token)
-    token = tl.where(token == _NO_TOKEN, token, token + vocab_start)
     p = partials + row.to(tl.int64) * n_splits + split
     tl.store(p, m)
     tl.store(p + plane, l)
@@ -298,25 +305,17 @@ def token_partials(
 ) -> Tensor:
     """Mergeable partials of every row, float32 ``[7, B * C, S]`` for S splits of the vocabulary.
 
-    A vocabulary shard passes its first token as ``vocab_start``, a multiple of 4 (the sampling stream comes
-    in groups of 4 tokens); the shards' partials, concatenated along the last axis, give
-    ``merge_token_partials`` the tokens and the confidence of the whole. ``counters`` (int32) are set to 0
-    on the way.
-
-    Raises
-    ------
-    ValueError
-        If ``vocab_start`` is not a multiple of 4.
+    Token t draws the noise of token ``vocab_start + t``; sampling reads the logits in vectors only where that
+    start is a multiple of 4. ``counters`` (int32) are set to 0 on the way.
     """
-    if vocab_start % 4 != 0:
-        raise ValueError(f"vocab_start: expected a multiple of 4, got {vocab_start}")
     batch, positions, vocab = logits.shape
     parameters = launch.config(
         "token_confidence", "float32" if logits.element_size() == 4 else "narrow", logits.device
     )
     tile = parameters.block_m * parameters.block_n
     rows = batch * positions
-    tiles = triton.cdiv(vocab, tile)
+    lead = vocab_start % 4 if temperature > 0.0 else 0
+    tiles = triton.cdiv(lead + vocab, tile)
     splits = min(tiles, 64, max(1, 4 * launch.processors(logits.device) // max(rows, 1)))
     tiles_per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, tiles_per_split)
@@ -331,7 +330,7 @@ def token_partials(
             *logits.stride(),
             positions,
             vocab,
-            vocab_start,
+            vocab_start // 4,
             seeds,
             0 if seeds is None else seeds.stride(0),
             seed,
@@ -346,6 +345,7 @@ def token_partials(
         ),
         {
             "SAMPLE": temperature > 0.0,
+            "LEAD": lead,
             "METRIC": metric,
             "BLOCK_K": parameters.block_m,
             "BLOCK_W": parameters.block_n,
@@ -389,6 +389,9 @@ def token_confidence(
     temperature: float,
     seed: int,
     exclude_token_id: int,
+    vocab_start: int,
 ) -> None:
-    partials = token_partials(logits, seeds, metric, temperature, seed, exclude_token_id)
+    partials = token_partials(
+        logits, seeds, metric, temperature, seed, exclude_token_id, vocab_start=vocab_start
+    )
     merge_token_partials(partials, metric, token_ids, confidence)
