@@ -78,12 +78,20 @@ def test_a_split_of_the_keys_that_no_row_sees(n_keys: int, hidden: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [[-math.inf, 1.0, 2.0], [math.inf, 200.0, 0.0], [math.nan, 1.0, 2.0], [-math.inf, -math.inf, 0.0]]
+    "keys",
+    [
+        [-math.inf, 1.0, 2.0],
+        [math.inf, 200.0, 0.0],
+        [math.nan, 1.0, 2.0],
+        [-math.inf, -math.inf, 0.0],
+        [-math.inf, math.nan, -math.inf],
+        [*[-math.inf] * 63, math.nan, 1.0, 2.0],
+    ],
 )
 @pytest.mark.parametrize("reduction", ["sum", "max", "mean"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_keys_that_are_not_finite(keys: list[float], reduction: str, rows: int) -> None:
-    q, k = torch.ones(1, 1, rows, 1), torch.tensor(keys).view(1, 1, 3, 1)
+    q, k = torch.ones(1, 1, rows, 1), torch.tensor(keys).view(1, 1, -1, 1)
     expected = column_scores(q, k, reduction=reduction, backend="reference")
     torch.testing.assert_close(
         column_scores(q, k, reduction=reduction, backend="cpu"), expected, equal_nan=True

@@ -139,6 +139,17 @@ def test_levels_that_change_along_the_vocabulary(backend, device, dtype, metric)
     judge(backend, logits.to(device, dtype), metric=metric, exclude_token_id=19_999)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_logit_far_above_a_few_levels(backend, device, dtype, metric):
+    """The many equal terms are rounded the same way each time they are added to the large one."""
+    uniform = torch.rand(1, 1, 4096, generator=torch.Generator().manual_seed(0))
+    logits = -8.0 * (1 + (uniform >= 0.01).float() + (uniform >= 0.5))
+    logits[..., 5] = -8.0
+    logits[..., 1000] = 0.0
+    judge(backend, logits.to(device, dtype), metric=metric)
+
+
 def test_excluding_a_token_is_leaving_it_out(backend, device):
     logits = normal(3, 2, 4, 50).to(device)
     without = torch.cat([logits[..., :20], logits[..., 21:]], dim=-1)

@@ -564,7 +564,9 @@ struct SoftmaxTask {
                 const VecF top = load<VecF>(factors_of(i) + j), sum = load<VecF>(softmax.sum + j);
                 const VecF shift = shift_of(load<VecF>(softmax.top + j));
                 const VecF factor = exp2_vec(shift_of(top) - shift, softmax.unit) / sum;
-                store(factors_of(i) + j, (top == -kInf) | (sum == 0.0f) ? VecF{} : factor);
+                /* Where all logits so far are -inf, unless one was NaN, which makes all of the row NaN. */
+                const VecI nothing = (top == -kInf) & (sum == sum);
+                store(factors_of(i) + j, nothing | (sum == 0.0f) ? VecF{} : factor);
             }
 
         const auto weight = [&](int64_t i, int j) {

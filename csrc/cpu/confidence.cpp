@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kChunk = 4096;
 constexpr int64_t kPadding = 64; /* of a chunk, with -inf: four vectors of the widest kind */
 constexpr int64_t kPeek = 64;    /* logits that tell roughly how large the others are */
-constexpr float kRoom = 8.0f;    /* how far above the shift logits cost no precision */
+constexpr float kRoom = 8.0f;    /* how far above the shift logits may be */
 constexpr int64_t kTasks = 64;
 constexpr int64_t kMinSplit = 8192; /* tokens that are worth a task */
 constexpr float kLog2e = 0x1.715476p+0f;
@@ -170,7 +170,10 @@ struct Chunk {
         if (first)
             state.move_shift(largest()); /* a good guess, as a rule */
         Sums chunk = sums<kMetric>(state.shift, ahead);
-        if (chunk.max - state.shift > kRoom || (first && chunk.max < state.shift)) {
+        /* An entropy is a difference of two terms, large ones where most of the weight is far above the
+         * shift. */
+        const bool cancels = chunk.moment > chunk.sum;
+        if (chunk.max - state.shift > kRoom || cancels || (first && chunk.max < state.shift)) {
             state.move_shift(chunk.max);
             chunk = sums<kMetric>(state.shift, ahead);
         }

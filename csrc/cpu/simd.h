@@ -153,9 +153,9 @@ inline Exp2Factors exp2_factors(VecF x, float unit) {
     /* Minimax fit on [-1/64, 1/64]. */
     VecF p = multiply_add(splat(0x1.ebfbdep-3f), f, splat(0x1.62e584p-1f));
     p = multiply_add(p, f, splat(1.0f));
-    const VecI power = (VecI)_mm512_permutex2var_epi32(_mm512_load_si512(kExp2Table.bits), (__m512i)rounded,
+    const VecU power = (VecU)_mm512_permutex2var_epi32(_mm512_load_si512(kExp2Table.bits), (__m512i)rounded,
                                                        _mm512_load_si512(kExp2Table.bits + 16));
-    return {p, (VecF)(power + ((VecI)rounded << 18))};
+    return {p, (VecF)(power + ((VecU)rounded << 18))};
 #else
     /* Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. */
     const VecF integer = add_units(x, unit, splat(0x1.8p23f));
