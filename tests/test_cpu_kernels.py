@@ -98,6 +98,20 @@ def test_keys_that_are_not_finite(keys: list[float], reduction: str, rows: int) 
     )
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [0.7, -0.7])
+@pytest.mark.parametrize("function", [column_scores, attention_map])
+def test_weights_of_large_logits_agree_with_their_sum(function, scale: float, causal: bool) -> None:
+    """Products are exact here: no rounding of a logit may come between its weight and the log-sum-exp."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(1, 9, (1, 2, 40, 1), generator=generator).float()
+    k = torch.randint(100_000, 100_003, (1, 1, 40, 1), generator=generator).float()
+    options: dict = {"softmax_scale": scale, "causal": causal}
+    expected = function(q.double(), k.double(), backend="reference", **options)
+    scores = function(q, k, backend="cpu", **options)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_unknown_isa_is_refused_by_name() -> None:
     code = """
 import torch, attn_sampler

@@ -142,7 +142,8 @@ inline VecF shift_of(VecF top) {
 }
 
 /* The softmax of a tile of rows, which stand across the lanes, over keys that come block by block. Logits are
- * kept in units: products are left as they are where their largest can be found so. */
+ * kept in units, as products or, where the scale is negative, their opposites: no rounding, so that weights
+ * of large logits agree with the log-sum-exp. Only a scale too small for that is multiplied in. */
 template <typename Words>
 struct Softmax {
     const Plan &plan;
@@ -151,13 +152,14 @@ struct Softmax {
     float sum[kTile];  /* of the exponentials relative to it */
 
     Softmax(const Plan &p, int64_t b, int64_t hkv) : plan(p), scale(p.scale(b, hkv)) {
-        unit = keeps_products() ? scale : 1.0f;
+        unit = std::fabs(scale) > 0x1p-100f ? std::fabs(scale) : 1.0f;
         for (int i = 0; i < kTile; ++i) {
             top[i] = -kInf;
             sum[i] = 0.0f;
         }
     }
 
+    /* Whether the largest product is the largest logit. */
     bool keeps_products() const { return !plan.p.params.causal && scale > 0x1p-100f; }
 
     /* Takes in the keys at these addresses and positions, up to kTile of them, before those at `next`, for
@@ -188,9 +190,10 @@ struct Softmax {
   private:
     void scale_logits(const int32_t *at, int64_t count, VecI position, int width, float *x,
                       float *largest) const {
+        const float units = unit == 1.0f ? scale : scale > 0.0f ? 1.0f : -1.0f;
         VecF m = load<VecF>(largest);
         for (int64_t i = 0; i < count; ++i) {
-            VecF logit = load<VecF>(x + i * width) * scale;
+            VecF logit = load<VecF>(x + i * width) * units;
             if (plan.p.params.causal)
                 logit = position >= at[i] ? logit : splat(-kInf);
             store(x + i * width, logit);
@@ -406,7 +409,8 @@ class Weights {
   private:
     VecF weights(int r, int v) const {
         const VecF x = load<VecF>(product_ + r * columns_.width + v * kLanes);
-        return exp2_vec(multiply_add(x, splat(scale_), splat(-rows_.lse_high[r])) - rows_.lse_low[r], 1.0f);
+        const VecF above = exact_multiply_add(x, splat(scale_), splat(-rows_.lse_high[r]));
+        return exp2_vec(above - rows_.lse_low[r], 1.0f);
     }
 
     const Columns &columns_;

@@ -77,6 +77,17 @@ inline VecF multiply_add(VecF a, VecF b, VecF c) {
 #endif
 }
 
+/* The same with an exact product everywhere. */
+inline VecF exact_multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__) || defined(__FMA__)
+    return multiply_add(a, b, c);
+#else
+    typedef double VecD __attribute__((vector_size(kLanes * 8)));
+    const VecD product = __builtin_convertvector(a, VecD) * __builtin_convertvector(b, VecD);
+    return __builtin_convertvector(product + __builtin_convertvector(c, VecD), VecF);
+#endif
+}
+
 /* a > b ? a : b, which is b where either is NaN, and a < b ? a : b. GCC does not make these of that. */
 inline VecF larger(VecF a, VecF b) {
 #if defined(__AVX512F__)
