@@ -96,15 +96,19 @@ struct Chunk {
     const char *x;
     int64_t n;
 
-    /* Of the first few. */
-    float largest() const {
-        VecF max = splat(-kInf);
-        for (int64_t i = 0; i < kPeek; i += 2 * kLanes) {
-            VecF a, b;
-            load_two<kDtype>(x + i * kSize, a, b);
-            max = larger(b, larger(a, max));
-        }
-        return largest_lane(max);
+    /* Of the first so many, a multiple of kPadding. */
+    float largest(int64_t count) const {
+        VecF max[4];
+        for (VecF &m : max)
+            m = splat(-kInf);
+        for (int64_t i = 0; i < count; i += 4 * kLanes)
+            for (int v = 0; v < 4; v += 2) {
+                VecF a, b;
+                load_two<kDtype>(x + (i + v * kLanes) * kSize, a, b);
+                max[v] = larger(a, max[v]);
+                max[v + 1] = larger(b, max[v + 1]);
+            }
+        return largest_lane(larger(larger(max[0], max[1]), larger(max[2], max[3])));
     }
 
     struct Sums {
@@ -166,13 +170,14 @@ struct Chunk {
     /* Takes all that does not depend on which token is chosen into the state; returns the largest logit. */
     template <int kMetric>
     float add_to(State &state, const char *ahead) const {
+        /* An entropy is the difference of two terms, large ones where most of the weight is far above the
+         * shift: worth a look at the whole of a first chunk, of which otherwise a few logits tell enough. */
+        constexpr bool kEntropy = kMetric == ATTN_SAMPLER_METRIC_ENTROPY;
         const bool first = state.max == -kInf;
         if (first)
-            state.move_shift(largest()); /* a good guess, as a rule */
+            state.move_shift(largest(kEntropy ? n : kPeek));
         Sums chunk = sums<kMetric>(state.shift, ahead);
-        /* An entropy is a difference of two terms, large ones where most of the weight is far above the
-         * shift. */
-        const bool cancels = chunk.moment > chunk.sum;
+        const bool cancels = chunk.moment > chunk.sum; /* 0 unless it is the entropy */
         if (chunk.max - state.shift > kRoom || cancels || (first && chunk.max < state.shift)) {
             state.move_shift(chunk.max);
             chunk = sums<kMetric>(state.shift, ahead);
