@@ -16,7 +16,7 @@ from attn_sampler import column_scores, decode_step, is_backend_supported, refer
 from attn_sampler.capture import attention_with_lse
 
 from . import rivals
-from .rows import ALL_COLUMNS, BY_BATCH, BY_COLUMNS, BY_KEYS, DECODE, PEER, VOCABULARY, Row
+from .rows import ALL_COLUMNS, BY_BATCH, BY_COLUMNS, BY_KEYS, BY_ROWS, DECODE, PEER, VOCABULARY, Row
 
 _TEMPERATURE, _SEED = 0.8, 1234
 # Relative to the largest true value. Rivals round products to the inputs' 8 or 11 bits; we do not.
@@ -443,6 +443,7 @@ CASES = {
     "by_keys": Case(
         "Column scores by context length", BY_KEYS, columns_cost, sweep_problem, _attention_bytes
     ),
+    "by_rows": Case("Column scores by rows", BY_ROWS, columns_cost, sweep_problem, _attention_bytes),
     "by_columns": Case(
         "Column scores by candidates", BY_COLUMNS, columns_cost, sweep_problem, _attention_bytes
     ),

@@ -16,6 +16,7 @@ from .harness import ROOT, digest
 RESULTS = ROOT / "bench" / "results"
 _PLOTS = {
     "by_keys": ("time_by_keys.png", "keys in context (N)", "n_keys"),
+    "by_rows": ("time_by_rows.png", "query rows (M)", "n_rows"),
     "by_columns": ("time_by_columns.png", "candidate columns (C)", "columns"),
     "by_batch": ("time_by_batch.png", "batch (B)", "batch"),
 }

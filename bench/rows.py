@@ -101,7 +101,11 @@ BY_KEYS = {
 BY_COLUMNS = {
     f"C={c}": Row(f"row 3 at C={c}", 1, 32, 32, 256, 1280, c, 128) for c in (1, 8, 32, 128, 512, 1280)
 }
+BY_ROWS = {
+    f"M={m}": Row(f"B=4, no cache, M=N={m}, 32 columns", 4, 32, 32, m, m, 32, 128)
+    for m in (64, 256, 512, 1024)
+}
 BY_BATCH = {f"B={b}": Row(f"row 4 at B={b}", b, 32, 32, 32, 1280, 32, 128) for b in (1, 2, 4, 8, 16, 32)}
 
-ROWS = {**DECODE, **ALL_COLUMNS, **PEER, **BY_KEYS, **BY_COLUMNS, **BY_BATCH}
+ROWS = {**DECODE, **ALL_COLUMNS, **PEER, **BY_KEYS, **BY_ROWS, **BY_COLUMNS, **BY_BATCH}
 QUICK = ("1", "4", "10", "a1", "a2", "p1", "N=1024", "N=16384", "C=8", "C=128", "B=1", "B=8")
