@@ -317,8 +317,7 @@ class _Shard:
             vocab_start=self.start,
             backend=self.backend,
         )
-        logit = self.logits.gather(-1, ids[..., None]).squeeze(-1)
-        return ids, logit.float() * (1.0 / self.temperature) + self._noise(ids + self.start)
+        return ids, self._logit(ids).float() * (1.0 / self.temperature) + self._noise(ids + self.start)
 
     def _noise(self, ids: Tensor) -> Tensor:
         """The noise of one token [B, C] at each position."""

@@ -12,6 +12,9 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: What ATTN_SAMPLER_CPU_ISA may ask for, where the processor has it.
+CPU_ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+
 
 def tool(name: str) -> str:
     """One of CMake's programs, which the package "cmake" (or "ninja") of the test extra brings."""

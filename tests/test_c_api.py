@@ -7,11 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cmake_build import build, tool
+from cmake_build import CPU_ISAS, build, tool
 
 import attn_sampler
-
-ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 
 @pytest.mark.parametrize("sanitizers", ["", "address,undefined", "thread"])
@@ -24,7 +22,7 @@ def test_c_program_decodes_a_block(tmp_path: Path, sanitizers: str) -> None:
         f"-DATTN_SAMPLER_X86={'OFF' if sanitizers == 'thread' else 'ON'}",
     )
     ran = []
-    for isa in ISAS:
+    for isa in CPU_ISAS:
         environment = {**os.environ, "ATTN_SAMPLER_CPU_ISA": isa}
         command = [tool("ctest"), "--verbose"]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)

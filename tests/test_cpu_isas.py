@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cmake_build import ROOT, build_once, python_module
+from cmake_build import CPU_ISAS, ROOT, build_once, python_module
 
 from attn_sampler import _core
 
@@ -46,7 +46,7 @@ def _run_tests(isa: str, package_root: Path, *arguments: str) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("isa", ["amx", "avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", CPU_ISAS)
 def test_contract_on(isa: str) -> None:
     if (problem := _problem(isa, ROOT)) != "None":
         pytest.skip(problem)
