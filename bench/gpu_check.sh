@@ -33,18 +33,18 @@ sanitize() {
     # Kernels of ours alone are looked at; each allocation is the driver's own, so that its end is known.
     stage "$1" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
         --kernel-name kns=attn_sampler "$python" -m pytest -q -x --backend cuda -p no:cacheprovider \
-        tests/test_select_tokens.py::test_stated_cases \
-        tests/test_token_confidence.py::test_known_values \
-        tests/test_attention_map.py::test_rows_stand_at_their_key_positions \
-        tests/test_column_scores.py::test_given_lse_equals_computed_lse \
-        tests/test_decode_step.py::test_it_is_its_parts
+        tests/contract/test_select_tokens.py::test_stated_cases \
+        tests/contract/test_token_confidence.py::test_known_values \
+        tests/contract/test_attention_map.py::test_rows_stand_at_their_key_positions \
+        tests/contract/test_column_scores.py::test_given_lse_equals_computed_lse \
+        tests/contract/test_decode_step.py::test_it_is_its_parts
 }
 
 stage build 150 "$python" -m pip install --no-build-isolation --no-deps --no-index --editable . || exit 1
 if [ "$2" = tests ]; then
     # Several processes on one GPU: compiling the Triton kernels is most of the time.
     stage tests 170 "$python" -m pytest -q -n 8 --dist worksteal --durations=10 -m "not slow and not long"
-    stage triton_kernels 60 "$python" -m pytest -q -n 4 --dist worksteal tests/triton_kernels.py
+    stage triton_kernels 60 "$python" -m pytest -q -n 4 --dist worksteal tests/backends/triton_kernels.py
     if [ -n "${DRY_RUN:-}" ] || command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck synccheck initcheck; do
             sanitize $tool

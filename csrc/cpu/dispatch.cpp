@@ -33,7 +33,7 @@ const CpuKernels kKernels[] = {
 
 #if defined(ATTN_SAMPLER_WITH_AVX512_BF16)
 /* Whether the processor has AMX tiles for bfloat16 and the kernel lets this process use them, or
- * tests/amx_emulator.cpp is linked in. */
+ * tests/support/amx_emulator.cpp is linked in. */
 bool has_amx() {
 #if defined(ATTN_SAMPLER_EMULATE_AMX)
     return true;

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attn_sampler import generate
-from tests.toy_model import MASK, ToyModel
+from toy_model import MASK, ToyModel
 
 BLOCK = 4  # tokens
 

@@ -112,7 +112,7 @@ def test_a_file_from_another_run(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     trace = DecodeTrace.load(path)
     assert [trace.tokens(0)] == json.loads(run.stdout)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own sources, compiled as C++ and run on the CPU, one fiber a thread (tests/cuda_host).
+"""The CUDA kernels' own sources, compiled as C++ and run on the CPU, one fiber a thread (tests/support/cuda_host).
 
 The suite that judges every backend judges them too, in shuffled orders of blocks and threads. A program built
 with the sanitizers runs them on buffers of exact size, and shows that broken kernels are reported.
@@ -65,9 +65,9 @@ def test_the_suite_of_all_backends(extension: Path, seed: int, device: int, test
             "cpu",
         ),
         *(f"--cuda-host={extension}", f"--cuda-host-seed={seed}", f"--cuda-host-device={device}"),
-        *(str(ROOT / "tests" / name), *options),
+        *(str(ROOT / "tests" / "contract" / name), *options),
     ]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from attn_sampler import distributed
-from tests.distributed_cases import CASES, adapters_step, share
+from distributed_cases import CASES, adapters_step, share
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from attn_sampler.backends import installation_problem
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 PROBLEM = installation_problem("triton")
@@ -42,11 +42,11 @@ def run(*arguments: str, interpret: bool) -> None:
 
 
 def test_kernels_against_the_reference() -> None:
-    run("triton_kernels.py", interpret=not torch.cuda.is_available())
+    run("backends/triton_kernels.py", interpret=not torch.cuda.is_available())
 
 
 def test_compiled_code() -> None:
-    run("triton_compile.py", interpret=False)
+    run("backends/triton_compile.py", interpret=False)
 
 
 @pytest.mark.skipif(
@@ -65,4 +65,5 @@ def test_compiled_code() -> None:
     ],
 )
 def test_contract_interpreted(function: str) -> None:
-    run("--backend", "triton", "-m", "not slow and not long", f"test_{function}.py", interpret=True)
+    (path,) = TESTS.glob(f"*/test_{function}.py")
+    run("--backend", "triton", "-m", "not slow and not long", str(path), interpret=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attn_sampler import distributed, reference, token_confidence
 from attn_sampler.reference import StepResult
-from tests.distributed_cases import CASES, Case, adapters_step
+from distributed_cases import CASES, Case, adapters_step
 
 RANKS = 4
 TIME_LIMIT = 100  # seconds
@@ -27,11 +27,11 @@ TIME_LIMIT = 100  # seconds
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of four processes computed, alone or in pairs, for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.distributed_worker"]
+    command = [sys.executable, "-m", "tests.support.distributed_worker"]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(RANKS), str(folder)],
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             stderr=subprocess.PIPE,
             text=True,
         )

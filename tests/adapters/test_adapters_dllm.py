@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from attn_sampler import generate
-from tests.engine_toy import load, sources, stub
-from tests.toy_model import EOS, MASK, ToyModel
+from engine_toy import load, sources, stub
+from toy_model import EOS, MASK, ToyModel
 
 SOURCE = ("dllm", "dllm/core/samplers/base.py")
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [6, 6, 1, 2, 3], [9]]

@@ -1,6 +1,6 @@
 """Thousands of random problems for all five functions, each judged against the reference in float64.
 
-A seed is one problem. To run one alone, with the whole traceback: ``python tests/test_fuzz.py BACKEND SEED``.
+A seed is one problem. To run one alone, with the whole traceback: ``python tests/contract/test_fuzz.py BACKEND SEED``.
 A plain run of the tests takes the first few; ``-m long`` takes the thousands.
 """
 
@@ -40,7 +40,7 @@ def test_problems(backend: str, seeds: range) -> None:
         try:
             check(backend, seed)
         except Exception as error:
-            raise AssertionError(f"python tests/test_fuzz.py {backend} {seed}") from error
+            raise AssertionError(f"python tests/contract/test_fuzz.py {backend} {seed}") from error
 
 
 def check(backend: str, seed: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler import generate
-from tests.toy_model import EOS, MASK, ToyModel
+from toy_model import EOS, MASK, ToyModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a task of these tests that reaches for the network fails
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install '.[lm-eval]')")

@@ -2,7 +2,7 @@
 
 ``test_triton.py`` runs this file in a process of its own, without ``TRITON_INTERPRET``. The launchers run
 on CPU tensors that are never touched, against a stand-in for the driver that names the target: shapes,
-strides and alignment are specialised exactly as on the device. ``python tests/triton_compile.py FOLDER``
+strides and alignment are specialised exactly as on the device. ``python tests/backends/triton_compile.py FOLDER``
 writes the table of registers, shared memory and instructions to FOLDER.
 """
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.engine_toy import BLOCK, FlatToy, Request, attend, decode_whole, load, sources, stub, toy
-from tests.toy_model import MASK
+from engine_toy import BLOCK, FlatToy, Request, attend, decode_whole, load, sources, stub, toy
+from toy_model import MASK
 
 SOURCE = ("sglang", "sglang/srt/dllm/algorithm/base.py")
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [6] * 8, [2, 3, 5, 7, 11, 13]]

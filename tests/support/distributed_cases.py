@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from attn_sampler import decode_step, distributed
 from attn_sampler.adapters._engine import BlockScores
 from attn_sampler.reference import StepResult
-from tests.engine_toy import stub
+from engine_toy import stub
 
 BATCH, BLOCK, LENGTH, VOCAB, HEADS, KV_HEADS, HEADDIM = 3, 8, 20, 101, 8, 4, 16
 PADDING = 5  # columns beyond the vocabulary on the last rank

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 #: What ATTN_SAMPLER_CPU_ISA may ask for, where the processor has it.
 CPU_ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")

@@ -18,6 +18,7 @@ from cmake_build import CPU_ISAS, ROOT, build_once, python_module
 
 from attn_sampler import _core
 
+CONTRACT = ROOT / "tests" / "contract"
 TESTS = ("test_column_scores.py", "test_attention_map.py", "test_token_confidence.py", "test_decode_step.py")
 
 pytestmark = pytest.mark.skipif(_core.UNAVAILABLE is not None, reason=str(_core.UNAVAILABLE))
@@ -37,10 +38,10 @@ def _run_tests(isa: str, package_root: Path, *arguments: str) -> str:
     """Run the contract's tests, given as pytest's arguments; what the run printed to stderr."""
     command = [
         *(sys.executable, "-m", "pytest", "-q", "--backend", "cpu", "-m", "not slow and not long"),
-        *("-p", "no:cacheprovider", "-o", f"pythonpath={package_root}", *arguments),
+        *("-p", "no:cacheprovider", "-o", f"pythonpath={package_root} {ROOT}/tests/support", *arguments),
     ]
     environment = {**os.environ, "ATTN_SAMPLER_CPU_ISA": isa, "PYTHONPATH": str(package_root)}
-    result = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=CONTRACT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
     return result.stderr
