@@ -36,10 +36,10 @@ inline int64_t first_largest(const attn_sampler_tensor &value, const attn_sample
 
 /* Row b of selected: see attn_sampler_select_tokens. */
 inline void select_row(const attn_sampler_tensor &scores, const attn_sampler_tensor &confidence,
-                       const attn_sampler_tensor &masked, int64_t b, const attn_sampler_select_params &params,
-                       const attn_sampler_tensor &selected) {
+                       const attn_sampler_tensor &masked, int64_t b,
+                       const attn_sampler_selection_params &params, const attn_sampler_tensor &selected) {
     const int64_t columns = masked.shape[1];
-    const bool parallel = params.policy == ATTN_SAMPLER_POLICY_PARALLEL;
+    const bool parallel = params.rule == ATTN_SAMPLER_RULE_PARALLEL;
     const float tau = static_cast<float>(params.tau);
     auto is_high = [&](int64_t c) { return element<float>(confidence, b, c) >= tau; };
     float theta = -__builtin_inff();

@@ -121,8 +121,8 @@ int64_t attention_map(const AttentionProblem &p, const attn_sampler_exec &exec, 
         compute_row_lse(a, p.dtype, launcher);
         args.out = p.out;
         copy_strides(p.out_stride, args.out_stride, 4);
-        args.first_row = static_cast<int32_t>(p.params.row_start - a.row_start);
-        args.rows = static_cast<int32_t>(p.params.row_stop - p.params.row_start);
+        args.first_row = static_cast<int32_t>(p.params.rows.start - a.row_start);
+        args.rows = static_cast<int32_t>(p.params.rows.stop - p.params.rows.start);
         args.row_tiles = static_cast<int32_t>(ceil_div(args.rows, kBlockRows));
         args.column_tiles = static_cast<int32_t>(ceil_div(a.columns, kMapColumns));
         args.bins = p.params.per_head ? a.heads : 1;

@@ -61,8 +61,8 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
     AttentionArgs a{};
     int64_t row_start = 0, row_stop = p.n_rows, key_start = 0, key_stop = p.n_keys;
     if (params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK) {
-        key_start = params.column_start;
-        key_stop = params.column_stop;
+        key_start = params.columns.start;
+        key_stop = params.columns.stop;
         row_start = clamp(key_start - params.query_start, 0, p.n_rows);
         row_stop = clamp(key_stop - params.query_start, row_start, p.n_rows);
     }
@@ -89,7 +89,7 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
     copy_strides(p.query_mask_stride, a.query_mask_stride, 2);
     a.query_start = params.query_start + row_start;
     a.key_start = key_start;
-    a.column_start = params.column_start;
+    a.column_start = params.columns.start;
     a.layers = static_cast<int32_t>(num_layers);
     a.batch = static_cast<int32_t>(p.batch);
     a.heads = static_cast<int32_t>(p.heads);
@@ -99,7 +99,7 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
     a.row_start = static_cast<int32_t>(row_start);
     a.rows = static_cast<int32_t>(row_stop - row_start);
     a.keys = static_cast<int32_t>(key_stop - key_start);
-    a.columns = static_cast<int32_t>(params.column_stop - params.column_start);
+    a.columns = static_cast<int32_t>(params.columns.stop - params.columns.start);
     a.scale = static_cast<float>(params.softmax_scale * kExactLog2e);
     a.causal = params.causal != 0;
     a.diagonal = params.diagonal != 0;
@@ -158,7 +158,7 @@ SelectArgs select_args(const SelectProblem &p) {
     s.batch = static_cast<int32_t>(p.batch);
     s.columns = static_cast<int32_t>(p.columns);
     s.tau = static_cast<float>(p.params.tau);
-    s.parallel = p.params.policy == ATTN_SAMPLER_POLICY_PARALLEL;
+    s.parallel = p.params.rule == ATTN_SAMPLER_RULE_PARALLEL;
     s.by_confidence = s.parallel && p.params.fallback == ATTN_SAMPLER_FALLBACK_CONFIDENCE;
     return s;
 }
