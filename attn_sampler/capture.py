@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
-from attn_sampler.functional import BACKEND_CHOICES, REDUCTIONS, attention_map, column_scores
+from attn_sampler.backends import BACKEND_CHOICES
+from attn_sampler.functional import attention_map, column_scores
+from attn_sampler.options import REDUCTIONS
 
 _ATTENTION = F.scaled_dot_product_attention
 

@@ -39,8 +39,8 @@ from attn_sampler import checks
 from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.capture import AttentionCapture
 from attn_sampler.demo import default_tau
-from attn_sampler.functional import ROWS
 from attn_sampler.generate import Generation, generate
+from attn_sampler.options import QUERY_ROWS as ROWS
 from attn_sampler.problem_sets import (
     BUNDLED,
     SPLITS,

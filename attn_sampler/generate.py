@@ -16,7 +16,8 @@ from attn_sampler import checks
 from attn_sampler.backends import choose_backend
 from attn_sampler.caching import ForwardPasses
 from attn_sampler.capture import AttentionCapture
-from attn_sampler.functional import ROWS
+from attn_sampler.options import QUERY_ROWS as ROWS
+from attn_sampler.options import check_temperature
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
 from attn_sampler.trace import Commit, DecodeTrace
@@ -155,7 +156,7 @@ def generate(
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
     checks.integer("mask_token_id", mask_token_id, 0)
     checks.integer("block_length", block_length, 1)
-    checks.temperature("temperature", temperature)
+    check_temperature(temperature)
     checks.choice("rows", rows, ROWS)
     flags = {"logit_shift": logit_shift, "keep_layers": keep_layers, "progress": progress, "trace": trace}
     for name, flag in flags.items():

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from attn_sampler import checks
 from attn_sampler.adapters import version_problem
+from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
-from attn_sampler.functional import BACKEND_CHOICES, REDUCTIONS, column_scores
+from attn_sampler.functional import column_scores
 from attn_sampler.generate import STEP_STRIDE
+from attn_sampler.options import REDUCTIONS, check_temperature
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import Policy, make_policy
 
@@ -125,7 +127,7 @@ class BlockDecoder:
     ) -> None:
         self.policy = _policy(policy, tau) if one_block else stateless_policy(policy, tau)
         self.mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
-        self.temperature = checks.temperature("temperature", temperature)
+        self.temperature = check_temperature(temperature)
         self.seed = checks.integer("seed", seed)
         checks.choice("backend", backend, BACKEND_CHOICES)
         self.backend = backend
