@@ -109,7 +109,7 @@ const char *attn_sampler_last_error(void) { return last_error; }
 
 const char *attn_sampler_version(void) { return ATTN_SAMPLER_VERSION; }
 
-const char *attn_sampler_cpu_isa(void) { return cpu_kernels().name; }
+const char *attn_sampler_cpu_isa(void) { return cpu_isa(); }
 
 const char *attn_sampler_cpu_unavailable(void) { return kCpuDevice.unavailable(); }
 
