@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,10 +96,18 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
-def span(name: str, value: slice | None, length: int, what: str) -> tuple[int, int]:
+class Span(NamedTuple):
+    """Positions [start, stop), as a checked slice; the C API's attn_sampler_span."""
+
+    start: int
+    stop: int
+
+
+def span(name: str, value: object, length: int, what: str) -> Span:
     """The bounds of a non-empty slice of step 1 inside [0, length); all of it for None."""
-    if isinstance(value, slice):  # asked first: torch.compile makes constants of a slice compared with None
-        if value.step not in (None, 1):
+    # Asked first: torch.compile makes constants of a slice compared with None.
+    if isinstance(value, (slice, Span)):
+        if isinstance(value, slice) and value.step not in (None, 1):
             raise ValueError(f"{name}: expected a slice of step 1, got step {value.step}")
         start = 0 if value.start is None else integer(f"{name}.start", value.start)
         stop = length if value.stop is None else integer(f"{name}.stop", value.stop)
@@ -112,7 +121,7 @@ def span(name: str, value: slice | None, length: int, what: str) -> tuple[int, i
         raise TypeError(f"{name}: expected a slice of {what}, got {type(value).__name__}")
     if start >= stop:
         raise ValueError(f"{name}: expected at least one of the {length} {what}, got an empty range {value}")
-    return start, stop
+    return Span(start, stop)
 
 
 def unit_interval(name: str, value: object) -> float:

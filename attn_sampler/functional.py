@@ -30,6 +30,7 @@ from attn_sampler.options import (
     Sampling,
     Selection,
     Step,
+    bounds,
     check_layers,
     renamed,
 )
@@ -117,7 +118,7 @@ def column_scores(
     """
     layer, masks = Layer(q, k, softmax_lse, q_descale, k_descale), Masks(key_mask, query_mask)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, per_head, out is not None)
-    options = Attention(columns, None, query_start, *how)
+    options = Attention(bounds(columns), None, query_start, *how)
     return _attend(ops.column_scores, layer, masks, options, out, backend)
 
 
@@ -167,7 +168,7 @@ def attention_map(
     """
     layer, masks = Layer(q, k, softmax_lse, q_descale, k_descale), Masks(key_mask, query_mask)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, "sum", per_head, out is not None)
-    options = Attention(columns, rows, query_start, *how)
+    options = Attention(bounds(columns), bounds(rows), query_start, *how)
     return _attend(ops.attention_map, layer, masks, options, out, backend)
 
 
@@ -387,10 +388,10 @@ def decode_step(
         masks = Masks()  # the scores are made: there is nothing left to mask
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, False, False)
     options = Step(
-        block,
+        bounds(block),
         mask_token_id,
         renamed("query_rows", query_rows, "rows", rows),
-        Attention(columns, None, query_start, *how),
+        Attention(bounds(columns), None, query_start, *how),
         Sampling(metric, temperature, seed),
         Selection(renamed("rule", rule, "policy", policy), fallback, tau),
     )
@@ -411,7 +412,7 @@ def decode_step(
     else:
         records = check_layers(layers, tokens, softmax_scope)  # type: ignore[arg-type]
         masks.check(*records[0][:2])
-        attention = Attention(columns, None, query_start, *how)
+        attention = Attention(bounds(columns), None, query_start, *how)
         options = options.placed(attention, records[0], tokens)
     result = _step_result(tokens, logits, scores)
     ops.decode_step(backend, result, logits, records, masks, options)
@@ -425,14 +426,15 @@ def _attend(
     q, k, is_map = layer.q, layer.k, function is ops.attention_map
     direct = ops.direct(backend, q)
     if direct is not None and ops.is_plain(k) and q.dim() == k.dim() == 4:
-        result = _attended(layer, options, is_map) if out is None else out
+        spans = options.spans(layer, is_map)
+        result = _attended(q, options.per_head, spans, is_map) if out is None else out
         plain = out is None or (type(out) is Tensor and not out.requires_grad)
         if plain and direct.attempt(function.name, result, layer, masks, options):
             return result
     checks.choice("backend", backend, BACKEND_CHOICES)
-    options = options.checked(layer, reads_rows=is_map)
+    options = options.checked(layer, is_map)
     masks.check(q, k)
-    result = _attended(layer, options, is_map)
+    result = _attended(q, options.per_head, options[:2], is_map)
     if out is not None:
         axes = f"[B{', Hq' if options.per_head else ''}{', R' if is_map else ''}, C]"
         _check_output("out", out, q, axes, result.shape)
@@ -441,15 +443,11 @@ def _attend(
     return result
 
 
-def _attended(layer: Layer, options: Attention, is_map: bool) -> Tensor:
+def _attended(q: Tensor, per_head: bool, spans: tuple[Any, Any], is_map: bool) -> Tensor:
     """A new float32 [B, C] or [B, R, C] or, per head, [B, Hq, C] or [B, Hq, R, C]."""
-    q, k, _, _, _ = layer
-    lo, hi = checks.span("columns", options.columns, k.shape[2], "key positions (N)")
+    columns, rows = (span.stop - span.start for span in spans)
     # What per_head has to be is for the extension to ask: anything may be given.
-    sizes = [*q.shape[: 2 if options.per_head is True else 1], hi - lo]
-    if is_map:
-        first, last = checks.span("rows", options.rows, q.shape[2], "query rows (M)")
-        sizes.insert(-1, last - first)
+    sizes = (*q.shape[: 2 if per_head is True else 1], *((rows,) if is_map else ()), columns)
     return q.new_empty(sizes, dtype=torch.float32)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
+from attn_sampler.checks import Span
 
 MAX_HEADDIM = 512  # of the GPU kernels: a tile of keys has to fit the shared memory
 MAX_VOCAB = 1 << 34  # the sampling stream counts groups of 4 tokens in 32 bits
@@ -90,8 +91,8 @@ class Masks(NamedTuple):
 class Attention(NamedTuple):
     """How attention is read; the C API's attn_sampler_attention_params."""
 
-    columns: slice | None
-    rows: slice | None  # of attention_map
+    columns: slice | Span | None
+    rows: slice | Span | None  # of attention_map
     query_start: int | None
     softmax_scale: float | None
     lse_base: str
@@ -115,18 +116,21 @@ class Attention(NamedTuple):
         if self.query_start is not None:
             checks.integer("query_start", self.query_start, -MAX_POSITION, MAX_POSITION)
 
-    def checked(self, layer: Layer, *, reads_rows: bool = False) -> "Attention":
+    def checked(self, layer: Layer, reads_rows: bool) -> "Attention":
         """Resolved for q and k, which are checked here too."""
         self.check()
         layer.check(self.softmax_scope)
-        n_rows, n_keys = layer.q.shape[2], layer.k.shape[2]
-        lo, hi = checks.span("columns", self.columns, n_keys, "key positions (N)")
-        first, last = 0, n_rows
-        if reads_rows:
-            first, last = checks.span("rows", self.rows, n_rows, "query rows (M)")
-        return self.placed(layer, slice(lo, hi), slice(first, last))
+        return self.placed(layer, *self.spans(layer, reads_rows))
 
-    def placed(self, layer: Layer, columns: slice, rows: slice) -> "Attention":
+    def spans(self, layer: Layer, reads_rows: bool) -> tuple[Span, Span]:
+        """Columns and rows; all rows where they are not read."""
+        n_rows, n_keys = layer.q.shape[2], layer.k.shape[2]
+        columns = checks.span("columns", self.columns, n_keys, "key positions (N)")
+        if not reads_rows:
+            return columns, Span(0, n_rows)
+        return columns, checks.span("rows", self.rows, n_rows, "query rows (M)")
+
+    def placed(self, layer: Layer, columns: Span, rows: Span) -> "Attention":
         """With these columns and rows, and the defaults of checked q and k."""
         (_, _, n_rows, headdim), n_keys = layer.q.shape, layer.k.shape[2]
         start = n_keys - n_rows if self.query_start is None else self.query_start
@@ -188,7 +192,7 @@ class Selection(NamedTuple):
 class Step(NamedTuple):
     """A decoding step; the C API's attn_sampler_decode_step_params."""
 
-    block: slice
+    block: slice | Span
     mask_token_id: int
     query_rows: str
     attention: Attention
@@ -202,42 +206,43 @@ class Step(NamedTuple):
         selection = self.selection.checked()
         checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
         checks.writable("tokens", tokens)
-        lo, hi = checks.span("block", self.block, tokens.shape[1], "token positions (T)")
+        block = checks.span("block", self.block, tokens.shape[1], "token positions (T)")
         checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES, like=tokens)
         vocab = logits.shape[2]
-        checks.shape("logits", logits, "[B, C, V]", (tokens.shape[0], hi - lo, vocab))
+        checks.shape("logits", logits, "[B, C, V]", (tokens.shape[0], block.stop - block.start, vocab))
         checks.integer("mask_token_id", self.mask_token_id, 0, vocab)
         if vocab == 1:
             raise ValueError("logits: expected a vocabulary with more than the mask token, got V = 1")
         # Without layers nothing is made of the attention's options, valid as they have to be.
-        attention = Attention(slice(lo, hi), slice(0, 0), 0, 1.0, *self.attention[4:])
+        attention = Attention(block, Span(0, 0), 0, 1.0, *self.attention[4:])
         sampling = self.sampling.of_stream(logits)
-        return Step(slice(lo, hi), self.mask_token_id, self.query_rows, attention, sampling, selection)
+        return Step(block, self.mask_token_id, self.query_rows, attention, sampling, selection)
 
     def placed(self, attention: Attention, layer: Layer, tokens: Tensor) -> "Step":
         """This checked step with ``attention`` resolved for where the block stands in the layers."""
-        first, last = columns_of_block(attention, layer, self.block)
-        attention = attention.placed(layer, slice(first, last), slice(0, 0))
+        assert isinstance(self.block, Span)
+        columns = columns_of_block(attention, layer, self.block)
+        attention = attention.placed(layer, columns, Span(0, 0))
         if self.query_rows == "masked":
             token_of_row_0(attention, layer, self.block, tokens)
         return self._replace(attention=attention)
 
 
-def columns_of_block(attention: Attention, layer: Layer, block: slice) -> tuple[int, int]:
-    """The bounds of the block's key positions."""
+def columns_of_block(attention: Attention, layer: Layer, block: Span) -> Span:
+    """The block's key positions."""
     chosen = block if attention.columns is None else attention.columns
-    first, last = checks.span("columns", chosen, layer.k.shape[2], "key positions (N)")
-    count = block.stop - block.start
-    if last - first != count:
+    columns = checks.span("columns", chosen, layer.k.shape[2], "key positions (N)")
+    here, there = block.stop - block.start, columns.stop - columns.start
+    if here != there:
         raise ValueError(
-            f"columns: expected as many key positions as the block has tokens, {count}, got {last - first}"
+            f"columns: expected as many key positions as the block has tokens, {here}, got {there}"
         )
-    return first, last
+    return columns
 
 
-def token_of_row_0(attention: Attention, layer: Layer, block: slice, tokens: Tensor) -> int:
+def token_of_row_0(attention: Attention, layer: Layer, block: Span, tokens: Tensor) -> int:
     """The token position of query row 0 under resolved options; all rows have to stand at tokens."""
-    assert attention.columns is not None
+    assert isinstance(attention.columns, Span)
     assert attention.query_start is not None
     row, n_rows = attention.query_start - attention.columns.start + block.start, layer.q.shape[2]
     if row < 0 or row + n_rows > tokens.shape[1]:
@@ -314,12 +319,19 @@ def renamed(name: str, value: Any, old: str, given: Any) -> Any:
     return given
 
 
+def bounds(span: Any) -> Any:
+    """A slice as a record holds it: while torch.compile traces, which would make constants of its bounds, the
+    bounds alone."""
+    compiling = torch.compiler.is_compiling() and isinstance(span, slice) and span.step in (None, 1)
+    return Span(span.start, span.stop) if compiling else span
+
+
 # Fields as arguments of a torch operator, by their type.
 _ARGUMENTS = {
     Tensor: "Tensor {}",
     Tensor | None: "Tensor? {}",
-    slice: "SymInt {0}_start, SymInt {0}_stop",
-    slice | None: "SymInt {0}_start, SymInt {0}_stop",
+    slice | Span: "SymInt {0}_start, SymInt {0}_stop",
+    slice | Span | None: "SymInt {0}_start, SymInt {0}_stop",
     int: "SymInt {}",
     int | None: "SymInt? {}",
     int | Tensor | None: "SymInt {0}, Tensor? {0}s",
@@ -344,9 +356,7 @@ def flat(record: tuple) -> list[Any]:
     """A checked record's fields as these arguments."""
     values: list[Any] = []
     for name, value in zip(record._fields, record, strict=True):  # type: ignore[attr-defined]
-        if isinstance(value, slice):
-            values += (value.start, value.stop)
-        elif name == "seed":
+        if name == "seed":
             values += (0, value) if isinstance(value, Tensor) else (value, None)
         elif isinstance(value, tuple):
             values += flat(value)
@@ -359,8 +369,8 @@ def unflat(record: type[Record], values: Iterator[Any]) -> Record:
     """The record of these arguments."""
     fields: list[Any] = []
     for name, kind in record.__annotations__.items():
-        if kind in (slice, slice | None):
-            fields.append(slice(next(values), next(values)))
+        if kind in (slice | Span, slice | Span | None):
+            fields.append(Span(next(values), next(values)))
         elif name == "seed":
             seed, seeds = next(values), next(values)
             fields.append(seed if seeds is None else seeds)

@@ -200,6 +200,12 @@ def _first_largest(value: Tensor, candidates: Tensor) -> Tensor:
     return best & (best.cumsum(dim=-1) == 1)
 
 
+def masked_rows(tokens: Tensor, mask_token_id: int, rows: slice, query_mask: Tensor | None) -> Tensor:
+    """The query rows, at the token positions ``rows``, that are still masked and may count: bool [B, M]."""
+    masked = tokens[:, rows] == mask_token_id
+    return masked if query_mask is None else masked & query_mask
+
+
 def decode_step(
     tokens: Tensor,  # [B, T] int64, updated in place
     logits: Tensor,  # [B, C, V], the predictions for the block
@@ -231,8 +237,7 @@ def decode_step(
         if query_rows == "masked":
             # Row 0 stands at this token: key positions may be offset from token positions.
             first = start - columns.indices(n_keys)[0] + block.indices(tokens.shape[1])[0]
-            masked_rows = tokens[:, first : first + n_rows] == mask_token_id
-            query_mask = masked_rows if query_mask is None else masked_rows & query_mask
+            query_mask = masked_rows(tokens, mask_token_id, slice(first, first + n_rows), query_mask)
         scores = torch.zeros(masked.shape, dtype=_compute_dtype(layers[0][0]), device=tokens.device)
         for layer in layers:
             q, k, lse, q_descale, k_descale = (*layer, None, None, None)[:5]  # what is left out is None

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attn_sampler.h"
+#include "attn_sampler_random.h" /* ATTN_SAMPLER_HD */
 
 namespace attn_sampler {
 
@@ -15,6 +16,15 @@ struct View {
     T *data;
     int64_t stride[kDims];
 };
+
+/* Internal linkage, as in cpu/simd.h. */
+template <typename T>
+ATTN_SAMPLER_HD static inline T &element(const View<T, 2> &view, int64_t i, int64_t j) {
+    return view.data[i * view.stride[0] + j * view.stride[1]];
+}
+static inline int64_t element_size(int dtype) {
+    return dtype == ATTN_SAMPLER_FLOAT32 ? 4 : dtype == ATTN_SAMPLER_FLOAT8_E4M3 ? 1 : 2;
+}
 
 /* One layer's attention and what is wanted of it. q and k have last stride 1. */
 struct AttentionProblem {
@@ -28,11 +38,6 @@ struct AttentionProblem {
     View<float, 4> out; /* batch, head (0 without), row (0 without), column */
     int num_threads;
 };
-
-/* Internal linkage, as in cpu/simd.h. */
-static inline int64_t element_size(int dtype) {
-    return dtype == ATTN_SAMPLER_FLOAT32 ? 4 : dtype == ATTN_SAMPLER_FLOAT8_E4M3 ? 1 : 2;
-}
 
 struct ConfidenceProblem {
     int64_t batch, positions, vocab;

@@ -66,15 +66,9 @@ class Extension(Backend):
         return UNAVAILABLE or getattr(_C, f"{self.name}_unavailable")()
 
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
-        return super().refuses(op, tensors) or (_too_deep(tensors) if self.name == "cuda" else None)
-
-    def _too_deep(self, tensors: Sequence[Tensor]) -> str | None:
-        attention = {"column_scores": tensors, "attention_map": tensors, "decode_step": tensors[1:]}.get(
-            op, ()
-        )
-        if any(x.shape[-1] > MAX_HEADDIM for x in attention):
-            return f"its kernels take head dimensions up to {MAX_HEADDIM}"
-        return None
+        if any(x.dim() == 4 and x.shape[-1] > self._max_headdim for x in tensors):
+            return f"its kernels take head dimensions up to {self._max_headdim}"
+        return super().refuses(op, tensors)
 
     def attempt(self, op: str, *arguments: Any) -> bool:
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_sampler import reference
 from attn_sampler.backends.base import Backend
-from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step
 from attn_sampler.reference import StepResult
 
 
@@ -29,7 +29,11 @@ def _plain(function: Callable[..., None]) -> Callable[..., None]:
 
 def _keywords(masks: Masks, options: Attention, *without: str) -> dict[str, Any]:
     keywords = {**masks._asdict(), **options._asdict()}
-    return {name: value for name, value in keywords.items() if name not in without}
+    return {name: _sliced(value) for name, value in keywords.items() if name not in without}
+
+
+def _sliced(value: Any) -> Any:
+    return slice(*value) if isinstance(value, Span) else value
 
 
 class Reference(Backend):
@@ -73,7 +77,7 @@ class Reference(Backend):
             out.tokens,
             logits,
             **given,
-            block=options.block,
+            block=_sliced(options.block),
             mask_token_id=options.mask_token_id,
             query_rows=options.query_rows,
             **options.selection._asdict(),

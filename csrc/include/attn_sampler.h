@@ -26,6 +26,7 @@
 
 /* The largest values that are taken. */
 #define ATTN_SAMPLER_MAX_HEADDIM 512 /* on CUDA: a tile of keys fits the shared memory of every GPU */
+#define ATTN_SAMPLER_MAX_KEYS ((INT64_C(1) << 30) - 1)
 #define ATTN_SAMPLER_MAX_VOCAB (INT64_C(1) << 34)    /* the sampling stream counts groups of 4 in 32 bits */
 #define ATTN_SAMPLER_MAX_POSITION (INT64_C(1) << 62) /* sums of positions stay far from overflow */
 #define ATTN_SAMPLER_MAX_SCALE 2.35e38               /* finite in float32, times log2(e) too */
@@ -161,7 +162,7 @@ typedef struct attn_sampler_masks {
 typedef struct attn_sampler_attention_params {
     attn_sampler_span columns; /* key positions, 0 <= start < stop <= N */
     attn_sampler_span rows;    /* query rows, 0 <= start < stop <= M; attention_map only */
-    int64_t query_start;       /* key position of query row 0; of magnitude up to ATTN_SAMPLER_MAX_POSITION */
+    int64_t query_start;       /* key position of query row 0; in [-MAX_POSITION, MAX_POSITION) */
     double softmax_scale;      /* of magnitude up to ATTN_SAMPLER_MAX_SCALE */
     int32_t lse_base;          /* attn_sampler_lse_base */
     int32_t causal;            /* 0 or 1 */
