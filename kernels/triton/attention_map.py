@@ -167,7 +167,7 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
     cut = cut_columns("attention_map", problem, options, n_rows)
     lse = OF_TILE
     if not cut.of_tile:
-        lse = row_lse(problem, [layer.softmax_lse], masks.key_mask, options, (rows.start, rows.stop))
+        lse = row_lse(problem, [layer.softmax_lse], masks.key_mask, options, rows)
 
     block_m, block_n = cut.tile.block_m, cut.tile.block_n
     row_tiles, column_tiles = triton.cdiv(n_rows, block_m), triton.cdiv(n_columns, block_n)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_sampler.checks import Span
 from attn_sampler.options import Attention, Layer, Masks
 
 from . import launch
@@ -291,7 +292,7 @@ class Plan(NamedTuple):
 
     cut: Cut
     pack: int
-    rows: tuple[int, int]  # the query rows that can contribute
+    rows: Span  # the query rows that can contribute
     groups: int  # rows of the output
     tiles: int
     head_splits: int
@@ -305,17 +306,17 @@ class Plan(NamedTuple):
 
 
 def plan_columns(problem: Problem, options: Attention) -> Plan:
-    first, last = options.columns.start, options.columns.stop
-    rows = (0, problem.n_rows)
+    columns = options.columns
+    rows = Span(0, problem.n_rows)
     if options.softmax_scope == "block":
-        rows = _rows_at(first, last, options.query_start, problem.n_rows)
+        rows = _rows_at(columns, options.query_start, problem.n_rows)
     # Per head, and for the maximum of each head's rows, heads stay apart.
     pack = 1 if options.per_head or options.reduction == "max" else problem.group
-    packed_rows = (rows[1] - rows[0]) * pack
+    packed_rows = (rows.stop - rows.start) * pack
     cut = cut_columns("column_scores", problem, options, packed_rows)
 
     groups = problem.batch * (problem.heads if options.per_head else 1)
-    tiles = triton.cdiv(last - first, cut.tile.block_n)
+    tiles = triton.cdiv(columns.stop - columns.start, cut.tile.block_n)
     packs = 1 if options.per_head else problem.heads // pack
     row_tiles = triton.cdiv(packed_rows, cut.tile.block_m)
     n_layers = len(problem.layers.q.data)
@@ -334,10 +335,10 @@ def plan_columns(problem: Problem, options: Attention) -> Plan:
     return Plan(cut, pack, rows, groups, tiles, head_splits, row_splits, packs_per_split)
 
 
-def _rows_at(first: int, last: int, query_start: int, n_rows: int) -> tuple[int, int]:
+def _rows_at(columns: Span, query_start: int, n_rows: int) -> Span:
     """The query rows that stand at the columns."""
-    start = min(max(first - query_start, 0), n_rows)
-    return start, max(start, min(last - query_start, n_rows))
+    first = min(max(columns.start - query_start, 0), n_rows)
+    return Span(first, max(first, min(columns.stop - query_start, n_rows)))
 
 
 #: The arguments of a kernel that is no part of a decoding step.
@@ -394,8 +395,8 @@ def reduce_columns(
             "counters": counters,
             "n_groups": plan.groups,
             "n_columns": n_columns,
-            "row_start": rows[0],
-            "row_stop": rows[1],
+            "row_start": rows.start,
+            "row_stop": rows.stop,
             "column_start": options.columns.start,
             "query_start": options.query_start,
             "head_splits": plan.head_splits,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_sampler.checks import Span
 from attn_sampler.options import LOG2E, Attention
 
 from . import launch
@@ -154,40 +155,35 @@ def row_lse(
     softmax_lse: Sequence[Tensor | None],
     key_mask: Tensor | None,
     options: Attention,
-    rows: tuple[int, int],
+    rows: Span,
 ) -> RowLse:
     """The row log-sum-exp of all layers, as it was given or launched here for a range of rows."""
     if softmax_lse[0] is not None:
         scale = LOG2E if options.lse_base == "e" else 1.0
         return RowLse(Lse(tuple(softmax_lse), *shared_strides(softmax_lse), scale), 0, 1)
-    columns = (options.columns.start, options.columns.stop)
-    return _computed(
-        problem, key_mask, options, rows, columns if options.softmax_scope == "block" else (0, problem.n_keys)
-    )
+    keys = options.columns if options.softmax_scope == "block" else Span(0, problem.n_keys)
+    return _computed(problem, key_mask, options, rows, keys)
 
 
 def _computed(
     problem: Problem,
     key_mask: Tensor | None,
     options: Attention,
-    rows: tuple[int, int],
-    keys: tuple[int, int],
+    rows: Span,
+    keys: Span,
 ) -> RowLse:
     device, pack = problem.device, problem.group
     n_layers = len(problem.layers.q.data)
-    n_rows = (rows[1] - rows[0]) * pack
+    n_keys = keys.stop - keys.start
+    n_rows = (rows.stop - rows.start) * pack
     shape_class = launch.attention_class(n_rows, problem.headdim, problem.element_size)
     parameters = launch.config("row_lse", shape_class, device)
     block_m = fitting(n_rows, parameters.block_m)
-    block_n = fitting(keys[1] - keys[0], parameters.block_n)
+    block_n = fitting(n_keys, parameters.block_n)
     packs = problem.heads // pack
     programs = n_layers * problem.batch * packs * triton.cdiv(max(n_rows, 0), block_m)
     splits = 1
-    while (
-        splits < 32
-        and 2 * splits * block_n < keys[1] - keys[0]
-        and programs * splits < 2 * launch.processors(device)
-    ):
+    while splits < 32 and 2 * splits * block_n < n_keys and programs * splits < 2 * launch.processors(device):
         splits *= 2
     lse = launch.workspace(device, n_layers, problem.batch, problem.heads, problem.n_rows, splits)
     if programs > 0:
@@ -202,10 +198,10 @@ def _computed(
                 "n_heads": problem.heads,
                 "n_rows": problem.n_rows,
                 "n_batch": problem.batch,
-                "row_start": rows[0],
-                "row_stop": rows[1],
-                "key_start": keys[0],
-                "key_stop": keys[1],
+                "row_start": rows.start,
+                "row_stop": rows.stop,
+                "key_start": keys.start,
+                "key_stop": keys.stop,
                 "query_start": options.query_start,
                 "packs": packs,
                 "OPTIONS": Options(options.causal, splits, pack),
