@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attn_sampler.h"
+#include "attn_sampler_random.h" /* ATTN_SAMPLER_HD */
 
 namespace attn_sampler {
 
@@ -18,7 +19,7 @@ struct View {
 
 /* Internal linkage, as in cpu/simd/simd.h. */
 template <typename T>
-static inline T &element(const View<T, 2> &view, int64_t i, int64_t j) {
+ATTN_SAMPLER_HD static inline T &element(const View<T, 2> &view, int64_t i, int64_t j) {
     return view.data[i * view.stride[0] + j * view.stride[1]];
 }
 static inline int64_t element_size(int dtype) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_sampler.backends import BACKENDS, device_type, installation_problem
+from attn_sampler.backends import BACKENDS, REGISTRY, unavailable
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     for name in config.getoption("--backend") or ():
-        if (reason := installation_problem(name)) is not None:
+        if (reason := unavailable(name)) is not None:
             raise pytest.UsageError(f"--backend {name}: {reason}")
 
 
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     if session.config.getoption("--backend") or not any("backend" in _fixtures(item) for item in items):
         return
     for name in BACKENDS:
-        if (reason := installation_problem(name)) is not None:
+        if (reason := unavailable(name)) is not None:
             reason = f"backend {name} cannot run here: {reason}"
             items.append(_CannotRun.from_parent(session, name=f"backend {name}", reason=reason))
 
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
 @pytest.fixture
 def device(backend: str) -> torch.device:
     """Where the tensors of a test of this backend live."""
-    return torch.device("cpu" if backend == "reference" else device_type(backend))
+    return torch.device(REGISTRY[backend].device or "cpu")
 
 
 class _CannotRun(pytest.Item):
@@ -59,7 +59,7 @@ class _CannotRun(pytest.Item):
 
 def _backends(config: pytest.Config) -> list[str]:
     asked = config.getoption("--backend")
-    return [name for name in BACKENDS if (name in asked if asked else installation_problem(name) is None)]
+    return [name for name in BACKENDS if (name in asked if asked else unavailable(name) is None)]
 
 
 def _fixtures(item: pytest.Item) -> list[str]:

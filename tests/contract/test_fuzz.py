@@ -1,6 +1,7 @@
 """Thousands of random problems for all five functions, each judged against the reference in float64.
 
-A seed is one problem. To run one alone, with the whole traceback: ``python tests/contract/test_fuzz.py BACKEND SEED``.
+A seed is one problem. To run one alone, with the whole traceback:
+``python tests/contract/test_fuzz.py BACKEND SEED``.
 A plain run of the tests takes the first few; ``-m long`` takes the thousands.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import attn_sampler
 from attn_sampler import reference
-from attn_sampler.backends import device_type
+from attn_sampler.backends import REGISTRY
 
 INF, NAN = torch.inf, torch.nan
 QUICK, ALL = 160, 5200
@@ -46,7 +47,7 @@ def test_problems(backend: str, seeds: range) -> None:
 def check(backend: str, seed: int) -> None:
     """Judge the problem of this seed."""
     rng = random.Random(f"problem {seed}")
-    device = torch.device("cpu" if backend == "reference" else device_type(backend))
+    device = torch.device(REGISTRY[backend].device or "cpu")
     with threads(rng.choice((1, 2, 5))):
         kind = rng.choice(("column_scores",) * 3 + ("attention_map",) * 2 + ("confidence", "select", "step"))
         if kind == "confidence":
