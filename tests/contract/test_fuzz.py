@@ -1,7 +1,7 @@
 """Thousands of random problems for all five functions, each judged against the reference in float64.
 
-A seed is one problem. To run one alone, with the whole traceback: ``python tests/contract/test_fuzz.py BACKEND SEED``.
-A plain run of the tests takes the first few; ``-m long`` takes the thousands.
+A seed is one problem. To run one alone, with the whole traceback: ``python tests/contract/test_fuzz.py
+BACKEND SEED``. A plain run of the tests takes the first few; ``-m long`` takes the thousands.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import test_decode_step
 import test_select_tokens
 import test_token_confidence
 import torch
+from places import device_of
 from problems import ATTENTION_DTYPES, AttentionProblem, assert_accurate, random_attention
 from torch import Tensor
 
 import attn_sampler
 from attn_sampler import reference
-from attn_sampler.backends import device_type
 
 INF, NAN = torch.inf, torch.nan
 QUICK, ALL = 160, 5200
@@ -46,7 +46,7 @@ def test_problems(backend: str, seeds: range) -> None:
 def check(backend: str, seed: int) -> None:
     """Judge the problem of this seed."""
     rng = random.Random(f"problem {seed}")
-    device = torch.device("cpu" if backend == "reference" else device_type(backend))
+    device = device_of(backend)
     with threads(rng.choice((1, 2, 5))):
         kind = rng.choice(("column_scores",) * 3 + ("attention_map",) * 2 + ("confidence", "select", "step"))
         if kind == "confidence":
