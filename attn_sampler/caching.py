@@ -85,7 +85,7 @@ class ForwardPasses:
         if cache != "none" and cache not in served:
             accepted = ", ".join(repr(name) for name in ("none", *served))
             raise ValueError(f"cache: {type(model).__name__} serves {accepted}, got {cache!r}")
-        self._model, self._cache, self._shift = model, cache, logit_shift
+        self._model, self.cache, self.logit_shift = model, cache, logit_shift
         self._rows_model = cast(CacheableModel, model)  # asked for more than a call where there is a cache
         self.causal_block: int | None = getattr(model, "causal_block", None)
         if self.causal_block is not None:
@@ -104,7 +104,7 @@ class ForwardPasses:
         self._past = self._sequences = None
         if attention_mask is not None and hasattr(self._model, "check_padding"):
             self._model.check_padding(tokens.device)
-        if self.causal_block is None or self._cache == "none":
+        if self.causal_block is None or self.cache == "none":
             return
         start = block.start - block.start % self.causal_block
         if start > self._prefix_length:
@@ -123,18 +123,18 @@ class ForwardPasses:
         if self.causal_block is not None:
             start = block.start - block.start % self.causal_block
             end = min(start + self.causal_block, length)
-            return slice(0 if self._cache == "none" else start, end)
+            return slice(0 if self.cache == "none" else start, end)
         if self._past is None:  # no cache, or the pass that fills it
             return slice(0, length)
-        start = max(block.start - self._shift, 0)
-        return slice(start, block.stop if self._cache == "dual" else length)
+        start = max(block.start - self.logit_shift, 0)
+        return slice(start, block.stop if self.cache == "dual" else length)
 
     def logits(self, tokens: Tensor, attention_mask: Tensor | None, block: slice, sequences: Tensor) -> Any:
         """Run one pass over tokens [B', T] of ``sequences``; its output, for ``rows``."""
         rows = self.rows(block, tokens.shape[1])
         if self.causal_block is not None:
             attention_mask = None if attention_mask is None else attention_mask[:, : rows.stop]
-        if self._cache == "none":
+        if self.cache == "none":
             keywords = {} if attention_mask is None else {"attention_mask": attention_mask}
             return self._model(tokens[:, rows], **keywords)
         self._narrow(sequences)
@@ -143,8 +143,8 @@ class ForwardPasses:
             tokens[:, rows], rows, self._past, attention_mask=attention_mask, store=fills
         )
         if fills:
-            if self._cache == "prefix":
-                past = self._rows_model.crop(past, max(block.start - self._shift, 0))
+            if self.cache == "prefix":
+                past = self._rows_model.crop(past, max(block.start - self.logit_shift, 0))
             self._past, self._sequences = past, sequences
         return logits
 

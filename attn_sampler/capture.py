@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +17,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
-from attn_sampler.functional import BACKEND_CHOICES, REDUCTIONS, attention_map, column_scores
+from attn_sampler.attention_calls import (
+    attention_with_lse,
+    autocast,
+    compiled_attention,
+    is_capturing,
+    open_captures,
+    report_attention,
+)
+from attn_sampler.backends import BACKEND_CHOICES
+from attn_sampler.functional import attention_map, column_scores
+from attn_sampler.options import REDUCTIONS
+
+__all__ = [
+    "AttentionCapture",
+    "CapturedLayer",
+    "attention_with_lse",
+    "check_layer_choice",
+    "chosen_layers",
+    "is_capturing",
+    "report_attention",
+]
 
 _ATTENTION = F.scaled_dot_product_attention
 
@@ -125,20 +143,20 @@ class AttentionCapture(TorchFunctionMode):
 
     def __enter__(self) -> AttentionCapture:
         self.reset()
-        _active_captures().append(self)
+        open_captures().append(self)
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        _active_captures().remove(self)
+        open_captures().remove(self)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is not _ATTENTION:  # every torch function of the model comes by here
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
-            return _compiled_attention(*args, **kwargs)
+            return compiled_attention(*args, **kwargs)
         if not self._wants(self.num_calls):
             self.num_calls += 1
             return func(*args, **kwargs)
@@ -165,7 +183,7 @@ class AttentionCapture(TorchFunctionMode):
         if any(record.bias is not None for record in records):
             raise NotImplementedError(
                 "a layer's attn_mask is neither a key mask [B, 1, 1, N] nor is_causal and cannot be "
-                "handed to decode_step: use keep=False, or pass capture.scores"
+                "handed to decode_step: use keep=False, or pass scores=capture.scores"
             )
         block_scope = self._options["softmax_scope"] == "block"
         return [CapturedLayer(r.q, r.k, None if block_scope else r.softmax_lse) for r in records]
@@ -178,7 +196,7 @@ class AttentionCapture(TorchFunctionMode):
         if not _reducible_in_one_call(records):
             raise NotImplementedError(
                 "the layers differ in mask, scale, shape or positions and cannot be reduced in one "
-                "call: use keep=False, or pass capture.scores"
+                "call: use keep=False, or pass scores=capture.scores"
             )
         return {
             "columns": slice(0, first.k.shape[2]),
@@ -207,7 +225,7 @@ class AttentionCapture(TorchFunctionMode):
         return total.div_(sum(record.q.shape[1] for record in records))
 
     def step_input(self, as_map: bool = False) -> tuple[Tensor | list[CapturedLayer], dict[str, Any]]:
-        """The third argument and the keywords of ``decode_step``, or of a policy's ``step``.
+        """The third argument of a policy's ``step``, and the keywords that go with it.
 
         The kept layers where they can be reduced in one call; else ``scores``, which needs no keywords. For a
         policy with ``needs_map``, ``as_map``: ``attention_map``, which needs none either.
@@ -219,6 +237,13 @@ class AttentionCapture(TorchFunctionMode):
             if all(r.bias is None for r in records) and _reducible_in_one_call(records):
                 return self.layers, self.step_options
         return self.scores, {}
+
+    def add_call(self, *arguments: Any, **keywords: Any) -> None:
+        """Take an attention call that no mode saw: its log-sum-exp, and what attention was called with."""
+        if self._wants(self.num_calls):
+            self._record(*arguments, **keywords)
+        else:
+            self.num_calls += 1
 
     def _wants(self, index: int) -> bool:
         """Whether the attention call of this index counts, or may."""
@@ -260,7 +285,7 @@ class AttentionCapture(TorchFunctionMode):
             raise ValueError(
                 f"AttentionCapture: expected attention inputs [B, H, M, D], got {list(query.shape)}"
             )
-        q, k = _autocast(query.detach()), _autocast(key.detach())
+        q, k = autocast(query.detach()), autocast(key.detach())
         (batch, _, n_rows, _), n_keys = q.shape, k.shape[2]
         lo, hi = checks.span("columns", self.columns, n_keys, "key positions (N)")
         checks.optional("query_mask", self.query_mask, "[B, M]", (batch, n_rows), (torch.bool,), q)
@@ -404,214 +429,6 @@ def chosen_layers(selection: str | slice | Sequence[int], count: int) -> set[int
     if isinstance(selection, str):
         return set(range(count))
     return {i + count if i < 0 else i for i in selection}
-
-
-class _LogSumExpTap(TorchDispatchMode):
-    """Reads the log-sum-exp off whatever operators an attention call runs."""
-
-    # The fused operators return (output, logsumexp, ...). Some compute it on demand only: at this argument.
-    _FUSED = {  # noqa: RUF012
-        operator: [a.name for a in operator._schema.arguments].index("compute_log_sumexp")
-        if "compute_log_sumexp" in str(operator._schema)
-        else None
-        for operator in (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-            torch.ops.aten._scaled_dot_product_flash_attention.default,
-            torch.ops.aten._scaled_dot_product_efficient_attention.default,
-            torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-            torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
-        )
-    }
-    _SOFTMAX = (torch.ops.aten._safe_softmax.default, torch.ops.aten._softmax.default)
-    # Under inference_mode these arrive whole.
-    _COMPOSITE = (
-        torch.ops.aten.scaled_dot_product_attention.default,
-        torch.ops.aten._scaled_dot_product_attention_math.default,
-    )
-
-    softmax_lse: Tensor | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self._COMPOSITE:
-            with self:
-                return func.decompose(*args, **kwargs)
-        if func in self._SOFTMAX:  # the math path: these are the biased and masked logits
-            logits = args[0] if args[0].dtype == torch.float64 else args[0].float()
-            self.softmax_lse = torch.logsumexp(logits, dim=-1)
-        if func not in self._FUSED:
-            return func(*args, **kwargs)
-        on_demand = self._FUSED[func]
-        if on_demand is not None:
-            args = (*args[:on_demand], True, *args[on_demand + 1 :])
-        result = func(*args, **kwargs)
-        self.softmax_lse = result[1]
-        return result
-
-
-def attention_with_lse(query: Tensor, key: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-    """``F.scaled_dot_product_attention`` and the row log-sum-exp that it computes inside.
-
-    Parameters
-    ----------
-    query, key, ...
-        As in ``F.scaled_dot_product_attention``.
-
-    Returns
-    -------
-    output, softmax_lse
-        The very output of the call, and [B, Hq, M], natural logarithm, float32 (float64 for float64).
-
-    Raises
-    ------
-    NotImplementedError
-        The device's attention returns no log-sum-exp.
-    """
-    with _LogSumExpTap() as tap:
-        output = F.scaled_dot_product_attention(query, key, *arguments, **keywords)
-    if tap.softmax_lse is None:
-        raise NotImplementedError(f"scaled_dot_product_attention gives no log-sum-exp on {query.device}")
-    # Some kernels pad the rows, or add a last axis of 1.
-    shape = query.shape[:-1]
-    return output, tap.softmax_lse.narrow(len(shape) - 1, 0, shape[-1]).view(shape)
-
-
-def report_attention(
-    query: Tensor,
-    key: Tensor,
-    softmax_lse: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> None:
-    """Hand an attention call that no mode can see to the captures open in this thread; none is no error.
-
-    For an attention that knows its log-sum-exp: flash-attn, FlexAttention, a kernel of one's own. Inside a
-    compiled model call ``torch.compiler.disable(report_attention)``, which breaks the graph.
-
-    Parameters
-    ----------
-    query, key
-        ``[B, Hq, M, D]`` and ``[B, Hkv, N, D]``, after RoPE.
-    softmax_lse
-        ``[B, Hq, M]``, natural logarithm, float32.
-    attn_mask, is_causal, scale
-        As in ``F.scaled_dot_product_attention``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As the reduction of ``AttentionCapture`` that receives it.
-    """
-    with torch._C.DisableTorchFunction():  # the captures' own mode is on
-        for capture in _active_captures():
-            if capture._wants(capture.num_calls):
-                options = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
-                capture._record(softmax_lse, query, key, key, **options)  # type: ignore[arg-type]
-            else:
-                capture.num_calls += 1
-
-
-def is_capturing() -> bool:
-    """Whether this thread has a capture open, so that reporting to it is worth preparing."""
-    return bool(_active_captures())
-
-
-_THREAD = threading.local()
-
-
-def _active_captures() -> list[AttentionCapture]:
-    """The open captures of this thread, outermost first."""
-    if not hasattr(_THREAD, "captures"):
-        _THREAD.captures = []
-    return _THREAD.captures
-
-
-def _compiled_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """What an attention call becomes in a graph that is compiled while a capture is open."""
-    query, key, value = _autocast(query), _autocast(key), _autocast(value)
-    attn_mask = None if attn_mask is None else _autocast(attn_mask)
-    return torch.ops.attn_sampler.captured_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    )
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """The tensor as ``F.scaled_dot_product_attention`` sees it under ``torch.autocast``."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.float64, torch.bool):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-def _captured_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """The operator: the graph knows nothing of the captures, which it finds open when it runs."""
-    keywords = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
-    keywords |= {"scale": scale, "enable_gqa": enable_gqa}
-    with torch._C.DisableTorchFunction():  # the captures' own mode is still on
-        output, softmax_lse = attention_with_lse(query, key, value, **keywords)
-        for capture in _active_captures():
-            if capture._wants(capture.num_calls):
-                # The graph uses the memory of its tensors again after this, their last use that it knows of.
-                capture._record(softmax_lse, query, key, value, **keywords, copy=True)  # type: ignore[arg-type]
-            else:
-                capture.num_calls += 1
-    return output
-
-
-def _captured_attention_autograd(*arguments: Any) -> Tensor:
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        raise RuntimeError(
-            "AttentionCapture carries no gradient through a model under torch.compile: run it under "
-            "torch.no_grad()"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.attn_sampler.captured_attention(*arguments)
-
-
-_LIBRARY = torch.library.Library("attn_sampler", "FRAGMENT")
-_LIBRARY.define(
-    "captured_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
-    "bool is_causal, float? scale, bool enable_gqa) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else (),
-)
-_LIBRARY.impl("captured_attention", _captured_attention_autograd, "Autograd")
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("captured_attention", _captured_attention, _key)
-
-
-@torch.library.register_fake("attn_sampler::captured_attention", lib=_LIBRARY)
-def _captured_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
 
 
 def _biased_column_scores(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8 = torch.float8_e4m3fn
 ATTENTION_DTYPES = (*FLOAT_DTYPES, FLOAT8)
-_MIN_TEMPERATURE = 2.0**-120
 
 
 def is_dense(value: Tensor) -> bool:
@@ -96,10 +96,18 @@ def flag(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
-def span(name: str, value: slice | None, length: int, what: str) -> tuple[int, int]:
+class Span(NamedTuple):
+    """Positions [start, stop), as a checked slice; the C API's attn_sampler_span."""
+
+    start: int
+    stop: int
+
+
+def span(name: str, value: object, length: int, what: str) -> Span:
     """The bounds of a non-empty slice of step 1 inside [0, length); all of it for None."""
-    if isinstance(value, slice):  # asked first: torch.compile makes constants of a slice compared with None
-        if value.step not in (None, 1):
+    # Asked first: torch.compile makes constants of a slice compared with None.
+    if isinstance(value, (slice, Span)):
+        if isinstance(value, slice) and value.step not in (None, 1):
             raise ValueError(f"{name}: expected a slice of step 1, got step {value.step}")
         start = 0 if value.start is None else integer(f"{name}.start", value.start)
         stop = length if value.stop is None else integer(f"{name}.stop", value.stop)
@@ -113,35 +121,22 @@ def span(name: str, value: slice | None, length: int, what: str) -> tuple[int, i
         raise TypeError(f"{name}: expected a slice of {what}, got {type(value).__name__}")
     if start >= stop:
         raise ValueError(f"{name}: expected at least one of the {length} {what}, got an empty range {value}")
-    return start, stop
+    return Span(start, stop)
 
 
 def unit_interval(name: str, value: object) -> float:
     """A number in [0, 1]."""
-    return _number(name, value, "a number in [0, 1]", lambda x: 0.0 <= x <= 1.0)
+    return number(name, value, "a number in [0, 1]", lambda x: 0.0 <= x <= 1.0)
 
 
 def non_negative(name: str, value: object) -> float:
     """A finite number, zero or more."""
     # The largest float, written out, as a constant elsewhere would be no constant to torch.compile.
-    return _number(name, value, "a finite number >= 0", lambda x: 0.0 <= x <= 1.7976931348623157e308)
+    return number(name, value, "a finite number >= 0", lambda x: 0.0 <= x <= 1.7976931348623157e308)
 
 
-def temperature(name: str, value: object) -> float:
-    """Zero, or a number whose inverse, by which logits are multiplied in float32, is far from overflow."""
-    number = non_negative(name, value)
-    if 0.0 < number < _MIN_TEMPERATURE:
-        raise ValueError(f"{name}: expected 0 or at least {_MIN_TEMPERATURE:.3g}, got {number}")
-    return number
-
-
-def finite(name: str, value: object) -> float:
-    """A number that is finite in float32, its product with log2(e) too."""
-    what = "a finite number of magnitude up to 2.35e+38"
-    return _number(name, value, what, lambda x: -2.35e38 <= x <= 2.35e38)
-
-
-def _number(name: str, value: object, what: str, accepted: Callable[[float], bool]) -> float:
+def number(name: str, value: object, what: str, accepted: Callable[[float], bool]) -> float:
+    """A number that is accepted, ``what`` saying which are."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     if not accepted(value):

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from attn_sampler import _core
 from attn_sampler._version import __version__
-from attn_sampler.backends import BACKENDS, installation_problem
+from attn_sampler.backends import BACKENDS, extension, unavailable
 
 
 def collect_env() -> dict[str, Any]:
@@ -33,7 +32,7 @@ def collect_env() -> dict[str, Any]:
         ``{"name", "compute_capability", "memory_gib"}``. ``backends``: for each name
         ``{"available", "reason"}``.
     """
-    installed = _core.UNAVAILABLE is None
+    installed = extension.UNAVAILABLE is None
     gpus = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -44,7 +43,7 @@ def collect_env() -> dict[str, Any]:
                 "memory_gib": round(gpu.total_memory / 2**30, 1),
             }
         )
-    problems = {name: installation_problem(name) for name in BACKENDS}
+    reasons = {name: unavailable(name) for name in BACKENDS}
     return {
         "attn_sampler": __version__,
         "python": platform.python_version(),
@@ -59,13 +58,12 @@ def collect_env() -> dict[str, Any]:
         },
         "extension": {
             "installed": installed,
-            "reason": _core.UNAVAILABLE or "",
-            "cpu_isa": _core.cpu_isa() if installed else None,
+            "reason": extension.UNAVAILABLE or "",
+            "cpu_isa": extension.cpu_isa() if installed else None,
         },
         "gpus": gpus,
         "backends": {
-            name: {"available": problem is None, "reason": problem or ""}
-            for name, problem in problems.items()
+            name: {"available": reason is None, "reason": reason or ""} for name, reason in reasons.items()
         },
     }
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
-from attn_sampler.sampler import Policy, StepState, ranked_positions, register_policy, top_positions
+from attn_sampler.policy import Policy, StepState, ranked_positions, top_positions
+from attn_sampler.sampler import register_policy
 
 
 class MapPolicy(Policy):

@@ -37,10 +37,8 @@ from torch import Tensor
 
 from attn_sampler import checks
 from attn_sampler.adapters.models import FAMILIES
-from attn_sampler.capture import AttentionCapture
-from attn_sampler.demo import default_tau
-from attn_sampler.functional import ROWS
 from attn_sampler.generate import Generation, generate
+from attn_sampler.policy import Policy, StepState
 from attn_sampler.problem_sets import (
     BUNDLED,
     SPLITS,
@@ -52,119 +50,7 @@ from attn_sampler.problem_sets import (
 )
 from attn_sampler.reference import StepResult
 from attn_sampler.report import markdown, plot_frontier, summarise
-from attn_sampler.sampler import Policy, StepState, make_policy
-
-BASELINE = "confidence"
-RULES = (
-    BASELINE,
-    "margin",
-    "entropy",
-    "left-to-right",
-    "random",
-    "attn-sequential",
-    "attn-parallel",
-    "attn-random",
-    "threshold",
-    "factor",
-    "eb",
-    "klass",
-    "pard",
-    "dawn",
-    "dapd",
-    "clad",
-    "adas",
-)
-#: Attn-Sampler's switches, one at a time.
-SWITCHES = (
-    *(
-        f"{mode}:{switch}"
-        for mode in ("attn-sequential", "attn-parallel")
-        for switch in ("rows=masked", "softmax_scope=block", "diagonal=false", "layers=last", "layers=0:2")
-    ),
-    "attn-parallel:fallback=score",
-    "attn-parallel:threshold=mean",
-)
-_ATTENTION_OPTIONS = ("layers", "rows", "softmax_scope", "diagonal")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A policy with its options, and which attention it reads.
-
-    ``layers`` is written ``all``, ``last``, a slice ``0:2`` or indices ``0+3``; ``diagonal`` true or false.
-    """
-
-    label: str
-    policy: str
-    options: dict[str, Any] = dataclasses.field(hash=False)  # of the policy
-    attention: dict[str, Any] = dataclasses.field(hash=False)  # of ``generate``
-
-    @classmethod
-    def parse(cls, text: str) -> Rule:
-        """The rule written ``policy:option=value,...``.
-
-        Raises
-        ------
-        ValueError
-            The policy or an option is unknown, or a value is not accepted.
-        """
-        policy, _, rest = text.partition(":")
-        options: dict[str, Any] = {}
-        attention: dict[str, Any] = {}
-        for pair in filter(None, rest.split(",")):
-            name, equals, value = pair.partition("=")
-            if not equals:
-                raise ValueError(f"rule {text!r}: expected policy:option=value,..., got {pair!r}")
-            if name in _ATTENTION_OPTIONS:
-                attention[name] = _layers(value) if name == "layers" else _literal(value)
-            else:
-                options[name] = _literal(value)
-        try:
-            make_policy(policy, **options)
-            capture = {name: value for name, value in attention.items() if name != "rows"}
-            AttentionCapture(**capture)
-            checks.choice("rows", attention.get("rows", "all"), ROWS)
-        except TypeError as error:
-            raise ValueError(f"rule {text!r}: {error}") from None
-        return cls(text, policy, options, attention)
-
-    def make(self) -> Policy:
-        """A fresh policy object."""
-        return make_policy(self.policy, **self.options)
-
-
-def expand(texts: Iterable[str], taus: Sequence[float] = ()) -> list[Rule]:
-    """The rules, those that read a confidence threshold and fix none once for each of ``taus``."""
-    rules: dict[str, Rule] = {}
-    for text in texts:
-        rule = Rule.parse(text)
-        labels = [text]
-        if taus and "tau" not in rule.options and default_tau(rule.policy) is not None:
-            separator = "," if ":" in text else ":"
-            labels = [f"{text}{separator}tau={tau:g}" for tau in taus]
-        rules |= {label: Rule.parse(label) for label in labels}
-    return list(rules.values())
-
-
-def _literal(text: str) -> Any:
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False, "none": None}.get(text, text)
-
-
-def _layers(text: str) -> str | slice | list[int]:
-    if text in ("all", "last"):
-        return text if text == "all" else [-1]
-    try:
-        if ":" in text:
-            start, stop = (int(end) if end else None for end in text.split(":"))
-            return slice(start, stop)
-        return [int(index) for index in text.split("+")]
-    except ValueError:
-        raise ValueError(f"layers: expected all, last, a slice 0:2 or indices 0+3, got {text!r}") from None
+from attn_sampler.rules import BASELINE, RULES, SWITCHES, Rule, expand, spelled
 
 
 class Results:
@@ -176,12 +62,15 @@ class Results:
 
     def __init__(self, path: Path | None = None, baseline: str = BASELINE) -> None:
         self.path = path
-        self.baseline = baseline  # the rule with which the summary compares
+        self.baseline = spelled(baseline)  # the rule with which the summary compares
         self.cells: dict[str, Any] = {}
         if path is not None and path.exists():
             try:
                 self.cells = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-            except (KeyError, TypeError, ValueError) as error:
+                for cell in self.cells.values():
+                    for kind in ("rules", "orders"):
+                        cell[kind] = {spelled(label): held for label, held in cell[kind].items()}
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}: holds no results of an evaluation: {error!r}") from None
 
     def of(self, problems: ProblemSet, model: str) -> dict[str, Any]:
@@ -453,7 +342,7 @@ def run(options: argparse.Namespace) -> int:
     rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
     results = Results(options.out, options.baseline)
     labels = {rule.label for rule in rules}.union(*(cell["rules"] for cell in results.cells.values()))
-    if options.baseline not in {BASELINE, *labels}:
+    if results.baseline not in {BASELINE, *labels}:
         raise ValueError(
             f"--baseline: expected one of the rules ({', '.join(sorted(labels))}), got {options.baseline}"
         )
@@ -482,8 +371,8 @@ def run(options: argparse.Namespace) -> int:
             ),
         )
     torch.set_num_threads(threads)
-    rows = summarise(results.cells, options.baseline)
-    table = markdown(rows, options.baseline)
+    rows = summarise(results.cells, results.baseline)
+    table = markdown(rows, results.baseline)
     if options.table is None:
         print(table)
     else:

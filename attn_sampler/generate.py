@@ -16,9 +16,10 @@ from attn_sampler import checks
 from attn_sampler.backends import choose_backend
 from attn_sampler.caching import ForwardPasses
 from attn_sampler.capture import AttentionCapture
-from attn_sampler.functional import ROWS
-from attn_sampler.reference import StepResult
-from attn_sampler.sampler import Policy, make_policy
+from attn_sampler.options import QUERY_ROWS, check_temperature, renamed, signed_seed
+from attn_sampler.policy import Policy, check_progress
+from attn_sampler.reference import StepResult, masked_rows
+from attn_sampler.sampler import make_policy
 from attn_sampler.trace import Commit, DecodeTrace
 
 STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
@@ -45,7 +46,6 @@ class StepEvent(NamedTuple):
     result: StepResult  # of these sequences
 
 
-@torch.no_grad()
 def generate(
     model: Callable[..., Any],
     prompt_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
@@ -63,7 +63,7 @@ def generate(
     logit_shift: bool = False,
     cache: str = "none",
     layers: str | slice | Sequence[int] = "all",
-    rows: str = "all",
+    query_rows: str = "all",
     softmax_scope: str = "sequence",
     diagonal: bool = True,
     keep_layers: bool = True,
@@ -71,6 +71,7 @@ def generate(
     progress: bool = False,
     trace: bool = False,
     on_step: Callable[[StepEvent], None] | None = None,
+    rows: str | None = None,
 ) -> Generation:
     """Fill the masked positions of prompts with a masked-diffusion language model.
 
@@ -124,7 +125,7 @@ def generate(
         the keys of all positions: a cache holds those of the block's first pass, which runs all positions,
         and the passes after that are an approximation, so tokens may differ from ``cache="none"``; a
         block that takes one pass agrees. The attention that scores count is then that of the rows run.
-    layers, rows, softmax_scope, diagonal
+    layers, query_rows, softmax_scope, diagonal
         Which attention counts: the calls by their order; the query rows, ``"all"`` or ``"masked"`` (those
         still masked); ``"sequence"`` or ``"block"``; whether attention to oneself does.
     keep_layers
@@ -135,6 +136,8 @@ def generate(
         As in ``column_scores``.
     progress, trace, on_step
         A progress bar; a ``DecodeTrace`` in the result; a function that each step calls with a ``StepEvent``.
+    rows
+        The former name of query_rows, taken for one release more.
 
     Returns
     -------
@@ -150,13 +153,14 @@ def generate(
         The logits of a chosen position are undefined (NaN, +inf or all -inf), the attention scores are NaN
         at every masked position of a sequence, or the policy chooses none of these.
     """
+    query_rows = renamed("query_rows", query_rows, "rows", rows)
     if not callable(model):
         raise TypeError(f"model: expected a callable, got {type(model).__name__}")
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
     checks.integer("mask_token_id", mask_token_id, 0)
     checks.integer("block_length", block_length, 1)
-    checks.temperature("temperature", temperature)
-    checks.choice("rows", rows, ROWS)
+    check_temperature(temperature)
+    checks.choice("query_rows", query_rows, QUERY_ROWS)
     flags = {"logit_shift": logit_shift, "keep_layers": keep_layers, "progress": progress, "trace": trace}
     for name, flag in flags.items():
         checks.flag(name, flag)
@@ -175,93 +179,159 @@ def generate(
     tokens, visible = _append(tokens, visible, gen_length, mask_token_id)
     seeds = _sequence_seeds(seed, tokens)
     choose_backend("decode_step", backend, tokens)
-
     to_fill = tokens == mask_token_id
     if len(tokens) and not to_fill.any():
         raise ValueError("prompt_ids: expected masked positions to fill, got none and gen_length = 0")
-    padded = not bool(visible.all())
-    begins = visible & ~torch.nn.functional.pad(visible, (1, 0))[:, :-1]
-    last_begin = int((~visible).sum(dim=1).max()) if padded and logit_shift else -1
-    passes = torch.zeros_like(seeds)
-    finished = torch.zeros_like(seeds, dtype=torch.bool)
     record = None
     if trace:
         name = policy if isinstance(policy, str) else repr(policy)
         record = DecodeTrace(tokens.tolist(), mask_token_id, name, padding=(~visible).sum(dim=1).tolist())
-    num_steps, forward_seconds, sampling_seconds = 0, 0.0, 0.0
 
-    with _progress_bar(progress, int(to_fill.sum())) as advance:
+    with torch.no_grad(), _progress_bar(progress, int(to_fill.sum())) as advance:
+        run = _Run(
+            chosen,
+            forward,
+            capture,
+            tokens,
+            visible,
+            to_fill,
+            seeds,
+            mask_token_id=mask_token_id,
+            eos_token_id=eos_token_id,
+            query_rows=query_rows,
+            options={"temperature": temperature, "backend": backend},
+            trace=record,
+            advance=advance,
+            on_step=on_step,
+        )
         for block in _blocks(prompt_length, tokens.shape[1], block_length):
-            chosen.reset()
-            active = (to_fill[:, block].any(dim=1) & ~finished).nonzero().squeeze(1)
-            if len(active):
-                began = time.perf_counter()
-                forward.enter(tokens, visible if padded else None, block)
-                forward_seconds += time.perf_counter() - began
-            while len(active):
-                began = time.perf_counter()
-                batch, mask = tokens[active], visible[active]
-                run = forward.rows(block, tokens.shape[1])
-                if chosen.needs_scores:
-                    voting = mask & (batch == mask_token_id) if rows == "masked" else mask
-                    capture.columns = block
-                    capture.query_mask = voting[:, run] if padded or rows == "masked" else None
-                    capture.query_start = None if cache == "none" else run.start
-                with capture if chosen.needs_scores else contextlib.nullcontext():
-                    output = forward.logits(batch, mask if padded else None, block, active)
-                between = time.perf_counter()
-                attention, score_options = (
-                    capture.step_input(chosen.needs_map) if chosen.needs_scores else (None, {})
-                )
-                if padded and chosen.needs_map:
-                    score_options["padding"] = ~mask[:, block]
-                result = chosen.step(
-                    batch,
-                    _block_logits(
-                        output,
-                        batch[:, run],
-                        block,
-                        run.start,
-                        logit_shift,
-                        mask_token_id,
-                        forward.before(block, active),
-                        begins[active, block] if block.start <= last_begin else None,
-                    ),
-                    attention,
-                    block=block,
-                    mask_token_id=mask_token_id,
-                    sequence=active,
-                    seeds=seeds[active] + passes[active] * STEP_STRIDE,
-                    temperature=temperature,
-                    backend=backend,
-                    **score_options,
-                )
-                committed, open_rows = _check_progress(
-                    result, active, block, mask_token_id, chosen.needs_scores
-                )
-                tokens[active] = batch
-                forward_seconds += between - began
-                sampling_seconds += time.perf_counter() - between
-                num_steps += 1
-                if record is not None:
-                    record.commits += _commits(result, active, passes, block)
-                passes[active] += 1
-                advance(committed)
-                if on_step is not None:
-                    on_step(StepEvent(num_steps, block, active, result))
-                active = active[open_rows]
-            if eos_token_id is not None:
-                filled = to_fill[:, : block.stop] & (tokens[:, : block.stop] == eos_token_id)
-                finished |= filled.any(dim=1)
-    if eos_token_id is not None:
-        ended = to_fill & (((tokens == eos_token_id) & to_fill).cumsum(dim=1) > 0) & (tokens != eos_token_id)
-        tokens = tokens.masked_fill(ended, eos_token_id)
-        if record is not None:
-            record.commits += [
-                Commit(sequence, int(passes[sequence]), position, eos_token_id, float("nan"), float("nan"))
+            run.decode_block(block)
+        run.end_texts()
+    return Generation(run.tokens, visible, run.passes, run.forward_seconds, run.sampling_seconds, record)
+
+
+@dataclasses.dataclass
+class _Run:
+    """A decoding run: what it decodes with, and how far it is."""
+
+    policy: Policy
+    forward: ForwardPasses
+    capture: AttentionCapture
+    tokens: Tensor  # [B, T] int64
+    visible: Tensor  # [B, T] bool, False at padding
+    to_fill: Tensor  # [B, T] bool, masked at the start
+    seeds: Tensor  # [B] int64
+    mask_token_id: int
+    eos_token_id: int | None
+    query_rows: str
+    options: dict[str, Any]  # of the policy's step
+    trace: DecodeTrace | None
+    advance: Callable[[int], None]
+    on_step: Callable[[StepEvent], None] | None
+
+    def __post_init__(self) -> None:
+        self.padded = not bool(self.visible.all())
+        self.begins = self.visible & ~torch.nn.functional.pad(self.visible, (1, 0))[:, :-1]
+        shifts_padding = self.padded and self.forward.logit_shift
+        self.last_begin = int((~self.visible).sum(dim=1).max()) if shifts_padding else -1
+        self.passes = torch.zeros_like(self.seeds)  # [B]
+        self.finished = torch.zeros_like(self.seeds, dtype=torch.bool)
+        self.num_steps, self.forward_seconds, self.sampling_seconds = 0, 0.0, 0.0
+
+    def decode_block(self, block: slice) -> None:
+        """Fill a block of the sequences whose text has not ended."""
+        self.policy.reset()
+        active = (self.to_fill[:, block].any(dim=1) & ~self.finished).nonzero().squeeze(1)
+        if len(active):
+            began = time.perf_counter()
+            self.forward.enter(self.tokens, self.visible if self.padded else None, block)
+            self.forward_seconds += time.perf_counter() - began
+        while len(active):
+            active = active[self._step(block, active)]
+        if self.eos_token_id is not None:
+            filled = self.to_fill[:, : block.stop] & (self.tokens[:, : block.stop] == self.eos_token_id)
+            self.finished |= filled.any(dim=1)
+
+    def _step(self, block: slice, active: Tensor) -> Tensor:
+        """One step of the sequences ``active``, and which of them have more of the block to fill."""
+        began = time.perf_counter()
+        needs_scores = self.policy.needs_scores
+        tokens, visible = self.tokens[active], self.visible[active]
+        positions = self.forward.rows(block, tokens.shape[1])
+        with self._captured(tokens, visible, block, positions) if needs_scores else contextlib.nullcontext():
+            output = self.forward.logits(tokens, visible if self.padded else None, block, active)
+        passed = time.perf_counter()
+        attention, options = self.capture.step_input(self.policy.needs_map) if needs_scores else (None, {})
+        if self.padded and self.policy.needs_map:
+            options["padding"] = ~visible[:, block]
+        result = self.policy.step(
+            tokens,
+            self._block_logits(output, tokens[:, positions], block, positions.start, active),
+            attention,
+            block=block,
+            mask_token_id=self.mask_token_id,
+            sequence=active,
+            seeds=self.seeds[active] + self.passes[active] * STEP_STRIDE,
+            **self.options,
+            **options,
+        )
+        left = result.tokens[:, block] == self.mask_token_id
+        scores = result.scores if needs_scores else None
+        count = check_progress(left, result.selected, result.confidence, scores, active, block.start)
+        self.tokens[active] = tokens
+        self.forward_seconds += passed - began
+        self.sampling_seconds += time.perf_counter() - passed
+        self.num_steps += 1
+        if self.trace is not None:
+            self.trace.commits += _commits(result, active, self.passes, block)
+        self.passes[active] += 1
+        self.advance(count)
+        if self.on_step is not None:
+            self.on_step(StepEvent(self.num_steps, block, active, result))
+        return left.any(dim=1)
+
+    def _captured(self, tokens: Tensor, visible: Tensor, block: slice, positions: slice) -> AttentionCapture:
+        """The capture, for a pass whose queries stand at ``positions``."""
+        capture = self.capture
+        capture.columns = block
+        capture.query_mask = visible[:, positions] if self.padded else None
+        if self.query_rows == "masked":
+            capture.query_mask = masked_rows(tokens, self.mask_token_id, positions, capture.query_mask)
+        capture.query_start = None if self.forward.cache == "none" else positions.start
+        return capture
+
+    def _block_logits(self, output: Any, tokens: Tensor, block: slice, start: int, active: Tensor) -> Tensor:
+        """The predictions [B, C, V] for the block; its output's rows, of ``tokens``, begin at ``start``."""
+        logits = getattr(output, "logits", output)
+        checks.tensor("model output", logits, "[B, T, V]", checks.FLOAT_DTYPES, like=tokens)
+        checks.shape("model output", logits, "[B, T, V]", (*tokens.shape, logits.shape[2]))
+        checks.integer("mask_token_id", self.mask_token_id, 0, logits.shape[2])
+        first, last = block.start - start, block.stop - start
+        own = logits[:, first:last]
+        if not self.forward.logit_shift:
+            return own
+        if first > 0:
+            shifted = logits[:, first - 1 : last - 1]
+        else:  # nothing precedes row 0: it predicts its own position too
+            before = self.forward.before(block, active)
+            shifted = torch.cat([own[:, :1] if before is None else before, own[:, :-1]], dim=1)
+        if block.start > self.last_begin:
+            return shifted
+        return torch.where(self.begins[active, block][..., None], own, shifted)
+
+    def end_texts(self) -> None:
+        """The end-of-text token behind the first one that was filled in."""
+        if self.eos_token_id is None:
+            return
+        is_end = self.tokens == self.eos_token_id
+        ended = self.to_fill & ((is_end & self.to_fill).cumsum(dim=1) > 0) & ~is_end
+        self.tokens = self.tokens.masked_fill(ended, self.eos_token_id)
+        if self.trace is not None:
+            nan = float("nan")
+            self.trace.commits += [
+                Commit(sequence, int(self.passes[sequence]), position, self.eos_token_id, nan, nan)
                 for sequence, position in ended.nonzero().tolist()
             ]
-    return Generation(tokens, visible, passes, forward_seconds, sampling_seconds, record)
 
 
 def _prompts(
@@ -344,8 +414,7 @@ def _sequence_seeds(seed: int | Sequence[int], tokens: Tensor) -> Tensor:
     else:
         first = checks.integer("seed", seed)
         values = [first + i for i in range(batch)]
-    wrapped = [(value + (1 << 63)) % (1 << 64) - (1 << 63) for value in values]
-    return torch.tensor(wrapped, dtype=torch.int64, device=tokens.device)
+    return torch.tensor([signed_seed(x) for x in values], dtype=torch.int64, device=tokens.device)
 
 
 def _blocks(prompt_length: int, length: int, block_length: int) -> Iterator[slice]:
@@ -354,63 +423,6 @@ def _blocks(prompt_length: int, length: int, block_length: int) -> Iterator[slic
     bounds = [0] * (first > 0) + [*range(first, length, block_length), length]
     for start, stop in itertools.pairwise(bounds):
         yield slice(start, stop)
-
-
-def _block_logits(
-    output: Any,
-    tokens: Tensor,
-    block: slice,
-    start: int,
-    logit_shift: bool,
-    mask_token_id: int,
-    before: Tensor | None = None,
-    begins: Tensor | None = None,
-) -> Tensor:
-    """The predictions [B, C, V] for the block's positions; the output's rows stand at ``start`` and on.
-
-    ``before`` holds the row before the first where the output lacks it; ``begins`` says where a sequence
-    begins behind padding.
-    """
-    logits = getattr(output, "logits", output)
-    checks.tensor("model output", logits, "[B, T, V]", checks.FLOAT_DTYPES, like=tokens)
-    checks.shape("model output", logits, "[B, T, V]", (*tokens.shape, logits.shape[2]))
-    checks.integer("mask_token_id", mask_token_id, 0, logits.shape[2])
-    first, last = block.start - start, block.stop - start
-    own = logits[:, first:last]
-    if not logit_shift:
-        return own
-    if first > 0:
-        shifted = logits[:, first - 1 : last - 1]
-    else:  # nothing precedes row 0: it predicts its own position too
-        shifted = torch.cat([own[:, :1] if before is None else before, own[:, :-1]], dim=1)
-    return shifted if begins is None else torch.where(begins[..., None], own, shifted)
-
-
-def _check_progress(
-    result: StepResult, active: Tensor, block: slice, mask_token_id: int, needs_scores: bool
-) -> tuple[int, Tensor]:
-    """How many tokens the step committed, and which of its rows have more to fill, after one host sync."""
-    undefined = result.selected & result.confidence.isnan()
-    stuck = ~result.selected.any(dim=1)
-    count, any_undefined, any_stuck = torch.stack(
-        [result.selected.sum(), undefined.any(), stuck.any()]
-    ).tolist()
-    if any_undefined:
-        row, column = undefined.nonzero()[0].tolist()
-        raise RuntimeError(
-            f"the model's logits at position {block.start + column} of sequence {int(active[row])} are "
-            "undefined (NaN, +inf or all -inf), and the policy chose it"
-        )
-    if any_stuck:
-        left = result.tokens[:, block] == mask_token_id
-        scored = bool((left & ~result.scores.isnan())[stuck].any())
-        reason = (
-            "the policy chose no masked position"
-            if scored or not needs_scores
-            else "the attention scores are NaN at every masked position"
-        )
-        raise RuntimeError(f"nothing could be committed in sequences {active[stuck].tolist()}: {reason}")
-    return count, (result.tokens[:, block] == mask_token_id).any(dim=1)
 
 
 def _commits(result: StepResult, active: Tensor, passes: Tensor, block: slice) -> list[Commit]:

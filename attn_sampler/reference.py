@@ -173,13 +173,13 @@ def select_tokens(
     confidence: Tensor,  # [B, C]
     masked: Tensor,  # [B, C] bool
     *,
-    policy: str = "parallel",
+    rule: str = "parallel",
     tau: float = 0.9,
     fallback: str = "confidence",
 ) -> Tensor:
     """The positions to commit, [B, C] bool (arXiv 2604.08564, dynamic attention threshold)."""
     candidates = masked & ~scores.isnan()
-    if policy == "sequential":
+    if rule == "sequential":
         return _first_largest(scores, candidates)
     # The comparison is made in float32 on every backend: tau is a float32 there.
     high = masked & (confidence.to(torch.float32) >= torch.tensor(tau, dtype=torch.float32))
@@ -200,20 +200,27 @@ def _first_largest(value: Tensor, candidates: Tensor) -> Tensor:
     return best & (best.cumsum(dim=-1) == 1)
 
 
+def masked_rows(tokens: Tensor, mask_token_id: int, rows: slice, query_mask: Tensor | None) -> Tensor:
+    """The query rows, at the token positions ``rows``, that are still masked and may count: bool [B, M]."""
+    masked = tokens[:, rows] == mask_token_id
+    return masked if query_mask is None else masked & query_mask
+
+
 def decode_step(
     tokens: Tensor,  # [B, T] int64, updated in place
     logits: Tensor,  # [B, C, V], the predictions for the block
-    layers: Tensor | Sequence[Sequence[Any]],  # scores [B, C], or (q, k, softmax_lse, q_descale, k_descale)
+    layers: Sequence[Sequence[Any]] | None = None,  # (q, k, softmax_lse, q_descale, k_descale) each
     *,
+    scores: Tensor | None = None,  # [B, C], where there are no layers
     block: slice,
     mask_token_id: int,
-    policy: str = "parallel",
+    rule: str = "parallel",
     tau: float = 0.9,
     fallback: str = "confidence",
     metric: str = "probability",
     temperature: float = 0.0,
     seed: int | Tensor | None = None,
-    rows: str = "all",
+    query_rows: str = "all",
     columns: slice | None = None,
     query_mask: Tensor | None = None,
     query_start: int | None = None,
@@ -222,17 +229,15 @@ def decode_step(
     """Column scores, token confidence, selection and commit of one step."""
     block_tokens = tokens[:, block]
     masked = block_tokens == mask_token_id
-    if isinstance(layers, Tensor):
-        scores = layers
-    else:
+    if scores is None:
+        assert layers is not None
         columns = columns or block
         n_rows, n_keys = layers[0][0].shape[2], layers[0][1].shape[2]
         start = n_keys - n_rows if query_start is None else query_start
-        if rows == "masked":
+        if query_rows == "masked":
             # Row 0 stands at this token: key positions may be offset from token positions.
             first = start - columns.indices(n_keys)[0] + block.indices(tokens.shape[1])[0]
-            masked_rows = tokens[:, first : first + n_rows] == mask_token_id
-            query_mask = masked_rows if query_mask is None else masked_rows & query_mask
+            query_mask = masked_rows(tokens, mask_token_id, slice(first, first + n_rows), query_mask)
         scores = torch.zeros(masked.shape, dtype=_compute_dtype(layers[0][0]), device=tokens.device)
         for layer in layers:
             q, k, lse, q_descale, k_descale = (*layer, None, None, None)[:5]  # what is left out is None
@@ -255,7 +260,7 @@ def decode_step(
         seed=seed,
         exclude_token_id=mask_token_id,
     )
-    selected = select_tokens(scores, confidence, masked, policy=policy, tau=tau, fallback=fallback)
+    selected = select_tokens(scores, confidence, masked, rule=rule, tau=tau, fallback=fallback)
     block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
     return StepResult(tokens, token_ids, confidence, scores, selected)
 

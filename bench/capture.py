@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import attn_sampler
-from attn_sampler import Generation, Policy, StepState, _core, decode_step, generate
+from attn_sampler import Generation, Policy, StepState, decode_step, generate
+from attn_sampler.backends import extension
 
 MASK = 0
 
@@ -218,7 +219,7 @@ def main() -> None:
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "cpu_isa": _core.cpu_isa() if _core.UNAVAILABLE is None else "reference",
+        "cpu_isa": extension.cpu_isa() if extension.UNAVAILABLE is None else "reference",
         "torch": torch.__version__,
         "attn_sampler": attn_sampler.__version__,
         "parameters": parameters,

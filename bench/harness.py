@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_sampler import collect_env
-from attn_sampler.backends import BACKENDS, device_type, installation_problem
+from attn_sampler.backends import BACKENDS, REGISTRY, unavailable
 
 from .cases import (
     CASES,
@@ -56,15 +56,15 @@ BRIEF = Effort(seconds=0.05, least=5, slow=0.3, floor=0.05)
 
 def default_backends() -> list[str]:
     """All but the specification, and but kernels that an interpreter runs."""
-    return [b for b in BACKENDS if b != "reference" and (b != "triton" or device_type(b) == "cuda")]
+    return [b for b in BACKENDS if b != "reference" and REGISTRY[b].device == REGISTRY[b].auto]
 
 
 def missing(backends: Sequence[str]) -> dict[str, str]:
     """What this machine cannot measure, each with the reason."""
-    absent = {name: reason for name in BACKENDS if (reason := installation_problem(name))}
+    absent = {name: reason for name in BACKENDS if (reason := unavailable(name))}
     if "reference" not in backends:
         absent["reference"] = "the specification is not timed unless asked for (--backends reference)"
-    if "triton" not in backends and device_type("triton") == "cpu":
+    if "triton" not in backends and REGISTRY["triton"].device == "cpu":
         absent["triton"] = "its kernels are interpreted here (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         absent["flash-colreduce"] = "its kernels need a GPU, and torch sees none"
@@ -104,10 +104,10 @@ def run(
     """
     stop = time.perf_counter() + seconds
     rows = set(rows)
-    usable = tuple(name for name in backends if installation_problem(name) is None)
+    usable = tuple(name for name in backends if unavailable(name) is None)
     places = {}
     for place in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        own = tuple(b for b in usable if b == "reference" or device_type(b) == place)
+        own = tuple(b for b in usable if REGISTRY[b].device in (place, None))
         if own:
             places[place] = own
     work = [(p, c, r) for p in places for c in cases for r in CASES[c].rows if r in rows]

@@ -1,13 +1,16 @@
-/* Python module attn_sampler._C: the C API for attn_sampler/_core.py, its only caller.
+/* Python module attn_sampler._C: the C API for attn_sampler/backends/extension.py, its only caller.
  *
- * Its functions take what the public functions of attn_sampler/functional.py take, and the outputs. What they
- * do not take as it is, they refuse before anything runs: the caller then goes the long way, which serves it
- * or says what is wrong with it. The global interpreter lock is released while a kernel runs.
+ * Its functions take the outputs and the records of attn_sampler/options.py, resolved or as a user gave them:
+ * tuples of their fields, in the order of the C API's structs. What they do not take as it is, they refuse
+ * before anything runs: the caller then goes the long way, which serves it or says what is wrong with it. The
+ * global interpreter lock is released while a kernel runs.
  */
 #include <pybind11/pybind11.h>
 
 #include <cmath>
+#include <new>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "attn_sampler.h"
@@ -76,14 +79,23 @@ attn_sampler_tensor tensor_view(uintptr_t address, int32_t dtype, const py::tupl
     return view;
 }
 
-/* Views of the tensors of one call, kept alive: another thread may change the lists that hold them. Those
- * that say where they are, are on one device. */
+/* Views of the tensors of one call. Those that say where they are, are on one device. */
 class Views {
   public:
     /* Room for so many, whose addresses stay. */
-    explicit Views(size_t count) {
-        views_.reserve(count);
-        sources_.reserve(count);
+    void reserve(size_t count) { views_.reserve(count); }
+
+    /* The items of a list or tuple. Those that a list holds now are kept alive: another thread may change it.
+     */
+    PyObject *items(py::handle source) {
+        if (PyTuple_Check(source.ptr()))
+            return source.ptr();
+        if (!PyList_Check(source.ptr()))
+            throw Refused("expected a list or a tuple");
+        lists_.push_back(py::reinterpret_steal<py::object>(PySequence_Tuple(source.ptr())));
+        if (!lists_.back())
+            throw py::error_already_set();
+        return lists_.back().ptr();
     }
 
     /* Null for None. */
@@ -93,7 +105,6 @@ class Views {
 
     /* Of a tensor of the type that is read, or what stands in its place. */
     const attn_sampler_tensor *operator()(py::handle source) {
-        sources_.push_back(py::reinterpret_borrow<py::object>(source));
         views_.emplace_back();
         if (Py_TYPE(source.ptr()) == exchange.type) {
             read(source, &views_.back());
@@ -132,19 +143,22 @@ class Views {
     }
 
     std::vector<attn_sampler_tensor> views_;
-    std::vector<py::object> sources_;
+    std::vector<py::object> lists_;
     DLDevice device_{}; /* its type is 0 as long as no tensor has said it */
 };
 
-/* The items of a list or tuple, one at least; of a list, those that it holds now. */
-py::tuple items(py::handle source) {
-    if (!PyList_Check(source.ptr()) && !PyTuple_Check(source.ptr()))
-        throw Refused("expected a list or a tuple");
-    py::tuple result = py::reinterpret_borrow<py::object>(source);
-    if (result.empty())
-        throw Refused("expected at least one item");
-    return result;
-}
+/* The fields of a record, which lives as long as what holds it: a tuple of so many. */
+class Record {
+  public:
+    Record(py::handle source, Py_ssize_t size) : tuple_(source.ptr()) {
+        if (!PyTuple_Check(tuple_) || PyTuple_GET_SIZE(tuple_) != size)
+            throw Refused("expected a record of so many fields");
+    }
+    py::handle operator[](Py_ssize_t i) const { return PyTuple_GET_ITEM(tuple_, i); }
+
+  private:
+    PyObject *tuple_;
+};
 
 bool flag(py::handle value) {
     if (value.ptr() != Py_True && value.ptr() != Py_False)
@@ -166,6 +180,16 @@ double number(py::handle value) {
                                            : static_cast<double>(integer(value));
 }
 
+/* Of memory, or a stream. */
+void *address(py::handle value) {
+    const size_t result = PyLong_CheckExact(value.ptr()) ? PyLong_AsSize_t(value.ptr()) : 0;
+    if (!PyLong_CheckExact(value.ptr()) || PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        throw Refused("expected an address");
+    }
+    return reinterpret_cast<void *>(result);
+}
+
 /* The place of a word in a list of words, which are in the order of an enumeration of the C API. */
 int32_t choice(py::handle value, std::initializer_list<const char *> words) {
     int32_t place = 0;
@@ -177,12 +201,8 @@ int32_t choice(py::handle value, std::initializer_list<const char *> words) {
     throw Refused("expected one of a few words");
 }
 
-struct Span {
-    int64_t start, stop;
-};
-
 /* The bounds of a slice of step 1; all of it for None. That they lie inside is for the C API to check. */
-Span span(py::handle value, int64_t length) {
+attn_sampler_span span(py::handle value, int64_t length) {
     if (value.is_none())
         return {0, length};
     if (!PySlice_Check(value.ptr()))
@@ -190,204 +210,24 @@ Span span(py::handle value, int64_t length) {
     const auto *const slice = reinterpret_cast<PySliceObject *>(value.ptr());
     if (slice->step != Py_None && integer(slice->step) != 1)
         throw Refused("expected a slice of step 1");
-    Span result = {slice->start == Py_None ? 0 : integer(slice->start),
-                   slice->stop == Py_None ? length : integer(slice->stop)};
+    attn_sampler_span result = {slice->start == Py_None ? 0 : integer(slice->start),
+                                slice->stop == Py_None ? length : integer(slice->stop)};
     result.start += result.start < 0 ? length : 0;
     result.stop += result.stop < 0 ? length : 0;
     return result;
 }
 
-/* What the attention functions have in common. */
-attn_sampler_attention_params attention_params(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
-                                               py::handle columns, py::handle lse_base,
-                                               py::handle softmax_scale, py::handle causal,
-                                               py::handle query_start, py::handle softmax_scope,
-                                               py::handle diagonal) {
-    attn_sampler_attention_params params{};
-    const Span key_positions = span(columns, k->shape[2]);
-    params.column_start = key_positions.start;
-    params.column_stop = key_positions.stop;
-    params.lse_base = choice(lse_base, {"e", "2"});
-    params.softmax_scale =
-        softmax_scale.is_none() ? std::pow(static_cast<double>(q->shape[3]), -0.5) : number(softmax_scale);
-    params.causal = flag(causal);
-    params.query_start = query_start.is_none() ? k->shape[2] - q->shape[2] : integer(query_start);
-    params.softmax_scope = choice(softmax_scope, {"sequence", "block"});
-    params.diagonal = flag(diagonal);
-    return params;
-}
-
-int32_t reduction_of(py::handle value) { return choice(value, {"sum", "mean", "max"}); }
-
-/* `seed` is an integer, or a tensor with a stream for each row, or None where nothing is sampled. */
-attn_sampler_confidence_params confidence_params(py::handle metric, py::handle temperature, py::handle seed,
-                                                 Views &view, const attn_sampler_tensor **seeds) {
-    attn_sampler_confidence_params params{};
-    params.metric = choice(metric, {"probability", "margin", "entropy"});
-    params.temperature = number(temperature);
-    params.exclude_token_id = -1;
-    if (PyLong_CheckExact(seed.ptr())) {
-        /* The stream is keyed by 64 bits, given signed or unsigned. */
-        params.seed = PyLong_AsUnsignedLongLong(seed.ptr());
-        if (PyErr_Occurred() != nullptr) {
-            PyErr_Clear();
-            params.seed = static_cast<uint64_t>(integer(seed));
-        }
-    } else {
-        *seeds = view.optional(seed);
-        if (*seeds == nullptr && params.temperature > 0.0)
-            throw Refused("expected a seed");
-    }
-    return params;
-}
-
-attn_sampler_select_params select_params(py::handle policy, py::handle tau, py::handle fallback) {
-    return {choice(policy, {"sequential", "parallel"}), choice(fallback, {"confidence", "score"}),
-            number(tau)};
-}
-
-/* Where to run: device, CPU threads, CUDA ordinal, stream, workspace address and size. */
-attn_sampler_exec exec_of(const py::tuple &where) {
-    return {where[0].cast<int32_t>(),
-            where[1].cast<int32_t>(),
-            where[2].cast<int32_t>(),
-            reinterpret_cast<void *>(where[3].cast<uintptr_t>()),
-            reinterpret_cast<void *>(where[4].cast<uintptr_t>()),
-            where[5].cast<int64_t>()};
-}
-
-/* Runs an API call without the lock and turns its status into an exception; 0, or the bytes of workspace
- * without which nothing was run. */
-template <typename Call, typename Workspace>
-int64_t run(Call call, Workspace workspace) {
-    attn_sampler_status status;
-    int64_t bytes = 0;
-    {
-        const py::gil_scoped_release unlocked;
-        status = call();
-        if (status == ATTN_SAMPLER_WORKSPACE_TOO_SMALL)
-            status = workspace(&bytes);
-    }
-    if (status == ATTN_SAMPLER_OK)
-        return bytes;
-    const char *const message = attn_sampler_last_error();
-    if (status == ATTN_SAMPLER_INVALID_ARGUMENT || status == ATTN_SAMPLER_UNSUPPORTED)
-        throw Refused(message);
-    if (status == ATTN_SAMPLER_OUT_OF_MEMORY) {
-        PyErr_SetString(PyExc_MemoryError, message);
-        throw py::error_already_set();
-    }
-    throw std::runtime_error(message);
-}
-
-int64_t column_scores(py::handle out, py::handle q, py::handle k, py::handle softmax_lse,
-                      py::handle q_descale, py::handle k_descale, py::handle key_mask, py::handle query_mask,
-                      py::handle columns, py::handle lse_base, py::handle softmax_scale, py::handle causal,
-                      py::handle query_start, py::handle softmax_scope, py::handle diagonal,
-                      py::handle reduction, py::handle per_head, py::handle accumulate,
-                      const py::tuple &where) {
-    Views view(8);
-    const auto *const out_ = view(out), *const q_ = view(q), *const k_ = view(k),
-                      *const lse = view.optional(softmax_lse), *const q_descale_ = view.optional(q_descale),
-                      *const k_descale_ = view.optional(k_descale),
-                      *const key_mask_ = view.optional(key_mask),
-                      *const query_mask_ = view.optional(query_mask);
-    attn_sampler_attention_params params = attention_params(q_, k_, columns, lse_base, softmax_scale, causal,
-                                                            query_start, softmax_scope, diagonal);
-    params.reduction = reduction_of(reduction);
-    params.per_head = flag(per_head);
-    params.accumulate = flag(accumulate);
-    const attn_sampler_exec exec = exec_of(where);
-    return run(
-        [&] {
-            return attn_sampler_column_scores(q_, k_, lse, q_descale_, k_descale_, key_mask_, query_mask_,
-                                              &params, out_, &exec);
-        },
-        [&](int64_t *bytes) {
-            return attn_sampler_column_scores_workspace(q_, k_, lse, q_descale_, k_descale_, key_mask_,
-                                                        query_mask_, &params, out_, &exec, bytes);
-        });
-}
-
-int64_t attention_map(py::handle out, py::handle q, py::handle k, py::handle softmax_lse,
-                      py::handle q_descale, py::handle k_descale, py::handle key_mask, py::handle query_mask,
-                      py::handle rows, py::handle columns, py::handle lse_base, py::handle softmax_scale,
-                      py::handle causal, py::handle query_start, py::handle softmax_scope,
-                      py::handle diagonal, py::handle per_head, py::handle accumulate,
-                      const py::tuple &where) {
-    Views view(8);
-    const auto *const out_ = view(out), *const q_ = view(q), *const k_ = view(k),
-                      *const lse = view.optional(softmax_lse), *const q_descale_ = view.optional(q_descale),
-                      *const k_descale_ = view.optional(k_descale),
-                      *const key_mask_ = view.optional(key_mask),
-                      *const query_mask_ = view.optional(query_mask);
-    attn_sampler_attention_params params = attention_params(q_, k_, columns, lse_base, softmax_scale, causal,
-                                                            query_start, softmax_scope, diagonal);
-    const Span query_rows = span(rows, q_->shape[2]);
-    params.row_start = query_rows.start;
-    params.row_stop = query_rows.stop;
-    params.per_head = flag(per_head);
-    params.accumulate = flag(accumulate);
-    const attn_sampler_exec exec = exec_of(where);
-    return run(
-        [&] {
-            return attn_sampler_attention_map(q_, k_, lse, q_descale_, k_descale_, key_mask_, query_mask_,
-                                              &params, out_, &exec);
-        },
-        [&](int64_t *bytes) {
-            return attn_sampler_attention_map_workspace(q_, k_, lse, q_descale_, k_descale_, key_mask_,
-                                                        query_mask_, &params, out_, &exec, bytes);
-        });
-}
-
-int64_t token_confidence(py::handle token_ids, py::handle confidence, py::handle logits, py::handle metric,
-                         py::handle temperature, py::handle seed, py::handle exclude_token_id,
-                         py::handle vocab_start, const py::tuple &where) {
-    Views view(4);
-    const auto *const token_ids_ = view(token_ids), *const confidence_ = view(confidence),
-                      *const logits_ = view(logits);
-    const attn_sampler_tensor *seeds = nullptr;
-    attn_sampler_confidence_params params = confidence_params(metric, temperature, seed, view, &seeds);
-    if (!exclude_token_id.is_none()) {
-        params.exclude_token_id = integer(exclude_token_id);
-        if (params.exclude_token_id < 0 || params.exclude_token_id >= logits_->shape[2])
-            throw Refused("expected a token of the vocabulary");
-    }
-    params.vocab_start = integer(vocab_start);
-    const attn_sampler_exec exec = exec_of(where);
-    return run(
-        [&] {
-            return attn_sampler_token_confidence(logits_, seeds, &params, token_ids_, confidence_, &exec);
-        },
-        [&](int64_t *bytes) {
-            return attn_sampler_token_confidence_workspace(logits_, seeds, &params, token_ids_, confidence_,
-                                                           &exec, bytes);
-        });
-}
-
-int64_t select_tokens(py::handle selected, py::handle scores, py::handle confidence, py::handle masked,
-                      py::handle policy, py::handle tau, py::handle fallback, const py::tuple &where) {
-    Views view(4);
-    const auto *const selected_ = view(selected), *const scores_ = view(scores),
-                      *const confidence_ = view(confidence), *const masked_ = view(masked);
-    const attn_sampler_select_params params = select_params(policy, tau, fallback);
-    const attn_sampler_exec exec = exec_of(where);
-    return run(
-        [&] { return attn_sampler_select_tokens(scores_, confidence_, masked_, &params, selected_, &exec); },
-        [&](int64_t *bytes) {
-            return attn_sampler_select_tokens_workspace(scores_, confidence_, masked_, &params, selected_,
-                                                        &exec, bytes);
-        });
-}
-
-/* A layer from (q, k), (q, k, softmax_lse) or (q, k, softmax_lse, q_descale, k_descale). */
+/* From (q, k), (q, k, softmax_lse) or (q, k, softmax_lse, q_descale, k_descale). */
 attn_sampler_layer layer_of(py::handle source, Views &view) {
-    const py::tuple fields = items(source);
-    if (fields.size() != 2 && fields.size() != 3 && fields.size() != 5)
+    PyObject *const fields = view.items(source);
+    const Py_ssize_t count = PyTuple_GET_SIZE(fields);
+    if (count != 2 && count != 3 && count != 5)
         throw Refused("expected two, three or five tensors");
-    auto field = [&](size_t i) { return py::handle(PyTuple_GET_ITEM(fields.ptr(), i)); };
-    auto optional = [&](size_t i) { return i < fields.size() ? view.optional(field(i)) : nullptr; };
-    return {view(field(0)), view(field(1)), optional(2), optional(3), optional(4)};
+    auto optional = [&](Py_ssize_t i) {
+        return i < count ? view.optional(PyTuple_GET_ITEM(fields, i)) : nullptr;
+    };
+    return {view(PyTuple_GET_ITEM(fields, 0)), view(PyTuple_GET_ITEM(fields, 1)), optional(2), optional(3),
+            optional(4)};
 }
 
 /* Whether two layers have one dtype, M, N and D, and each of the optional tensors both or neither. */
@@ -398,76 +238,245 @@ bool alike(const attn_sampler_layer &x, const attn_sampler_layer &y) {
            (x.k_descale == nullptr) == (y.k_descale == nullptr);
 }
 
-/* `layers` is a sequence of layers, or `scores` itself: they are given then. */
-int64_t decode_step(py::handle tokens, py::handle scores, py::handle token_ids, py::handle confidence,
-                    py::handle selected, py::handle logits, py::handle layers, py::handle key_mask,
-                    py::handle query_mask, py::handle block, py::handle mask_token_id, py::handle policy,
-                    py::handle tau, py::handle fallback, py::handle metric, py::handle temperature,
-                    py::handle seed, py::handle rows, py::handle columns, py::handle lse_base,
-                    py::handle softmax_scale, py::handle causal, py::handle query_start,
-                    py::handle softmax_scope, py::handle diagonal, py::handle reduction,
-                    const py::tuple &where) {
-    const py::tuple given = layers.is(scores) ? py::tuple() : items(layers);
-    const size_t count = given.size();
-    Views view(9 + 5 * count);
-    const auto *const tokens_ = view(tokens), *const scores_ = view(scores),
-                      *const token_ids_ = view(token_ids), *const confidence_ = view(confidence),
-                      *const selected_ = view(selected), *const logits_ = view(logits),
-                      *const key_mask_ = view.optional(key_mask),
-                      *const query_mask_ = view.optional(query_mask);
-    const attn_sampler_tensor *seeds = nullptr;
+attn_sampler_masks masks_of(py::handle source, Views &view) {
+    if (source.is_none())
+        return {};
+    const Record fields(source, 2);
+    return {view.optional(fields[0]), view.optional(fields[1])};
+}
+
+/* The columns are `otherwise` where they are None. */
+attn_sampler_attention_params attention_params(py::handle source, const attn_sampler_tensor &q,
+                                               const attn_sampler_tensor &k,
+                                               py::handle otherwise = py::none()) {
+    const Record fields(source, 11);
+    attn_sampler_attention_params params{};
+    params.columns = span(fields[0].is_none() ? otherwise : fields[0], k.shape[2]);
+    params.rows = span(fields[1], q.shape[2]);
+    params.query_start = fields[2].is_none() ? k.shape[2] - q.shape[2] : integer(fields[2]);
+    params.softmax_scale =
+        fields[3].is_none() ? std::pow(static_cast<double>(q.shape[3]), -0.5) : number(fields[3]);
+    params.lse_base = choice(fields[4], {"e", "2"});
+    params.causal = flag(fields[5]);
+    params.softmax_scope = choice(fields[6], {"sequence", "block"});
+    params.diagonal = flag(fields[7]);
+    params.reduction = choice(fields[8], {"sum", "mean", "max"});
+    params.per_head = flag(fields[9]);
+    params.accumulate = flag(fields[10]);
+    return params;
+}
+
+/* Of a stream for all rows: 64 bits, given signed or unsigned. */
+uint64_t seed_of(py::handle value) {
+    int overflow = 0;
+    const long long seed = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+    if (overflow == 0)
+        return static_cast<uint64_t>(seed);
+    const unsigned long long large = PyLong_AsUnsignedLongLong(value.ptr());
+    if (PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        throw Refused("expected a seed of 64 bits");
+    }
+    return large;
+}
+
+/* `seed` is an integer, or a tensor with a stream for each row, or None where nothing is sampled. */
+attn_sampler_sampling_params sampling_params(py::handle source, const attn_sampler_tensor &logits,
+                                             Views &view) {
+    const Record fields(source, 5);
+    attn_sampler_sampling_params params{};
+    params.metric = choice(fields[0], {"probability", "margin", "entropy"});
+    params.temperature = number(fields[1]);
+    if (PyLong_CheckExact(fields[2].ptr()))
+        params.seed = seed_of(fields[2]);
+    else
+        params.seeds = view.optional(fields[2]);
+    if (fields[2].is_none() && params.temperature > 0.0)
+        throw Refused("expected a seed");
+    params.exclude_token_id = fields[3].is_none() ? -1 : integer(fields[3]);
+    if (!fields[3].is_none() && (params.exclude_token_id < 0 || params.exclude_token_id >= logits.shape[2]))
+        throw Refused("expected a token of the vocabulary");
+    params.vocab_start = integer(fields[4]);
+    return params;
+}
+
+attn_sampler_selection_params selection_params(py::handle source) {
+    const Record fields(source, 3);
+    return {choice(fields[0], {"sequential", "parallel"}), choice(fields[1], {"confidence", "score"}),
+            number(fields[2])};
+}
+
+/* Where to run: device, CPU threads, CUDA ordinal, stream, workspace address and size. */
+attn_sampler_exec exec_of(py::handle source) {
+    const Record fields(source, 6);
+    int32_t small[3];
+    for (int i = 0; i < 3; ++i) {
+        const int64_t value = integer(fields[i]);
+        small[i] = static_cast<int32_t>(value);
+        if (small[i] != value)
+            throw Refused("expected an integer of 32 bits");
+    }
+    return {small[0], small[1], small[2], address(fields[3]), address(fields[4]), integer(fields[5]), 0};
+}
+
+/* Runs an API call without the lock and turns its status into an exception; 0, or the bytes of workspace
+ * without which nothing was run. */
+template <typename Call>
+int64_t run(py::handle where, Call call) {
+    attn_sampler_exec exec = exec_of(where);
+    attn_sampler_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = call(&exec);
+    Py_END_ALLOW_THREADS;
+    switch (status) {
+    case ATTN_SAMPLER_OK:
+        return 0;
+    case ATTN_SAMPLER_WORKSPACE_TOO_SMALL:
+        return exec.workspace_needed;
+    case ATTN_SAMPLER_INVALID_ARGUMENT:
+    case ATTN_SAMPLER_UNSUPPORTED:
+        throw Refused(attn_sampler_last_error());
+    case ATTN_SAMPLER_OUT_OF_MEMORY:
+        throw std::bad_alloc();
+    default:
+        throw std::runtime_error(attn_sampler_last_error());
+    }
+}
+
+/* column_scores or attention_map. */
+template <auto kFunction>
+int64_t attention(py::handle out, py::handle layer, py::handle masks, py::handle options, py::handle where) {
+    Views view;
+    view.reserve(8);
+    const auto *const out_ = view(out);
+    const attn_sampler_layer layer_ = layer_of(layer, view);
+    const attn_sampler_masks masks_ = masks_of(masks, view);
+    const attn_sampler_attention_params params = attention_params(options, *layer_.q, *layer_.k);
+    return run(where,
+               [&](attn_sampler_exec *exec) { return kFunction(&layer_, &masks_, &params, out_, exec); });
+}
+
+int64_t token_confidence(py::handle out, py::handle logits, py::handle options, py::handle where) {
+    Views view;
+    view.reserve(4);
+    const Record outputs(out, 2);
+    const auto *const token_ids = view(outputs[0]), *const confidence = view(outputs[1]),
+                      *const logits_ = view(logits);
+    const attn_sampler_sampling_params params = sampling_params(options, *logits_, view);
+    return run(where, [&](attn_sampler_exec *exec) {
+        return attn_sampler_token_confidence(logits_, &params, token_ids, confidence, exec);
+    });
+}
+
+int64_t select_tokens(py::handle selected, py::handle scores, py::handle confidence, py::handle masked,
+                      py::handle options, py::handle where) {
+    Views view;
+    view.reserve(4);
+    const auto *const selected_ = view(selected), *const scores_ = view(scores),
+                      *const confidence_ = view(confidence), *const masked_ = view(masked);
+    const attn_sampler_selection_params params = selection_params(options);
+    return run(where, [&](attn_sampler_exec *exec) {
+        return attn_sampler_select_tokens(scores_, confidence_, masked_, &params, selected_, exec);
+    });
+}
+
+/* The scores are given where there are no layers. */
+int64_t decode_step(py::handle out, py::handle logits, py::handle layers, py::handle masks,
+                    py::handle options, py::handle where) {
+    Views view;
+    PyObject *const given = layers.is_none() ? nullptr : view.items(layers);
+    const Py_ssize_t count = given == nullptr ? 0 : PyTuple_GET_SIZE(given);
+    view.reserve(9 + 5 * static_cast<size_t>(count));
+    const Record outputs(out, 5), fields(options, 6);
+    const auto *const tokens = view(outputs[0]), *const token_ids = view(outputs[1]),
+                      *const confidence = view(outputs[2]), *const scores = view(outputs[3]),
+                      *const selected = view(outputs[4]), *const logits_ = view(logits);
+    const attn_sampler_masks masks_ = masks_of(masks, view);
     std::vector<attn_sampler_layer> layers_;
-    layers_.reserve(count);
-    for (size_t i = 0; i < count; ++i) {
-        layers_.push_back(layer_of(given[i], view));
-        if (!alike(layers_[i], layers_[0]))
+    layers_.reserve(static_cast<size_t>(count));
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        layers_.push_back(layer_of(PyTuple_GET_ITEM(given, i), view));
+        if (!alike(layers_.back(), layers_.front()))
             throw Refused("the layers differ");
     }
-    attn_sampler_decode_step_params params{};
-    const Span positions = span(block, tokens_->shape[1]);
-    params.block_start = positions.start;
-    params.block_stop = positions.stop;
-    params.mask_token_id = integer(mask_token_id);
-    params.masked_rows_only = choice(rows, {"all", "masked"});
-    /* Where the scores are given, nothing is made of these options, valid as they have to be. */
+    /* Where the scores are given, nothing is made of the attention's options, valid as they have to be. */
     attn_sampler_tensor none{};
     none.shape[3] = 1;
-    params.attention = attention_params(count == 0 ? &none : layers_[0].q, count == 0 ? &none : layers_[0].k,
-                                        columns.is_none() ? block : columns, lse_base, softmax_scale, causal,
-                                        query_start, softmax_scope, diagonal);
-    params.attention.reduction = reduction_of(reduction);
-    params.confidence = confidence_params(metric, temperature, seed, view, &seeds);
-    params.select = select_params(policy, tau, fallback);
-    const attn_sampler_exec exec = exec_of(where);
-    const auto num_layers = static_cast<int64_t>(count);
-    return run(
-        [&] {
-            return attn_sampler_decode_step(tokens_, logits_, layers_.data(), num_layers, key_mask_,
-                                            query_mask_, seeds, &params, scores_, token_ids_, confidence_,
-                                            selected_, &exec);
-        },
-        [&](int64_t *bytes) {
-            return attn_sampler_decode_step_workspace(tokens_, logits_, layers_.data(), num_layers, key_mask_,
-                                                      query_mask_, seeds, &params, scores_, token_ids_,
-                                                      confidence_, selected_, &exec, bytes);
-        });
+    attn_sampler_decode_step_params params{};
+    params.block = span(fields[0], tokens->shape[1]);
+    params.mask_token_id = integer(fields[1]);
+    params.query_rows = choice(fields[2], {"all", "masked"});
+    params.attention = attention_params(fields[3], count == 0 ? none : *layers_[0].q,
+                                        count == 0 ? none : *layers_[0].k, fields[0]);
+    params.sampling = sampling_params(fields[4], *logits_, view);
+    params.selection = selection_params(fields[5]);
+    return run(where, [&](attn_sampler_exec *exec) {
+        return attn_sampler_decode_step(tokens, logits_, layers_.data(), count, &masks_, &params, scores,
+                                        token_ids, confidence, selected, exec);
+    });
 }
+
+PyObject *refused_type = nullptr;
+
+template <typename... Arguments, size_t... kPlaces>
+PyObject *call(int64_t (*function)(Arguments...), PyObject *const *arguments, Py_ssize_t count,
+               std::index_sequence<kPlaces...>) {
+    if (count != sizeof...(Arguments))
+        return PyErr_Format(PyExc_TypeError, "expected %zu arguments, got %zd", sizeof...(Arguments), count);
+    try {
+        return PyLong_FromLongLong(function(arguments[kPlaces]...));
+    } catch (const Refused &error) {
+        PyErr_SetString(refused_type, error.what());
+    } catch (py::error_already_set &error) {
+        error.restore();
+    } catch (const std::bad_alloc &) {
+        PyErr_SetString(PyExc_MemoryError, "out of memory");
+    } catch (const std::exception &error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+/* A function above as Python calls it, in a fraction of the time that pybind11 takes. */
+template <auto kFunction, size_t kCount>
+PyObject *entry(PyObject *, PyObject *const *arguments, Py_ssize_t count) {
+    return call(kFunction, arguments, count, std::make_index_sequence<kCount>());
+}
+
+template <auto kFunction, size_t kCount>
+PyMethodDef method(const char *name) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<kFunction, kCount>)),
+            METH_FASTCALL, nullptr};
+}
+
+PyMethodDef methods[] = {
+    method<attention<attn_sampler_column_scores>, 5>("column_scores"),
+    method<attention<attn_sampler_attention_map>, 5>("attention_map"),
+    method<token_confidence, 4>("token_confidence"),
+    method<select_tokens, 6>("select_tokens"),
+    method<decode_step, 6>("decode_step"),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 } // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The compiled core of attn_sampler; use the functions of the package instead.";
-    py::register_local_exception<Refused>(m, "Refused", PyExc_ValueError);
+    refused_type = py::register_local_exception<Refused>(m, "Refused", PyExc_ValueError).inc_ref().ptr();
     /* A second copy of the module, such as another build of it, has a type of its own. */
     py::class_<attn_sampler_tensor>(m, "TensorView", py::module_local()).def(py::init(&tensor_view));
     m.def("read_tensors_of", &read_tensors_of);
-    m.def("column_scores", &column_scores);
-    m.def("attention_map", &attention_map);
-    m.def("token_confidence", &token_confidence);
-    m.def("select_tokens", &select_tokens);
-    m.def("decode_step", &decode_step);
+    if (PyModule_AddFunctions(m.ptr(), methods) != 0)
+        throw py::error_already_set();
     m.def("version", [] { return attn_sampler_version(); });
     m.def("cpu_isa", [] { return attn_sampler_cpu_isa(); });
     m.def("cpu_unavailable", [] { return attn_sampler_cpu_unavailable(); });
     m.def("cuda_unavailable", [] { return attn_sampler_cuda_unavailable(); });
+    py::dict limits;
+    limits["MAX_HEADDIM"] = ATTN_SAMPLER_MAX_HEADDIM;
+    limits["MAX_VOCAB"] = ATTN_SAMPLER_MAX_VOCAB;
+    limits["MAX_POSITION"] = ATTN_SAMPLER_MAX_POSITION;
+    limits["MAX_SCALE"] = ATTN_SAMPLER_MAX_SCALE;
+    limits["MIN_TEMPERATURE"] = ATTN_SAMPLER_MIN_TEMPERATURE;
+    m.attr("LIMITS") = limits;
 }

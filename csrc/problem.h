@@ -1,49 +1,72 @@
-/* Validated problems, as csrc/api.cpp hands them to the kernels of either device. */
+/* Validated problems, as csrc/api.cpp hands them to the kernels of any device. */
 #ifndef ATTN_SAMPLER_PROBLEM_H_
 #define ATTN_SAMPLER_PROBLEM_H_
 
 #include <cstdint>
 
 #include "attn_sampler.h"
+#include "attn_sampler_random.h" /* ATTN_SAMPLER_HD */
 
 namespace attn_sampler {
 
-/* One layer's attention and what is wanted of it. Strides are in elements; q and k have last stride 1. */
-struct AttentionProblem {
-    int64_t batch, heads, kv_heads, n_rows, n_keys, headdim;
-    int dtype; /* attn_sampler_dtype of q and k */
-    const void *q, *k;
-    int64_t q_stride[3], k_stride[3]; /* batch, head, row */
-    const float *softmax_lse;         /* may be null, as what follows and the masks */
-    int64_t lse_stride[3];
-    const float *q_descale, *k_descale; /* null unless dtype is float8 */
-    int64_t q_descale_stride[2], k_descale_stride[2];
-    const uint8_t *key_mask, *query_mask;
-    int64_t key_mask_stride[2], query_mask_stride[2];
-    attn_sampler_attention_params params;
-    float *out;
-    int64_t out_stride[4]; /* batch, head (0 without), row (0 without), column */
-    int num_threads;
+/* Where a tensor's elements are, strides in elements; without one, the address is null and the strides are 0.
+ */
+template <typename T, int kDims>
+struct View {
+    T *data;
+    int64_t stride[kDims];
 };
 
 /* Internal linkage, as in cpu/simd.h. */
+template <typename T>
+ATTN_SAMPLER_HD static inline T &element(const View<T, 2> &view, int64_t i, int64_t j) {
+    return view.data[i * view.stride[0] + j * view.stride[1]];
+}
 static inline int64_t element_size(int dtype) {
     return dtype == ATTN_SAMPLER_FLOAT32 ? 4 : dtype == ATTN_SAMPLER_FLOAT8_E4M3 ? 1 : 2;
 }
 
+/* One layer's attention and what is wanted of it. q and k have last stride 1. */
+struct AttentionProblem {
+    int64_t batch, heads, kv_heads, n_rows, n_keys, headdim;
+    int dtype;                                 /* attn_sampler_dtype of q and k */
+    View<const void, 3> q, k;                  /* batch, head, row */
+    View<const float, 3> softmax_lse;          /* may be none, as what follows and the masks */
+    View<const float, 2> q_descale, k_descale; /* none unless dtype is float8 */
+    View<const uint8_t, 2> key_mask, query_mask;
+    attn_sampler_attention_params params;
+    View<float, 4> out; /* batch, head (0 without), row (0 without), column */
+    int num_threads;
+};
+
 struct ConfidenceProblem {
     int64_t batch, positions, vocab;
     int dtype;
-    const void *logits;
-    int64_t logits_stride[2];
-    const int64_t *seeds; /* may be null */
-    int64_t seeds_stride;
-    attn_sampler_confidence_params params;
-    int64_t *token_ids;
-    int64_t token_ids_stride[2];
-    float *confidence;
-    int64_t confidence_stride[2];
+    View<const void, 2> logits;
+    View<const int64_t, 1> seeds; /* may be none */
+    attn_sampler_sampling_params params;
+    View<int64_t, 2> token_ids;
+    View<float, 2> confidence;
     int num_threads;
+};
+
+struct SelectProblem {
+    int64_t batch, columns;
+    View<const float, 2> scores, confidence;
+    View<const uint8_t, 2> masked; /* select_tokens only */
+    View<uint8_t, 2> selected;
+    attn_sampler_selection_params params;
+};
+
+struct StepProblem {
+    const AttentionProblem *layers; /* each accumulates into the scores, which start at 0 */
+    int64_t num_layers;
+    ConfidenceProblem predict;
+    SelectProblem select;
+    View<int64_t, 2> tokens; /* [B, C] of the block */
+    int64_t mask_token_id;
+    const int64_t *row_tokens; /* null, or a row counts only where its token, from here on, is masked; strides
+                                  of the tokens */
 };
 
 } // namespace attn_sampler

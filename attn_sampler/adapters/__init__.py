@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 
-def version_problem(library: str, version: str, first: str, end: str) -> str | None:
+def untested_version(library: str, version: str, first: str, end: str) -> str | None:
     """Why a library of this version may not work: it is not in [first, end); suffixes do not count.
 
-    >>> version_problem("transformers", "4.57.1", "5.24", "5.25")
+    >>> untested_version("transformers", "4.57.1", "5.24", "5.25")
     'transformers 4.57.1 is outside the tested range, 5.24 to below 5.25'
     """
     lowest, highest, given = (tuple(map(int, re.findall(r"\d+", v))) for v in (first, end, version))

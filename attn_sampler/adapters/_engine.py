@@ -19,13 +19,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from attn_sampler import checks
-from attn_sampler.adapters import version_problem
+from attn_sampler.adapters import untested_version
+from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
-from attn_sampler.functional import BACKEND_CHOICES, REDUCTIONS, column_scores
+from attn_sampler.functional import column_scores
 from attn_sampler.generate import STEP_STRIDE
+from attn_sampler.options import REDUCTIONS, check_temperature, signed_seed
+from attn_sampler.policy import Policy, check_progress
 from attn_sampler.reference import StepResult
-from attn_sampler.sampler import Policy, make_policy
+from attn_sampler.sampler import make_policy
 
 
 def require(module: str, distribution: str, install: str, oldest: str, below: str) -> ModuleType:
@@ -47,9 +50,8 @@ def require(module: str, distribution: str, install: str, oldest: str, below: st
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         version = getattr(importlib.import_module(engine), "__version__", "0")
-    problem = version_problem(engine, version, oldest, below)
-    if problem is not None:
-        raise RuntimeError(f"{problem}: {install}")
+    if (reason := untested_version(engine, version, oldest, below)) is not None:
+        raise RuntimeError(f"{reason}: {install}")
     return found
 
 
@@ -76,23 +78,7 @@ def stateless_policy(policy: str | Policy, tau: float | None) -> Policy:
 
 def step_seeds(seed: int, step: int, sequence: Tensor) -> Tensor:
     """int64 [B]: a stream for each row of each step."""
-    first = (seed + step * STEP_STRIDE + (1 << 63)) % (1 << 64) - (1 << 63)
-    return sequence + first
-
-
-def check_progress(masked: Tensor, selected: Tensor, confidence: Tensor) -> None:
-    """RuntimeError where an engine would wait forever, or commit what the model has not said."""
-    undefined = (selected & confidence.isnan()).any()
-    stuck = (masked.any(dim=1) & ~selected.any(dim=1)).any()
-    any_undefined, any_stuck = torch.stack([undefined, stuck]).tolist()
-    if any_undefined:
-        raise RuntimeError(
-            "the model's logits at a position that the policy chose are undefined (NaN, +inf or all -inf)"
-        )
-    if any_stuck:
-        raise RuntimeError(
-            "nothing could be committed: the attention scores are NaN at every masked position"
-        )
+    return sequence + signed_seed(seed + step * STEP_STRIDE)
 
 
 class BlockDecoder:
@@ -125,7 +111,7 @@ class BlockDecoder:
     ) -> None:
         self.policy = _policy(policy, tau) if one_block else stateless_policy(policy, tau)
         self.mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
-        self.temperature = checks.temperature("temperature", temperature)
+        self.temperature = check_temperature(temperature)
         self.seed = checks.integer("seed", seed)
         checks.choice("backend", backend, BACKEND_CHOICES)
         self.backend = backend
@@ -163,7 +149,8 @@ class BlockDecoder:
             backend=self.backend,
             **(score_options if self.policy.needs_scores else {}),
         )
-        check_progress(masked, result.selected, result.confidence)
+        scores = result.scores if self.policy.needs_scores else None
+        check_progress(masked, result.selected, result.confidence, scores, sequence)
         return result
 
 
@@ -215,15 +202,15 @@ class BlockScores:
         softmax_scale: float | None = None,
         softmax_lse: Tensor | None = None,  # [T, Hq]
         lse_base: str = "e",
-        rows: Tensor | None = None,  # [B * C]
+        index: Tensor | None = None,  # [B * C]
     ) -> None:
-        """One layer's attention. ``rows`` are the blocks' among the T tokens; default: all, in order.
+        """One layer's attention. ``index`` says which of the T tokens are the blocks'; default: all of them.
 
         ``first`` starts a forward pass, ``last`` ends it. A batch that is not of whole blocks is left out.
         """
-        if rows is not None:
-            q, k = q[rows], k[rows]
-            softmax_lse = None if softmax_lse is None else softmax_lse[rows]
+        if index is not None:
+            q, k = q[index], k[index]
+            softmax_lse = None if softmax_lse is None else softmax_lse[index]
         if len(q) % self.block_length != 0:
             return
         sums = self._sums(len(q) // self.block_length, q.device)
@@ -294,7 +281,7 @@ def attention_layers(
     return [found[index] for index in chosen]
 
 
-def last_rows(ends: Tensor, count: int) -> Tensor:
+def last_tokens(ends: Tensor, count: int) -> Tensor:
     """The indices [B * C] of the last ``count`` of each request's tokens, which end at ``ends`` [B]."""
     offsets = torch.arange(-count, 0, device=ends.device)
     return (ends[:, None] + offsets[None, :]).clamp(min=0).flatten()

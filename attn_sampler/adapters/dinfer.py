@@ -25,7 +25,7 @@ from attn_sampler import checks
 from attn_sampler.adapters._engine import BlockDecoder, require
 from attn_sampler.capture import AttentionCapture
 from attn_sampler.distributed import partial_scores, sum_scores
-from attn_sampler.sampler import Policy
+from attn_sampler.policy import Policy
 
 _strategy: Any = require(
     "dinfer.decoding.parallel_strategy",

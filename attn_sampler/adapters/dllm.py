@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attn_sampler.adapters._engine import require
 from attn_sampler.generate import generate
-from attn_sampler.sampler import Policy
+from attn_sampler.policy import Policy
 
 _samplers: Any = require(
     "dllm.core.samplers", "dllm", "pip install git+https://github.com/ZHZisZZ/dllm", "0.1", "0.2"
@@ -45,10 +45,11 @@ class AttnSamplerConfig(_samplers.BaseSamplerConfig):
     temperature: float = 0.0
     seed: int = 0
     layers: str | slice | Sequence[int] = "all"
-    rows: str = "all"
+    query_rows: str = "all"
     softmax_scope: str = "sequence"
     diagonal: bool = True
     backend: str = "auto"
+    rows: str | None = None  # the former name of query_rows
 
 
 @dataclasses.dataclass
@@ -119,10 +120,11 @@ class AttnSampler(_samplers.BaseSampler):
                 seed=[config.seed + i for i in members],
                 logit_shift=config.right_shift_logits,
                 layers=config.layers,
-                rows=config.rows,
+                query_rows=config.query_rows,
                 softmax_scope=config.softmax_scope,
                 diagonal=config.diagonal,
                 backend=config.backend,
+                rows=config.rows,
             )
             canvas[members, : length + new] = generation.tokens
         return _samplers.BaseSamplerOutput(sequences=canvas) if config.return_dict else canvas

@@ -38,8 +38,8 @@ _registry: Any = require("lm_eval.api.registry", "lm_eval", _INSTALL, "0.4.13", 
 _utils: Any = require("lm_eval.models.utils", "lm_eval", _INSTALL, "0.4.13", "0.5")
 
 _GENERATE_OPTIONS = (
-    *("block_length", "cache", "logit_shift", "layers", "rows", "softmax_scope", "diagonal"),
-    *("keep_layers", "backend", "pad_token_id"),
+    *("block_length", "cache", "logit_shift", "layers", "query_rows", "softmax_scope", "diagonal"),
+    *("keep_layers", "backend", "pad_token_id", "rows"),
 )
 
 
@@ -80,8 +80,8 @@ class AttnSamplerLM(_api.TemplateLM):
         Whether to decode each continuation too, for tasks that count the greedy answer. Else it is
         reported as never met.
     **generate_options
-        ``block_length``, ``cache``, ``logit_shift``, ``layers``, ``rows``, ``softmax_scope``, ``diagonal``,
-        ``keep_layers``, ``backend``, ``pad_token_id``, as in ``generate``.
+        ``block_length``, ``cache``, ``logit_shift``, ``layers``, ``query_rows``, ``softmax_scope``,
+        ``diagonal``, ``keep_layers``, ``backend``, ``pad_token_id``, as in ``generate``.
 
     Raises
     ------

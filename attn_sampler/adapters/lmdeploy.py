@@ -25,14 +25,13 @@ from attn_sampler import checks
 from attn_sampler.adapters._engine import (
     BlockScores,
     attention_layers,
-    check_progress,
-    last_rows,
+    last_tokens,
     require,
     stateless_policy,
     step_seeds,
 )
 from attn_sampler.capture import check_layer_choice
-from attn_sampler.sampler import Policy, StepState
+from attn_sampler.policy import Policy, StepState, check_progress
 
 
 def _require(module: str) -> Any:
@@ -54,25 +53,25 @@ class Unmasking:
     def watch(self, model: nn.Module) -> None:
         """Add up the attention inside the blocks that the model decodes from now on."""
         attention = _require("lmdeploy.pytorch.nn.attention").Attention
-        layers = attention_layers(model, attention, self._layers)
-        block_length: int = layers[0].impl.block_sparse_size  # type: ignore
+        watched = attention_layers(model, attention, self._layers)
+        block_length: int = watched[0].impl.block_sparse_size  # type: ignore
         scores = BlockScores(block_length, group=_head_group(), **self._score_options)
 
         def before(layer: Any, inputs: tuple[Any, ...]) -> None:
             q, k, _, _, _, metadata, *_ = inputs
-            rows = None
+            index = None
             if not metadata.is_decoding:  # a prompt, with its last block to be filled
-                rows = last_rows(metadata.q_seqlens.cumsum(0), block_length)
+                index = last_tokens(metadata.q_seqlens.cumsum(0), block_length)
             scores.add(
                 q.flatten(0, -3),
                 k.flatten(0, -3),
-                first=layer is layers[0],
-                last=layer is layers[-1],
+                first=layer is watched[0],
+                last=layer is watched[-1],
                 softmax_scale=layer.impl.scale,
-                rows=rows,
+                index=index,
             )
 
-        for layer in layers:
+        for layer in watched:
             layer.register_forward_pre_hook(before)  # the kernel may write its output over the queries
         self._scores = scores
 
@@ -102,7 +101,7 @@ class Unmasking:
         seeds = step_seeds(self._seed, self._steps, sequence)
         self._steps += 1
         selected = masked & self.policy.select(StepState(masked, drawn, p, scores, x, -1, sequence, seeds))
-        check_progress(masked, selected, p)
+        check_progress(masked, selected, p, scores, sequence)
         return torch.where(selected, consts.DLLM_UNMASKED, state).flatten(), token_ids
 
 

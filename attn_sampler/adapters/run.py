@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from attn_sampler import checks
-from attn_sampler.adapters import version_problem
+from attn_sampler.adapters import untested_version
 from attn_sampler.adapters.models import FAMILIES, Adapter, Family, adapt, find_family
 from attn_sampler.generate import Generation, generate
 
@@ -78,9 +78,9 @@ def load(
         raise LoadError(
             "transformers is not installed; pip install 'attn_sampler[transformers]' brings it"
         ) from None
-    problem = version_problem("transformers", version, *TESTED_VERSIONS)
-    if problem is not None and not any_version:
-        raise LoadError(f"{problem}; --any-version tries it")
+    reason = untested_version("transformers", version, *TESTED_VERSIONS)
+    if reason is not None and not any_version:
+        raise LoadError(f"{reason}; --any-version tries it")
     import transformers
 
     if device is None:

@@ -73,7 +73,7 @@ def watch(model: torch.nn.Module, block_length: int, options: dict[str, Any]) ->
     if (scores := getattr(model, "_attn_sampler_scores", None)) is not None:
         return scores
     radix = _require("sglang.srt.layers.radix_attention").RadixAttention
-    layers = attention_layers(model, radix, options.get("layers", "all"))
+    watched = attention_layers(model, radix, options.get("layers", "all"))
     keywords = {key: options[key] for key in ("diagonal", "reduction", "backend") if key in options}
     scope = options.get("softmax_scope", "sequence")
     checks.choice("softmax_scope", scope, ("sequence", "block"))
@@ -96,14 +96,14 @@ def watch(model: torch.nn.Module, block_length: int, options: dict[str, Any]) ->
         scores.add(
             q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
             k.reshape(-1, layer.tp_k_head_num, layer.head_dim),
-            first=layer is layers[0],
-            last=layer is layers[-1],
+            first=layer is watched[0],
+            last=layer is watched[-1],
             softmax_scale=layer.scaling,
             softmax_lse=lse,
             lse_base="2",
         )
 
-    for layer in layers:
+    for layer in watched:
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
     model._attn_sampler_scores = scores  # type: ignore[assignment]
@@ -189,9 +189,8 @@ def algorithm() -> type:
             attention = None if self._scores is None else self._scores.read(batch)
             result = self._decoder.step(tokens, logits, attention)
             kept = forward_batch.input_ids.view(batch, self.block_size)
-            kept.copy_(
-                torch.where(result.selected, result.token_ids, kept)
-            )  # the tensor that CUDA graphs read
+            # In place: this is the tensor that CUDA graphs read.
+            kept.copy_(torch.where(result.selected, result.token_ids, kept))
             return done
 
     return AttnSampler

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_sampler.adapters._engine import BlockDecoder, BlockScores, attention_layers, last_rows, require
-from attn_sampler.sampler import Policy
+from attn_sampler.adapters._engine import BlockDecoder, BlockScores, attention_layers, last_tokens, require
+from attn_sampler.policy import Policy
 
 _INSTALL = "pip install git+https://github.com/vllm-project/dllm-plugin (not the package on PyPI)"
 
@@ -74,7 +74,7 @@ class Remask:
         """Add up the attention inside the blocks that the model decodes from now on."""
         if not self._decoder.policy.needs_scores:
             return
-        layers = attention_layers(model, _attention_class(), self._layers)
+        watched = attention_layers(model, _attention_class(), self._layers)
 
         def before(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             q, k = (*inputs, keywords.get("query"), keywords.get("key"))[:2]
@@ -83,13 +83,13 @@ class Remask:
             self._scores.add(
                 q.reshape(-1, layer.num_heads, layer.head_size),
                 k.reshape(-1, layer.num_kv_heads, layer.head_size),
-                first=layer is layers[0],
-                last=layer is layers[-1],
+                first=layer is watched[0],
+                last=layer is watched[-1],
                 softmax_scale=layer.impl.scale,
-                rows=_block_rows(layer, self._scores.block_length),
+                index=_block_tokens(layer, self._scores.block_length),
             )
 
-        for layer in layers:
+        for layer in watched:
             layer.register_forward_pre_hook(before, with_kwargs=True)
 
     def __call__(
@@ -196,13 +196,13 @@ def _use(sampler: Any, remask: Remask) -> None:
     sampler._denoise = wrapped
 
 
-def _block_rows(layer: Any, block_length: int) -> Tensor | None:
+def _block_tokens(layer: Any, block_length: int) -> Tensor | None:
     """The tokens of the requests' last blocks, where vLLM says where requests end."""
     metadata = importlib.import_module("vllm.forward_context").get_forward_context().attn_metadata
     if isinstance(metadata, dict):
         metadata = metadata.get(layer.layer_name)
     starts = getattr(metadata, "query_start_loc", None)
-    return None if starts is None else last_rows(starts[1:], block_length)
+    return None if starts is None else last_tokens(starts[1:], block_length)
 
 
 def _attention_class() -> Any:

@@ -43,8 +43,8 @@ struct Plan {
         : p(problem), group(problem.heads / problem.kv_heads), row_start(0), row_stop(problem.n_rows),
           key_start(0), key_stop(problem.n_keys), lse(nullptr) {
         if (p.params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK) {
-            key_start = p.params.column_start;
-            key_stop = p.params.column_stop;
+            key_start = p.params.columns.start;
+            key_stop = p.params.columns.stop;
             row_start = min_of(max_of(key_start - p.params.query_start, 0), p.n_rows);
             row_stop = max_of(min_of(key_stop - p.params.query_start, p.n_rows), row_start);
         }
@@ -54,27 +54,28 @@ struct Plan {
         return static_cast<const char *>(base) + offset * element_size(p.dtype);
     }
     const void *query(int64_t b, int64_t h, int64_t m) const {
-        return element(p.q, b * p.q_stride[0] + h * p.q_stride[1] + m * p.q_stride[2]);
+        return element(p.q.data, b * p.q.stride[0] + h * p.q.stride[1] + m * p.q.stride[2]);
     }
     const void *key(int64_t b, int64_t hkv, int64_t n) const {
-        return element(p.k, b * p.k_stride[0] + hkv * p.k_stride[1] + n * p.k_stride[2]);
+        return element(p.k.data, b * p.k.stride[0] + hkv * p.k.stride[1] + n * p.k.stride[2]);
     }
     bool row_counts(int64_t b, int64_t m) const {
-        return p.query_mask == nullptr ||
-               p.query_mask[b * p.query_mask_stride[0] + m * p.query_mask_stride[1]] != 0;
+        return p.query_mask.data == nullptr ||
+               p.query_mask.data[b * p.query_mask.stride[0] + m * p.query_mask.stride[1]] != 0;
     }
     bool key_counts(int64_t b, int64_t n) const {
-        return p.key_mask == nullptr || p.key_mask[b * p.key_mask_stride[0] + n * p.key_mask_stride[1]] != 0;
+        return p.key_mask.data == nullptr ||
+               p.key_mask.data[b * p.key_mask.stride[0] + n * p.key_mask.stride[1]] != 0;
     }
     /* From products of a key head to base-2 logits. */
     float scale(int64_t b, int64_t hkv) const {
         double scale = p.params.softmax_scale * kLog2e;
-        if (p.q_descale != nullptr)
-            scale *=
-                static_cast<double>(p.q_descale[b * p.q_descale_stride[0] + hkv * p.q_descale_stride[1]]);
-        if (p.k_descale != nullptr)
-            scale *=
-                static_cast<double>(p.k_descale[b * p.k_descale_stride[0] + hkv * p.k_descale_stride[1]]);
+        if (p.q_descale.data != nullptr)
+            scale *= static_cast<double>(
+                p.q_descale.data[b * p.q_descale.stride[0] + hkv * p.q_descale.stride[1]]);
+        if (p.k_descale.data != nullptr)
+            scale *= static_cast<double>(
+                p.k_descale.data[b * p.k_descale.stride[0] + hkv * p.k_descale.stride[1]]);
         return static_cast<float>(scale);
     }
     /* Where row m stands, counted from key `origin`; bounded, so that it fits the lanes. */
@@ -309,8 +310,8 @@ struct Columns {
     VecI counts[kTile / kLanes]; /* lanes that are columns with an unmasked key */
 
     Columns(const Plan &plan, int64_t b_, int64_t tile)
-        : b(b_), first(plan.p.params.column_start + tile * kTile),
-          n(static_cast<int>(min_of(kTile, plan.p.params.column_stop - first))),
+        : b(b_), first(plan.p.params.columns.start + tile * kTile),
+          n(static_cast<int>(min_of(kTile, plan.p.params.columns.stop - first))),
           width(static_cast<int>(round_up(n, kLanes))), kv_head(-1), all_count(true) {
         int32_t lanes[kTile] = {};
         for (int i = 0; i < n; ++i) {
@@ -349,14 +350,15 @@ struct RowTile {
      * `stop` or the tile is full; returns the row to go on with. */
     int64_t add(const Plan &plan, const Columns &columns, int64_t h, int64_t m, int64_t stop) {
         const AttentionProblem &p = plan.p;
-        const int64_t b = columns.b, step = p.q_stride[2] * element_size(p.dtype);
+        const int64_t b = columns.b, step = p.q.stride[2] * element_size(p.dtype);
         const char *q = static_cast<const char *>(plan.query(b, h, m));
         const double *const computed =
             plan.lse == nullptr ? nullptr : plan.lse + (b * p.heads + h) * p.n_rows;
-        const float *const given = p.softmax_lse + b * p.lse_stride[0] + h * p.lse_stride[1];
-        const int64_t given_step = p.lse_stride[2];
+        const float *const given =
+            p.softmax_lse.data + b * p.softmax_lse.stride[0] + h * p.softmax_lse.stride[1];
+        const int64_t given_step = p.softmax_lse.stride[2];
         const double given_unit = p.params.lse_base == ATTN_SAMPLER_LSE_BASE_2 ? 1.0 : kLog2e;
-        const bool causal = p.params.causal != 0, masked = p.query_mask != nullptr;
+        const bool causal = p.params.causal != 0, masked = p.query_mask.data != nullptr;
         for (; m < stop && n < kTile; ++m, q += step) {
             const int32_t at = plan.position(m, columns.first);
             const double lse =
@@ -435,7 +437,7 @@ int64_t rows_seeing(const Plan &plan, int64_t b, int64_t key) {
     if (!plan.key_counts(b, key))
         return 0;
     int64_t count = max_of(plan.row_stop - first, 0);
-    if (plan.p.query_mask != nullptr) {
+    if (plan.p.query_mask.data != nullptr) {
         count = 0;
         for (int64_t m = first; m < plan.row_stop; ++m)
             count += plan.row_counts(b, m);
@@ -515,7 +517,7 @@ struct SoftmaxTask {
     void reduce(int64_t hkv, int64_t first, int64_t last, double *total) {
         const attn_sampler_attention_params &params = plan.p.params;
         const bool is_max = params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
-        const int64_t columns = params.column_stop - params.column_start;
+        const int64_t columns = params.columns.stop - params.columns.start;
         for (int64_t c = 0; is_max && c < columns; ++c)
             largest[c] = 0.0f;
         while (first < last)
@@ -584,8 +586,8 @@ struct SoftmaxTask {
             const VecI dropped = p.params.diagonal ? VecI{} : at == key;
             return (unseen | dropped | padding) ? VecF{} : weight(i, j);
         };
-        const int64_t from = first_key_from(p.params.column_start, seen);
-        const int64_t to = first_key_from(p.params.column_stop, seen);
+        const int64_t from = first_key_from(p.params.columns.start, seen);
+        const int64_t to = first_key_from(p.params.columns.stop, seen);
         if (p.params.causal || !p.params.diagonal || n < width)
             add_columns(from, to, width, selected, total);
         else
@@ -620,7 +622,7 @@ struct SoftmaxTask {
                 for (int i = 0; i < count; ++i) {
                     for (int j = 0; j < width; j += kLanes)
                         row[i] = max_or_nan(weight(from + i, j), row[i]);
-                    float &x = largest[keys[i] - params.column_start];
+                    float &x = largest[keys[i] - params.columns.start];
                     for (int l = 0; l < kLanes; ++l)
                         x = row[i][l] > x || row[i][l] != row[i][l] ? row[i][l] : x;
                 }
@@ -632,7 +634,7 @@ struct SoftmaxTask {
             float sum[kLanes];
             store(sum, sums_of_lanes(row));
             for (int i = 0; i < count; ++i)
-                total[keys[i] - params.column_start] += static_cast<double>(sum[i]);
+                total[keys[i] - params.columns.start] += static_cast<double>(sum[i]);
         }
     }
 };
@@ -671,15 +673,15 @@ struct Cut {
 template <typename MakeTask>
 void reduce_columns(const Plan &plan, const Cut &cut, double *totals, const MakeTask &make_task) {
     const AttentionProblem &p = plan.p;
-    const int64_t columns = p.params.column_stop - p.params.column_start;
+    const int64_t columns = p.params.columns.stop - p.params.columns.start;
     const int64_t list = plan.group * (plan.row_stop - plan.row_start);
     auto write_columns = [&](int64_t b, int64_t h, int64_t tile, const double *total) {
-        float *const out = p.out + b * p.out_stride[0] + h * p.out_stride[1];
+        float *const out = p.out.data + b * p.out.stride[0] + h * p.out.stride[1];
         const bool is_mean = p.params.reduction == ATTN_SAMPLER_REDUCTION_MEAN;
         const int64_t first = tile * cut.tile_columns;
         for (int64_t c = first; c < min_of(first + cut.tile_columns, columns); ++c) {
-            const int64_t rows = is_mean ? max_of(rows_seeing(plan, b, p.params.column_start + c), 1) : 1;
-            write(out + c * p.out_stride[3], total[c - first] / static_cast<double>(rows),
+            const int64_t rows = is_mean ? max_of(rows_seeing(plan, b, p.params.columns.start + c), 1) : 1;
+            write(out + c * p.out.stride[3], total[c - first] / static_cast<double>(rows),
                   p.params.accumulate != 0);
         }
     };
@@ -726,11 +728,11 @@ int64_t softmax_lanes(int64_t rows, int64_t keys) {
 template <typename Words>
 bool column_scores_of(const AttentionProblem &p) {
     Plan plan(p);
-    const int64_t columns = p.params.column_stop - p.params.column_start;
+    const int64_t columns = p.params.columns.stop - p.params.columns.start;
     const int64_t rows = plan.row_stop - plan.row_start, keys = plan.key_stop - plan.key_start;
     const bool heads_apart = p.params.per_head || p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
     const int64_t lanes = softmax_lanes(heads_apart ? rows : plan.group * rows, keys);
-    if (p.softmax_lse == nullptr && lanes > 0) {
+    if (p.softmax_lse.data == nullptr && lanes > 0) {
         const Cut cut(plan, columns, columns, lanes);
         const int64_t totals = cut.totals(p);
         const Workspace work(p.num_threads, p.headdim, totals * 8 + p.num_threads * columns * 4,
@@ -744,7 +746,7 @@ bool column_scores_of(const AttentionProblem &p) {
         return true;
     }
     const Cut cut(plan, columns, kTile, kRowsPerUnit);
-    const int64_t lse_count = p.softmax_lse == nullptr ? p.batch * p.heads * p.n_rows : 0;
+    const int64_t lse_count = p.softmax_lse.data == nullptr ? p.batch * p.heads * p.n_rows : 0;
     const Workspace work(p.num_threads, p.headdim, (lse_count + cut.totals(p)) * 8);
     if (!work || (lse_count > 0 && !compute_lse<Words>(plan, work.extra<double>())))
         return false;
@@ -757,13 +759,13 @@ bool column_scores_of(const AttentionProblem &p) {
 template <typename Words>
 bool attention_map_of(const AttentionProblem &p) {
     Plan plan(p);
-    const int64_t map_rows = p.params.row_stop - p.params.row_start;
+    const int64_t map_rows = p.params.rows.stop - p.params.rows.start;
     const int64_t row_tiles = ceil_div(map_rows, kTile);
-    const int64_t column_tiles = ceil_div(p.params.column_stop - p.params.column_start, kTile);
+    const int64_t column_tiles = ceil_div(p.params.columns.stop - p.params.columns.start, kTile);
     const int64_t units = p.batch * row_tiles * column_tiles;
     const int64_t splits = max_of(1, min_of(p.heads, kTasks / 4 / (row_tiles * column_tiles)));
     const bool partial_sums = splits > 1 && !p.params.per_head;
-    const int64_t lse_count = p.softmax_lse == nullptr ? p.batch * p.heads * p.n_rows : 0;
+    const int64_t lse_count = p.softmax_lse.data == nullptr ? p.batch * p.heads * p.n_rows : 0;
     const int64_t partial_count = partial_sums ? units * splits : p.num_threads;
     const Workspace work(p.num_threads, p.headdim, lse_count * 8 + partial_count * kTile * kTile * 4);
     if (!work || (lse_count > 0 && !compute_lse<Words>(plan, work.extra<double>())))
@@ -772,20 +774,20 @@ bool attention_map_of(const AttentionProblem &p) {
 
     auto write_tile = [&](const Columns &columns, int64_t unit, int64_t h, const float *total) {
         const int64_t row0 = unit / column_tiles % row_tiles * kTile;
-        float *const out = p.out + columns.b * p.out_stride[0] + h * p.out_stride[1];
+        float *const out = p.out.data + columns.b * p.out.stride[0] + h * p.out.stride[1];
         for (int64_t r = 0; r < min_of(kTile, map_rows - row0); ++r)
             for (int i = 0; i < columns.n; ++i)
-                write(out + (row0 + r) * p.out_stride[2] +
-                          (columns.first + i - p.params.column_start) * p.out_stride[3],
+                write(out + (row0 + r) * p.out.stride[2] +
+                          (columns.first + i - p.params.columns.start) * p.out.stride[3],
                       static_cast<double>(total[r * kTile + i]), p.params.accumulate != 0);
     };
     auto body = [&](int64_t index, int worker) {
         const int64_t split = index % splits, unit = index / splits;
         Columns columns(plan, unit / column_tiles / row_tiles, unit % column_tiles);
         const Scratch s = work.scratch(worker);
-        const int64_t row0 = p.params.row_start + unit / column_tiles % row_tiles * kTile;
+        const int64_t row0 = p.params.rows.start + unit / column_tiles % row_tiles * kTile;
         const int64_t first = max_of(row0, plan.row_start);
-        const int64_t last = min_of(min_of(row0 + kTile, p.params.row_stop), plan.row_stop);
+        const int64_t last = min_of(min_of(row0 + kTile, p.params.rows.stop), plan.row_stop);
         float *const total = partial + (partial_sums ? index : worker) * kTile * kTile;
         memset(total, 0, kTile * kTile * 4);
         for (int64_t h = p.heads * split / splits; h < p.heads * (split + 1) / splits; ++h) {

@@ -268,8 +268,8 @@ struct Sampler {
 
 template <int kDtype>
 inline const char *logits_of(const ConfidenceProblem &p, int64_t b, int64_t c) {
-    const int64_t offset = b * p.logits_stride[0] + c * p.logits_stride[1];
-    return static_cast<const char *>(p.logits) + offset * size_of(kDtype);
+    const int64_t offset = b * p.logits.stride[0] + c * p.logits.stride[1];
+    return static_cast<const char *>(p.logits.data) + offset * size_of(kDtype);
 }
 
 /* The first token of a position, from `first` on, whose logit is no less than the value; there is one. */
@@ -300,10 +300,10 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
     constexpr int64_t kSize = size_of(kDtype);
     const char *const row = logits_of<kDtype>(p, b, c);
     const bool sample = p.params.temperature > 0.0;
-    const Sampler sampler{p.seeds == nullptr ? p.params.seed
-                                             : static_cast<uint64_t>(p.seeds[b * p.seeds_stride]),
-                          static_cast<uint32_t>(c), p.params.vocab_start,
-                          sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f};
+    const Sampler sampler{
+        p.seeds.data == nullptr ? p.params.seed : static_cast<uint64_t>(p.seeds.data[b * p.seeds.stride[0]]),
+        static_cast<uint32_t>(c), p.params.vocab_start,
+        sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f};
     const int64_t excluded = p.params.exclude_token_id;
     State state;
     /* A chunk may begin within a group of the stream: the sampler then begins at `lead` logits of -inf. */
@@ -421,8 +421,8 @@ bool token_confidence(const ConfidenceProblem &p) {
         const int64_t b = row / p.positions, c = row % p.positions;
         if (p.params.temperature == 0.0 && total.best_key > -kInf)
             total.best = context.code.find(p, b, c, total.best, total.best_logit);
-        p.token_ids[b * p.token_ids_stride[0] + c * p.token_ids_stride[1]] = total.best;
-        p.confidence[b * p.confidence_stride[0] + c * p.confidence_stride[1]] =
+        p.token_ids.data[b * p.token_ids.stride[0] + c * p.token_ids.stride[1]] = total.best;
+        p.confidence.data[b * p.confidence.stride[0] + c * p.confidence.stride[1]] =
             confidence_of(total, p.params.metric);
     }
     std::free(state);

@@ -1,4 +1,4 @@
-/* The CPU kernels, as csrc/api.cpp sees them: validated problems in, results out. */
+/* The CPU kernels: validated problems in, results out. */
 #ifndef ATTN_SAMPLER_CPU_KERNELS_H_
 #define ATTN_SAMPLER_CPU_KERNELS_H_
 
@@ -8,7 +8,7 @@ namespace attn_sampler {
 
 /* The kernels of one instruction set. They return false where memory ran out, with nothing written. */
 struct CpuKernels {
-    const char *name;
+    const char *isa;
     bool (*column_scores)(const AttentionProblem &);
     bool (*attention_map)(const AttentionProblem &);
     bool (*token_confidence)(const ConfidenceProblem &);
@@ -39,8 +39,14 @@ ATTN_SAMPLER_DECLARE_CONFIDENCE(avx512)
 /* The best set that this processor runs, or the one that ATTN_SAMPLER_CPU_ISA asks for. */
 const CpuKernels &cpu_kernels();
 
-/* Why that one cannot run; null where it can. */
-const char *cpu_problem();
+/* Its name. */
+const char *cpu_isa();
+
+/* What is the same on every instruction set. A step throws std::bad_alloc, with the tokens as they were. */
+namespace cpu {
+void select_tokens(const SelectProblem &);
+void decode_step(const StepProblem &);
+} // namespace cpu
 
 } // namespace attn_sampler
 

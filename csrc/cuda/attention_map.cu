@@ -10,12 +10,11 @@ constexpr int kMapTiles = 4, kMapColumns = 8 * kMapTiles;
 
 struct MapArgs {
     AttentionArgs attention;
-    float *out;
-    int64_t out_stride[4]; /* batch, head, row, column */
-    float *partial;        /* [tiles, members, elements, threads] */
-    uint32_t *arrived;     /* [tiles] */
-    int32_t first_row,
-        rows; /* of the map; the first counted from the rows that count, and negative before them */
+    View<float, 4> out; /* batch, head, row, column */
+    float *partial;     /* [tiles, members, elements, threads] */
+    uint32_t *arrived;  /* [tiles] */
+    int32_t first_row;  /* of the map, counted from the rows that count: negative before them */
+    int32_t rows;       /* of the map */
     int32_t row_tiles, column_tiles;
     int32_t bins, members; /* heads apart, or 1; blocks among which a bin's heads are cut */
     bool accumulate;
@@ -95,15 +94,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
             total[e / 4][e % 4] = sum;
         }
     }
-    float *const out = args.out + b * args.out_stride[0] + bin * args.out_stride[1];
+    float *const out = args.out.data + b * args.out.stride[0] + bin * args.out.stride[1];
 #pragma unroll
     for (int j = 0; j < kMapTiles; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int row = own_row + 8 * (i / 2), column = 8 * j + 2 * (threadIdx.x % 4) + i % 2;
             if (row < args.rows && column < count) {
-                float *const at = out + row * args.out_stride[2] +
-                                  (column_tile * kMapColumns + column) * args.out_stride[3];
+                float *const at = out + row * args.out.stride[2] +
+                                  (column_tile * kMapColumns + column) * args.out.stride[3];
                 *at = args.accumulate ? *at + total[j][i] : total[j][i];
             }
         }
@@ -111,18 +110,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
 
 } // namespace
 
-int64_t attention_map(const AttentionProblem &p, const attn_sampler_exec &exec, bool run_it) {
+int64_t attention_map(const AttentionProblem &p, const attn_sampler_exec &exec) {
     if (p.batch == 0)
         return 0;
-    return run(exec, run_it, [&](Launcher &launcher) {
+    return run(exec, [&](Launcher &launcher) {
         MapArgs args{};
         AttentionArgs &a = args.attention;
         a = attention_args(&p, 1);
         compute_row_lse(a, p.dtype, launcher);
         args.out = p.out;
-        copy_strides(p.out_stride, args.out_stride, 4);
-        args.first_row = static_cast<int32_t>(p.params.row_start - a.row_start);
-        args.rows = static_cast<int32_t>(p.params.row_stop - p.params.row_start);
+        args.first_row = static_cast<int32_t>(p.params.rows.start - a.row_start);
+        args.rows = static_cast<int32_t>(p.params.rows.stop - p.params.rows.start);
         args.row_tiles = static_cast<int32_t>(ceil_div(args.rows, kBlockRows));
         args.column_tiles = static_cast<int32_t>(ceil_div(a.columns, kMapColumns));
         args.bins = p.params.per_head ? a.heads : 1;

@@ -3,13 +3,17 @@
 #define ATTN_SAMPLER_CUDA_BLOCK_CUH_
 
 #include "cuda/ptx.cuh"
+#include "problem.h"
 
 namespace attn_sampler {
 namespace cuda {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-constexpr float kLog2e = 0x1.715476p+0f;
+constexpr double kLog2e = 1.4426950408889634;
+/* In float32, and what it has beyond. */
+constexpr float kLog2eHigh = static_cast<float>(kLog2e);
+constexpr float kLog2eLow = static_cast<float>(kLog2e - static_cast<double>(kLog2eHigh));
 
 /* Blocks of an attention kernel on a multiprocessor, as many as its registers take without spills. */
 constexpr int resident_blocks(int columns, int element_size) {

@@ -1,7 +1,7 @@
 #include "cuda/launch.h"
 
 #include <atomic>
-#include <string>
+#include <iterator>
 
 namespace attn_sampler {
 namespace cuda {
@@ -33,17 +33,10 @@ std::atomic<int> known_processors[kKnownDevices], known_shared[kKnownDevices], k
 
 } // namespace
 
-const char *device_problem() {
-    static const std::string problem = [] {
-        int count = 0;
-        const cudaError_t status = cudaGetDeviceCount(&count);
-        if (status != cudaSuccess) {
-            cudaGetLastError();
-            return std::string("the CUDA driver answers: ") + cudaGetErrorString(status);
-        }
-        return std::string(count == 0 ? "there is no CUDA device" : "");
-    }();
-    return problem.empty() ? nullptr : problem.c_str();
+void check_extent(const char *name, int64_t extent, int64_t limit) {
+    if (extent > limit)
+        throw Error(ATTN_SAMPLER_UNSUPPORTED, "%s: the CUDA kernels take at most %lld, got %lld", name,
+                    static_cast<long long>(limit), static_cast<long long>(extent));
 }
 
 DeviceGuard::DeviceGuard(int device) : former_(0), changed_(false) {
@@ -59,50 +52,70 @@ DeviceGuard::~DeviceGuard() {
         cudaSetDevice(former_);
 }
 
-Launcher::Launcher(const attn_sampler_exec &exec, bool launch)
-    : launch_(launch), stream_(static_cast<cudaStream_t>(exec.stream)),
-      memory_(static_cast<char *>(exec.workspace)), used_(kCounters * 4), counters_used_(0),
+Launcher::Launcher(const attn_sampler_exec &exec)
+    : stream_(static_cast<cudaStream_t>(exec.stream)), memory_(reinterpret_cast<uintptr_t>(exec.workspace)),
+      size_(exec.workspace_size),
       processors_(attribute(cudaDevAttrMultiProcessorCount, exec.device_index, known_processors)),
       shared_of_processor_(
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device_index, known_shared)),
       compute_major_(attribute(cudaDevAttrComputeCapabilityMajor, exec.device_index, known_major)) {}
 
 void *Launcher::take_bytes(int64_t bytes) {
-    asked_ = true;
-    char *const taken = launch_ ? memory_ + used_ : nullptr;
-    used_ += ceil_div(bytes, 256) * 256;
-    return taken;
+    const int64_t start = used_ > 0 ? used_ : kCounters * 4;
+    used_ = start + ceil_div(bytes, 256) * 256;
+    return reinterpret_cast<void *>(memory_ + static_cast<uintptr_t>(start));
 }
 
 uint32_t *Launcher::counters(int64_t count) {
-    asked_ = true;
-    if (counters_used_ + count <= kCounters) {
-        uint32_t *const counters = launch_ ? reinterpret_cast<uint32_t *>(memory_) + counters_used_ : nullptr;
-        counters_used_ += count;
+    if (counters_used_ + count > kCounters) { /* a rare shape pays for one more node in its graph */
+        uint32_t *const counters = take<uint32_t>(count);
+        zeros_start_ = zeros_stop_ > 0 ? zeros_start_ : used_ - ceil_div(count * 4, 256) * 256;
+        zeros_stop_ = used_;
         return counters;
     }
-    /* More than are kept at 0: a rare shape pays for one more node in its graph. */
-    uint32_t *const counters = take<uint32_t>(count);
-    if (launch_)
-        check(cudaMemsetAsync(counters, 0, static_cast<size_t>(count) * 4, stream_), "cudaMemsetAsync");
-    return counters;
+    take_bytes(0);
+    counters_used_ += count;
+    return reinterpret_cast<uint32_t *>(memory_ + static_cast<uintptr_t>(counters_used_ - count) * 4);
 }
 
-void Launcher::check_blocks(const char *name, int64_t blocks) {
+Launcher::Launch &Launcher::add(const char *name, int64_t blocks, int64_t shared_bytes) {
     if (blocks > INT32_MAX)
         throw Error(ATTN_SAMPLER_UNSUPPORTED,
                     "%s: a launch takes at most 2^31 - 1 blocks, and this would be %lld", name,
                     static_cast<long long>(blocks));
+    Launch &launch = launches_ < std::size(first_) ? first_[launches_] : more_.emplace_back();
+    ++launches_;
+    launch.name = name;
+    launch.blocks = blocks;
+    launch.shared_bytes = shared_bytes;
+    return launch;
 }
 
-void Launcher::check_launch(cudaError_t status, const char *name, int64_t blocks, int64_t shared_bytes) {
-    if (status == cudaSuccess)
-        return;
-    cudaGetLastError();
-    throw Error(ATTN_SAMPLER_INTERNAL_ERROR,
-                "%s<<<%lld blocks, 128 threads, %lld bytes of shared memory>>>: %s", name,
-                static_cast<long long>(blocks), static_cast<long long>(shared_bytes),
-                cudaGetErrorString(status));
+/* Zeros from one byte of the workspace to another. */
+cudaError_t Launcher::clear(int64_t start, int64_t stop) const {
+    if (start == stop)
+        return cudaSuccess;
+    return cudaMemsetAsync(reinterpret_cast<void *>(memory_ + static_cast<uintptr_t>(start)), 0,
+                           static_cast<size_t>(stop - start), stream_);
+}
+
+int64_t Launcher::issue() const {
+    if (used_ > size_)
+        return used_;
+    check(clear(zeros_start_, zeros_stop_), "cudaMemsetAsync");
+    for (size_t i = 0; i < launches_; ++i) {
+        const Launch &launch = i < std::size(first_) ? first_[i] : more_[i - std::size(first_)];
+        const cudaError_t status = launch.start(launch, stream_);
+        if (status == cudaSuccess)
+            continue;
+        clear(0, counters_used_ * 4); /* of the tickets that launches before it took */
+        cudaGetLastError();
+        throw Error(ATTN_SAMPLER_INTERNAL_ERROR,
+                    "%s<<<%lld blocks, 128 threads, %lld bytes of shared memory>>>: %s", launch.name,
+                    static_cast<long long>(launch.blocks), static_cast<long long>(launch.shared_bytes),
+                    cudaGetErrorString(status));
+    }
+    return 0;
 }
 
 } // namespace cuda

@@ -2,15 +2,31 @@
 #ifndef ATTN_SAMPLER_CUDA_LAUNCH_H_
 #define ATTN_SAMPLER_CUDA_LAUNCH_H_
 
+#include <cstring>
 #include <cuda_runtime.h>
+#include <type_traits>
+#include <vector>
 
-#include "cuda/kernels.h"
+#include "error.h"
+#include "problem.h"
 
 namespace attn_sampler {
 namespace cuda {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+/* The functions of the device (csrc/device.h), in the files of their names. */
+int64_t column_scores(const AttentionProblem &, const attn_sampler_exec &);
+int64_t attention_map(const AttentionProblem &, const attn_sampler_exec &);
+int64_t token_confidence(const ConfidenceProblem &, const attn_sampler_exec &);
+int64_t select_tokens(const SelectProblem &, const attn_sampler_exec &);
+int64_t decode_step(const StepProblem &, const attn_sampler_exec &);
+
+constexpr int64_t kMaxPositions = 1 << 30; /* of any kind: they are 32-bit on the device */
+
+/* Refuses what is larger than the kernels take. */
+void check_extent(const char *name, int64_t extent, int64_t limit);
 
 /* Makes a device current, and the former one again. */
 class DeviceGuard {
@@ -25,11 +41,11 @@ class DeviceGuard {
     bool changed_;
 };
 
-/* Hands out workspace and launches kernels, or only measures the workspace. The first part of every workspace
- * is counters that are 0 between calls. */
+/* Hands out workspace and prepares launches, all of which start together, once it is known how much workspace
+ * they take. The first part of every workspace is counters that are 0 between calls. */
 class Launcher {
   public:
-    Launcher(const attn_sampler_exec &exec, bool launch);
+    explicit Launcher(const attn_sampler_exec &exec);
 
     /* Blocks that run at a time: `resident` on a multiprocessor, or as many as its shared memory takes. */
     int64_t target_blocks(int64_t resident, int64_t shared_bytes) const {
@@ -39,9 +55,6 @@ class Launcher {
     /* sm_90, the only architecture with wgmma. */
     bool is_hopper() const { return compute_major_ == 9; }
 
-    /* Of workspace, if any was asked for. */
-    int64_t bytes() const { return asked_ ? used_ : 0; }
-
     template <typename T>
     T *take(int64_t count) {
         return static_cast<T *>(take_bytes(count * static_cast<int64_t>(sizeof(T))));
@@ -49,51 +62,66 @@ class Launcher {
     /* Counters at 0. */
     uint32_t *counters(int64_t count);
 
-    /* One block of 128 threads for each index. Does nothing where only the workspace is measured. */
+    /* One block of 128 threads for each index. */
     template <typename Args>
     void launch(const char *name, void (*kernel)(Args), const Args &args, int64_t blocks,
                 int64_t shared_bytes) {
-        if (!launch_ || blocks == 0)
+        static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) <= sizeof(Launch::args));
+        if (blocks == 0)
             return;
-        check_blocks(name, blocks);
-        cudaError_t status = cudaSuccess;
-        if (shared_bytes > 48 * 1024)
-            status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes));
-        if (status == cudaSuccess) {
-            void *arguments[] = {const_cast<Args *>(&args)};
-            status = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(128), arguments,
-                                      static_cast<size_t>(shared_bytes), stream_);
-        }
-        check_launch(status, name, blocks, shared_bytes);
+        Launch &launch = add(name, blocks, shared_bytes);
+        launch.start = start<Args>;
+        launch.kernel = reinterpret_cast<void (*)()>(kernel);
+        memcpy(launch.args, &args, sizeof(Args));
     }
+
+    /* Starts all launches and answers 0; or starts none and answers how much workspace they take, where that
+     * is more than there is. */
+    int64_t issue() const;
 
   private:
-    void *take_bytes(int64_t bytes);
-    static void check_blocks(const char *name, int64_t blocks);
-    static void check_launch(cudaError_t status, const char *name, int64_t blocks, int64_t shared_bytes);
+    struct Launch {
+        const char *name;
+        int64_t blocks, shared_bytes;
+        cudaError_t (*start)(const Launch &, cudaStream_t);
+        void (*kernel)();
+        alignas(16) unsigned char args[4096]; /* as much as a kernel takes on every architecture */
+    };
 
-    bool launch_, asked_ = false;
+    template <typename Args>
+    static cudaError_t start(const Launch &launch, cudaStream_t stream) {
+        const auto kernel = reinterpret_cast<void (*)(Args)>(launch.kernel);
+        cudaError_t status = cudaSuccess;
+        if (launch.shared_bytes > 48 * 1024)
+            status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(launch.shared_bytes));
+        void *arguments[] = {const_cast<unsigned char *>(launch.args)};
+        return status != cudaSuccess
+                   ? status
+                   : cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(launch.blocks)), dim3(128),
+                                      arguments, static_cast<size_t>(launch.shared_bytes), stream);
+    }
+
+    void *take_bytes(int64_t bytes);
+    Launch &add(const char *name, int64_t blocks, int64_t shared_bytes);
+    cudaError_t clear(int64_t first, int64_t last) const;
+
     cudaStream_t stream_;
-    char *memory_;
-    int64_t used_, counters_used_, processors_, shared_of_processor_, compute_major_;
+    uintptr_t memory_; /* read and written by what is launched alone: there may be too little of it */
+    int64_t size_, used_ = 0, counters_used_ = 0, zeros_start_ = 0, zeros_stop_ = 0;
+    int64_t processors_, shared_of_processor_, compute_major_;
+    Launch first_[2]; /* more are rare, and pay for memory of the host */
+    size_t launches_ = 0;
+    std::vector<Launch> more_;
 };
 
-/* Runs plan(launcher) once to measure the workspace and, with `launch`, again to launch. */
+/* Runs what plan(launcher) prepares: see Device in csrc/device.h for the answer. */
 template <typename Plan>
-int64_t run(const attn_sampler_exec &exec, bool launch, Plan plan) {
+int64_t run(const attn_sampler_exec &exec, Plan plan) {
     const DeviceGuard guard(exec.device_index);
-    Launcher measure(exec, false);
-    plan(measure);
-    if (launch) {
-        if (measure.bytes() > exec.workspace_size)
-            throw Error(ATTN_SAMPLER_WORKSPACE_TOO_SMALL,
-                        "exec.workspace: expected at least %lld bytes, got %lld",
-                        static_cast<long long>(measure.bytes()), static_cast<long long>(exec.workspace_size));
-        Launcher launcher(exec, true);
-        plan(launcher);
-    }
-    return measure.bytes();
+    Launcher launcher(exec);
+    plan(launcher);
+    return launcher.issue();
 }
 
 } // namespace cuda

@@ -1,38 +1,15 @@
-/* From validated problems to kernel arguments. */
+/* What the attention kernels are launched with: from validated problems to arguments, and by element type. */
 #ifndef ATTN_SAMPLER_CUDA_PLAN_H_
 #define ATTN_SAMPLER_CUDA_PLAN_H_
 
-#include "cuda/confidence.cuh"
 #include "cuda/launch.h"
-#include "cuda/select.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace attn_sampler {
 namespace cuda {
 
-template <typename From, typename To>
-void copy_strides(const From *from, To *to, int count) {
-    for (int i = 0; i < count; ++i)
-        to[i] = from[i];
-}
-
-/* Whether two layers can share a launch: everything equal but the addresses. */
-bool same_shape(const AttentionProblem &a, const AttentionProblem &b);
-
 /* Arguments of up to kMaxLayers layers of one shape; computed_lse and row_tokens are left null. */
 AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers);
-
-ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher);
-inline int64_t confidence_blocks(const ConfidenceArgs &a) {
-    return static_cast<int64_t>(a.batch) * a.positions * a.splits;
-}
-
-/* Launches the confidence of all rows and, where select asks for it, the selection by the last of a
- * sequence's. */
-void launch_confidence(const char *name, const ConfidenceArgs &confidence, const SelectArgs &select,
-                       Launcher &launcher);
-
-SelectArgs select_args(const SelectProblem &p);
 
 /* Launches the row log-sum-exp, where it is not given, and lets args read it. */
 void compute_row_lse(AttentionArgs &args, int dtype, Launcher &launcher);

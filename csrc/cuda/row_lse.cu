@@ -194,7 +194,7 @@ void launch(LseArgs &args, Launcher &launcher) {
 } // namespace
 
 void compute_row_lse(AttentionArgs &a, int dtype, Launcher &launcher) {
-    if (a.lse[0] != nullptr)
+    if (a.softmax_lse.data[0] != nullptr)
         return;
     a.computed_lse = launcher.take<float2>(static_cast<int64_t>(a.layers) * a.batch * a.heads * a.rows);
     LseArgs args{};

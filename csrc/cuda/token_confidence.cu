@@ -1,48 +1,73 @@
-/* Token confidence and selection where they are not part of a launch of column scores. */
-#include "cuda/plan.h"
+#include "cuda/token_confidence.cuh"
+
+#include "cuda/launch.h"
+#include "cuda/select_tokens.cuh"
 
 namespace attn_sampler {
 namespace cuda {
 namespace {
+
+constexpr int64_t kMinSplitGroups = 256; /* 2048 tokens: what a block reads of a row at least */
 
 struct ConfidenceStepArgs {
     ConfidenceArgs confidence;
     SelectArgs select;
 };
 
+/* Of token_confidence, or of a decoding step to which the scores are given. */
 __global__ void __launch_bounds__(kThreads, 4)
-    token_confidence_kernel(const __grid_constant__ ConfidenceStepArgs args) {
+    token_confidence_or_step_kernel(const __grid_constant__ ConfidenceStepArgs args) {
     const int block = static_cast<int>(blockIdx.x);
     if (confidence_block(args.confidence, block))
         finish_part(args.select, block / args.confidence.splits / args.confidence.positions);
 }
 
-__global__ void __launch_bounds__(kThreads) select_tokens_kernel(const __grid_constant__ SelectArgs args) {
-    select_sequence(args, static_cast<int>(blockIdx.x));
-}
-
 } // namespace
+
+ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher) {
+    check_extent("logits: vocabulary", p.vocab, kMaxPositions);
+    check_extent("logits: positions", p.batch * p.positions, kMaxPositions);
+    ConfidenceArgs a{};
+    a.logits = p.logits;
+    a.seeds = p.seeds;
+    a.seed = p.params.seed;
+    a.token_ids = p.token_ids;
+    a.confidence = p.confidence;
+    a.batch = static_cast<int32_t>(p.batch);
+    a.positions = static_cast<int32_t>(p.positions);
+    a.vocab = static_cast<int32_t>(p.vocab);
+    const int64_t excluded = p.params.exclude_token_id;
+    a.excluded = excluded >= 0 && excluded < p.vocab ? static_cast<int32_t>(excluded) : -1;
+    a.noise_group = static_cast<uint32_t>(p.params.vocab_start / 4);
+    a.noise_place = static_cast<int32_t>(p.params.vocab_start % 4);
+    a.dtype = p.dtype;
+    a.metric = p.params.metric;
+    a.sample = p.params.temperature > 0.0;
+    a.inverse_temperature = a.sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f;
+    /* A group more than the vocabulary fills: rows may start within one. */
+    const int64_t rows = p.batch * p.positions, groups = p.vocab / kGroup + 2;
+    const int64_t wanted = 2 * launcher.target_blocks(4, 0) / clamp(rows, 1, INT32_MAX);
+    a.groups_per_split = static_cast<int32_t>(
+        ceil_div(groups, clamp(wanted, 1, clamp(groups / kMinSplitGroups, 1, kThreads))));
+    a.splits = static_cast<int32_t>(ceil_div(groups, a.groups_per_split));
+    if (a.splits > 1) {
+        a.partial = launcher.take<Confidence>(rows * a.splits);
+        a.arrived = launcher.counters(rows);
+    }
+    return a;
+}
 
 void launch_confidence(const char *name, const ConfidenceArgs &confidence, const SelectArgs &select,
                        Launcher &launcher) {
-    launcher.launch(name, token_confidence_kernel, ConfidenceStepArgs{confidence, select},
+    launcher.launch(name, token_confidence_or_step_kernel, ConfidenceStepArgs{confidence, select},
                     confidence_blocks(confidence), static_cast<int64_t>(sizeof(Shared)));
 }
 
-int64_t token_confidence(const ConfidenceProblem &p, const attn_sampler_exec &exec, bool run_it) {
+int64_t token_confidence(const ConfidenceProblem &p, const attn_sampler_exec &exec) {
     if (p.batch * p.positions == 0)
         return 0;
-    return run(exec, run_it, [&](Launcher &launcher) {
+    return run(exec, [&](Launcher &launcher) {
         launch_confidence("token_confidence", confidence_args(p, launcher), SelectArgs{}, launcher);
-    });
-}
-
-int64_t select_tokens(const SelectProblem &p, const attn_sampler_exec &exec, bool run_it) {
-    if (p.batch * p.columns == 0)
-        return 0;
-    return run(exec, run_it, [&](Launcher &launcher) {
-        launcher.launch("select_tokens", select_tokens_kernel, select_args(p), p.batch,
-                        static_cast<int64_t>(sizeof(Shared)));
     });
 }
 

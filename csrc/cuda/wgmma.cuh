@@ -28,7 +28,7 @@
 
 #include <type_traits>
 
-#include "cuda/attention.cuh"
+#include "cuda/tile.cuh"
 
 namespace attn_sampler {
 namespace cuda {

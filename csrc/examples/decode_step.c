@@ -87,39 +87,36 @@ int main(void) {
     const attn_sampler_tensor ids_view = VIEW(token_ids, ATTN_SAMPLER_INT64, B, C);
     const attn_sampler_tensor confidence_view = VIEW(confidence, ATTN_SAMPLER_FLOAT32, B, C);
     const attn_sampler_tensor selected_view = VIEW(selected, ATTN_SAMPLER_BOOL, B, C);
+    const attn_sampler_span block = {BLOCK_START, BLOCK_START + C}; /* of tokens and of keys */
     attn_sampler_decode_step_params params = {
-        .block_start = BLOCK_START,
-        .block_stop = BLOCK_START + C,
+        .block = block,
         .mask_token_id = MASK,
-        .attention = {.softmax_scale = 1.0 / sqrt(D),
-                      .column_start = BLOCK_START,
-                      .column_stop = BLOCK_START + C,
-                      .query_start = N - M,
-                      .diagonal = 1},
-        .select = {ATTN_SAMPLER_POLICY_PARALLEL, ATTN_SAMPLER_FALLBACK_CONFIDENCE, 0.9},
+        .query_rows = ATTN_SAMPLER_QUERY_ROWS_ALL,
+        .attention = {.columns = block, .query_start = N - M, .softmax_scale = 1.0 / sqrt(D), .diagonal = 1},
+        .sampling = {.metric = ATTN_SAMPLER_METRIC_PROBABILITY, .temperature = 0.0},
+        .selection = {ATTN_SAMPLER_RULE_PARALLEL, ATTN_SAMPLER_FALLBACK_CONFIDENCE, 0.9},
     };
-    const attn_sampler_exec exec = {.device = ATTN_SAMPLER_CPU, .num_threads = 2};
+    attn_sampler_exec exec = {.device = ATTN_SAMPLER_CPU, .num_threads = 2};
     printf("attn_sampler %s, CPU kernels: %s\n", attn_sampler_version(), attn_sampler_cpu_isa());
 
     /* An invalid call writes nothing and says why. */
-    params.select.tau = 1.5;
+    params.selection.tau = 1.5;
     attn_sampler_status status =
-        attn_sampler_decode_step(&tokens_view, &logits_view, layers, LAYERS, NULL, NULL, NULL, &params,
-                                 &scores_view, &ids_view, &confidence_view, &selected_view, &exec);
+        attn_sampler_decode_step(&tokens_view, &logits_view, layers, LAYERS, NULL, &params, &scores_view,
+                                 &ids_view, &confidence_view, &selected_view, &exec);
     printf("refused: %s\n", attn_sampler_last_error());
     if (status != ATTN_SAMPLER_INVALID_ARGUMENT || strstr(attn_sampler_last_error(), "tau") == NULL ||
         scores[0][0] != 0.0f)
         return EXIT_FAILURE;
-    params.select.tau = 0.9;
+    params.selection.tau = 0.9;
 
     const int64_t before = tokens[0][BLOCK_START - 1];
     int steps = 0;
     for (int masked = 1; masked > 0; ++steps) {
         int64_t old_tokens[B][T];
         memcpy(old_tokens, tokens, sizeof(tokens));
-        status =
-            attn_sampler_decode_step(&tokens_view, &logits_view, layers, LAYERS, NULL, NULL, NULL, &params,
-                                     &scores_view, &ids_view, &confidence_view, &selected_view, &exec);
+        status = attn_sampler_decode_step(&tokens_view, &logits_view, layers, LAYERS, NULL, &params,
+                                          &scores_view, &ids_view, &confidence_view, &selected_view, &exec);
         if (status != ATTN_SAMPLER_OK) {
             fprintf(stderr, "%s\n", attn_sampler_last_error());
             return EXIT_FAILURE;

@@ -96,18 +96,16 @@ int main() {
     tokens.upload();
 
     attn_sampler_decode_step_params params{};
-    params.block_start = kTokens - kBlock;
-    params.block_stop = kTokens;
+    params.block = {kTokens - kBlock, kTokens};
     params.mask_token_id = kMask;
     params.attention.softmax_scale = 0.125;
-    params.attention.column_start = kKeys - kBlock;
-    params.attention.column_stop = kKeys;
+    params.attention.columns = {kKeys - kBlock, kKeys};
     params.attention.query_start = kKeys - kRows;
     params.attention.diagonal = 1;
-    params.select = {ATTN_SAMPLER_POLICY_PARALLEL, ATTN_SAMPLER_FALLBACK_CONFIDENCE, 0.5};
+    params.selection = {ATTN_SAMPLER_RULE_PARALLEL, ATTN_SAMPLER_FALLBACK_CONFIDENCE, 0.5};
 
-    /* The same call for either device; with `bytes`, only how much workspace it takes. */
-    auto step = [&](const attn_sampler_exec &exec, int64_t *bytes) {
+    /* The same call for either device. */
+    auto step = [&](attn_sampler_exec &exec) {
         const bool on_gpu = exec.device == ATTN_SAMPLER_CUDA;
         auto data = [&](auto &array) {
             return static_cast<void *>(on_gpu ? array.device : array.host.data());
@@ -128,12 +126,8 @@ int main() {
                                   i = view(data(token_ids), ATTN_SAMPLER_INT64, {kBatch, kBlock}),
                                   c = view(data(confidence), ATTN_SAMPLER_FLOAT32, {kBatch, kBlock}),
                                   m = view(data(selected), ATTN_SAMPLER_BOOL, {kBatch, kBlock});
-        require((bytes != nullptr
-                     ? attn_sampler_decode_step_workspace(&t, &l, layers.data(), kLayers, nullptr, nullptr,
-                                                          nullptr, &params, &s, &i, &c, &m, &exec, bytes)
-                     : attn_sampler_decode_step(&t, &l, layers.data(), kLayers, nullptr, nullptr, nullptr,
-                                                &params, &s, &i, &c, &m, &exec)) == ATTN_SAMPLER_OK,
-                "decode_step");
+        return attn_sampler_decode_step(&t, &l, layers.data(), kLayers, nullptr, &params, &s, &i, &c, &m,
+                                        &exec);
     };
 
     attn_sampler_exec cpu{}, gpu{};
@@ -142,16 +136,18 @@ int main() {
     cudaStream_t stream;
     require(cudaStreamCreate(&stream) == cudaSuccess, "cudaStreamCreate");
     gpu.stream = stream;
-    step(gpu, &gpu.workspace_size);
+    /* Without a workspace the call launches nothing and says how much it takes. */
+    require(step(gpu) == ATTN_SAMPLER_WORKSPACE_TOO_SMALL, "decode_step");
+    gpu.workspace_size = gpu.workspace_needed;
     require(cudaMalloc(&gpu.workspace, static_cast<size_t>(gpu.workspace_size)) == cudaSuccess, "cudaMalloc");
     require(cudaMemsetAsync(gpu.workspace, 0, static_cast<size_t>(gpu.workspace_size), stream) == cudaSuccess,
             "cudaMemsetAsync");
 
     int steps = 0;
     for (bool masked = true; masked; ++steps) {
-        step(gpu, nullptr);
+        require(step(gpu) == ATTN_SAMPLER_OK, "decode_step");
         require(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
-        step(cpu, nullptr);
+        require(step(cpu) == ATTN_SAMPLER_OK, "decode_step");
         require(tokens.download() == tokens.host, "the GPU's tokens differ from the CPU's");
         masked = false;
         for (const int64_t token : tokens.host)

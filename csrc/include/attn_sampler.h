@@ -24,6 +24,14 @@
 #define ATTN_SAMPLER_API __attribute__((visibility("default")))
 #endif
 
+/* The largest values that are taken. */
+#define ATTN_SAMPLER_MAX_HEADDIM 512 /* on CUDA: a tile of keys fits the shared memory of every GPU */
+#define ATTN_SAMPLER_MAX_KEYS ((INT64_C(1) << 30) - 1)
+#define ATTN_SAMPLER_MAX_VOCAB (INT64_C(1) << 34)    /* the sampling stream counts groups of 4 in 32 bits */
+#define ATTN_SAMPLER_MAX_POSITION (INT64_C(1) << 62) /* sums of positions stay far from overflow */
+#define ATTN_SAMPLER_MAX_SCALE 2.35e38               /* finite in float32, times log2(e) too */
+#define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120        /* logits are multiplied by its inverse in float32 */
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -60,6 +68,12 @@ typedef enum attn_sampler_scope {
     ATTN_SAMPLER_SCOPE_BLOCK = 1     /* the visible keys of the columns; only rows of the block count */
 } attn_sampler_scope;
 
+/* Which query rows count in a decoding step. */
+typedef enum attn_sampler_query_rows {
+    ATTN_SAMPLER_QUERY_ROWS_ALL = 0,
+    ATTN_SAMPLER_QUERY_ROWS_MASKED = 1 /* those at a position that is still masked */
+} attn_sampler_query_rows;
+
 /* How a column's attention is reduced over its rows. */
 typedef enum attn_sampler_reduction {
     ATTN_SAMPLER_REDUCTION_SUM = 0,
@@ -73,10 +87,10 @@ typedef enum attn_sampler_metric {
     ATTN_SAMPLER_METRIC_ENTROPY = 2
 } attn_sampler_metric;
 
-typedef enum attn_sampler_policy {
-    ATTN_SAMPLER_POLICY_SEQUENTIAL = 0,
-    ATTN_SAMPLER_POLICY_PARALLEL = 1
-} attn_sampler_policy;
+typedef enum attn_sampler_rule {
+    ATTN_SAMPLER_RULE_SEQUENTIAL = 0,
+    ATTN_SAMPLER_RULE_PARALLEL = 1
+} attn_sampler_rule;
 
 typedef enum attn_sampler_fallback {
     ATTN_SAMPLER_FALLBACK_CONFIDENCE = 0,
@@ -97,19 +111,38 @@ typedef struct attn_sampler_tensor {
  *
  * On CUDA a call only launches kernels, on `stream` of the device, which is current during the call; it
  * allocates nothing, waits for nothing and may be captured in a graph. What the kernels pass on to one
- * another lies in the workspace: device memory of the caller's, at least as large as the function's
- * _workspace twin says and aligned to 256 bytes. It must be zero-filled before its first use; each call
- * leaves it ready for the next, of any function and shape. Calls that may run at the same time need one each.
- * The CUDA kernels take head dimensions up to 512.
+ * another lies in the workspace: device memory of the caller's, aligned to 256 bytes. A call to which it is
+ * too small launches nothing, says in workspace_needed how large it has to be, and answers
+ * ATTN_SAMPLER_WORKSPACE_TOO_SMALL. It must be zero-filled before its first use; each call leaves it ready
+ * for the next, of any function and shape. Calls that may run at the same time need one each. The CUDA
+ * kernels take head dimensions up to ATTN_SAMPLER_MAX_HEADDIM.
  */
 typedef struct attn_sampler_exec {
-    int32_t device;         /* attn_sampler_device */
-    int32_t num_threads;    /* CPU threads, at least 1; not read on CUDA, and what follows not on the CPU */
-    int32_t device_index;   /* CUDA ordinal */
-    void *stream;           /* cudaStream_t */
-    void *workspace;        /* may be NULL where its size is 0 */
-    int64_t workspace_size; /* in bytes */
+    int32_t device;           /* attn_sampler_device */
+    int32_t num_threads;      /* CPU threads, at least 1; not read on CUDA, and what follows not on the CPU */
+    int32_t device_index;     /* CUDA ordinal */
+    void *stream;             /* cudaStream_t */
+    void *workspace;          /* may be NULL where its size is 0 */
+    int64_t workspace_size;   /* in bytes */
+    int64_t workspace_needed; /* an answer */
 } attn_sampler_exec;
+
+/* Positions [start, stop). */
+typedef struct attn_sampler_span {
+    int64_t start, stop;
+} attn_sampler_span;
+
+/* One layer's attention inputs. q [B,Hq,M,D], k [B,Hkv,N,D]: one dtype of float32 | float16 | bfloat16 |
+ * float8_e4m3, last stride 1. softmax_lse [B,Hq,M] float32 or NULL (NULL in block scope). q_descale,
+ * k_descale [B,Hkv] float32 or NULL (NULL unless q and k are float8_e4m3). */
+typedef struct attn_sampler_layer {
+    const attn_sampler_tensor *q, *k, *softmax_lse, *q_descale, *k_descale;
+} attn_sampler_layer;
+
+/* Which keys and query rows take part: key_mask [B,N], query_mask [B,M] bool, or NULL: all. */
+typedef struct attn_sampler_masks {
+    const attn_sampler_tensor *key_mask, *query_mask;
+} attn_sampler_masks;
 
 /* The attention matrix that column_scores and attention_map read, with G = Hq / Hkv:
  *
@@ -127,44 +160,39 @@ typedef struct attn_sampler_exec {
  * Without `diagonal`, the entry whose key position is the row's own is left out after the softmax.
  */
 typedef struct attn_sampler_attention_params {
-    double softmax_scale;              /* of magnitude up to 2.35e38: finite in float32, times log2(e) too */
-    int64_t column_start, column_stop; /* key positions [start, stop), 0 <= start < stop <= N */
-    int64_t row_start, row_stop;       /* query rows [start, stop); attention_map only */
-    int64_t query_start;               /* key position of query row 0; any integer */
-    int32_t lse_base;                  /* attn_sampler_lse_base */
-    int32_t causal;                    /* 0 or 1 */
-    int32_t softmax_scope;             /* attn_sampler_scope */
-    int32_t diagonal;                  /* 1 keeps A[i, own position], 0 drops it */
-    int32_t reduction;                 /* attn_sampler_reduction; column_scores only */
-    int32_t per_head;                  /* 1 keeps the heads apart, 0 adds them up */
-    int32_t accumulate;                /* 1 adds to out, 0 overwrites it */
+    attn_sampler_span columns; /* key positions, 0 <= start < stop <= N */
+    attn_sampler_span rows;    /* query rows, 0 <= start < stop <= M; attention_map only */
+    int64_t query_start;       /* key position of query row 0; in [-MAX_POSITION, MAX_POSITION) */
+    double softmax_scale;      /* of magnitude up to ATTN_SAMPLER_MAX_SCALE */
+    int32_t lse_base;          /* attn_sampler_lse_base */
+    int32_t causal;            /* 0 or 1 */
+    int32_t softmax_scope;     /* attn_sampler_scope */
+    int32_t diagonal;          /* 1 keeps A[i, own position], 0 drops it */
+    int32_t reduction;         /* attn_sampler_reduction; column_scores only */
+    int32_t per_head;          /* 1 keeps the heads apart, 0 adds them up */
+    int32_t accumulate;        /* 1 adds to out, 0 overwrites it */
 } attn_sampler_attention_params;
 
-/* out[b,(h),c] (+)= reduce over rows i of A[b,h,i,column_start + c], added up over heads unless per_head.
+/* out[b,(h),c] (+)= reduce over rows i of A[b,h,i,columns.start + c], added up over heads unless per_head.
  * The mean divides by the number of rows that may see the column (its dropped diagonal entry not
  * counted), and is 0 where there is none; so is the maximum. A NaN entry makes the result NaN.
  *
- * q [B,Hq,M,D], k [B,Hkv,N,D]: one dtype of float32 | float16 | bfloat16 | float8_e4m3, last stride 1.
- * softmax_lse [B,Hq,M] float32 or NULL (NULL in block scope). q_descale, k_descale [B,Hkv] float32 or NULL
- * (NULL unless q and k are float8_e4m3). key_mask [B,N], query_mask [B,M] bool or NULL. out [B,C] or, per
- * head, [B,Hq,C], float32. B and M may be 0.
+ * masks may be NULL. out [B,C] or, per head, [B,Hq,C], float32. B and M may be 0.
  */
-ATTN_SAMPLER_API attn_sampler_status
-attn_sampler_column_scores(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
-                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *q_descale,
-                           const attn_sampler_tensor *k_descale, const attn_sampler_tensor *key_mask,
-                           const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
-                           const attn_sampler_tensor *out, const attn_sampler_exec *exec);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_column_scores(const attn_sampler_layer *layer,
+                                                                const attn_sampler_masks *masks,
+                                                                const attn_sampler_attention_params *params,
+                                                                const attn_sampler_tensor *out,
+                                                                attn_sampler_exec *exec);
 
-/* out[b,(h),r,c] (+)= A[b,h,row_start + r,column_start + c], added up over heads unless per_head.
+/* out[b,(h),r,c] (+)= A[b,h,rows.start + r,columns.start + c], added up over heads unless per_head.
  * out [B,R,C] or, per head, [B,Hq,R,C], float32. The rest as column_scores.
  */
-ATTN_SAMPLER_API attn_sampler_status
-attn_sampler_attention_map(const attn_sampler_tensor *q, const attn_sampler_tensor *k,
-                           const attn_sampler_tensor *softmax_lse, const attn_sampler_tensor *q_descale,
-                           const attn_sampler_tensor *k_descale, const attn_sampler_tensor *key_mask,
-                           const attn_sampler_tensor *query_mask, const attn_sampler_attention_params *params,
-                           const attn_sampler_tensor *out, const attn_sampler_exec *exec);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map(const attn_sampler_layer *layer,
+                                                                const attn_sampler_masks *masks,
+                                                                const attn_sampler_attention_params *params,
+                                                                const attn_sampler_tensor *out,
+                                                                attn_sampler_exec *exec);
 
 /* One token and its confidence for each position.
  *
@@ -180,21 +208,23 @@ attn_sampler_attention_map(const attn_sampler_tensor *q, const attn_sampler_tens
  * most probable other token; or the negated entropy in nats. It is NaN where the softmax is undefined (a
  * NaN or +inf logit, or all -inf).
  */
-typedef struct attn_sampler_confidence_params {
-    int32_t metric;           /* attn_sampler_metric */
-    double temperature;       /* 0 is greedy; else at least 2^-120 */
-    uint64_t seed;            /* of every row, unless `seeds` is given */
-    int64_t exclude_token_id; /* a token treated as absent; negative for none */
-    int64_t vocab_start;      /* at least 0, and vocab_start + V at most 2^34 */
-} attn_sampler_confidence_params;
+typedef struct attn_sampler_sampling_params {
+    int32_t metric;                   /* attn_sampler_metric */
+    double temperature;               /* 0 is greedy; else finite and at least ATTN_SAMPLER_MIN_TEMPERATURE */
+    uint64_t seed;                    /* of every row, unless seeds are given */
+    const attn_sampler_tensor *seeds; /* [B] int64 or NULL: one stream per row */
+    int64_t exclude_token_id;         /* a token treated as absent; negative for none */
+    int64_t vocab_start;              /* at least 0, and vocab_start + V at most ATTN_SAMPLER_MAX_VOCAB */
+} attn_sampler_sampling_params;
 
-/* logits [B,C,V] float32 | float16 | bfloat16, last stride 1. seeds [B] int64 or NULL: one stream per row.
- * token_ids [B,C] int64, confidence [B,C] float32.
+/* logits [B,C,V] float32 | float16 | bfloat16, last stride 1. token_ids [B,C] int64, confidence [B,C]
+ * float32.
  */
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence(
-    const attn_sampler_tensor *logits, const attn_sampler_tensor *seeds,
-    const attn_sampler_confidence_params *params, const attn_sampler_tensor *token_ids,
-    const attn_sampler_tensor *confidence, const attn_sampler_exec *exec);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence(const attn_sampler_tensor *logits,
+                                                                   const attn_sampler_sampling_params *params,
+                                                                   const attn_sampler_tensor *token_ids,
+                                                                   const attn_sampler_tensor *confidence,
+                                                                   attn_sampler_exec *exec);
 
 /* Which masked positions to commit.
  *
@@ -206,81 +236,45 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence(
  * The lowest position wins ties. A position whose score is NaN is never committed; a NaN confidence counts as
  * -inf in the fallback. A row with no masked position commits nothing.
  */
-typedef struct attn_sampler_select_params {
-    int32_t policy;   /* attn_sampler_policy */
+typedef struct attn_sampler_selection_params {
+    int32_t rule;     /* attn_sampler_rule */
     int32_t fallback; /* attn_sampler_fallback */
     double tau;       /* in [0, 1]; compared in float32 */
-} attn_sampler_select_params;
+} attn_sampler_selection_params;
 
 /* scores, confidence [B,C] float32; masked, selected [B,C] bool. */
 ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens(const attn_sampler_tensor *scores,
                                                                 const attn_sampler_tensor *confidence,
                                                                 const attn_sampler_tensor *masked,
-                                                                const attn_sampler_select_params *params,
+                                                                const attn_sampler_selection_params *params,
                                                                 const attn_sampler_tensor *selected,
-                                                                const attn_sampler_exec *exec);
-
-/* One layer's captured attention inputs. All but q and k may be NULL. */
-typedef struct attn_sampler_layer {
-    const attn_sampler_tensor *q, *k, *softmax_lse, *q_descale, *k_descale;
-} attn_sampler_layer;
+                                                                attn_sampler_exec *exec);
 
 /* A whole step: column scores of all layers, token confidence, selection, commit.
  *
  * masked = (tokens[:, block] == mask_token_id). With layers, scores is overwritten by their sum (the
  * attention's columns are the block's key positions); with none, it is read, and attention only has to be
  * valid. The mask token itself is never predicted. Selected positions of tokens receive their token.
- * attention.accumulate, per_head and the rows are not read. With masked_rows_only a query row counts only if
- * it stands at a masked token: row i at tokens[:, query_start + i - column_start + block_start].
+ * attention.accumulate, per_head and rows are not read. With ATTN_SAMPLER_QUERY_ROWS_MASKED a query row
+ * counts only if it stands at a masked token: row i at tokens[:, query_start + i - columns.start +
+ * block.start].
  */
 typedef struct attn_sampler_decode_step_params {
-    int64_t block_start, block_stop; /* positions of the block in tokens; stop - start = C */
-    int64_t mask_token_id;           /* in [0, V) */
-    int32_t masked_rows_only;        /* 0 or 1 */
+    attn_sampler_span block; /* positions in tokens, C of them */
+    int64_t mask_token_id;   /* in [0, V) */
+    int32_t query_rows;      /* attn_sampler_query_rows */
     attn_sampler_attention_params attention;
-    attn_sampler_confidence_params confidence; /* but for exclude_token_id and vocab_start */
-    attn_sampler_select_params select;
+    attn_sampler_sampling_params sampling; /* but for exclude_token_id and vocab_start */
+    attn_sampler_selection_params selection;
 } attn_sampler_decode_step_params;
 
 /* tokens [B,T] int64, in place. logits [B,C,V]. scores, confidence [B,C] float32, token_ids [B,C] int64,
- * selected [B,C] bool: outputs (scores an input where num_layers is 0). */
+ * selected [B,C] bool: outputs (scores an input where num_layers is 0). masks may be NULL. */
 ATTN_SAMPLER_API attn_sampler_status attn_sampler_decode_step(
     const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits, const attn_sampler_layer *layers,
-    int64_t num_layers, const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
-    const attn_sampler_tensor *seeds, const attn_sampler_decode_step_params *params,
+    int64_t num_layers, const attn_sampler_masks *masks, const attn_sampler_decode_step_params *params,
     const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
-    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected,
-    const attn_sampler_exec *exec);
-
-/* The workspace that the call of the same arguments needs on the device of exec, in bytes: 0 on the CPU. The
- * addresses in the tensors and in exec are not read. */
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_column_scores_workspace(
-    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
-    const attn_sampler_tensor *q_descale, const attn_sampler_tensor *k_descale,
-    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
-    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
-    const attn_sampler_exec *exec, int64_t *bytes);
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map_workspace(
-    const attn_sampler_tensor *q, const attn_sampler_tensor *k, const attn_sampler_tensor *softmax_lse,
-    const attn_sampler_tensor *q_descale, const attn_sampler_tensor *k_descale,
-    const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
-    const attn_sampler_attention_params *params, const attn_sampler_tensor *out,
-    const attn_sampler_exec *exec, int64_t *bytes);
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence_workspace(
-    const attn_sampler_tensor *logits, const attn_sampler_tensor *seeds,
-    const attn_sampler_confidence_params *params, const attn_sampler_tensor *token_ids,
-    const attn_sampler_tensor *confidence, const attn_sampler_exec *exec, int64_t *bytes);
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens_workspace(
-    const attn_sampler_tensor *scores, const attn_sampler_tensor *confidence,
-    const attn_sampler_tensor *masked, const attn_sampler_select_params *params,
-    const attn_sampler_tensor *selected, const attn_sampler_exec *exec, int64_t *bytes);
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_decode_step_workspace(
-    const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits, const attn_sampler_layer *layers,
-    int64_t num_layers, const attn_sampler_tensor *key_mask, const attn_sampler_tensor *query_mask,
-    const attn_sampler_tensor *seeds, const attn_sampler_decode_step_params *params,
-    const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
-    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected, const attn_sampler_exec *exec,
-    int64_t *bytes);
+    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected, attn_sampler_exec *exec);
 
 /* The message of the last failure on this thread; "" if there was none. Valid until the next call. */
 ATTN_SAMPLER_API const char *attn_sampler_last_error(void);

@@ -1,7 +1,8 @@
 """Thousands of random problems for all five functions, each judged against the reference in float64.
 
-A seed is one problem. To run one alone, with the whole traceback: ``python tests/contract/test_fuzz.py
-BACKEND SEED``. A plain run of the tests takes the first few; ``-m long`` takes the thousands.
+A seed is one problem. To run one alone, with the whole traceback:
+``python tests/contract/test_fuzz.py BACKEND SEED``.
+A plain run of the tests takes the first few; ``-m long`` takes the thousands.
 """
 
 from __future__ import annotations

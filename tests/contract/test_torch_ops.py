@@ -1,5 +1,5 @@
 """The registered operators: their schemas and fake kernels, torch.compile of the public functions, and the
-direct way past them, which gives the same and is not taken where somebody listens."""
+ways past them, which give the same and are not taken where somebody listens."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import (
-    _core,
     attention_map,
     backends,
     column_scores,
     decode_step,
-    functional,
+    ops,
+    options,
     select_tokens,
     token_confidence,
 )
+from attn_sampler.backends import extension
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step, flat
 
 OPS = torch.ops.attn_sampler  # registered by the import above
 MASK = 5
+needs_extension = pytest.mark.skipif(extension.UNAVAILABLE is not None, reason=str(extension.UNAVAILABLE))
 
 
 def inputs(device: torch.device, *, batch: int = 10, n_rows: int = 7, n_keys: int = 12) -> dict:
@@ -55,31 +58,46 @@ def inputs(device: torch.device, *, batch: int = 10, n_rows: int = 7, n_keys: in
 
 def calls(x: dict, backend: str) -> dict:
     """Arguments for every operator."""
-    attention = (x["q"], x["k"], x["lse"], None, None, x["key_mask"], None)
-    unmasked = (x["q"], x["k"], None, None, None, None, None)
-    options = (5, 0.2, "e", True, "sequence", False)  # from query_start to diagonal
+    masks, no_masks = flat(Masks(x["key_mask"])), flat(Masks())
+    layer = flat(Layer(x["q"], x["k"], x["lse"]))
+    how = (5, 0.2, "e", True, "sequence", False)  # from query_start to diagonal
+    summed = Attention(Span(4, 8), Span(0, 7), *how, "sum", False, True)
+    per_head = Attention(Span(4, 8), Span(0, 7), *how, "mean", True, False)
+    mapped = Attention(Span(4, 8), Span(1, 4), *how, "sum", False, False)
     scores = torch.zeros_like(x["scores"])
-    scores_per_head = torch.zeros_like(x["lse"][..., :4])
-    weights = torch.zeros_like(x["scores"])[:, None].repeat(1, 3, 1)
-    step = (x["tokens"], x["scores"], x["logits"])
-    layers = ([x["q"]] * 2, [x["k"]] * 2, [x["lse"]] * 2, [], [], x["key_mask"], None, x["seeds"])
-    no_layers = ([], [], [], [], [], None, None, None)
-    place = (4, 8, MASK, False, 4, 8, 5)  # from block_start to query_start
-    step_options = (0.2, "e", True, "sequence", True, "sum", "probability")  # from softmax_scale to metric
+    ids = torch.zeros_like(scores, dtype=torch.int64)
+    sampled = Sampling("entropy", 0.7, x["seeds"], MASK, 6)
+    outputs = (x["tokens"], ids, x["confidence"], x["scores"], x["masked"], x["logits"])
+    layers = ([x["q"]] * 2, [x["k"]] * 2, [x["lse"]] * 2, [], [])
+    steps = [
+        Step(Span(4, 8), MASK, "all", summed, sampled, Selection("parallel", "confidence", 0.1)),
+        Step(
+            Span(4, 8),
+            MASK,
+            "all",
+            summed,
+            Sampling("margin", 0.0, 0),
+            Selection("sequential", "score", 0.9),
+        ),
+    ]
     return {
         "column_scores": [
-            (scores, *attention, 4, 8, *options, "sum", False, True, backend),
-            (scores_per_head, *unmasked, 4, 8, *options, "mean", True, False, backend),
+            (scores, *layer, *masks, *flat(summed), backend),
+            (torch.zeros_like(x["lse"][..., :4]), *layer, *no_masks, *flat(per_head), backend),
         ],
-        "attention_map": [(weights, *attention, 1, 4, 4, 8, *options, False, False, backend)],
+        "attention_map": [
+            (scores[:, None].repeat(1, 3, 1), *layer, *masks, *flat(mapped), backend),
+        ],
         "token_confidence": [
-            (x["logits"], None, "probability", 0.0, 0, -1, 0, backend),
-            (x["logits"], x["seeds"], "entropy", 0.7, 0, MASK, 6, backend),
+            (ids, scores, x["logits"], *flat(Sampling("probability", 0.0, 0)), backend),
+            (ids, scores, x["logits"], *flat(sampled), backend),
         ],
-        "select_tokens": [(x["scores"], x["confidence"], x["masked"], "parallel", 0.9, "score", backend)],
+        "select_tokens": [
+            (x["masked"].clone(), scores, x["confidence"], x["masked"], *flat(steps[0].selection), backend),
+        ],
         "decode_step": [
-            (*step, *layers, *place, *step_options, 0.5, 0, "parallel", 0.1, "confidence", backend),
-            (*step, *no_layers, *place, *step_options, 0.0, 0, "sequential", 0.9, "score", backend),
+            (*outputs, *layers, *masks, *flat(steps[0]), backend),
+            (*outputs, *([],) * 5, *no_masks, *flat(steps[1]), backend),
         ],
     }
 
@@ -127,7 +145,7 @@ def functions(backend: str) -> dict:
             block=slice(4, 8),
             mask_token_id=MASK,
             tau=0.1,
-            rows="masked",
+            query_rows="masked",
             backend=backend,
         )
         return result, (x["tokens"] == MASK).sum(dim=1)
@@ -147,10 +165,10 @@ def functions(backend: str) -> dict:
         return decode_step(
             x["tokens"],
             x["logits"],
-            x["scores"],
+            scores=x["scores"],
             block=slice(4, 8),
             mask_token_id=MASK,
-            policy="sequential",
+            rule="sequential",
             backend=backend,
         )
 
@@ -259,15 +277,16 @@ def test_no_gradient_and_no_warning_where_inputs_require_one(backend, device, re
 
 
 class Operators:
-    """Stands for torch.ops.attn_sampler and notes which operators are called."""
+    """Notes which operators are called."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.called: list[str] = []
-        monkeypatch.setattr(functional, "_OPS", self)
+        for name in backends.OPS:
+            monkeypatch.setattr(getattr(ops, name), "_operator", functools.partial(self._call, name))
 
-    def __getattr__(self, name: str):
+    def _call(self, name: str, *arguments) -> None:
         self.called.append(name)
-        return getattr(OPS, name)
+        getattr(OPS, name)(*arguments)
 
 
 def names_of(function: str) -> list[str]:
@@ -283,41 +302,42 @@ def names_of(function: str) -> list[str]:
     return operators.get(function, ["decode_step"])
 
 
-def is_extension(backend: str) -> bool:
-    return backend in ("cpu", "cuda") and _core.READS_TENSORS
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_the_extension_is_called_past_the_operators(monkeypatch, backend, device, name):
+def test_every_backend_is_called_past_the_operators(monkeypatch, backend, device, name):
     operators = Operators(monkeypatch)
     functions(backend)[name](inputs(device))
-    assert operators.called == ([] if is_extension(backend) else names_of(name))
+    assert operators.called == []
 
 
 def test_a_default_device_does_not_listen(monkeypatch, backend, device):
     operators = Operators(monkeypatch)
     x = inputs(device)
     expected = functions(backend)["confidence"](x)
-    operators.called.clear()
     with torch.device("meta"):  # of new tensors, not of ours
         actual = functions(backend)["confidence"](x)
-    assert operators.called == ([] if is_extension(backend) else ["token_confidence"])
+    assert operators.called == []
     same(actual, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_ways_give_the_same(monkeypatch, backend, device, name):
-    """The long way is also that of a torch whose tensors the extension cannot read."""
-    x, y = inputs(device), inputs(device)
-    expected = functions(backend)[name](x)
+def test_all_ways_give_the_same(monkeypatch, backend, device, name):
+    """Straight to the backend that checks itself; with Python's checks, also where torch's tensors cannot be
+    read by an extension; and by the operator."""
+    x, expected = inputs(device), None
     operators = Operators(monkeypatch)
-    monkeypatch.setattr(_core, "READS_TENSORS", False)
-    actual = functions(backend)[name](y)
+    for patch in (None, (extension, "READS_TENSORS", False), (ops, "nothing_listens", lambda: False)):
+        if patch is not None:
+            monkeypatch.setattr(*patch)
+            backends._first_choice.cache_clear()
+        y = inputs(device)
+        actual = functions(backend)[name](y)
+        if expected is None:
+            x, expected = y, actual
+        same(actual, expected)
+        same(y, x)
+        strides = [[t.stride() for t in torch.utils._pytree.tree_leaves(r)] for r in (actual, expected)]
+        assert strides[0] == strides[1]
     assert operators.called == names_of(name)
-    same(actual, expected)
-    same(y, x)
-    strides = [[t.stride() for t in torch.utils._pytree.tree_leaves(r)] for r in (actual, expected)]
-    assert strides[0] == strides[1]
 
 
 def heard(functions: list[str]) -> list[str]:
@@ -415,33 +435,38 @@ def test_a_pending_negation_is_seen(backend, device):
         same(*(column_scores(q, k, softmax_lse=y, backend=backend) for y in given))
 
 
+@needs_extension
 def test_the_extension_refuses_what_it_must_not_write():
-    if _core.UNAVAILABLE is not None:
-        pytest.skip(_core.UNAVAILABLE)
     q = torch.ones(2, 1, 3, 8)
-    options = (None, "e", None, False, None, "sequence", True, "sum", False, False, (0, 1, 0, 0, 0, 0))
+    how = Attention(None, None, None, None, "e", False, "sequence", True, "sum", False, False)
     for out in (torch.zeros(1, 3).expand(2, 3), torch.zeros(4).as_strided((2, 3), (1, 1))):
-        with pytest.raises(_core._C.Refused, match="out: expected elements that are apart in memory"):
-            _core._C.column_scores(*map(_core._view, (out, q, q)), *[None] * 5, *options)
+        arguments = map(extension._view, (out, Layer(q, q), Masks(), how))
+        with pytest.raises(extension._C.Refused, match="out: expected elements that are apart in memory"):
+            extension._C.column_scores(*arguments, (0, 1, 0, 0, 0, 0))
         assert not out.any()
 
 
+@needs_extension
 @pytest.mark.parametrize("start", [-1, (1 << 34) - 3])
 def test_the_extension_refuses_a_start_without_noise(start):
-    if _core.UNAVAILABLE is not None:
-        pytest.skip(_core.UNAVAILABLE)
     outputs = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)
-    arguments = (*map(_core._view, (*outputs, torch.ones(2, 3, 4))), "probability", 1.0, 7, None, start)
-    with pytest.raises(_core._C.Refused, match=f"params.vocab_start: expected 0 to 17179869180, got {start}"):
-        _core._C.token_confidence(*arguments, (0, 1, 0, 0, 0, 0))
+    sampling = Sampling("probability", 1.0, 7, None, start)
+    arguments = map(extension._view, (outputs, torch.ones(2, 3, 4), sampling))
+    with pytest.raises(extension._C.Refused, match=f"vocab_start: expected 0 to 17179869180, got {start}"):
+        extension._C.token_confidence(*arguments, (0, 1, 0, 0, 0, 0))
     assert not any(x.any() for x in outputs)
 
 
+@needs_extension
+def test_the_extension_has_the_same_limits():
+    names = ("MAX_HEADDIM", "MAX_VOCAB", "MAX_POSITION", "MAX_SCALE", "MIN_TEMPERATURE")
+    assert {name: getattr(options, name) for name in names} == extension._C.LIMITS
+
+
+@needs_extension
 def test_lists_of_layers_may_change_during_a_step(monkeypatch):
     """Another thread can take the lists apart: here, the method that tells of a negation does."""
-    if _core.UNAVAILABLE is not None:
-        pytest.skip(_core.UNAVAILABLE)
-    if not _core.READS_TENSORS:
+    if not extension.READS_TENSORS:
         pytest.skip(f"torch {torch.__version__} lets no extension read its tensors")
     given = [(torch.randn(1, 1, 1, 8), torch.randn(1, 1, 4, 8), torch.zeros(1, 1, 1)) for _ in range(2)]
     layers = [[x.clone() for x in layer] for layer in given]

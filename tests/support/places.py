@@ -20,8 +20,8 @@ import pytest
 import torch
 from cmake_build import CPU_ISAS, build_once, python_module
 
-from attn_sampler import _core
-from attn_sampler.backends import device_type, installation_problem
+from attn_sampler.backends import REGISTRY, extension
+from attn_sampler.backends import unavailable as backend_unavailable
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -49,16 +49,16 @@ class Place(NamedTuple):
 
 def device_of(backend: str) -> torch.device:
     """Where the tensors of a test of this backend live."""
-    return torch.device("cpu" if backend == "reference" else device_type(backend))
+    return torch.device(REGISTRY[backend].device or "cpu")
 
 
 def cpu_isa() -> str:
     """The instruction set that the backend cpu runs with in this process."""
-    return _core.cpu_isa()
+    return extension.cpu_isa()
 
 
 def _local(backend: str) -> Place:
-    return Place(backend, unavailable=lambda: installation_problem(backend))
+    return Place(backend, unavailable=lambda: backend_unavailable(backend))
 
 
 # --- The instruction sets that the CPU kernels can be pinned to.
@@ -83,12 +83,12 @@ def _isas_here() -> str | None:
 def _isa_unavailable(isa: str) -> str | None:
     here = _isas_here()
     if here is None:
-        return installation_problem("cpu")
+        return backend_unavailable("cpu")
     return None if isa in here.split(", ") else f"this processor, with what was compiled, has {here}"
 
 
 def _is_the_processors_own(isa: str) -> str | None:
-    if installation_problem("cpu") is None and cpu_isa() == isa:
+    if backend_unavailable("cpu") is None and cpu_isa() == isa:
         return "the backend cpu runs with it"
     return None
 
@@ -124,13 +124,13 @@ def _isa(isa: str) -> Place:
 
 
 def _triton_unavailable() -> str | None:
-    reason = installation_problem("triton")
+    reason = backend_unavailable("triton")
     # The interpreter and the compiler do without.
     return None if reason is not None and reason.startswith("torch sees no GPU") else reason
 
 
 def _triton_runs_here() -> str | None:
-    return "the backend triton runs in this process" if installation_problem("triton") is None else None
+    return "the backend triton runs in this process" if backend_unavailable("triton") is None else None
 
 
 # --- The CUDA kernels' own sources, compiled as C++ and run on the CPU, one fiber a thread.

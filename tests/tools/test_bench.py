@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attn_sampler.backends import installation_problem
+from attn_sampler.backends import unavailable
 from bench import __main__ as command
 from bench import cases, end_to_end, harness, report, rivals, timing
 from bench.rows import DECODE, PEER, QUICK, ROWS, Row
@@ -21,7 +21,7 @@ SMALL = Row("small", 2, 4, 2, 8, 24, 8, 16, layers=2, vocab=50)
 CEILINGS = timing.Ceilings(bytes_per_s=1e9, operations_per_s=1e9)
 
 needs_cpu_kernels = pytest.mark.skipif(
-    installation_problem("cpu") is not None, reason=f"backend cpu: {installation_problem('cpu')}"
+    unavailable("cpu") is not None, reason=f"backend cpu: {unavailable('cpu')}"
 )
 
 
@@ -313,7 +313,7 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     assert harness.default_backends() == ["cuda", "triton", "cpu"]
     for backend in ("cuda", "triton", "cpu"):
-        assert absent.get(backend) == installation_problem(backend)
+        assert absent.get(backend) == unavailable(backend)
     if not torch.cuda.is_available():
         assert absent["flash-colreduce"] == "its kernels need a GPU, and torch sees none"
 

@@ -339,7 +339,7 @@ def test_bad_arguments_are_named(
 def test_a_backend_that_cannot_run_is_refused_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("attn_sampler.backends.installation_problem", lambda backend: "it was left at home")
+    monkeypatch.setattr("attn_sampler.backends.unavailable", lambda backend: "it was left at home")
     with pytest.raises(SystemExit) as stop:
         main(["demo", "--backend", "cpu"])
     assert stop.value.code == 2

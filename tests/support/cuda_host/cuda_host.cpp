@@ -1,17 +1,13 @@
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <random>
 #include <string>
-#include <ucontext.h>
-#include <vector>
+
+#include "fibers.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -23,6 +19,11 @@
 namespace cuda_host {
 
 Index thread_index, block_index;
+Launch *current = nullptr;
+Block *block = nullptr;
+Thread *thread = nullptr;
+std::mt19937_64 random_order(0);
+int products = 0;
 
 namespace {
 
@@ -30,89 +31,17 @@ constexpr size_t kStack = 128 * 1024;
 constexpr size_t kGuard = 128;            /* bytes before and after the shared memory */
 constexpr int kLargestShared = 99 * 1024; /* of a block, on the smallest device served (sm_120) */
 constexpr int kWithoutAsking = 48 * 1024;
-constexpr uint32_t kSharedStart = 1024;                       /* address of the launch's shared memory */
 constexpr unsigned kResident = 3;                             /* blocks that run at the same time */
 constexpr unsigned char kGuardByte = 0xA5, kUnwritten = 0xFF; /* floats of the latter are NaN */
 
-/* Where a set of threads waits for the last of them. */
-struct Meeting {
-    const char *file = nullptr;
-    int line = 0;
-    unsigned arrived = 0;
-    uint64_t generation = 0;
-};
-
-struct Warp {
-    Meeting meeting;
-    alignas(16) unsigned char slot[2][32 * 64]; /* of two operations in turn: a lane may be one ahead */
-};
-
-/* Where a stack was left. */
-struct Place {
-    ucontext_t context{};
-    void *jump[5];
-    bool entered = false;
-    void *fake_stack = nullptr;
-};
-
-struct Copy {
-    uint4 *to;
-    const uint4 *from; /* null: zeros */
-    int group;
-};
-
-struct Thread {
-    unsigned index = 0;
-    Place place;
-    unsigned char *stack = nullptr; /* kStack bytes */
-    Warp *warp = nullptr;
-    int warp_turn = 0, block_turn = 0;
-    const Meeting *waits_for = nullptr;
-    uint64_t until = 0;
-    bool done = false;
-    std::vector<Copy> copies;              /* that have not arrived, oldest first */
-    std::vector<Copy> unpublished;         /* that products must not read yet */
-    int open_group = 0, closed_groups = 0; /* the latter have arrived for certain */
-    std::vector<Product> products;         /* that have not happened, oldest first */
-    size_t n_products = 0;                 /* of this block so far */
-    bool fenced = false;
-    float *accumulators = nullptr;  /* of the products in flight */
-    float in_flight[kAccumulators]; /* what they will hold */
-};
-
-struct Block {
-    std::vector<Thread> threads;
-    std::vector<Warp> warps;
-    Meeting barrier;
-    bool votes[2] = {};
-    unsigned char *shared = nullptr;
-    unsigned index = 0;
-    size_t running = 0; /* threads that have not ended */
-    std::vector<Thread *> order;
-    std::vector<bool> unpublished;  /* 16 bytes each of the shared memory */
-    std::vector<uint64_t> matrices; /* of the block's products */
-};
-
-struct Launch {
-    void (*call)(AnyKernel, void *);
-    AnyKernel kernel;
-    void *argument;
-    size_t shared_bytes;
-    char failure[256];
-};
-
 std::mutex mutex; /* one launch at a time */
-Launch *current = nullptr;
-Block *block = nullptr;
-Thread *thread = nullptr;
 Place scheduler;
 const void *scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 std::map<AnyKernel, int> shared_limit;
 std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of the resident blocks' threads, kept */
 std::string last_failure;
-int device = 0, processors = 2, launches = 0, launch_device = -1, products = 0;
-std::mt19937_64 random_order(0);
+int device = 0, processors = 2, launches = 0, launch_device = -1, launches_until_failure = 0;
 
 /* Leaves a stack for another; returns when something leaves for this one. After a fiber's first entry no
  * signal mask is saved, which would take a system call each time. */
@@ -157,7 +86,8 @@ const char *file_name(const char *path) {
     return slash != nullptr ? slash + 1 : path;
 }
 
-/* A failed block's threads are left where they are, so nothing on their stacks may own memory. */
+} // namespace
+
 void fail(const char *format, ...) {
     if (current->failure[0] == '\0') {
         va_list arguments;
@@ -167,6 +97,8 @@ void fail(const char *format, ...) {
     }
     enter_scheduler(false);
 }
+
+namespace {
 
 void meet(Meeting &m, unsigned expected, const char *kind, const char *file, int line) {
     if (m.arrived == 0) {
@@ -305,118 +237,6 @@ const void *meet_warp(const void *value, size_t size, const char *file, int line
     return slot;
 }
 
-namespace {
-
-size_t vector_index(const void *p) {
-    return static_cast<size_t>(static_cast<const unsigned char *>(p) - block->shared) / 16;
-}
-
-} // namespace
-
-void arrive(const Copy &copy) { *copy.to = copy.from != nullptr ? *copy.from : uint4{0, 0, 0, 0}; }
-
-void copy_later(uint4 *to, const void *from) {
-    const Copy copy = {to, static_cast<const uint4 *>(from), thread->open_group};
-    if (random_order() % 2 == 0)
-        arrive(copy);
-    else
-        thread->copies.push_back(copy);
-    thread->unpublished.push_back(copy);
-    block->unpublished[vector_index(to)] = true;
-}
-
-void close_copy_group() { ++thread->open_group; }
-
-void await_copies(int pending_groups) {
-    std::vector<Copy> &copies = thread->copies;
-    size_t n = 0;
-    for (; n < copies.size() && copies[n].group < thread->open_group - pending_groups; ++n)
-        arrive(copies[n]);
-    copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(n));
-    thread->closed_groups = thread->open_group - pending_groups;
-}
-
-uint32_t shared_address(const void *p) {
-    return kSharedStart + static_cast<uint32_t>(static_cast<const unsigned char *>(p) - block->shared);
-}
-
-void publish_copies() {
-    std::vector<Copy> &copies = thread->unpublished;
-    size_t n = 0;
-    for (; n < copies.size() && copies[n].group < thread->closed_groups; ++n)
-        block->unpublished[vector_index(copies[n].to)] = false;
-    copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(n));
-}
-
-namespace {
-
-/* Element k of column n. PTX ISA, "Matrix Descriptor Format": bits 0 to 13 are the start address, 16 to 29
- * the leading and 32 to 45 the stride dimension's byte offset, all without their lowest four bits, and 62 to
- * 63 the swizzle, 0 for none. Without one, 8 columns times 16 bytes are 128 bytes in a row, column by column;
- * where elements are contiguous along k, the leading offset is from 16 bytes of a column to its next, and the
- * stride offset from 8 columns to the next. */
-float matrix_element(const Product &product, int n, int k) {
-    const uint64_t b = product.b;
-    auto field = [b](int bit) { return static_cast<uint32_t>(b >> bit & 0x3FFF) << 4; };
-    if (b >> 46 != 0)
-        fail("a matrix descriptor with a swizzle or a base offset");
-    const int64_t offset = int64_t{field(0)} + n / 8 * int64_t{field(32)} + k / 8 * int64_t{field(16)} +
-                           n % 8 * 16 + k % 8 * 2 - int64_t{kSharedStart};
-    if (offset < 0 || offset + 2 > static_cast<int64_t>(current->shared_bytes))
-        fail("a product reads beyond the shared memory");
-    if (block->unpublished[static_cast<size_t>(offset) / 16])
-        fail("a product reads what was not published");
-    uint16_t bits;
-    memcpy(&bits, block->shared + offset, 2);
-    return product.to_float(bits);
-}
-
-void multiply_now() {
-    for (const Product &product : thread->products)
-        for (int i = 0; i < kAccumulators; ++i)
-            for (int k = 0; k < 16; ++k)
-                thread->in_flight[i] +=
-                    product.a[i / 2 % 2][k] *
-                    matrix_element(product, 8 * (i / 4) + 2 * (static_cast<int>(thread->index) % 4) + i % 2,
-                                   k);
-    thread->products.clear();
-}
-
-} // namespace
-
-void fence_products() { thread->fenced = true; }
-
-void multiply_later(float *c, const Product &product) {
-    if (!thread->fenced)
-        fail("a product without a fence before it");
-    if (thread->accumulators == nullptr) {
-        thread->accumulators = c;
-        std::copy_n(c, kAccumulators, thread->in_flight);
-        std::fill_n(c, kAccumulators, NAN);
-    } else if (thread->accumulators != c) {
-        fail("products with different accumulators in flight");
-    }
-    const size_t n = thread->n_products++;
-    if (n == block->matrices.size()) {
-        block->matrices.push_back(product.b);
-        ++products;
-    } else if (block->matrices[n] != product.b) {
-        fail("warps multiply by different matrices");
-    }
-    thread->products.push_back(product);
-    if (random_order() % 2 == 0)
-        multiply_now();
-}
-
-void await_products(float *c) {
-    if (thread->accumulators != c)
-        fail("products are waited for in other accumulators");
-    multiply_now();
-    std::copy_n(thread->in_flight, kAccumulators, c);
-    thread->accumulators = nullptr;
-    thread->fenced = false;
-}
-
 cudaError_t set_shared_limit(AnyKernel kernel, int bytes) {
     if (bytes > kLargestShared) {
         last_failure = std::to_string(bytes) + " bytes of shared memory are more than some devices have";
@@ -434,6 +254,10 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
         static_cast<int>(shared_bytes) > (limit == shared_limit.end() ? kWithoutAsking : limit->second)) {
         last_failure = "invalid launch configuration";
         return cudaErrorInvalidValue;
+    }
+    if (launches_until_failure > 0 && --launches_until_failure == 0) {
+        last_failure = "as was asked for";
+        return cudaErrorLaunchFailure;
     }
     ++launches;
     launch_device = device;
@@ -538,6 +362,8 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t) 
 
 /* Seeds the orders of blocks and threads. */
 EXPORT void cuda_host_shuffle(uint64_t seed) { cuda_host::random_order.seed(seed); }
+/* Lets the launch that is this many away fail: 1 is the next. */
+EXPORT void cuda_host_fail(int launch) { cuda_host::launches_until_failure = launch; }
 EXPORT int cuda_host_launches() { return cuda_host::launches; }
 /* Asynchronous ones, each of a block. */
 EXPORT int cuda_host_products() { return cuda_host::products; }

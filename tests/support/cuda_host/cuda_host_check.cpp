@@ -85,22 +85,24 @@ void require(attn_sampler_status status) {
     }
 }
 
-/* Calls f(exec) on the CPU, then with CUDA in a workspace of exact size. */
-template <typename Call, typename Workspace>
-void on_both(Call call, Workspace workspace, Array &cpu, Array &cuda) {
+/* Calls call(out, exec) on the CPU, then with CUDA in a workspace of exact size. */
+template <typename Call>
+void on_both(Call call, Array &cpu, Array &cuda) {
     attn_sampler_exec exec{};
     exec.num_threads = 1;
     require(call(cpu, exec));
     exec.device = ATTN_SAMPLER_CUDA;
-    int64_t bytes = 0;
-    require(workspace(cuda, exec, &bytes));
     void *memory = nullptr;
-    if (posix_memalign(&memory, 256, static_cast<size_t>(bytes > 0 ? bytes : 1)) != 0)
-        exit(1);
-    memset(memory, 0, static_cast<size_t>(bytes));
-    exec.workspace = memory;
-    exec.workspace_size = bytes;
-    require(call(cuda, exec));
+    attn_sampler_status status = call(cuda, exec);
+    if (status == ATTN_SAMPLER_WORKSPACE_TOO_SMALL) {
+        exec.workspace_size = exec.workspace_needed;
+        if (posix_memalign(&memory, 256, static_cast<size_t>(exec.workspace_size)) != 0)
+            exit(1);
+        memset(memory, 0, static_cast<size_t>(exec.workspace_size));
+        exec.workspace = memory;
+        status = call(cuda, exec);
+    }
+    require(status);
     free(memory);
     float largest = 0.0f;
     for (size_t i = 0; i < cpu.size<float>(); ++i)
@@ -133,47 +135,42 @@ void attention_problem(int index) {
     const bool masked = rng() % 2 != 0, scaled = dtype == ATTN_SAMPLER_FLOAT8_E4M3 && rng() % 4 != 0;
     attn_sampler_attention_params params{};
     params.softmax_scale = 1.0 / std::sqrt(static_cast<double>(headdim));
-    params.column_start = fills_a_tile ? 0 : static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
-    params.column_stop =
-        fills_a_tile ? keys
-                     : params.column_start + 1 +
-                           static_cast<int64_t>(rng() % static_cast<unsigned>(keys - params.column_start));
-    params.row_stop = rows;
+    const int64_t start = fills_a_tile ? 0 : static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
+    const int64_t stop =
+        fills_a_tile ? keys : start + 1 + static_cast<int64_t>(rng() % static_cast<unsigned>(keys - start));
+    params.columns = {start, stop};
+    params.rows = {0, rows};
     params.query_start = keys - rows + pick({-2, 0, 3});
     params.causal = rng() % 2 != 0;
     params.softmax_scope = rng() % 4 == 0;
     params.diagonal = rng() % 3 != 0;
     params.reduction = static_cast<int32_t>(rng() % 3);
     params.per_head = rng() % 2 != 0;
-    const int64_t columns = params.column_stop - params.column_start;
-    auto run = [&](auto call, auto workspace, std::vector<int64_t> shape) {
+    const int64_t columns = stop - start;
+    auto run = [&](auto function, std::vector<int64_t> shape) {
         Array cpu(ATTN_SAMPLER_FLOAT32, shape), cuda(ATTN_SAMPLER_FLOAT32, shape);
-        auto with = [&](auto function, Array &out, const attn_sampler_exec &exec, auto... more) {
-            return function(q.view(), k.view(), nullptr, scaled ? q_descale.view() : nullptr,
-                            scaled ? k_descale.view() : nullptr, masked ? key_mask.view() : nullptr,
-                            masked ? query_mask.view() : nullptr, &params, out.view(), &exec, more...);
-        };
-        on_both([&](Array &out, const attn_sampler_exec &exec) { return with(call, out, exec); },
-                [&](Array &out, const attn_sampler_exec &exec, int64_t *bytes) {
-                    return with(workspace, out, exec, bytes);
-                },
-                cpu, cuda);
+        const attn_sampler_layer layer = {q.view(), k.view(), nullptr, scaled ? q_descale.view() : nullptr,
+                                          scaled ? k_descale.view() : nullptr};
+        const attn_sampler_masks masks = {key_mask.view(), query_mask.view()};
+        on_both(
+            [&](Array &out, attn_sampler_exec &exec) {
+                return function(&layer, masked ? &masks : nullptr, &params, out.view(), &exec);
+            },
+            cpu, cuda);
     };
     if (rng() % 2 == 0)
-        run(attn_sampler_column_scores, attn_sampler_column_scores_workspace,
-            params.per_head ? std::vector<int64_t>{batch, heads, columns}
-                            : std::vector<int64_t>{batch, columns});
+        run(attn_sampler_column_scores, params.per_head ? std::vector<int64_t>{batch, heads, columns}
+                                                        : std::vector<int64_t>{batch, columns});
     else
-        run(attn_sampler_attention_map, attn_sampler_attention_map_workspace,
-            params.per_head ? std::vector<int64_t>{batch, heads, rows, columns}
-                            : std::vector<int64_t>{batch, rows, columns});
+        run(attn_sampler_attention_map, params.per_head ? std::vector<int64_t>{batch, heads, rows, columns}
+                                                        : std::vector<int64_t>{batch, rows, columns});
 }
 
 void confidence_problem(int index) {
     const int64_t batch = 2, positions = pick({1, 3}), vocab = pick({2, 31, 1000, 5003});
     Array logits(index % 3, {batch, positions, vocab});
     logits.fill_normal(2.0f);
-    attn_sampler_confidence_params params{};
+    attn_sampler_sampling_params params{};
     params.metric = static_cast<int32_t>(rng() % 3);
     params.temperature = pick({0, 1});
     params.seed = rng();
@@ -181,14 +178,9 @@ void confidence_problem(int index) {
     Array ids(ATTN_SAMPLER_INT64, {batch, positions}), other(ATTN_SAMPLER_INT64, {batch, positions});
     Array cpu(ATTN_SAMPLER_FLOAT32, {batch, positions}), cuda(ATTN_SAMPLER_FLOAT32, {batch, positions});
     on_both(
-        [&](Array &out, const attn_sampler_exec &exec) {
+        [&](Array &out, attn_sampler_exec &exec) {
             Array &tokens = exec.device == ATTN_SAMPLER_CPU ? ids : other;
-            return attn_sampler_token_confidence(logits.view(), nullptr, &params, tokens.view(), out.view(),
-                                                 &exec);
-        },
-        [&](Array &out, const attn_sampler_exec &exec, int64_t *bytes) {
-            return attn_sampler_token_confidence_workspace(logits.view(), nullptr, &params, other.view(),
-                                                           out.view(), &exec, bytes);
+            return attn_sampler_token_confidence(logits.view(), &params, tokens.view(), out.view(), &exec);
         },
         cpu, cuda);
     if (ids.bytes != other.bytes) {

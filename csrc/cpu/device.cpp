@@ -1,6 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <new>
 #include <string>
 
 #if defined(ATTN_SAMPLER_X86)
@@ -10,6 +11,7 @@
 #endif
 
 #include "cpu/kernels.h"
+#include "device.h"
 
 namespace attn_sampler {
 namespace {
@@ -79,11 +81,11 @@ const Choice &choice() {
         const bool is_pinned = pinned != nullptr && pinned[0] != '\0';
         std::string names;
         for (const CpuKernels &kernels : kKernels) {
-            if (!processor_runs(kernels.name))
+            if (!processor_runs(kernels.isa))
                 continue;
-            if (!is_pinned || strcmp(pinned, kernels.name) == 0)
+            if (!is_pinned || strcmp(pinned, kernels.isa) == 0)
                 return {&kernels, ""};
-            names += (names.empty() ? "" : ", ") + std::string(kernels.name);
+            names += (names.empty() ? "" : ", ") + std::string(kernels.isa);
         }
         return {std::end(kKernels) - 1,
                 "ATTN_SAMPLER_CPU_ISA: expected one of " + names + " here, got " + std::string(pinned)};
@@ -91,10 +93,36 @@ const Choice &choice() {
     return made;
 }
 
+const char *unavailable() { return choice().problem.empty() ? nullptr : choice().problem.c_str(); }
+
+/* Runs one of the chosen kernels. */
+template <typename Problem, bool (*CpuKernels::*kKernel)(const Problem &)>
+int64_t run(const Problem &problem, const attn_sampler_exec &) {
+    if (!(cpu_kernels().*kKernel)(problem))
+        throw std::bad_alloc();
+    return 0;
+}
+
+/* Runs what needs no choice. */
+template <typename Problem, void (*kFunction)(const Problem &)>
+int64_t run(const Problem &problem, const attn_sampler_exec &) {
+    kFunction(problem);
+    return 0;
+}
+
 } // namespace
 
 const CpuKernels &cpu_kernels() { return *choice().kernels; }
 
-const char *cpu_problem() { return choice().problem.empty() ? nullptr : choice().problem.c_str(); }
+const char *cpu_isa() { return cpu_kernels().isa; }
+
+const Device kCpuDevice = {
+    unavailable,
+    run<AttentionProblem, &CpuKernels::column_scores>,
+    run<AttentionProblem, &CpuKernels::attention_map>,
+    run<ConfidenceProblem, &CpuKernels::token_confidence>,
+    run<SelectProblem, cpu::select_tokens>,
+    run<StepProblem, cpu::decode_step>,
+};
 
 } // namespace attn_sampler

@@ -12,8 +12,8 @@
  * log-sum-exp, position) stays in the registers of the lanes that need it.
  * 4. Query heads that share a key head are one long list of rows.
  */
-#ifndef ATTN_SAMPLER_CUDA_ATTENTION_CUH_
-#define ATTN_SAMPLER_CUDA_ATTENTION_CUH_
+#ifndef ATTN_SAMPLER_CUDA_TILE_CUH_
+#define ATTN_SAMPLER_CUDA_TILE_CUH_
 
 #include "cuda/block.cuh"
 
@@ -24,17 +24,33 @@ constexpr int kMaxLayers = 64; /* of one launch: their addresses fit its paramet
 constexpr int kWarpRows = 16;
 constexpr int kBlockRows = kWarps * kWarpRows;
 
+/* A tensor of every layer of a launch, all with the same strides. */
+template <typename T, int kDims>
+struct Layers {
+    T *data[kMaxLayers];
+    int64_t stride[kDims];
+
+    void set(int64_t layer, const View<T, kDims> &view) {
+        data[layer] = view.data;
+        for (int i = 0; i < kDims; ++i)
+            stride[i] = view.stride[i];
+    }
+    template <typename Element = T>
+    __device__ Element *at(int layer, int64_t i, int64_t j, int64_t k = 0) const {
+        Element *const p = static_cast<Element *>(data[layer]) + i * stride[0] + j * stride[1];
+        return kDims == 2 ? p : p + k * stride[kDims - 1];
+    }
+};
+
 /* Layers of one shape. Rows are counted from row_start, the first that can count. */
 struct AttentionArgs {
-    const void *q[kMaxLayers], *k[kMaxLayers];
-    const float *lse[kMaxLayers]; /* null where computed_lse is read */
-    float2 *computed_lse;         /* [layers, B, Hq, rows], base 2; the sum of both parts */
-    const float *q_descale[kMaxLayers], *k_descale[kMaxLayers]; /* of Float8 only; may be null */
-    int64_t q_stride[3], k_stride[3], lse_stride[3], q_descale_stride[2], k_descale_stride[2];
-    const uint8_t *key_mask, *query_mask; /* may be null */
-    int64_t key_mask_stride[2], query_mask_stride[2];
-    const int64_t *row_tokens; /* null, or rows count only where this is mask_token_id */
-    int64_t row_tokens_stride[2], mask_token_id;
+    Layers<const void, 3> q, k;
+    Layers<const float, 3> softmax_lse;          /* null where computed_lse is read */
+    Layers<const float, 2> q_descale, k_descale; /* of Float8 only; may be null */
+    float2 *computed_lse;                        /* [layers, B, Hq, rows], base 2; the sum of both parts */
+    View<const uint8_t, 2> key_mask, query_mask; /* may be null */
+    View<const int64_t, 2> row_tokens;           /* null, or rows count only where this is mask_token_id */
+    int64_t mask_token_id;
     int64_t query_start, key_start, column_start; /* key positions of row 0, softmax key 0 and column 0 */
     int32_t layers, batch, heads, kv_heads, group, headdim;
     int32_t row_start, rows, keys, columns;
@@ -78,16 +94,14 @@ __device__ inline uint4 load_unaligned(const T *row, int d, int headdim) {
 }
 
 __device__ inline bool key_counts(const AttentionArgs &a, int b, int64_t n) {
-    return a.key_mask == nullptr || a.key_mask[b * a.key_mask_stride[0] + n * a.key_mask_stride[1]] != 0;
+    return a.key_mask.data == nullptr || element(a.key_mask, b, n) != 0;
 }
 
 __device__ inline bool row_counts(const AttentionArgs &a, int b, int m) {
     const int64_t row = static_cast<int64_t>(a.row_start) + m;
-    if (a.query_mask != nullptr &&
-        a.query_mask[b * a.query_mask_stride[0] + row * a.query_mask_stride[1]] == 0)
+    if (a.query_mask.data != nullptr && element(a.query_mask, b, row) == 0)
         return false;
-    return a.row_tokens == nullptr ||
-           a.row_tokens[b * a.row_tokens_stride[0] + row * a.row_tokens_stride[1]] == a.mask_token_id;
+    return a.row_tokens.data == nullptr || element(a.row_tokens, b, row) == a.mask_token_id;
 }
 
 /* From products of a layer's key head to base-2 logits. */
@@ -95,11 +109,10 @@ template <typename T>
 __device__ inline float logit_scale(const AttentionArgs &a, int layer, int b, int kv_head) {
     float scale = a.scale;
     if constexpr (sizeof(T) == 1) {
-        const float *const q = a.q_descale[layer], *const k = a.k_descale[layer];
-        if (q != nullptr)
-            scale *= q[b * a.q_descale_stride[0] + kv_head * a.q_descale_stride[1]];
-        if (k != nullptr)
-            scale *= k[b * a.k_descale_stride[0] + kv_head * a.k_descale_stride[1]];
+        if (a.q_descale.data[layer] != nullptr)
+            scale *= *a.q_descale.at(layer, b, kv_head);
+        if (a.k_descale.data[layer] != nullptr)
+            scale *= *a.k_descale.at(layer, b, kv_head);
     }
     return scale;
 }
@@ -131,23 +144,22 @@ struct Row {
         if (a.causal && position < 0)
             return;
         const int64_t row = static_cast<int64_t>(a.row_start) + m;
-        q = static_cast<const T *>(a.q[layer]) + b * a.q_stride[0] + head * a.q_stride[1] +
-            row * a.q_stride[2];
+        q = a.q.at<const T>(layer, b, head, row);
         if (!with_lse)
             return;
         if (a.computed_lse != nullptr)
             lse = a.computed_lse[((static_cast<int64_t>(layer) * a.batch + b) * a.heads + head) * a.rows + m];
         else
-            lse.x = a.lse[layer][b * a.lse_stride[0] + head * a.lse_stride[1] + row * a.lse_stride[2]];
+            lse.x = *a.softmax_lse.at(layer, b, head, row);
     }
 
     /* The log-sum-exp in base 2, in two parts. */
     __device__ float2 base2_lse(const AttentionArgs &a) const {
         if (a.computed_lse != nullptr || a.lse_is_base2)
             return lse;
-        const float high = lse.x * kLog2e;
-        /* What the product lost, and what log2(e) has beyond float32. */
-        const float low = fmaf(lse.x, 0x1.4ae0cp-26f, fmaf(lse.x, kLog2e, -high));
+        const float high = lse.x * kLog2eHigh;
+        /* And what the product lost. */
+        const float low = fmaf(lse.x, kLog2eLow, fmaf(lse.x, kLog2eHigh, -high));
         return make_float2(high, is_finite(high) ? low : 0.0f);
     }
 };
@@ -158,7 +170,7 @@ struct Row {
 template <typename T, int kColumns>
 __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int kv_head, int64_t first,
                                  int count, uint4 *keys) {
-    const T *const base = static_cast<const T *>(a.k[layer]) + b * a.k_stride[0] + kv_head * a.k_stride[1];
+    const T *const base = a.k.at<const T>(layer, b, kv_head);
     constexpr int kAtOnce = kColumns < kThreads / 4 ? kColumns : kThreads / 4;
     constexpr bool kForWgmma = kColumns == 8 * kWgmmaTiles;
     const int n_chunks = chunks<T>(a), thread = threadIdx.x, first_chunk = thread / (4 * kAtOnce);
@@ -166,7 +178,7 @@ __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int k
     const int first_column = kForWgmma ? thread / 32 * 8 + thread % 8 : thread / 4 % kAtOnce;
     for (int column = first_column; column < kColumns; column += kAtOnce) {
         const bool counts = column < count && key_counts(a, b, first + column);
-        const T *const row = counts ? base + (first + column) * a.k_stride[2] : base;
+        const T *const row = counts ? base + (first + column) * a.k.stride[2] : base;
         for (int chunk = first_chunk; chunk < n_chunks; chunk += kThreads / (4 * kAtOnce)) {
             const int d = chunk * kChunk<T> + lane * kVector<T>;
             const bool valid = counts && d < a.headdim;
@@ -422,4 +434,4 @@ __device__ inline uint32_t seen_columns(const AttentionArgs &a, int b, int64_t f
 } // namespace cuda
 } // namespace attn_sampler
 
-#endif /* ATTN_SAMPLER_CUDA_ATTENTION_CUH_ */
+#endif /* ATTN_SAMPLER_CUDA_TILE_CUH_ */

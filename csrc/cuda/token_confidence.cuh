@@ -4,10 +4,9 @@
  * rescaled only where a group holds a new maximum, and the chosen token is looked for only there, so that
  * most tokens cost a conversion, a comparison, a multiply-add, an exponential and an addition.
  */
-#ifndef ATTN_SAMPLER_CUDA_CONFIDENCE_CUH_
-#define ATTN_SAMPLER_CUDA_CONFIDENCE_CUH_
+#ifndef ATTN_SAMPLER_CUDA_TOKEN_CONFIDENCE_CUH_
+#define ATTN_SAMPLER_CUDA_TOKEN_CONFIDENCE_CUH_
 
-#include "attn_sampler.h"
 #include "attn_sampler_random.h"
 #include "cuda/block.cuh"
 
@@ -29,15 +28,11 @@ struct Confidence {
 };
 
 struct ConfidenceArgs {
-    const void *logits;
-    int64_t logits_stride[2];
-    const int64_t *seeds; /* may be null */
-    int64_t seeds_stride;
+    View<const void, 2> logits;
+    View<const int64_t, 1> seeds; /* may be null */
     uint64_t seed;
-    int64_t *token_ids;
-    int64_t token_ids_stride[2];
-    float *confidence;
-    int64_t confidence_stride[2];
+    View<int64_t, 2> token_ids;
+    View<float, 2> confidence;
     Confidence *partial;                       /* [rows, splits] */
     uint32_t *arrived;                         /* [rows] */
     int32_t batch, positions, vocab, excluded; /* excluded: -1 for none */
@@ -49,7 +44,7 @@ struct ConfidenceArgs {
     bool sample;
 };
 
-__device__ inline float exp_fast(float x) { return exp2_fast(x * kLog2e); }
+__device__ inline float exp_fast(float x) { return exp2_fast(x * kLog2eHigh); }
 
 /* A NaN is nowhere the largest; it makes the sums NaN. */
 __device__ inline void raise(Confidence &s, float max) {
@@ -237,9 +232,10 @@ __device__ inline bool confidence_block(const ConfidenceArgs &a, int index) {
     const int split = index % a.splits, row_index = index / a.splits;
     const int b = row_index / a.positions, c = row_index % a.positions;
     LogitRow row = {nullptr, a.dtype};
-    row.data = static_cast<const char *>(a.logits) +
-               (b * a.logits_stride[0] + c * a.logits_stride[1]) * row.element_size();
-    const uint64_t seed = a.seeds == nullptr ? a.seed : static_cast<uint64_t>(a.seeds[b * a.seeds_stride]);
+    row.data = static_cast<const char *>(a.logits.data) +
+               (b * a.logits.stride[0] + c * a.logits.stride[1]) * row.element_size();
+    const uint64_t seed =
+        a.seeds.data == nullptr ? a.seed : static_cast<uint64_t>(a.seeds.data[b * a.seeds.stride[0]]);
 
     Confidence s =
         a.sample ? scan<true, 1>(a, row, seed, c, split) : scan<false, kFlight>(a, row, seed, c, split);
@@ -261,14 +257,26 @@ __device__ inline bool confidence_block(const ConfidenceArgs &a, int index) {
     if (threadIdx.x == 0) {
         if (s.best == INT32_MAX) /* no key above -inf: the lowest token that may be chosen */
             s.best = a.excluded == 0 ? 1 : 0;
-        a.token_ids[b * a.token_ids_stride[0] + c * a.token_ids_stride[1]] = s.best;
-        a.confidence[b * a.confidence_stride[0] + c * a.confidence_stride[1]] =
-            confidence_of(a, s, row.at(s.best));
+        element(a.token_ids, b, c) = s.best;
+        element(a.confidence, b, c) = confidence_of(a, s, row.at(s.best));
     }
     return true;
 }
 
+class Launcher;
+struct SelectArgs;
+
+ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher);
+inline int64_t confidence_blocks(const ConfidenceArgs &a) {
+    return static_cast<int64_t>(a.batch) * a.positions * a.splits;
+}
+
+/* Launches the confidence of all rows and, where select asks for it, the selection by the last of a
+ * sequence's. */
+void launch_confidence(const char *name, const ConfidenceArgs &confidence, const SelectArgs &select,
+                       Launcher &launcher);
+
 } // namespace cuda
 } // namespace attn_sampler
 
-#endif /* ATTN_SAMPLER_CUDA_CONFIDENCE_CUH_ */
+#endif /* ATTN_SAMPLER_CUDA_TOKEN_CONFIDENCE_CUH_ */

@@ -1,0 +1,63 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPS = ("column_scores", "attention_map", "token_confidence", "select_tokens", "decode_step")
+
+
+class Backend(abc.ABC):
+    """A way to run the five functions."""
+
+    name: str
+    #: The type of device on whose tensors "auto" tries it; None: it serves whatever is left.
+    auto: str | None
+    #: Whether ``attempt`` takes arguments that nobody has checked.
+    checks_itself = False
+
+    @property
+    def device(self) -> str | None:
+        """The type of device whose tensors it takes; None: any."""
+        return self.auto
+
+    def unavailable(self) -> str | None:
+        """Why this machine or installation cannot run it at all; None where it can."""
+        return None
+
+    def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
+        """Why it does not serve op on these floating-point tensors (q and k; logits; scores and confidence;
+        of a step logits, then q and k of all layers); None where it does."""
+        for tensor in tensors:
+            if tensor.device.type != self.device:
+                return f"it takes {self.device} tensors, and one here is on {tensor.device}"
+            if tensor.dtype == torch.float64:
+                return "it does not serve float64 (the reference does)"
+            if op != "select_tokens" and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+                return (
+                    "it reads tensors whose last dimension is contiguous, "
+                    f"and one here has strides {tuple(tensor.stride())} (call .contiguous())"
+                )
+        return None
+
+    def attempt(self, op: str, *arguments: Any) -> bool:
+        """Run op on unchecked arguments; False, and nothing is written, if they are not plainly right."""
+        return False
+
+    @abc.abstractmethod
+    def function(self, op: str) -> Callable[..., None]:
+        """What runs op on checked arguments, and writes into the first of them:
+
+        - ``column_scores(out, layer, masks, options)`` and ``attention_map(out, layer, masks, options)``
+        - ``token_confidence((token_ids, confidence), logits, options)``
+        - ``select_tokens(selected, scores, confidence, masked, options)``
+        - ``decode_step(out, logits, layers, masks, options)`` with a ``StepResult`` as out and a list of
+          layers, empty where the scores of out are given
+
+        The options are ``Attention``, ``Sampling``, ``Selection`` and ``Step`` of ``attn_sampler.options``.
+        """

@@ -1,0 +1,121 @@
+"""The backends of the compiled extension ``attn_sampler._C``: its CPU and its CUDA kernels.
+
+The extension knows nothing of torch: it reads tensors by DLPack's C exchange, or is handed their addresses,
+shapes and strides; records it reads by place; and on CUDA it is handed the stream and a workspace. It checks
+everything itself, so ``attempt`` hands it what the caller gave.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_sampler.backends.base import Backend
+from attn_sampler.options import MAX_HEADDIM
+
+try:
+    import attn_sampler._C as _C
+except ImportError as error:
+    #: Why the extension cannot be used; None where it can.
+    UNAVAILABLE: str | None = (
+        f"the compiled extension attn_sampler._C is not installed ({error}); in a clone, pip install -e . "
+        "builds it in place"
+    )
+else:
+    UNAVAILABLE = None
+
+#: Whether the extension reads torch's tensors itself. Of an older torch it is handed their fields.
+READS_TENSORS = UNAVAILABLE is None and _C.read_tensors_of(Tensor)
+
+# The values of attn_sampler_dtype in csrc/include/attn_sampler.h.
+_DTYPE = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.int64: 3,
+    torch.bool: 4,
+    torch.float8_e4m3fn: 5,
+}
+
+#: Zero-filled device memory for what the kernels pass on to one another, by device and stream.
+_workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels run with here."""
+    return _C.cpu_isa()
+
+
+class Extension(Backend):
+    """The kernels of one device, up to a head dimension."""
+
+    def __init__(self, device: str, max_headdim: float) -> None:
+        self.name = self.auto = device
+        self._max_headdim = max_headdim
+
+    @property
+    def checks_itself(self) -> bool:  # type: ignore[override]
+        return READS_TENSORS
+
+    def unavailable(self) -> str | None:
+        return UNAVAILABLE or getattr(_C, f"{self.name}_unavailable")()
+
+    def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
+        if any(x.dim() == 4 and x.shape[-1] > self._max_headdim for x in tensors):
+            return f"its kernels take head dimensions up to {self._max_headdim}"
+        return super().refuses(op, tensors)
+
+    def attempt(self, op: str, *arguments: Any) -> bool:
+        try:
+            _run(getattr(_C, op), *arguments)
+        except _C.Refused:
+            return False
+        return True
+
+    def function(self, op: str) -> Callable[..., None]:
+        return functools.partial(_run_views, getattr(_C, op))
+
+
+def _run_views(function: Callable[..., int], *arguments: Any) -> None:
+    _run(function, *arguments if READS_TENSORS else map(_view, arguments))
+
+
+def _view(x: Any) -> Any:
+    """The argument with what the extension reads a tensor from in place of each tensor."""
+    if isinstance(x, Tensor):
+        return _C.TensorView(x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride())
+    return tuple(map(_view, x)) if isinstance(x, (tuple, list)) else x
+
+
+def _run(function: Callable[..., int], out: Any, *arguments: Any) -> None:
+    """Run a function of the extension on the device of its output, on CUDA on torch's current stream."""
+    like = out[0] if isinstance(out, tuple) else out
+    if like.is_cpu:
+        function(out, *arguments, (0, torch.get_num_threads(), 0, 0, 0, 0))
+        return
+    index = like.get_device()
+    # What torch.cuda.current_stream(index).cuda_stream is, without an object made for it.
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    # A captured graph outlives this call and may be replayed beside others: it has memory of its own.
+    capturing = torch.cuda.is_current_stream_capturing()
+    workspace = None if capturing else _workspaces.get((index, stream))
+    address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
+    try:
+        while needed := function(out, *arguments, (1, 1, index, stream, address, size)):
+            workspace = torch.zeros(needed, dtype=torch.uint8, device=like.device)
+            if not capturing:
+                _workspaces[index, stream] = workspace
+            address, size = workspace.data_ptr(), needed
+    except _C.Refused:
+        raise
+    except BaseException:  # launches may have failed half-way, and left counters that are not zero
+        _workspaces.pop((index, stream), None)
+        raise
+
+
+CPU, CUDA = Extension("cpu", math.inf), Extension("cuda", MAX_HEADDIM)

@@ -1,0 +1,105 @@
+"""The backend that is the specification: any device, any floating dtype."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_sampler import reference
+from attn_sampler.backends.base import Backend
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step
+from attn_sampler.reference import StepResult
+
+
+def _plain(function: Callable[..., None]) -> Callable[..., None]:
+    """Without gradients, which would tie ``out`` to the graph of q and k, and without autocast."""
+
+    @functools.wraps(function)
+    def run(self: Any, out: Any, *arguments: Any) -> None:
+        device = (out if isinstance(out, Tensor) else out[0]).device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            function(self, out, *arguments)
+
+    return run
+
+
+def _keywords(masks: Masks, options: Attention, *without: str) -> dict[str, Any]:
+    keywords = {**masks._asdict(), **options._asdict()}
+    return {name: _sliced(value) for name, value in keywords.items() if name not in without}
+
+
+def _sliced(value: Any) -> Any:
+    return slice(*value) if isinstance(value, Span) else value
+
+
+class Reference(Backend):
+    """``attn_sampler.reference`` as a backend."""
+
+    name = "reference"
+    auto = None
+
+    def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
+        return None
+
+    def function(self, op: str) -> Callable[..., None]:
+        return getattr(self, op)
+
+    @_plain
+    def column_scores(self, out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
+        keywords = _keywords(masks, options, "rows", "accumulate")
+        _store(out, reference.column_scores(**layer._asdict(), **keywords), options.accumulate)
+
+    @_plain
+    def attention_map(self, out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
+        keywords = _keywords(masks, options, "reduction", "accumulate")
+        _store(out, reference.attention_map(**layer._asdict(), **keywords), options.accumulate)
+
+    @_plain
+    def token_confidence(self, out: tuple[Tensor, Tensor], logits: Tensor, options: Sampling) -> None:
+        _copy(out, reference.token_confidence(logits, **options._asdict()))
+
+    @_plain
+    def select_tokens(
+        self, selected: Tensor, scores: Tensor, confidence: Tensor, masked: Tensor, options: Selection
+    ) -> None:
+        selected.copy_(reference.select_tokens(scores, confidence, masked, **options._asdict()))
+
+    @_plain
+    def decode_step(
+        self, out: StepResult, logits: Tensor, layers: list[Layer], masks: Masks, options: Step
+    ) -> None:
+        given = {"layers": layers} if layers else {"scores": out.scores}
+        result = reference.decode_step(
+            out.tokens,
+            logits,
+            **given,
+            block=_sliced(options.block),
+            mask_token_id=options.mask_token_id,
+            query_rows=options.query_rows,
+            **options.selection._asdict(),
+            metric=options.sampling.metric,
+            temperature=options.sampling.temperature,
+            seed=options.sampling.seed,
+            **_keywords(masks, options.attention, "rows", "per_head", "accumulate"),
+        )
+        _copy(out[1:], result[1:])
+
+
+def _store(out: Tensor, result: Tensor, accumulate: bool) -> None:
+    if accumulate:
+        out.add_(result)
+    else:
+        out.copy_(result)
+
+
+def _copy(out: Sequence[Tensor], result: Sequence[Tensor]) -> None:
+    for to, value in zip(out, result, strict=True):
+        if to is not value:
+            to.copy_(value)
+
+
+REFERENCE = Reference()

@@ -1,0 +1,61 @@
+"""The backend of the Triton kernels, which are imported when first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
+
+from attn_sampler.backends.base import Backend
+
+#: Where the kernels live: the functions of a backend, and ``refuses``.
+MODULE = "attn_sampler.kernels"
+
+#: What they need; an older Triton cannot import them.
+OLDEST = "3.6"
+
+
+class Triton(Backend):
+    """CUDA and ROCm devices, and CPU tensors under TRITON_INTERPRET=1."""
+
+    name = "triton"
+    auto = "cuda"
+
+    @property
+    def device(self) -> str:
+        """Interpreted, the kernels take CPU tensors."""
+        return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        try:
+            version = importlib.import_module("triton").__version__
+            if TorchVersion(version) < OLDEST:
+                return f"triton {version} is installed; the kernels need {OLDEST} or newer"
+            self._kernels()
+        except ImportError as error:
+            if error.name == MODULE:
+                return "this installation has no Triton kernels"
+            return f"the Triton kernels cannot be imported ({error})"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "torch sees no GPU (TRITON_INTERPRET=1 would run the kernels on CPU tensors)"
+        return None
+
+    def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
+        return super().refuses(op, tensors) or self._kernels().refuses(op, tensors)
+
+    def function(self, op: str) -> Callable[..., None]:
+        return getattr(self._kernels(), op)
+
+    def _kernels(self) -> ModuleType:
+        return importlib.import_module(MODULE)
+
+
+TRITON = Triton()

@@ -1,0 +1,381 @@
+"""The records that a call is made of: what it reads, and how.
+
+A public function fills them in as it was called, with None where there is a default; ``checked`` refuses what
+is wrong, naming the argument, and resolves what was left out. Backends are given checked ones.
+
+The options are field for field, in this order, the parameter structs of csrc/include/attn_sampler.h: the
+extension reads them by place. The torch operators take their fields one by one (``schema``, ``flat``,
+``unflat``).
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from attn_sampler import checks
+from attn_sampler.checks import Span
+
+MAX_HEADDIM = 512  # of the GPU kernels: a tile of keys has to fit the shared memory
+MAX_VOCAB = 1 << 34  # the sampling stream counts groups of 4 tokens in 32 bits
+MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
+MAX_SCALE = 2.35e38  # finite in float32, its product with log2(e) too
+MIN_TEMPERATURE = 2.0**-120  # logits are multiplied by its inverse, in float32
+LOG2E = math.log2(math.e)
+
+QUERY_ROWS = ("all", "masked")
+REDUCTIONS = ("sum", "mean", "max")
+_INT64_MIN, _UINT64_END = -(1 << 63), 1 << 64
+
+
+class Layer(NamedTuple):
+    """One layer's attention inputs; the C API's attn_sampler_layer."""
+
+    q: Tensor  # [B, Hq, M, D]
+    k: Tensor  # [B, Hkv, N, D]
+    softmax_lse: Tensor | None = None  # [B, Hq, M]
+    q_descale: Tensor | None = None  # [B, Hkv]
+    k_descale: Tensor | None = None  # [B, Hkv]
+
+    def check(
+        self,
+        softmax_scope: str,
+        prefix: str = "",
+        *,
+        dtypes: Sequence[torch.dtype] = checks.ATTENTION_DTYPES,
+        like: Tensor | None = None,
+    ) -> None:
+        """The tensors are valid and fit together."""
+        q, k, softmax_lse, q_descale, k_descale = self
+        checks.tensor(f"{prefix}q", q, "[B, Hq, M, D]", dtypes, like=like)
+        checks.tensor(f"{prefix}k", k, "[B, Hkv, N, D]", (q.dtype,), like=q)
+        batch, heads, _, headdim = q.shape
+        kv_heads, n_keys = k.shape[1:3]
+        if headdim < 1:
+            raise ValueError(f"{prefix}q: expected a head dimension D >= 1, got shape {list(q.shape)}")
+        if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
+            raise ValueError(
+                f"{prefix}k: expected a number of heads that divides the {heads} heads of q, got {kv_heads}"
+            )
+        checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, kv_heads, n_keys, headdim))
+        if softmax_lse is not None:
+            if softmax_scope == "block":
+                raise ValueError(
+                    f"{prefix}softmax_lse: not accepted with softmax_scope='block', whose softmax is over "
+                    "the block's keys alone"
+                )
+            floats = (torch.float32, torch.float64) if q.dtype == torch.float64 else (torch.float32,)
+            checks.optional(f"{prefix}softmax_lse", softmax_lse, "[B, Hq, M]", q.shape[:3], floats, q)
+        for name, descale in (("q_descale", q_descale), ("k_descale", k_descale)):
+            if descale is not None and q.dtype != checks.FLOAT8:
+                raise ValueError(
+                    f"{prefix}{name}: accepted with q and k of float8_e4m3fn only, these are {q.dtype}"
+                )
+            checks.optional(f"{prefix}{name}", descale, "[B, Hkv]", (batch, kv_heads), (torch.float32,), q)
+
+
+class Masks(NamedTuple):
+    """Which keys and query rows take part; the C API's attn_sampler_masks."""
+
+    key_mask: Tensor | None = None  # [B, N] bool
+    query_mask: Tensor | None = None  # [B, M] bool
+
+    def check(self, q: Tensor, k: Tensor) -> None:
+        checks.optional("key_mask", self.key_mask, "[B, N]", (q.shape[0], k.shape[2]), (torch.bool,), q)
+        checks.optional("query_mask", self.query_mask, "[B, M]", (q.shape[0], q.shape[2]), (torch.bool,), q)
+
+
+class Attention(NamedTuple):
+    """How attention is read; the C API's attn_sampler_attention_params."""
+
+    columns: slice | Span | None
+    rows: slice | Span | None  # of attention_map
+    query_start: int | None
+    softmax_scale: float | None
+    lse_base: str
+    causal: bool
+    softmax_scope: str
+    diagonal: bool
+    reduction: str  # of column_scores
+    per_head: bool
+    accumulate: bool  # add to the output
+
+    def check(self) -> None:
+        """The options that stand by themselves."""
+        checks.choice("lse_base", self.lse_base, ("e", "2"))
+        checks.choice("softmax_scope", self.softmax_scope, ("sequence", "block"))
+        checks.choice("reduction", self.reduction, REDUCTIONS)
+        for name in ("causal", "diagonal", "per_head"):
+            checks.flag(name, getattr(self, name))
+        if self.softmax_scale is not None:
+            what = f"a finite number of magnitude up to {MAX_SCALE:.3g}"
+            checks.number("softmax_scale", self.softmax_scale, what, lambda x: -MAX_SCALE <= x <= MAX_SCALE)
+        if self.query_start is not None:
+            checks.integer("query_start", self.query_start, -MAX_POSITION, MAX_POSITION)
+
+    def checked(self, layer: Layer, reads_rows: bool) -> "Attention":
+        """Resolved for q and k, which are checked here too."""
+        self.check()
+        layer.check(self.softmax_scope)
+        return self.placed(layer, *self.spans(layer, reads_rows))
+
+    def spans(self, layer: Layer, reads_rows: bool) -> tuple[Span, Span]:
+        """Columns and rows; all rows where they are not read."""
+        n_rows, n_keys = layer.q.shape[2], layer.k.shape[2]
+        columns = checks.span("columns", self.columns, n_keys, "key positions (N)")
+        if not reads_rows:
+            return columns, Span(0, n_rows)
+        return columns, checks.span("rows", self.rows, n_rows, "query rows (M)")
+
+    def placed(self, layer: Layer, columns: Span, rows: Span) -> "Attention":
+        """With these columns and rows, and the defaults of checked q and k."""
+        (_, _, n_rows, headdim), n_keys = layer.q.shape, layer.k.shape[2]
+        start = n_keys - n_rows if self.query_start is None else self.query_start
+        scale = headdim**-0.5 if self.softmax_scale is None else float(self.softmax_scale)
+        return Attention(columns, rows, start, scale, *self[4:])
+
+
+class Sampling(NamedTuple):
+    """How tokens are predicted; the C API's attn_sampler_sampling_params."""
+
+    metric: str
+    temperature: float
+    seed: int | Tensor | None
+    exclude_token_id: int | None = None
+    vocab_start: int = 0
+
+    def checked(self, logits: Tensor) -> "Sampling":
+        """With a signed seed of 64 bits or one a row; the logits [B, C, V] are checked here too."""
+        checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
+        vocab, exclude = logits.shape[2], self.exclude_token_id
+        if vocab < 1:
+            raise ValueError("logits: expected at least one token in the vocabulary, got V = 0")
+        if exclude is not None:
+            checks.integer("exclude_token_id", exclude, 0, vocab)
+            if vocab == 1:
+                raise ValueError("exclude_token_id: the vocabulary's only token cannot be excluded")
+        checks.integer("vocab_start", self.vocab_start, 0, MAX_VOCAB - vocab + 1)
+        return self.of_stream(logits)
+
+    def of_stream(self, logits: Tensor) -> "Sampling":
+        """With metric, temperature and seed checked alone."""
+        checks.choice("metric", self.metric, ("probability", "margin", "entropy"))
+        temperature, seed = check_temperature(self.temperature), self.seed
+        if seed is None:
+            if temperature > 0.0:
+                raise ValueError("seed: needed where temperature > 0 (an integer, or an int64 tensor [B])")
+            seed = 0
+        elif isinstance(seed, Tensor):
+            checks.tensor("seed", seed, "[B]", (torch.int64,), like=logits)
+            checks.shape("seed", seed, "[B]", logits.shape[:1])
+        else:
+            seed = signed_seed(checks.integer("seed", seed, _INT64_MIN, _UINT64_END))
+        return Sampling(self.metric, temperature, seed, *self[3:])
+
+
+class Selection(NamedTuple):
+    """Which positions are committed; the C API's attn_sampler_selection_params."""
+
+    rule: str
+    fallback: str
+    tau: float
+
+    def checked(self) -> "Selection":
+        checks.choice("rule", self.rule, ("parallel", "sequential"))
+        checks.choice("fallback", self.fallback, ("confidence", "score"))
+        return Selection(self.rule, self.fallback, checks.unit_interval("tau", self.tau))
+
+
+class Step(NamedTuple):
+    """A decoding step; the C API's attn_sampler_decode_step_params."""
+
+    block: slice | Span
+    mask_token_id: int
+    query_rows: str
+    attention: Attention
+    sampling: Sampling
+    selection: Selection
+
+    def checked(self, tokens: Tensor, logits: Tensor) -> "Step":
+        """All but what the layers decide (``placed``); tokens and logits are checked here too."""
+        self.attention.check()
+        checks.choice("query_rows", self.query_rows, QUERY_ROWS)
+        selection = self.selection.checked()
+        checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
+        checks.writable("tokens", tokens)
+        block = checks.span("block", self.block, tokens.shape[1], "token positions (T)")
+        checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES, like=tokens)
+        vocab = logits.shape[2]
+        checks.shape("logits", logits, "[B, C, V]", (tokens.shape[0], block.stop - block.start, vocab))
+        checks.integer("mask_token_id", self.mask_token_id, 0, vocab)
+        if vocab == 1:
+            raise ValueError("logits: expected a vocabulary with more than the mask token, got V = 1")
+        # Without layers nothing is made of the attention's options, valid as they have to be.
+        attention = Attention(block, Span(0, 0), 0, 1.0, *self.attention[4:])
+        sampling = self.sampling.of_stream(logits)
+        return Step(block, self.mask_token_id, self.query_rows, attention, sampling, selection)
+
+    def placed(self, attention: Attention, layer: Layer, tokens: Tensor) -> "Step":
+        """This checked step with ``attention`` resolved for where the block stands in the layers."""
+        assert isinstance(self.block, Span)
+        columns = columns_of_block(attention, layer, self.block)
+        attention = attention.placed(layer, columns, Span(0, 0))
+        if self.query_rows == "masked":
+            token_of_row_0(attention, layer, self.block, tokens)
+        return self._replace(attention=attention)
+
+
+def columns_of_block(attention: Attention, layer: Layer, block: Span) -> Span:
+    """The block's key positions."""
+    chosen = block if attention.columns is None else attention.columns
+    columns = checks.span("columns", chosen, layer.k.shape[2], "key positions (N)")
+    here, there = block.stop - block.start, columns.stop - columns.start
+    if here != there:
+        raise ValueError(
+            f"columns: expected as many key positions as the block has tokens, {here}, got {there}"
+        )
+    return columns
+
+
+def token_of_row_0(attention: Attention, layer: Layer, block: Span, tokens: Tensor) -> int:
+    """The token position of query row 0 under resolved options; all rows have to stand at tokens."""
+    assert isinstance(attention.columns, Span)
+    assert attention.query_start is not None
+    row, n_rows = attention.query_start - attention.columns.start + block.start, layer.q.shape[2]
+    if row < 0 or row + n_rows > tokens.shape[1]:
+        raise ValueError(
+            f"query_rows: with 'masked', every query row must stand at one of the {tokens.shape[1]} tokens; "
+            f"rows are at {row} to {row + n_rows - 1} (query_start, columns)"
+        )
+    return row
+
+
+def check_layers(
+    layers: Sequence[Sequence[Tensor | None]], tokens: Tensor, softmax_scope: str
+) -> list[Layer]:
+    """The layers of a step: of one batch, M, N, D and dtype; what is optional is in all or in none."""
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise TypeError(
+            "layers: expected a non-empty sequence of (q, k, softmax_lse), "
+            f"got {'an empty one' if isinstance(layers, (list, tuple)) else type(layers).__name__}"
+        )
+    first: Sequence[Any] = ()
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, (list, tuple)) or len(layer) not in (2, 3, 5):
+            raise TypeError(
+                f"layers[{index}]: expected (q, k), (q, k, softmax_lse) or "
+                "(q, k, softmax_lse, q_descale, k_descale)"
+            )
+        if len(layer) == len(first) and all(map(_alike, layer, first)):
+            continue  # most layers are like the first: a quick way
+        first = first or layer
+        prefix = f"layers[{index}] "
+        dtypes = checks.ATTENTION_DTYPES if index == 0 else (first[0].dtype,)
+        record = Layer(*layer)
+        record.check(softmax_scope, prefix, dtypes=dtypes, like=tokens)
+        (q, k), batch = record[:2], tokens.shape[0]
+        checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], *first[0].shape[2:]))
+        checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], *first[1].shape[2:]))
+    records = [Layer(*layer) for layer in layers]
+    for name, values in zip(Layer._fields, zip(*records, strict=True), strict=True):
+        given = sum(x is not None for x in values)
+        if given not in (0, len(layers)):
+            raise ValueError(
+                f"layers: expected {name} for all layers or for none, got {given} of {len(layers)}"
+            )
+    return records
+
+
+def _alike(x: object, y: Tensor | None) -> bool:
+    """Whether x is dense and has the shape, dtype and device of y, or both are None."""
+    if x is None or y is None:
+        return x is y
+    if not isinstance(x, Tensor) or not checks.is_dense(x):
+        return False
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+
+
+def check_temperature(value: object) -> float:
+    """Zero, or a number whose inverse, by which logits are multiplied in float32, is far from overflow."""
+    temperature = checks.non_negative("temperature", value)
+    if 0.0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"temperature: expected 0 or at least {MIN_TEMPERATURE:.3g}, got {temperature}")
+    return temperature
+
+
+def signed_seed(seed: int) -> int:
+    """The seed as the operators take it: the stream is keyed by 64 bits, and these are a signed integer's."""
+    return (seed - _INT64_MIN) % _UINT64_END + _INT64_MIN
+
+
+def renamed(name: str, value: Any, old: str, given: Any) -> Any:
+    """What was given by the old name of an argument, which warns, or the value of the new one."""
+    if given is None:
+        return value
+    warnings.warn(f"{old}: it is called {name} now; the next release takes that alone", DeprecationWarning, 3)
+    return given
+
+
+def bounds(span: Any) -> Any:
+    """A slice as a record holds it: while torch.compile traces, which would make constants of its bounds, the
+    bounds alone."""
+    compiling = torch.compiler.is_compiling() and isinstance(span, slice) and span.step in (None, 1)
+    return Span(span.start, span.stop) if compiling else span
+
+
+# Fields as arguments of a torch operator, by their type.
+_ARGUMENTS = {
+    Tensor: "Tensor {}",
+    Tensor | None: "Tensor? {}",
+    slice | Span: "SymInt {0}_start, SymInt {0}_stop",
+    slice | Span | None: "SymInt {0}_start, SymInt {0}_stop",
+    int: "SymInt {}",
+    int | None: "SymInt? {}",
+    int | Tensor | None: "SymInt {0}, Tensor? {0}s",
+    float: "float {}",
+    float | None: "float {}",
+    str: "str {}",
+    bool: "bool {}",
+}
+
+Record = TypeVar("Record", bound=tuple)
+
+
+def schema(record: type) -> str:
+    """A record's fields as the arguments of a torch operator."""
+    return ", ".join(
+        _ARGUMENTS[kind].format(name) if kind in _ARGUMENTS else schema(kind)
+        for name, kind in record.__annotations__.items()
+    )
+
+
+def flat(record: tuple) -> list[Any]:
+    """A checked record's fields as these arguments."""
+    values: list[Any] = []
+    for name, value in zip(record._fields, record, strict=True):  # type: ignore[attr-defined]
+        if name == "seed":
+            values += (0, value) if isinstance(value, Tensor) else (value, None)
+        elif isinstance(value, tuple):
+            values += flat(value)
+        else:
+            values.append(value)
+    return values
+
+
+def unflat(record: type[Record], values: Iterator[Any]) -> Record:
+    """The record of these arguments."""
+    fields: list[Any] = []
+    for name, kind in record.__annotations__.items():
+        if kind in (slice | Span, slice | Span | None):
+            fields.append(Span(next(values), next(values)))
+        elif name == "seed":
+            seed, seeds = next(values), next(values)
+            fields.append(seed if seeds is None else seeds)
+        elif kind in _ARGUMENTS:
+            fields.append(next(values))
+        else:
+            fields.append(unflat(kind, values))
+    return record(*fields)

@@ -1,0 +1,407 @@
+#include "checks.h"
+
+#include <algorithm>
+#include <cinttypes>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+#include "error.h"
+
+namespace attn_sampler {
+namespace {
+
+using Tensor = attn_sampler_tensor;
+
+constexpr attn_sampler_status kInvalid = ATTN_SAMPLER_INVALID_ARGUMENT;
+constexpr int64_t kNone = -1; /* the size of a dimension that a tensor does not have */
+
+const char *dtype_name(int dtype) {
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int64", "bool", "float8_e4m3"};
+    return dtype >= 0 && dtype < 6 ? names[dtype] : "an unknown dtype";
+}
+
+void check_tensor(const char *name, const Tensor *t, int ndim) {
+    if (t == nullptr)
+        throw Error(kInvalid, "%s: expected a tensor, got NULL", name);
+    if (t->ndim != ndim)
+        throw Error(kInvalid, "%s: expected %d dimensions, got %d", name, ndim, t->ndim);
+    bool empty = false;
+    for (int i = 0; i < ndim; ++i) {
+        if (t->shape[i] < 0)
+            throw Error(kInvalid, "%s: expected sizes >= 0, got %" PRId64 " in dimension %d", name,
+                        t->shape[i], i);
+        empty = empty || t->shape[i] == 0;
+    }
+    if (t->data == nullptr && !empty)
+        throw Error(kInvalid, "%s: expected an address, got NULL", name);
+}
+
+void check_dtype(const char *name, const Tensor *t, int dtype) {
+    if (t->dtype != dtype)
+        throw Error(kInvalid, "%s: expected dtype %s, got %s", name, dtype_name(dtype), dtype_name(t->dtype));
+}
+
+void check_float(const char *name, const Tensor *t, bool may_be_float8 = false) {
+    if (t->dtype != ATTN_SAMPLER_FLOAT32 && t->dtype != ATTN_SAMPLER_FLOAT16 &&
+        t->dtype != ATTN_SAMPLER_BFLOAT16 && !(may_be_float8 && t->dtype == ATTN_SAMPLER_FLOAT8_E4M3))
+        throw Error(kInvalid, "%s: expected dtype float32, float16%s, got %s", name,
+                    may_be_float8 ? ", bfloat16 or float8_e4m3" : " or bfloat16", dtype_name(t->dtype));
+    const int last = t->ndim - 1;
+    if (t->shape[last] > 1 && t->stride[last] != 1)
+        throw Error(kInvalid, "%s: expected a contiguous last dimension, got stride %" PRId64, name,
+                    t->stride[last]);
+}
+
+void check_size(const char *name, const Tensor *t, int dimension, int64_t expected) {
+    if (t->shape[dimension] != expected)
+        throw Error(kInvalid, "%s: expected size %" PRId64 " in dimension %d, got %" PRId64, name, expected,
+                    dimension, t->shape[dimension]);
+}
+
+/* A tensor of this dtype and shape, without the dimensions of size kNone. */
+void check_like(const char *name, const Tensor *t, int dtype, std::initializer_list<int64_t> shape) {
+    int dimension = 0;
+    for (const int64_t size : shape)
+        dimension += size != kNone;
+    check_tensor(name, t, dimension);
+    check_dtype(name, t, dtype);
+    dimension = 0;
+    for (const int64_t size : shape)
+        if (size != kNone)
+            check_size(name, t, dimension++, size);
+}
+
+void check_optional(const char *name, const Tensor *t, int dtype, std::initializer_list<int64_t> shape) {
+    if (t != nullptr)
+        check_like(name, t, dtype, shape);
+}
+
+/* A tensor to be written: its elements are apart in memory. */
+void check_apart(const char *name, const Tensor *t) {
+    for (int i = 0; i < t->ndim; ++i)
+        if (t->shape[i] == 0)
+            return;
+    for (int i = 0; i < t->ndim; ++i) {
+        if (t->shape[i] < 2)
+            continue;
+        /* A stride steps over all that the dimensions of smaller strides reach; of equal ones, none can. */
+        int64_t reach = 0;
+        for (int j = 0; j < t->ndim; ++j)
+            if (t->shape[j] > 1 && j != i && t->stride[j] <= t->stride[i])
+                reach += (t->shape[j] - 1) * t->stride[j];
+        if (t->stride[i] <= reach)
+            throw Error(kInvalid,
+                        "%s: expected elements that are apart in memory, got stride %" PRId64
+                        " in dimension %d",
+                        name, t->stride[i], i);
+    }
+}
+
+void check_output(const char *name, const Tensor *t, int dtype, std::initializer_list<int64_t> shape) {
+    check_like(name, t, dtype, shape);
+    check_apart(name, t);
+}
+
+void check_choice(const char *name, int value, int count) {
+    if (value < 0 || value >= count)
+        throw Error(kInvalid, "%s: expected 0 to %d, got %d", name, count - 1, value);
+}
+
+int64_t length(const attn_sampler_span &span) { return span.stop - span.start; }
+
+void check_span(const char *name, const attn_sampler_span &span, int64_t size) {
+    if (span.start < 0 || span.start >= span.stop || span.stop > size)
+        throw Error(kInvalid, "%s: expected 0 <= start < stop <= %" PRId64 ", got [%" PRId64 ", %" PRId64 ")",
+                    name, size, span.start, span.stop);
+}
+
+/* No view of NULL. */
+template <typename T, int kDims>
+void set_view(View<T, kDims> &view, const Tensor *t) {
+    view = {};
+    if (t == nullptr)
+        return;
+    view.data = static_cast<T *>(t->data);
+    std::copy_n(t->stride, kDims, view.stride);
+}
+
+int num_threads(const attn_sampler_exec &exec) {
+    constexpr int kMostThreads = 256; /* each has memory of its own */
+    return exec.device == ATTN_SAMPLER_CPU ? std::min(exec.num_threads, kMostThreads) : 1;
+}
+
+/* The scales of float8 q or k, if there are any. */
+void check_descale(const char *name, const Tensor *descale, const AttentionProblem &p) {
+    if (descale != nullptr && p.dtype != ATTN_SAMPLER_FLOAT8_E4M3)
+        throw Error(kInvalid, "%s: expected NULL with q and k of dtype %s", name, dtype_name(p.dtype));
+    check_optional(name, descale, ATTN_SAMPLER_FLOAT32, {p.batch, p.kv_heads});
+}
+
+/* The options that stand by themselves. */
+void check_attention_params(const attn_sampler_attention_params &params) {
+    check_choice("params.lse_base", params.lse_base, 2);
+    check_choice("params.softmax_scope", params.softmax_scope, 2);
+    check_choice("params.reduction", params.reduction, 3);
+    check_choice("params.causal", params.causal, 2);
+    check_choice("params.diagonal", params.diagonal, 2);
+    check_choice("params.per_head", params.per_head, 2);
+    check_choice("params.accumulate", params.accumulate, 2);
+    if (!(std::fabs(params.softmax_scale) <= ATTN_SAMPLER_MAX_SCALE))
+        throw Error(kInvalid, "params.softmax_scale: expected a finite number of magnitude up to %g, got %g",
+                    ATTN_SAMPLER_MAX_SCALE, params.softmax_scale);
+    if (params.query_start < -ATTN_SAMPLER_MAX_POSITION || params.query_start >= ATTN_SAMPLER_MAX_POSITION)
+        throw Error(kInvalid, "params.query_start: expected at most 2^62 in size, got %" PRId64,
+                    params.query_start);
+}
+
+/* Everything of an attention problem but its output. */
+AttentionProblem check_attention(const attn_sampler_layer &layer, const attn_sampler_masks *masks,
+                                 const attn_sampler_attention_params &params, const attn_sampler_exec &exec) {
+    const Tensor *const q = layer.q, *const k = layer.k;
+    const Tensor *const key_mask = masks == nullptr ? nullptr : masks->key_mask;
+    const Tensor *const query_mask = masks == nullptr ? nullptr : masks->query_mask;
+    check_tensor("q", q, 4);
+    check_tensor("k", k, 4);
+    check_float("q", q, true);
+    check_float("k", k, true);
+    check_dtype("k", k, q->dtype);
+    AttentionProblem p{};
+    p.dtype = q->dtype;
+    p.batch = q->shape[0];
+    p.heads = q->shape[1];
+    p.n_rows = q->shape[2];
+    p.headdim = q->shape[3];
+    p.kv_heads = k->shape[1];
+    p.n_keys = k->shape[2];
+    check_size("k", k, 0, p.batch);
+    check_size("k", k, 3, p.headdim);
+    if (p.headdim < 1)
+        throw Error(kInvalid, "q: expected a head dimension of at least 1, got 0");
+    if (p.heads < 1 || p.kv_heads < 1 || p.heads % p.kv_heads != 0)
+        throw Error(kInvalid,
+                    "k: expected a number of heads that divides the %" PRId64 " heads of q, got %" PRId64,
+                    p.heads, p.kv_heads);
+    if (p.n_keys > ATTN_SAMPLER_MAX_KEYS)
+        throw Error(ATTN_SAMPLER_UNSUPPORTED, "k: expected fewer than 2^30 keys, got %" PRId64, p.n_keys);
+    check_optional("softmax_lse", layer.softmax_lse, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, p.n_rows});
+    check_descale("q_descale", layer.q_descale, p);
+    check_descale("k_descale", layer.k_descale, p);
+    check_optional("key_mask", key_mask, ATTN_SAMPLER_BOOL, {p.batch, p.n_keys});
+    check_optional("query_mask", query_mask, ATTN_SAMPLER_BOOL, {p.batch, p.n_rows});
+    check_span("params.columns", params.columns, p.n_keys);
+    check_attention_params(params);
+    if (layer.softmax_lse != nullptr && params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK)
+        throw Error(kInvalid, "softmax_lse: expected NULL in block scope");
+    set_view(p.q, q);
+    set_view(p.k, k);
+    set_view(p.softmax_lse, layer.softmax_lse);
+    set_view(p.q_descale, layer.q_descale);
+    set_view(p.k_descale, layer.k_descale);
+    set_view(p.key_mask, key_mask);
+    set_view(p.query_mask, query_mask);
+    p.params = params;
+    p.num_threads = num_threads(exec);
+    return p;
+}
+
+void check_layer(const attn_sampler_layer *layer) {
+    if (layer == nullptr)
+        throw Error(kInvalid, "layer: expected an address, got NULL");
+}
+
+/* The output, whose dimensions are some of batch, head, row and column. */
+void set_output(AttentionProblem &p, const Tensor *out, std::initializer_list<int64_t> shape) {
+    check_output("out", out, ATTN_SAMPLER_FLOAT32, shape);
+    p.out.data = static_cast<float *>(out->data);
+    int from = 0, to = 0;
+    for (const int64_t size : shape)
+        p.out.stride[to++] = size == kNone ? 0 : out->stride[from++];
+}
+
+/* What a layer's check said is about that layer, where it names one of its tensors. */
+Error of_layer(int64_t layer, const Error &error) {
+    const char *const message = error.what();
+    for (const char *const start : {"q:", "k:", "softmax_lse:", "q_descale:", "k_descale:"})
+        if (strncmp(message, start, strlen(start)) == 0)
+            return Error(error.status(), "layers[%" PRId64 "].%s", layer, message);
+    return error;
+}
+
+void check_selection_params(const attn_sampler_selection_params &params) {
+    check_choice("params.rule", params.rule, 2);
+    check_choice("params.fallback", params.fallback, 2);
+    if (!(params.tau >= 0.0 && params.tau <= 1.0))
+        throw Error(kInvalid, "params.tau: expected a number in [0, 1], got %g", params.tau);
+}
+
+SelectProblem selection(const Tensor *scores, const Tensor *confidence, const Tensor *masked,
+                        const attn_sampler_selection_params &params, const Tensor *selected) {
+    SelectProblem p{};
+    p.batch = scores->shape[0];
+    p.columns = scores->shape[1];
+    set_view(p.scores, scores);
+    set_view(p.confidence, confidence);
+    set_view(p.masked, masked);
+    set_view(p.selected, selected);
+    p.params = params;
+    return p;
+}
+
+} // namespace
+
+const Device &check_exec(const attn_sampler_exec *exec) {
+    if (exec == nullptr)
+        throw Error(kInvalid, "exec: expected an address, got NULL");
+    check_choice("exec.device", exec->device, 2);
+    const bool on_cpu = exec->device == ATTN_SAMPLER_CPU;
+    const Device &device = on_cpu ? kCpuDevice : kCudaDevice;
+    if (const char *const reason = device.unavailable())
+        throw Error(ATTN_SAMPLER_UNSUPPORTED, "exec.device: %s", reason);
+    if (on_cpu && exec->num_threads < 1)
+        throw Error(kInvalid, "exec.num_threads: expected at least 1, got %d", exec->num_threads);
+    if (on_cpu)
+        return device;
+    if (exec->workspace_size < 0 || (exec->workspace == nullptr && exec->workspace_size > 0))
+        throw Error(kInvalid, "exec.workspace: expected an address and a size >= 0");
+    if (reinterpret_cast<uintptr_t>(exec->workspace) % 256 != 0)
+        throw Error(kInvalid, "exec.workspace: expected an address aligned to 256 bytes");
+    return device;
+}
+
+AttentionProblem check_column_scores(const attn_sampler_layer *layer, const attn_sampler_masks *masks,
+                                     const attn_sampler_attention_params &params, const Tensor *out,
+                                     const attn_sampler_exec &exec) {
+    check_layer(layer);
+    AttentionProblem p = check_attention(*layer, masks, params, exec);
+    set_output(p, out, {p.batch, params.per_head ? p.heads : kNone, kNone, length(params.columns)});
+    return p;
+}
+
+AttentionProblem check_attention_map(const attn_sampler_layer *layer, const attn_sampler_masks *masks,
+                                     const attn_sampler_attention_params &params, const Tensor *out,
+                                     const attn_sampler_exec &exec) {
+    check_layer(layer);
+    AttentionProblem p = check_attention(*layer, masks, params, exec);
+    check_span("params.rows", params.rows, p.n_rows);
+    set_output(p, out,
+               {p.batch, params.per_head ? p.heads : kNone, length(params.rows), length(params.columns)});
+    return p;
+}
+
+ConfidenceProblem check_token_confidence(const Tensor *logits, const attn_sampler_sampling_params &params,
+                                         const Tensor *token_ids, const Tensor *confidence,
+                                         const attn_sampler_exec &exec) {
+    check_tensor("logits", logits, 3);
+    check_float("logits", logits);
+    ConfidenceProblem p{};
+    p.batch = logits->shape[0];
+    p.positions = logits->shape[1];
+    p.vocab = logits->shape[2];
+    if (p.vocab - (params.exclude_token_id >= 0 && params.exclude_token_id < p.vocab) < 1)
+        throw Error(kInvalid, "logits: expected a vocabulary of at least one token to choose");
+    check_optional("params.seeds", params.seeds, ATTN_SAMPLER_INT64, {p.batch});
+    check_output("token_ids", token_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
+    check_output("confidence", confidence, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
+    check_choice("params.metric", params.metric, 3);
+    const double t = params.temperature;
+    if (!(t == 0.0 || (t >= ATTN_SAMPLER_MIN_TEMPERATURE && std::isfinite(t))))
+        throw Error(kInvalid, "params.temperature: expected 0, or a finite number >= 2^-120, got %g", t);
+    if (params.vocab_start < 0 || params.vocab_start > ATTN_SAMPLER_MAX_VOCAB - p.vocab)
+        throw Error(kInvalid, "params.vocab_start: expected 0 to %" PRId64 ", got %" PRId64,
+                    ATTN_SAMPLER_MAX_VOCAB - p.vocab, params.vocab_start);
+    p.dtype = logits->dtype;
+    set_view(p.logits, logits);
+    set_view(p.seeds, params.seeds);
+    set_view(p.token_ids, token_ids);
+    set_view(p.confidence, confidence);
+    p.params = params;
+    p.num_threads = num_threads(exec);
+    return p;
+}
+
+SelectProblem check_select_tokens(const Tensor *scores, const Tensor *confidence, const Tensor *masked,
+                                  const attn_sampler_selection_params &params, const Tensor *selected) {
+    check_selection_params(params);
+    check_tensor("scores", scores, 2);
+    check_dtype("scores", scores, ATTN_SAMPLER_FLOAT32);
+    const int64_t batch = scores->shape[0], columns = scores->shape[1];
+    check_like("confidence", confidence, ATTN_SAMPLER_FLOAT32, {batch, columns});
+    check_like("masked", masked, ATTN_SAMPLER_BOOL, {batch, columns});
+    check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, columns});
+    return selection(scores, confidence, masked, params, selected);
+}
+
+StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_layer *layers,
+                              int64_t num_layers, const attn_sampler_masks *masks,
+                              const attn_sampler_decode_step_params &params, const Tensor *scores,
+                              const Tensor *token_ids, const Tensor *confidence, const Tensor *selected,
+                              const attn_sampler_exec &exec, std::vector<AttentionProblem> &problems) {
+    check_tensor("tokens", tokens, 2);
+    check_dtype("tokens", tokens, ATTN_SAMPLER_INT64);
+    check_apart("tokens", tokens);
+    check_span("params.block", params.block, tokens->shape[1]);
+    const int64_t batch = tokens->shape[0], block = length(params.block);
+    check_tensor("logits", logits, 3);
+    check_size("logits", logits, 0, batch);
+    check_size("logits", logits, 1, block);
+    if (params.mask_token_id < 0 || params.mask_token_id >= logits->shape[2])
+        throw Error(kInvalid, "params.mask_token_id: expected 0 to %" PRId64 ", got %" PRId64,
+                    logits->shape[2] - 1, params.mask_token_id);
+    attn_sampler_sampling_params sampling = params.sampling;
+    sampling.exclude_token_id = params.mask_token_id;
+    sampling.vocab_start = 0;
+    StepProblem step{};
+    step.predict = check_token_confidence(logits, sampling, token_ids, confidence, exec);
+    check_selection_params(params.selection);
+    check_output("scores", scores, ATTN_SAMPLER_FLOAT32, {batch, block});
+    check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, block});
+    check_choice("params.query_rows", params.query_rows, 2);
+    if (num_layers < 0 || (num_layers > 0 && layers == nullptr))
+        throw Error(kInvalid, "layers: expected an address and a count >= 0");
+
+    attn_sampler_attention_params attention = params.attention;
+    attention.per_head = 0;
+    attention.accumulate = 1;
+    check_attention_params(attention); /* without a layer too */
+    problems.reserve(static_cast<size_t>(num_layers));
+    for (int64_t i = 0; i < num_layers; ++i) {
+        try {
+            problems.push_back(check_attention(layers[i], masks, attention, exec));
+        } catch (const Error &error) {
+            throw of_layer(i, error);
+        }
+        AttentionProblem &p = problems.back();
+        if (p.batch != batch)
+            throw Error(kInvalid, "layers[%" PRId64 "].q: expected %" PRId64 " sequences, got %" PRId64, i,
+                        batch, p.batch);
+        if (length(attention.columns) != block)
+            throw Error(kInvalid, "params.attention: expected as many columns as the block has");
+        p.out = {static_cast<float *>(scores->data), {scores->stride[0], 0, 0, scores->stride[1]}};
+    }
+    step.layers = problems.data();
+    step.num_layers = num_layers;
+    step.select = selection(scores, confidence, nullptr, params.selection, selected);
+    set_view(step.tokens, tokens);
+    step.mask_token_id = params.mask_token_id;
+    const int64_t *const first_token = step.tokens.data;
+    if (batch > 0) /* else there may be no address */
+        step.tokens.data += params.block.start * tokens->stride[1];
+    if (params.query_rows == ATTN_SAMPLER_QUERY_ROWS_MASKED && num_layers > 0) {
+        const int64_t first_row = attention.query_start - attention.columns.start + params.block.start;
+        const int64_t rows = problems[0].n_rows;
+        for (const AttentionProblem &p : problems)
+            if (p.n_rows != rows)
+                throw Error(kInvalid, "layers: expected one number of rows in all of them");
+        if (first_row < 0 || first_row + rows > tokens->shape[1])
+            throw Error(kInvalid,
+                        "params.query_rows: expected every row at one of the tokens, got rows at %" PRId64
+                        " to %" PRId64,
+                        first_row, first_row + rows - 1);
+        if (batch > 0)
+            step.row_tokens = first_token + first_row * tokens->stride[1];
+    }
+    return step;
+}
+
+} // namespace attn_sampler

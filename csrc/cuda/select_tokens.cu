@@ -1,0 +1,38 @@
+#include "cuda/select_tokens.cuh"
+
+#include "cuda/launch.h"
+
+namespace attn_sampler {
+namespace cuda {
+namespace {
+
+__global__ void __launch_bounds__(kThreads) select_tokens_kernel(const __grid_constant__ SelectArgs args) {
+    select_sequence(args, static_cast<int>(blockIdx.x));
+}
+
+} // namespace
+
+SelectArgs select_args(const SelectProblem &p) {
+    check_extent("scores: columns", p.columns, kMaxPositions);
+    SelectArgs s{};
+    s.scores = p.scores;
+    s.confidence = p.confidence;
+    s.masked = p.masked;
+    s.selected = p.selected;
+    s.batch = static_cast<int32_t>(p.batch);
+    s.columns = static_cast<int32_t>(p.columns);
+    s.rule = selection_rule(p.params);
+    return s;
+}
+
+int64_t select_tokens(const SelectProblem &p, const attn_sampler_exec &exec) {
+    if (p.batch * p.columns == 0)
+        return 0;
+    return run(exec, [&](Launcher &launcher) {
+        launcher.launch("select_tokens", select_tokens_kernel, select_args(p), p.batch,
+                        static_cast<int64_t>(sizeof(Shared)));
+    });
+}
+
+} // namespace cuda
+} // namespace attn_sampler

@@ -1,0 +1,96 @@
+/* Selection and commit of one sequence by one block: a few comparisons for each position. */
+#ifndef ATTN_SAMPLER_CUDA_SELECT_TOKENS_CUH_
+#define ATTN_SAMPLER_CUDA_SELECT_TOKENS_CUH_
+
+#include "cuda/block.cuh"
+#include "selection.h"
+
+namespace attn_sampler {
+namespace cuda {
+
+struct SelectArgs {
+    View<const float, 2> scores, confidence;
+    View<const uint8_t, 2> masked; /* null where tokens say which positions are masked */
+    View<uint8_t, 2> selected;
+    View<int64_t, 2> tokens, token_ids; /* [B, C] of the block; null: nothing is committed */
+    int64_t mask_token_id;
+    uint32_t *arrived; /* [B]: tickets of the parts of a step; null where there is no selection */
+    uint32_t parts;
+    int32_t batch, columns;
+    SelectionRule rule;
+};
+
+/* A position's place in the order of the fallback. */
+struct Ranked {
+    float value;
+    int32_t position;
+};
+
+/* See attn_sampler_select_tokens. */
+__device__ inline void select_sequence(const SelectArgs &s, int b) {
+    auto score = [&](int c) { return __ldcg(&element(s.scores, b, c)); };
+    auto confidence = [&](int c) { return __ldcg(&element(s.confidence, b, c)); };
+    auto masked = [&](int c) {
+        return s.masked.data != nullptr ? element(s.masked, b, c) != 0
+                                        : element(s.tokens, b, c) == s.mask_token_id;
+    };
+    auto commit = [&](int c) {
+        if (s.tokens.data != nullptr)
+            element(s.tokens, b, c) = __ldcg(&element(s.token_ids, b, c));
+    };
+
+    float theta = kLowest;
+#pragma unroll 1 /* a thread has one position, rarely more */
+    for (int c = threadIdx.x; s.rule.parallel && c < s.columns; c += kThreads)
+        if (masked(c) && !s.rule.is_confident(confidence(c)))
+            theta = score(c) > theta ? score(c) : theta;
+    theta = block_reduce(
+        theta, [](float x, int distance) { return __shfl_xor_sync(kAllLanes, x, distance); },
+        [](float x, float y) { return x > y ? x : y; });
+
+    Ranked best = {kLowest, INT32_MAX}; /* after every candidate */
+    auto better = [](Ranked x, Ranked y) {
+        return SelectionRule::is_before(y.value, y.position, x.value, x.position) ? y : x;
+    };
+    bool any = false;
+#pragma unroll 1
+    for (int c = threadIdx.x; c < s.columns; c += kThreads) {
+        bool chosen = false;
+        if (masked(c)) {
+            const float own_score = score(c), own_confidence = confidence(c);
+            chosen = s.rule.passes(own_score, own_confidence, theta);
+            if (s.rule.is_candidate(own_score))
+                best = better(best, {s.rule.rank(own_score, own_confidence), c});
+        }
+        element(s.selected, b, c) = chosen;
+        any = any || chosen;
+        if (chosen)
+            commit(c);
+    }
+    best = block_reduce(
+        best,
+        [](Ranked x, int distance) {
+            return Ranked{__shfl_xor_sync(kAllLanes, x.value, distance),
+                          __shfl_xor_sync(kAllLanes, x.position, distance)};
+        },
+        better);
+    any = __syncthreads_or(any);
+    if (threadIdx.x == 0 && !any && best.position != INT32_MAX) {
+        element(s.selected, b, best.position) = 1;
+        commit(best.position);
+    }
+}
+
+/* One part of a sequence's step is done; the last one's block selects. */
+__device__ inline void finish_part(const SelectArgs &s, int b) {
+    if (s.arrived != nullptr && last_to_arrive(s.arrived + b, s.parts))
+        select_sequence(s, b);
+}
+
+/* No sequence's tokens, nor what a step adds. */
+SelectArgs select_args(const SelectProblem &p);
+
+} // namespace cuda
+} // namespace attn_sampler
+
+#endif /* ATTN_SAMPLER_CUDA_SELECT_TOKENS_CUH_ */
