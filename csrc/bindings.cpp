@@ -201,10 +201,13 @@ int32_t choice(py::handle value, std::initializer_list<const char *> words) {
     throw Refused("expected one of a few words");
 }
 
-/* The bounds of a slice of step 1; all of it for None. That they lie inside is for the C API to check. */
+/* The bounds of a slice of step 1, or (start, stop) where they are resolved; all of it for None. That they lie
+ * inside is for the C API to check. */
 attn_sampler_span span(py::handle value, int64_t length) {
     if (value.is_none())
         return {0, length};
+    if (PyTuple_Check(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == 2)
+        return {integer(PyTuple_GET_ITEM(value.ptr(), 0)), integer(PyTuple_GET_ITEM(value.ptr(), 1))};
     if (!PySlice_Check(value.ptr()))
         throw Refused("expected a slice");
     const auto *const slice = reinterpret_cast<PySliceObject *>(value.ptr());
