@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from engine_toy import load, needs_installed, stub
 from torch import Tensor
 from torch.nn import functional as F
+from toy_model import EOS, MASK, ToyModel, rotate
 
 from attn_sampler import generate, reference
-from engine_toy import load, needs_installed, stub
-from toy_model import EOS, MASK, ToyModel, rotate
 
 SOURCE = ("dinfer", "dinfer/decoding/generate_uniform.py")
 PROMPT = torch.tensor([[5, 7, 2, 9, 11], [1, 4, 8, 6, 6]])

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_toy import load, sources, stub
 from torch import Tensor
+from toy_model import EOS, MASK, ToyModel
 
 from attn_sampler import generate
-from engine_toy import load, sources, stub
-from toy_model import EOS, MASK, ToyModel
 
 SOURCE = ("dllm", "dllm/core/samplers/base.py")
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [6, 6, 1, 2, 3], [9]]

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, needs_installed, stub, toy
 from torch import Tensor, nn
+from toy_model import MASK
 
 from attn_sampler import column_scores
-from engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, needs_installed, stub, toy
-from toy_model import MASK
 
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [2, 3, 5, 7, 11, 13]]
 CONTEXT = SimpleNamespace(attn_metadata=None)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_cases import CASES, Case, adapters_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from attn_sampler import distributed, reference, token_confidence
 from attn_sampler.reference import StepResult
-from distributed_cases import CASES, Case, adapters_step
 
 RANKS = 4
 TIME_LIMIT = 100  # seconds

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engine_toy import stub
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attn_sampler import decode_step, distributed
 from attn_sampler.adapters._engine import BlockScores
 from attn_sampler.reference import StepResult
-from engine_toy import stub
 
 BATCH, BLOCK, LENGTH, VOCAB, HEADS, KV_HEADS, HEADDIM = 3, 8, 20, 101, 8, 4, 16
 PADDING = 5  # columns beyond the vocabulary on the last rank
