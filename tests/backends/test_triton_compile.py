@@ -1,10 +1,9 @@
 """Compile every kernel for GPUs that are not here, as its launcher would launch it, and look at the code.
 
-``test_triton.py`` runs this file in a process of its own, without ``TRITON_INTERPRET``. The launchers run
-on CPU tensors that are never touched, against a stand-in for the driver that names the target: shapes,
-strides and alignment are specialised exactly as on the device.
-``python tests/backends/triton_compile.py FOLDER`` writes the table of registers, shared memory and
-instructions to FOLDER.
+The file has a place of its own, without ``TRITON_INTERPRET``. The launchers run on CPU tensors that are
+never touched, against a stand-in for the driver that names the target: shapes, strides and alignment are
+specialised exactly as on the device. ``python tests/backends/test_triton_compile.py FOLDER`` writes the table
+of registers, shared memory and instructions to FOLDER.
 """
 
 from __future__ import annotations
@@ -30,6 +29,12 @@ from triton.runtime import driver
 from attn_sampler import kernels
 from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step
 from attn_sampler.reference import StepResult
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.places("triton@compiler"),
+    pytest.mark.usefixtures("backend"),
+]
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
