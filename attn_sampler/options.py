@@ -112,7 +112,8 @@ class Attention(NamedTuple):
         for name in ("causal", "diagonal", "per_head"):
             checks.flag(name, getattr(self, name))
         if self.softmax_scale is not None:
-            checks.number("softmax_scale", self.softmax_scale, _SCALES, lambda x: -MAX_SCALE <= x <= MAX_SCALE)
+            scale = self.softmax_scale
+            checks.number("softmax_scale", scale, _SCALES, lambda x: -MAX_SCALE <= x <= MAX_SCALE)
         if self.query_start is not None:
             checks.integer("query_start", self.query_start, -MAX_POSITION, MAX_POSITION)
 

@@ -27,11 +27,12 @@ from attn_sampler import (
     StepResult,
     column_scores,
     decode_step,
-    ops,
     reference,
     select_tokens,
     token_confidence,
 )
+from attn_sampler.backends import REGISTRY
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step
 
 VOCAB, MASK = 37, 5
 SCALES = ("q_descale", "k_descale")
@@ -290,13 +291,14 @@ def test_every_element_of_the_outputs_is_written(backend, device):
     scores, confidence = (torch.full((2, 4), torch.nan, device=device) for _ in range(2))
     token_ids = torch.full((2, 4), -7, device=device)
     selected = torch.ones(2, 4, dtype=torch.bool, device=device)
-    q, k, lse = (list(x) for x in zip(*step.layers, strict=True))
-    ops.implementation(backend).decode_step(
-        step.tokens, scores, token_ids, confidence, selected, step.logits, q, k, lse,
-        [], [], None, None, None, 6, 10, MASK, False, 6, 10, 0, None, "e", False, "sequence", True, "sum",
-        "probability", 0.0, 0, "parallel", 0.9, "confidence",
-    )  # fmt: skip
     actual = StepResult(step.tokens, token_ids, confidence, scores, selected)
+    attention = Attention(
+        Span(6, 10), Span(0, 0), 0, 40**-0.5, "e", False, "sequence", True, "sum", False, False
+    )
+    sampling, selection = Sampling("probability", 0.0, 0), Selection("parallel", "confidence", 0.9)
+    options = Step(Span(6, 10), MASK, "all", attention, sampling, selection)
+    layers = [Layer(*layer) for layer in step.layers]
+    REGISTRY[backend].function("decode_step")(actual, step.logits, layers, Masks(), options)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 

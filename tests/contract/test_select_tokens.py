@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_sampler import ops, select_tokens
+from attn_sampler import select_tokens
+from attn_sampler.backends import REGISTRY
+from attn_sampler.options import Selection
 
 INF, NAN = math.inf, math.nan
 CHOICES = [(p, f) for p in ("parallel", "sequential") for f in ("confidence", "score")]
@@ -174,7 +176,6 @@ def test_every_element_of_the_output_is_written(backend, device):
         expected = select_tokens(scores, confidence, masked, rule=rule, fallback=fallback, backend=backend)
         for before in (False, True):
             selected = torch.full((9, 13), before, device=device)
-            ops.implementation(backend).select_tokens(
-                selected, scores, confidence, masked, rule, 0.9, fallback
-            )
+            run = REGISTRY[backend].function("select_tokens")
+            run(selected, scores, confidence, masked, Selection(rule, fallback, 0.9))
             assert torch.equal(selected, expected)

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_model import ToyModel
 
-from attn_sampler import AttentionCapture, decode_step, report_attention
-from attn_sampler import attention_calls
+from attn_sampler import AttentionCapture, attention_calls, decode_step, report_attention
 from attn_sampler.capture import attention_with_lse, is_capturing
 
 B, H, M, N, D = 2, 4, 7, 13, 16
