@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler.backends.base import Backend
+from attn_sampler.checks import Span
 from attn_sampler.options import MAX_HEADDIM
 
 try:
@@ -82,14 +83,17 @@ class Extension(Backend):
 
 
 def _run_views(function: Callable[..., int], *arguments: Any) -> None:
-    _run(function, *arguments if READS_TENSORS else map(_view, arguments))
+    _run(function, *map(_view, arguments))
 
 
 def _view(x: Any) -> Any:
-    """The argument with what the extension reads a tensor from in place of each tensor."""
+    """The argument with what the extension reads in place of each tensor, None in place of no layers."""
     if isinstance(x, Tensor):
-        return _C.TensorView(x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride())
-    return tuple(map(_view, x)) if isinstance(x, (tuple, list)) else x
+        is_read = READS_TENSORS and type(x) is Tensor
+        return x if is_read else _C.TensorView(x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride())
+    if isinstance(x, (tuple, list)) and not isinstance(x, Span):
+        return tuple(map(_view, x)) or None
+    return x
 
 
 def _run(function: Callable[..., int], out: Any, *arguments: Any) -> None:
