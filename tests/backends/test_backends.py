@@ -18,7 +18,7 @@ from attn_sampler import (
     column_scores,
     is_backend_supported,
 )
-from attn_sampler.backends import BACKENDS, OPS, REGISTRY, extension, triton
+from attn_sampler.backends import BACKENDS, OPS, extension, triton
 
 
 @pytest.mark.parametrize("name", BACKENDS)
