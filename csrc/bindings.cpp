@@ -10,6 +10,7 @@
 #include <cmath>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -152,7 +153,7 @@ class Record {
   public:
     Record(py::handle source, Py_ssize_t size) : tuple_(source.ptr()) {
         if (!PyTuple_Check(tuple_) || PyTuple_GET_SIZE(tuple_) != size)
-            throw Refused("expected a record of so many fields");
+            throw Refused("expected a record of " + std::to_string(size) + " fields");
     }
     py::handle operator[](Py_ssize_t i) const { return PyTuple_GET_ITEM(tuple_, i); }
 
@@ -278,7 +279,7 @@ uint64_t seed_of(py::handle value) {
     const unsigned long long large = PyLong_AsUnsignedLongLong(value.ptr());
     if (PyErr_Occurred() != nullptr) {
         PyErr_Clear();
-        throw Refused("expected a seed of 64 bits");
+        throw Refused("expected an integer of 64 bits");
     }
     return large;
 }

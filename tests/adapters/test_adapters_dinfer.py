@@ -96,8 +96,8 @@ def run(
 class ByHand:
     """The same decisions from the attention weights themselves."""
 
-    def __init__(self, model: CachedToy, *, policy: str = "parallel", tau: float = 0.9) -> None:
-        self.model, self.policy, self.tau = model, policy, tau
+    def __init__(self, model: CachedToy, *, rule: str = "parallel", tau: float = 0.9) -> None:
+        self.model, self.rule, self.tau = model, rule, tau
         model.by_hand = True
 
     def block_init(self, block_x: Tensor, block_id: int) -> None:
@@ -109,10 +109,10 @@ class ByHand:
         reference.decode_step(
             tokens,
             logits,
-            scores,
+            scores=scores,
             block=slice(0, BLOCK),
             mask_token_id=MASK,
-            policy=self.policy,
+            rule=self.rule,
             tau=self.tau if tau is None else tau,
         )
         x[:, start:stop] = tokens

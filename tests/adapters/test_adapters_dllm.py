@@ -86,7 +86,7 @@ def alone(prompt: list[int], **options: Any) -> list[int]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"tau": 0.3}, {"policy": "attn-sequential", "rows": "masked"}, {"temperature": 0.7, "seed": 5}],
+    [{"tau": 0.3}, {"policy": "attn-sequential", "query_rows": "masked"}, {"temperature": 0.7, "seed": 5}],
 )
 @pytest.mark.parametrize("tensors", [False, True])
 def test_sample(adapter: Any, options: dict[str, Any], tensors: bool):

@@ -286,7 +286,9 @@ def test_scores_that_are_nan_end_with_an_error(adapter: Any):
     q, k = torch.full((BLOCK, 32), torch.nan), torch.randn(BLOCK, 16)
     for layer in model.attention:
         layer(q, k, k)
-    with pytest.raises(RuntimeError, match="nothing could be committed: the attention scores are NaN"):
+    with pytest.raises(
+        RuntimeError, match=r"nothing could be committed in sequences \[0\]: the attention scores are NaN"
+    ):
         remask(torch.randn(1, BLOCK, MASK + 1), torch.full((1, BLOCK), MASK), MASK, 0.9)
 
 

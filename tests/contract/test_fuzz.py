@@ -132,7 +132,7 @@ def check_selection(backend: str, device: torch.device, rng: random.Random) -> N
         backend,
         *(test_select_tokens.draw(rng, shape, values, device) for _ in range(2)),
         test_select_tokens.draw(rng, shape, [True, False], device),
-        policy=rng.choice(("parallel", "sequential")),
+        rule=rng.choice(("parallel", "sequential")),
         tau=rng.choice((0.0, 0.5, 0.9, 1.0)),
         fallback=rng.choice(("confidence", "score")),
     )

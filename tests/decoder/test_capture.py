@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_model import ToyModel
 
-from attn_sampler import AttentionCapture, decode_step, report_attention
-from attn_sampler import capture as capture_module
+from attn_sampler import AttentionCapture, attention_calls, decode_step, report_attention
 from attn_sampler.capture import attention_with_lse, is_capturing
 
 B, H, M, N, D = 2, 4, 7, 13, 16
@@ -445,7 +444,7 @@ def test_autocast() -> None:
 
 
 def nothing_is_left() -> bool:
-    return torch._C._len_torch_function_stack() == 0 and not capture_module._active_captures()
+    return torch._C._len_torch_function_stack() == 0 and not attention_calls.open_captures()
 
 
 def test_nothing_stays_after_an_exception() -> None:
@@ -788,7 +787,7 @@ def test_fused_operators_are_read_as_their_schema_says(name: str, on_demand: int
         argument = schema.arguments[on_demand]
         assert (argument.name, str(argument.type)) == ("compute_log_sumexp", "bool")
         assert not argument.has_default_value()  # so it arrives by position
-    assert capture_module._LogSumExpTap._FUSED[operator] == on_demand
+    assert attention_calls._LogSumExpTap._FUSED[operator] == on_demand
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32, 33])

@@ -105,8 +105,11 @@ def test_against_decoding_written_out(policy: str, seed: int) -> None:
     ("options", "truth_options"),
     [
         ({"layers": [-1]}, {"last_layer_only": True}),
-        ({"rows": "masked"}, {"masked_rows_only": True}),
-        ({"layers": slice(-1, None), "rows": "masked"}, {"last_layer_only": True, "masked_rows_only": True}),
+        ({"query_rows": "masked"}, {"masked_rows_only": True}),
+        (
+            {"layers": slice(-1, None), "query_rows": "masked"},
+            {"last_layer_only": True, "masked_rows_only": True},
+        ),
     ],
     ids=str,
 )
@@ -669,7 +672,7 @@ def padding_mask(*rows: list[bool]) -> Tensor:
         ({"layers": []}, ValueError, "layers: "),
         ({"layers": 1}, TypeError, "layers: "),
         ({"policy": "confidence", "layers": 1}, TypeError, "layers: "),
-        ({"rows": "some"}, ValueError, "rows: "),
+        ({"query_rows": "some"}, ValueError, "query_rows: "),
         ({"softmax_scope": "all"}, ValueError, "softmax_scope: "),
         ({"diagonal": 0}, TypeError, "diagonal: "),
         ({"keep_layers": None}, TypeError, "keep_layers: "),
