@@ -32,7 +32,8 @@ from attn_sampler import (
     token_confidence,
 )
 from attn_sampler.backends import REGISTRY
-from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span
+from attn_sampler.options import Step as StepOptions
 
 VOCAB, MASK = 37, 5
 SCALES = ("q_descale", "k_descale")
@@ -296,7 +297,7 @@ def test_every_element_of_the_outputs_is_written(backend, device):
         Span(6, 10), Span(0, 0), 0, 40**-0.5, "e", False, "sequence", True, "sum", False, False
     )
     sampling, selection = Sampling("probability", 0.0, 0), Selection("parallel", "confidence", 0.9)
-    options = Step(Span(6, 10), MASK, "all", attention, sampling, selection)
+    options = StepOptions(Span(6, 10), MASK, "all", attention, sampling, selection)
     layers = [Layer(*layer) for layer in step.layers]
     REGISTRY[backend].function("decode_step")(actual, step.logits, layers, Masks(), options)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
