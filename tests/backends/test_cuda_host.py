@@ -18,7 +18,8 @@ from places import CUDA_HOST, WITH_WGMMA, WITHOUT_WGMMA, cuda_host
 from problems import FLOAT8, normal, row_lse
 from stand_ins import aligned, load
 
-from attn_sampler import _core
+from attn_sampler import options
+from attn_sampler.backends.extension import _view
 
 CPU, CUDA = 0, 1
 
@@ -27,6 +28,12 @@ CPU, CUDA = 0, 1
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python module, with the CUDA kernels on the host."""
     return cuda_host(tmp_path_factory)
+
+
+def attention_options(columns: slice, query_start: int, scale: float | None = None) -> options.Attention:
+    return options.Attention(
+        columns, None, query_start, scale, "e", False, "sequence", True, "sum", False, False
+    )
 
 
 class Step:
@@ -49,20 +56,27 @@ class Step:
         self.logits = normal(7, 2, 6, 11, dtype=torch.float32).mul(5)
         layers = zip(q, k, lse, [None] * n_layers, scales, strict=True)
         self.keep = q, k, lse, scales
-        outputs = (self.tokens, self.scores, self.token_ids, self.confidence, self.selected, self.logits)
-        self.arguments = (
-            *map(_core._view, outputs),
-            [tuple(map(_core._view, layer)) for layer in layers],
-            *(None, None, slice(18, 24), 7, "parallel", 0.4, "confidence", "probability", 0.0, None),
-            *("all", slice(18, 24), "e", None, False, 18, "sequence", True, "sum"),
+        how = options.Step(
+            slice(18, 24),
+            7,
+            "all",
+            attention_options(slice(18, 24), 18),
+            options.Sampling("probability", 0.0, None),
+            options.Selection("parallel", "confidence", 0.4),
         )
+        self.arguments = [
+            _view(x) for x in (self._outputs(), self.logits, list(layers), options.Masks(), how)
+        ]
 
     def run(self, where: tuple) -> int:
         self.tokens.copy_(self.start)
         return self.module.decode_step(*self.arguments, where)
 
     def results(self) -> list[torch.Tensor]:
-        return [x.clone() for x in (self.tokens, self.scores, self.token_ids, self.confidence, self.selected)]
+        return [x.clone() for x in self._outputs()]
+
+    def _outputs(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens, self.token_ids, self.confidence, self.scores, self.selected
 
 
 @pytest.mark.parametrize(
@@ -105,9 +119,9 @@ def test_wgmma_is_chosen_and_gives_the_same_bits(extension: Path, with_lse: bool
         q = normal(0, 1, 2, 150, headdim, dtype=torch.bfloat16)
         k = normal(1, 1, 2, 260, headdim, dtype=torch.bfloat16)
         lse, out = row_lse(q, k), torch.full((1, 260), torch.nan)
-        tensors = (out, q, k, lse if with_lse else None, *[None] * 4)
-        options = (slice(0, 260), "e", headdim**-0.5, False, 110, "sequence", True, "sum", False, False)
-        arguments = (*map(_core._view, tensors), *options)
+        layer = options.Layer(q, k, lse if with_lse else None)
+        how = attention_options(slice(0, 260), 110, headdim**-0.5)
+        arguments = [_view(x) for x in (out, layer, options.Masks(), how)]
         needed = module.column_scores(*arguments, (CUDA, 1, device, 0, 0, 0))
         workspace = aligned(needed)
         workspace.zero_()
@@ -156,9 +170,10 @@ def test_a_small_workspace_runs_nothing(extension: Path) -> None:
 def test_what_the_kernels_do_not_take(extension: Path) -> None:
     module = load(extension)
     q, k, out = torch.zeros(1, 1, 2, 520), torch.zeros(1, 1, 3, 520), torch.zeros(1, 3)
-    options = (slice(0, 3), "e", 1.0, False, 1, "sequence", True, "sum", False, False)
+    how = attention_options(slice(0, 3), 1, 1.0)
+    arguments = [_view(x) for x in (out, options.Layer(q, k), options.Masks(), how)]
     with pytest.raises(module.Refused, match="q: head dimension: the CUDA kernels take at most 512, got 520"):
-        module.column_scores(*map(_core._view, (out, q, k)), *[None] * 5, *options, (CUDA, 1, 0, 0, 0, 0))
+        module.column_scores(*arguments, (CUDA, 1, 0, 0, 0, 0))
 
 
 def test_under_the_sanitizers(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_generate import decode as decode_toy
+from decoding import decode as decode_toy
 from toy_model import MASK, ToyModel
 
 from attn_sampler import evaluate as evaluation
