@@ -17,7 +17,7 @@ struct View {
     int64_t stride[kDims];
 };
 
-/* Internal linkage, as in cpu/simd.h. */
+/* Internal linkage, as in cpu/simd/simd.h. */
 template <typename T>
 ATTN_SAMPLER_HD static inline T &element(const View<T, 2> &view, int64_t i, int64_t j) {
     return view.data[i * view.stride[0] + j * view.stride[1]];

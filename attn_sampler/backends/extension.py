@@ -103,6 +103,8 @@ def _run(function: Callable[..., int], out: Any, *arguments: Any) -> None:
         function(out, *arguments, (0, torch.get_num_threads(), 0, 0, 0, 0))
         return
     index = like.get_device()
+    if index < 0:
+        raise _C.Refused("an output is neither on the CPU nor on a CUDA device")
     # What torch.cuda.current_stream(index).cuda_stream is, without an object made for it.
     stream = torch._C._cuda_getCurrentRawStream(index)
     # A captured graph outlives this call and may be replayed beside others: it has memory of its own.

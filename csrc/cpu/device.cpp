@@ -4,7 +4,8 @@
 #include <new>
 #include <string>
 
-#if defined(ATTN_SAMPLER_X86)
+#if defined(__x86_64__) || defined(__i386__)
+#define ATTN_SAMPLER_X86 1
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -14,26 +15,27 @@
 #include "device.h"
 
 namespace attn_sampler {
+
+/* cpu_isas.h, which CMakeLists.txt writes, has ISA(name, whose token_confidence it takes) for each
+ * instruction set of this build, best first. Their kernels are in namespaces of those names. */
+#define ISA(isa, confidence)                                                                                 \
+    namespace isa {                                                                                          \
+    bool column_scores(const AttentionProblem &);                                                            \
+    bool attention_map(const AttentionProblem &);                                                            \
+    bool token_confidence(const ConfidenceProblem &);                                                        \
+    }
+#include "cpu_isas.h"
+#undef ISA
+
 namespace {
 
-#define ATTN_SAMPLER_KERNELS(isa, confidence)                                                                \
-    {#isa, isa::column_scores, isa::attention_map, confidence::token_confidence}
-
-/* Best first. */
+#define ISA(isa, confidence) {#isa, isa::column_scores, isa::attention_map, confidence::token_confidence},
 const CpuKernels kKernels[] = {
-#if defined(ATTN_SAMPLER_WITH_AMX)
-    ATTN_SAMPLER_KERNELS(amx, avx512),
-#endif
-#if defined(ATTN_SAMPLER_WITH_AVX512_BF16)
-    ATTN_SAMPLER_KERNELS(avx512_bf16, avx512),
-#endif
-#if defined(ATTN_SAMPLER_X86)
-    ATTN_SAMPLER_KERNELS(avx512, avx512),      ATTN_SAMPLER_KERNELS(avx2, avx2),
-#endif
-    ATTN_SAMPLER_KERNELS(portable, portable),
+#include "cpu_isas.h"
 };
+#undef ISA
 
-#if defined(ATTN_SAMPLER_WITH_AVX512_BF16)
+#if defined(ATTN_SAMPLER_X86)
 /* Whether the processor has AMX tiles for bfloat16 and the kernel lets this process use them, or
  * tests/support/amx_emulator.cpp is linked in. */
 bool has_amx() {
@@ -50,24 +52,25 @@ bool has_amx() {
 }
 #endif
 
-bool processor_runs(const char *isa) {
+/* Whether the processor and the operating system run an instruction set. */
+bool runs(const std::string &isa) {
 #if defined(ATTN_SAMPLER_X86)
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(ATTN_SAMPLER_WITH_AVX512_BF16)
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    if (strcmp(isa, "amx") == 0)
+    /* Not every compiler knows of bfloat16. */
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 5) != 0;
+    if (isa == "amx")
         return bf16 && has_amx();
-    if (strcmp(isa, "avx512_bf16") == 0)
+    if (isa == "avx512_bf16")
         return bf16;
-#endif
-    if (strcmp(isa, "avx512") == 0)
+    if (isa == "avx512")
         return avx512;
-    if (strcmp(isa, "avx2") == 0)
+    if (isa == "avx2")
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-    return strcmp(isa, "portable") == 0;
+    return isa == "portable";
 }
 
 struct Choice {
@@ -81,7 +84,7 @@ const Choice &choice() {
         const bool is_pinned = pinned != nullptr && pinned[0] != '\0';
         std::string names;
         for (const CpuKernels &kernels : kKernels) {
-            if (!processor_runs(kernels.isa))
+            if (!runs(kernels.isa))
                 continue;
             if (!is_pinned || strcmp(pinned, kernels.isa) == 0)
                 return {&kernels, ""};

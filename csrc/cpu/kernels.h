@@ -14,28 +14,6 @@ struct CpuKernels {
     bool (*token_confidence)(const ConfidenceProblem &);
 };
 
-/* attention.cpp and confidence.cpp are compiled once for each instruction set, into a namespace of its name.
- */
-#define ATTN_SAMPLER_DECLARE_ATTENTION(isa)                                                                  \
-    namespace isa {                                                                                          \
-    bool column_scores(const AttentionProblem &);                                                            \
-    bool attention_map(const AttentionProblem &);                                                            \
-    }
-#define ATTN_SAMPLER_DECLARE_CONFIDENCE(isa)                                                                 \
-    namespace isa {                                                                                          \
-    bool token_confidence(const ConfidenceProblem &);                                                        \
-    }
-ATTN_SAMPLER_DECLARE_ATTENTION(portable)
-ATTN_SAMPLER_DECLARE_ATTENTION(avx2)
-ATTN_SAMPLER_DECLARE_ATTENTION(avx512)
-ATTN_SAMPLER_DECLARE_ATTENTION(avx512_bf16)
-ATTN_SAMPLER_DECLARE_ATTENTION(amx)
-ATTN_SAMPLER_DECLARE_CONFIDENCE(portable)
-ATTN_SAMPLER_DECLARE_CONFIDENCE(avx2)
-ATTN_SAMPLER_DECLARE_CONFIDENCE(avx512)
-#undef ATTN_SAMPLER_DECLARE_ATTENTION
-#undef ATTN_SAMPLER_DECLARE_CONFIDENCE
-
 /* The best set that this processor runs, or the one that ATTN_SAMPLER_CPU_ISA asks for. */
 const CpuKernels &cpu_kernels();
 

@@ -7,31 +7,14 @@
 #ifndef ATTN_SAMPLER_CPU_MATMUL_H_
 #define ATTN_SAMPLER_CPU_MATMUL_H_
 
-#include "cpu/amx.h"
-#include "cpu/simd.h"
+#include "arithmetic.h"
+#include "cpu/simd/simd.h"
 
 namespace attn_sampler {
 namespace {
 
 constexpr int kTile = 64;                         /* rows and columns of a tile, at the most */
 constexpr int kMaxVectors = kLanes == 16 ? 4 : 2; /* so that a micro-kernel's sums fit the registers */
-
-/* Any dtype, widened to float32. */
-struct FloatWords {
-    static constexpr int kElements = 1; /* of a word */
-    static VecF multiply_add(VecF sum, VecF column, VecF x) { return sum + x * column; }
-};
-
-#if defined(__AVX512BF16__)
-#define ATTN_SAMPLER_BF16_WORDS 1
-/* bfloat16 in pairs; products are exact, sums float32. */
-struct Bf16Words {
-    static constexpr int kElements = 2;
-    static VecF multiply_add(VecF sum, VecF column, VecF x) {
-        return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)column, (__m512bh)x);
-    }
-};
-#endif
 
 /* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...], a's first rows. Raises top[...], if there is
  * one, to the largest of each column. */
@@ -97,20 +80,16 @@ struct Constant {
  * is one, to the largest of each column that is a number. */
 template <typename Words>
 inline void multiply(Rows a, const float *b, int width, int64_t words, float *c, float *top = nullptr) {
-#if defined(ATTN_SAMPLER_AMX)
-    if constexpr (Words::kElements == 2) {
-        const int64_t done = multiply_amx(a, b, width, words, c);
-        for (int j = 0; top != nullptr && j < width; j += kLanes) {
-            VecF largest = load<VecF>(top + j);
-            for (int64_t r = 0; r < done; ++r)
-                largest = larger(load<VecF>(c + r * width + j), largest);
-            store(top + j, largest);
-        }
-        a.data += done * a.stride;
-        a.count -= done;
-        c += done * width;
+    const int64_t done = Words::multiply_rows(a, b, width, words, c);
+    for (int j = 0; done > 0 && top != nullptr && j < width; j += kLanes) {
+        VecF largest = load<VecF>(top + j);
+        for (int64_t r = 0; r < done; ++r)
+            largest = larger(load<VecF>(c + r * width + j), largest);
+        store(top + j, largest);
     }
-#endif
+    a.data += done * a.stride;
+    a.count -= done;
+    c += done * width;
     const auto columns = [&](auto rows_at_once, auto vectors, int j) {
         micro_rows<Words, rows_at_once, vectors>(a, b + j, width, words, c + j,
                                                  top == nullptr ? nullptr : top + j);
@@ -154,62 +133,6 @@ inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t de
     return {reinterpret_cast<const char *>(buffer), depth * 4, n, reinterpret_cast<const char *>(buffer)};
 }
 
-#if defined(__AVX512F__)
-/* Lanes of two vectors (0 to 15 and 16 to 31) for each stage of a transposition. */
-struct Shuffles {
-    int32_t low[4][16] = {}, high[4][16] = {};
-
-    constexpr Shuffles() {
-        for (int stage = 0; stage < 4; ++stage)
-            for (int l = 0, step = 1 << stage; l < 16; ++l) {
-                low[stage][l] = (l & step) == 0 ? l : 16 + l - step;
-                high[stage][l] = (l & step) == 0 ? l + step : 16 + l;
-            }
-    }
-};
-alignas(64) constexpr Shuffles kShuffles;
-
-/* x[i][j] = x[j][i]: pairs of lanes change places, then pairs of pairs, and so on. */
-inline void transpose(VecF *x) {
-#pragma GCC unroll 4
-    for (int stage = 0; stage < 4; ++stage) {
-        const __m512i low = (__m512i)load<VecI>(kShuffles.low[stage]);
-        const __m512i high = (__m512i)load<VecI>(kShuffles.high[stage]);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-            if ((i >> stage & 1) != 0)
-                continue;
-            const __m512 a = (__m512)x[i], b = (__m512)x[i + (1 << stage)];
-            x[i] = (VecF)_mm512_permutex2var_ps(a, low, b);
-            x[i + (1 << stage)] = (VecF)_mm512_permutex2var_ps(a, high, b);
-        }
-    }
-}
-#endif
-
-/* Lane i is the sum of the lanes of x[i]; uses up x[kLanes]. */
-inline VecF sums_of_lanes(VecF *x) {
-#if defined(__AVX512F__)
-    /* As for a transposition, except that both results of an exchange are added. */
-#pragma GCC unroll 4
-    for (int stage = 0; stage < 4; ++stage) {
-        const __m512i low = (__m512i)load<VecI>(kShuffles.low[stage]);
-        const __m512i high = (__m512i)load<VecI>(kShuffles.high[stage]);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i += 2 << stage) {
-            const __m512 a = (__m512)x[i], b = (__m512)x[i + (1 << stage)];
-            x[i] = (VecF)_mm512_permutex2var_ps(a, low, b) + (VecF)_mm512_permutex2var_ps(a, high, b);
-        }
-    }
-    return x[0];
-#else
-    VecF sums;
-    for (int i = 0; i < kLanes; ++i)
-        sums[i] = sum_of_lanes(x[i]);
-    return sums;
-#endif
-}
-
 /* packed[words][width], the rows across the lanes; zeros in the lanes beyond n. */
 template <typename Words>
 inline void pack(const void *const *address, int64_t n, int dtype, int64_t depth, int width, float *buffer,
@@ -217,26 +140,9 @@ inline void pack(const void *const *address, int64_t n, int dtype, int64_t depth
     const Rows rows = as_rows<Words>(address, n, dtype, depth, buffer);
     const int64_t words = depth / Words::kElements;
     for (int64_t i0 = 0; i0 < width; i0 += kLanes) {
-        const int64_t count = min_of(kLanes, max_of(n - i0, 0));
+        const int64_t count = clamp(n - i0, 0, kLanes);
         const char *const first = rows.data + i0 * rows.stride;
-        int64_t d = 0;
-#if defined(__AVX512F__)
-        for (; d + 16 <= words; d += 16) {
-            VecF x[16] = {};
-            if (count == 16) {
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i)
-                    x[i] = load<VecF>(first + i * rows.stride + d * 4);
-            } else {
-                for (int i = 0; i < count; ++i)
-                    x[i] = load<VecF>(first + i * rows.stride + d * 4);
-            }
-            transpose(x);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; ++i)
-                store(packed + (d + i) * width + i0, x[i]);
-        }
-#endif
+        int64_t d = pack_squares({first, rows.stride, count, nullptr}, words, packed + i0, width);
         for (; d < words; ++d) {
             float *const to = packed + d * width + i0;
             for (int64_t i = 0; i < count; ++i)

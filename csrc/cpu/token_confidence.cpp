@@ -7,12 +7,12 @@
  * without contraction of multiply-adds, because the noise is fixed to the last bit.
  */
 #include <cmath>
-#include <cstdlib>
 
+#include "arithmetic.h"
 #include "attn_sampler_random.h"
 #include "cpu/kernels.h"
-#include "cpu/parallel.h"
-#include "cpu/simd.h"
+#include "cpu/launch.h"
+#include "cpu/simd/simd.h"
 
 namespace attn_sampler {
 namespace {
@@ -23,7 +23,6 @@ constexpr int64_t kPeek = 64;    /* logits that tell roughly how large the other
 constexpr float kRoom = 8.0f;    /* how far above the shift logits may be */
 constexpr int64_t kTasks = 64;
 constexpr int64_t kMinSplit = 8192; /* tokens that are worth a task */
-constexpr float kLog2e = 0x1.715476p+0f;
 
 /* What is known of a stretch of the vocabulary. */
 struct State {
@@ -232,8 +231,8 @@ struct Sampler {
     VecF word_bound(VecF x, float best_key) const {
         constexpr float kUnit = 0x1p23f;                              /* one in the exponent */
         constexpr float kOffset = (127.0f + 32.0f + 0x1p-9f) * kUnit; /* with room for the roundings */
-        const VecF bits = (x * inverse_temperature - best_key) * (kLog2e * kUnit) + kOffset;
-        return (VecF) __builtin_convertvector(clamp(bits, 0.0f, 255.0f * kUnit), VecI);
+        const VecF bits = (x * inverse_temperature - best_key) * static_cast<float>(kLog2e * kUnit) + kOffset;
+        return (VecF) __builtin_convertvector(clamp_lanes(bits, 0.0f, 255.0f * kUnit), VecI);
     }
 
     /* Takes the token of the largest key among the n of a chunk, if it exceeds the state's. The first begins
@@ -388,44 +387,32 @@ namespace ATTN_SAMPLER_ISA {
 bool token_confidence(const ConfidenceProblem &p) {
     const int64_t rows = p.batch * p.positions;
     /* By the vocabulary alone: a position has the same bits alone and in a batch. */
-    const int64_t splits = max_of(1, min_of(kTasks, p.vocab / kMinSplit));
+    const int64_t splits = clamp(p.vocab / kMinSplit, 1, kTasks);
     const int64_t tokens_per_split = ceil_div(ceil_div(p.vocab, splits), kChunk) * kChunk;
-    State *const state =
-        static_cast<State *>(std::malloc(static_cast<size_t>(max_of(rows * splits, 1)) * sizeof(State)));
-    if (state == nullptr)
+    const int64_t splits_per_task = rows >= kTasks ? splits : 1; /* a core fetches whole rows best */
+    const Workspace work(0, 0, rows * splits * static_cast<int64_t>(sizeof(State)));
+    if (!work)
         return false;
-    struct Context {
-        const ConfidenceProblem &p;
-        Code code;
-        State *state;
-        int64_t splits, tokens_per_split, splits_per_task;
-    } context{p, code_for(p.dtype, p.params.metric), state, splits, tokens_per_split, 1};
-    if (rows >= kTasks) /* whole rows, which a core fetches best, are tasks enough */
-        context.splits_per_task = splits;
-    parallel_for(
-        p.num_threads, rows * splits / context.splits_per_task,
-        [](void *opaque, int64_t task, int) {
-            const Context &c = *static_cast<Context *>(opaque);
-            for (int64_t i = task * c.splits_per_task; i < (task + 1) * c.splits_per_task; ++i) {
-                const int64_t row = i / c.splits;
-                const int64_t first = min_of(i % c.splits * c.tokens_per_split, c.p.vocab);
-                const int64_t last = min_of(first + c.tokens_per_split, c.p.vocab);
-                c.state[i] = c.code.scan(c.p, row / c.p.positions, row % c.p.positions, first, last);
-            }
-        },
-        &context);
+    State *const state = static_cast<State *>(work.shared());
+    const Code code = code_for(p.dtype, p.params.metric);
+    auto task = [&](int64_t index, int) {
+        for (int64_t i = index * splits_per_task; i < (index + 1) * splits_per_task; ++i) {
+            const int64_t row = i / splits, first = min_of(i % splits * tokens_per_split, p.vocab);
+            const int64_t last = min_of(first + tokens_per_split, p.vocab);
+            state[i] = code.scan(p, row / p.positions, row % p.positions, first, last);
+        }
+    };
+    parallel_for(p.num_threads, rows * splits / splits_per_task, task);
     for (int64_t row = 0; row < rows; ++row) {
         State total = state[row * splits];
         for (int64_t split = 1; split < splits; ++split)
             total.merge(state[row * splits + split]);
         const int64_t b = row / p.positions, c = row % p.positions;
         if (p.params.temperature == 0.0 && total.best_key > -kInf)
-            total.best = context.code.find(p, b, c, total.best, total.best_logit);
-        p.token_ids.data[b * p.token_ids.stride[0] + c * p.token_ids.stride[1]] = total.best;
-        p.confidence.data[b * p.confidence.stride[0] + c * p.confidence.stride[1]] =
-            confidence_of(total, p.params.metric);
+            total.best = code.find(p, b, c, total.best, total.best_logit);
+        element(p.token_ids, b, c) = total.best;
+        element(p.confidence, b, c) = confidence_of(total, p.params.metric);
     }
-    std::free(state);
     return true;
 }
 

@@ -1,0 +1,82 @@
+/* The attention map: tiles of rows and columns, summed over heads. */
+#include "cpu/row_lse.h"
+
+namespace attn_sampler {
+namespace {
+
+template <typename Words>
+bool attention_map_of(const AttentionProblem &p) {
+    Plan plan(p);
+    const int64_t map_rows = p.params.rows.stop - p.params.rows.start;
+    const int64_t row_tiles = ceil_div(map_rows, kTile);
+    const int64_t column_tiles = ceil_div(plan.columns(), kTile);
+    const int64_t units = p.batch * row_tiles * column_tiles;
+    const int64_t splits = max_of(1, min_of(p.heads, kTasks / 4 / (row_tiles * column_tiles)));
+    const bool partial_sums = splits > 1 && !p.params.per_head;
+    const int64_t totals = partial_sums ? units * splits : p.num_threads;
+    const Workspace work(p.num_threads, Scratch::bytes(p.headdim),
+                         lse_count(p) * 8 + totals * kTile * kTile * 4);
+    if (!work || !compute_lse(plan, work.shared()))
+        return false;
+    float *const partial = reinterpret_cast<float *>(static_cast<double *>(work.shared()) + lse_count(p));
+
+    auto write_tile = [&](const Columns &columns, int64_t unit, int64_t h, const float *total) {
+        const int64_t row0 = unit / column_tiles % row_tiles * kTile;
+        float *const out = p.out.data + columns.b * p.out.stride[0] + h * p.out.stride[1];
+        for (int64_t r = 0; r < min_of(kTile, map_rows - row0); ++r)
+            for (int i = 0; i < columns.n; ++i)
+                write(out + (row0 + r) * p.out.stride[2] +
+                          (columns.first + i - p.params.columns.start) * p.out.stride[3],
+                      static_cast<double>(total[r * kTile + i]), p.params.accumulate != 0);
+    };
+    auto task = [&](int64_t index, int worker) {
+        const int64_t split = index % splits, unit = index / splits;
+        Columns columns(plan, unit / column_tiles / row_tiles, unit % column_tiles);
+        const Scratch s(work.of_worker(worker), p.headdim);
+        const int64_t row0 = p.params.rows.start + unit / column_tiles % row_tiles * kTile;
+        const int64_t first = max_of(row0, plan.row_start);
+        const int64_t last = min_of(min_of(row0 + kTile, p.params.rows.stop), plan.row_stop);
+        float *const total = partial + (partial_sums ? index : worker) * kTile * kTile;
+        memset(total, 0, kTile * kTile * 4);
+        for (int64_t h = p.heads * split / splits; h < p.heads * (split + 1) / splits; ++h) {
+            RowTile tile;
+            tile.add(plan, columns, h, first, last);
+            if (tile.n > 0) {
+                columns.pack_keys<Words>(plan, h / plan.group, s);
+                const Weights weights(plan, columns, tile, s, Words());
+                for (int v = 0; v < columns.width / kLanes; ++v)
+                    weights.for_each_row(v, [&](int r, VecF weight) {
+                        float *const at = total + (tile.row[r] - row0) * kTile + v * kLanes;
+                        store(at, load<VecF>(at) + weight);
+                    });
+            }
+            if (p.params.per_head) {
+                write_tile(columns, unit, h, total);
+                memset(total, 0, kTile * kTile * 4);
+            }
+        }
+        if (!partial_sums && !p.params.per_head)
+            write_tile(columns, unit, 0, total);
+    };
+    parallel_for(p.num_threads, units * splits, task);
+
+    for (int64_t unit = 0; partial_sums && unit < units; ++unit) {
+        float *const total = partial + unit * splits * kTile * kTile;
+        for (int64_t split = 1; split < splits; ++split)
+            for (int i = 0; i < kTile * kTile; ++i)
+                total[i] += total[split * kTile * kTile + i];
+        write_tile(Columns(plan, unit / column_tiles / row_tiles, unit % column_tiles), unit, 0, total);
+    }
+    return true;
+}
+
+} // namespace
+
+namespace ATTN_SAMPLER_ISA {
+
+bool attention_map(const AttentionProblem &p) {
+    return in_pairs(p) ? attention_map_of<PairWords>(p) : attention_map_of<FloatWords>(p);
+}
+
+} // namespace ATTN_SAMPLER_ISA
+} // namespace attn_sampler

@@ -1,0 +1,112 @@
+#include "cpu/row_lse.h"
+
+namespace attn_sampler {
+namespace {
+
+constexpr int64_t kKeysPerSplit = 1024;
+
+/* Of a tile of rows over some of the keys: the largest logit, in units, and the sum of exponentials relative
+ * to it. */
+struct Partial {
+    float maximum[kTile], sum[kTile];
+};
+
+/* Rows [first, first + n) of a key head's list, up to kTile of them, over keys [key, key_stop). Row f of the
+ * list is row f % rows of query head f / rows of the group. */
+template <typename Words>
+void partial_lse(const Plan &plan, int64_t b, int64_t hkv, int64_t first, int64_t n, int64_t key,
+                 int64_t key_stop, const Scratch &s, Partial &result) {
+    const AttentionProblem &p = plan.p;
+    const int width = static_cast<int>(round_up(n, kLanes));
+    const void *address[kTile] = {};
+    int32_t position[kTile];
+    int32_t furthest = -1;
+    for (int64_t i = 0; i < width; ++i) {
+        const int64_t f = first + min_of(i, n - 1), m = plan.row_start + f % plan.rows();
+        address[i] = plan.query(b, hkv * plan.group + f / plan.rows(), m);
+        position[i] = plan.position(m, 0);
+        furthest = position[i] > furthest ? position[i] : furthest;
+    }
+    pack_rows<Words>(plan, address, n, width, s);
+    Softmax<Words> softmax(plan, b, hkv);
+    if (p.params.causal)
+        key_stop = min_of(key_stop, static_cast<int64_t>(furthest) + 1);
+    while (key < key_stop) {
+        int32_t at[kTile];
+        int64_t count = 0;
+        for (; key < key_stop && count < kTile; ++key)
+            if (plan.key_counts(b, key)) {
+                address[count] = plan.key(b, hkv, key);
+                at[count++] = static_cast<int32_t>(key);
+            }
+        if (count == 0)
+            break;
+        softmax.add(address, at, count, nullptr, position, s, width, s.product);
+    }
+    memcpy(result.maximum, softmax.top, sizeof(softmax.top));
+    memcpy(result.sum, softmax.sum, sizeof(softmax.sum));
+}
+
+/* The log-sum-exp of row i of a tile from its splits. */
+double merge(const Partial *partial, int64_t splits, int64_t i, double unit) {
+    float maximum = -kInf;
+    for (int64_t split = 0; split < splits; ++split)
+        maximum = partial[split].maximum[i] > maximum ? partial[split].maximum[i] : maximum;
+    const double shift = std::isfinite(maximum) ? static_cast<double>(maximum) : 0.0;
+    double sum = 0.0;
+    for (int64_t split = 0; split < splits; ++split) {
+        const double top = static_cast<double>(partial[split].maximum[i]);
+        const double part_shift = std::isfinite(top) ? top : 0.0;
+        const float part = partial[split].sum[i];
+        if (part != 0.0f) /* else nothing was seen, and its shift means nothing */
+            sum += std::exp2((part_shift - shift) * unit) * static_cast<double>(part);
+    }
+    return shift * unit + std::log2(sum);
+}
+
+template <typename Words>
+bool row_lse_of(const AttentionProblem &p, double *lse) {
+    const Plan plan(p);
+    const int64_t list = plan.group * plan.rows(), keys = plan.key_stop - plan.key_start;
+    const int64_t tiles = ceil_div(list, kTile), units = p.batch * p.kv_heads * tiles;
+    if (units == 0)
+        return true;
+    /* Few rows, many keys: cut the keys too. */
+    const int64_t tasks = min_of(p.kv_heads * tiles, kTasks); /* of one sequence */
+    const int64_t splits = max_of(1, min_of(kTasks / tasks, keys / kKeysPerSplit));
+    const int64_t keys_per_split = ceil_div(keys, splits);
+    const Workspace work(p.num_threads, Scratch::bytes(p.headdim),
+                         units * splits * static_cast<int64_t>(sizeof(Partial)));
+    if (!work)
+        return false;
+    Partial *const partial = static_cast<Partial *>(work.shared()); /* [units, splits] */
+    auto task = [&](int64_t index, int worker) {
+        const int64_t split = index % splits, unit = index / splits, head = unit / tiles;
+        const int64_t first = unit % tiles * kTile, key = plan.key_start + split * keys_per_split;
+        partial_lse<Words>(plan, head / p.kv_heads, head % p.kv_heads, first, min_of(kTile, list - first),
+                           key, min_of(key + keys_per_split, plan.key_stop),
+                           Scratch(work.of_worker(worker), p.headdim), partial[index]);
+    };
+    parallel_for(p.num_threads, units * splits, task);
+
+    for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t b = unit / tiles / p.kv_heads, hkv = unit / tiles % p.kv_heads;
+        const double scale_unit = LogitUnits(plan.scale(b, hkv)).unit;
+        for (int64_t i = 0, f = unit % tiles * kTile; i < kTile && f < list; ++i, ++f) {
+            const int64_t h = hkv * plan.group + f / plan.rows(), m = plan.row_start + f % plan.rows();
+            lse[(b * p.heads + h) * p.n_rows + m] = merge(partial + unit * splits, splits, i, scale_unit);
+        }
+    }
+    return true;
+}
+
+} // namespace
+
+namespace ATTN_SAMPLER_ISA {
+
+bool row_lse(const AttentionProblem &p, double *lse) {
+    return in_pairs(p) ? row_lse_of<PairWords>(p, lse) : row_lse_of<FloatWords>(p, lse);
+}
+
+} // namespace ATTN_SAMPLER_ISA
+} // namespace attn_sampler

@@ -1,0 +1,242 @@
+/* Tiles of the attention matrix: the operands of their products, and their weights.
+ *
+ * The ladder of ideas for column scores and the attention map:
+ * 1. With the row log-sum-exp known, a column's score needs that column's key and nothing else: the work is
+ *    one [rows] x [columns] product, however long the context is.
+ * 2. One tile serves everything: up to 64 rows times 64 keys, float32. The operand across the lanes is packed
+ *    transposed once and reused; the other is walked row by row. Scores put columns across the lanes, so that
+ *    the sum over rows is a vertical add; the log-sum-exp puts rows there, so that the sum over keys is.
+ * 3. Query heads that share a key head are one long list of rows. Rows that cannot count are not even
+ *    gathered.
+ * 4. Work is cut by the shape of one sequence's problem, and partial sums are added in the order of the cuts:
+ *    a sequence has the same bits for any number of threads, alone or in a batch.
+ */
+#ifndef ATTN_SAMPLER_CPU_TILE_H_
+#define ATTN_SAMPLER_CPU_TILE_H_
+
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/launch.h"
+#include "cpu/matmul.h"
+
+namespace attn_sampler {
+namespace {
+
+constexpr int64_t kTasks = 64; /* as many as this keep a large machine busy */
+
+/* What the kernels share of one problem. */
+struct Plan {
+    const AttentionProblem &p;
+    int64_t group;               /* query heads of a key head */
+    int64_t row_start, row_stop; /* rows that can count */
+    int64_t key_start, key_stop; /* keys of the softmax */
+    const double *lse;           /* computed base-2 log-sum-exp, [B, Hq, M]; null where it is given */
+
+    explicit Plan(const AttentionProblem &problem)
+        : p(problem), group(problem.heads / problem.kv_heads), row_start(0), row_stop(problem.n_rows),
+          key_start(0), key_stop(problem.n_keys), lse(nullptr) {
+        if (p.params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK) {
+            key_start = p.params.columns.start;
+            key_stop = p.params.columns.stop;
+            row_start = clamp(key_start - p.params.query_start, 0, p.n_rows);
+            row_stop = clamp(key_stop - p.params.query_start, row_start, p.n_rows);
+        }
+    }
+
+    int64_t rows() const { return row_stop - row_start; }
+    int64_t columns() const { return p.params.columns.stop - p.params.columns.start; }
+
+    const void *query(int64_t b, int64_t h, int64_t m) const { return row_of(p.q, b, h, m); }
+    const void *key(int64_t b, int64_t hkv, int64_t n) const { return row_of(p.k, b, hkv, n); }
+    bool row_counts(int64_t b, int64_t m) const {
+        return p.query_mask.data == nullptr || element(p.query_mask, b, m) != 0;
+    }
+    bool key_counts(int64_t b, int64_t n) const {
+        return p.key_mask.data == nullptr || element(p.key_mask, b, n) != 0;
+    }
+    /* From products of a key head to base-2 logits. */
+    float scale(int64_t b, int64_t hkv) const {
+        double scale = p.params.softmax_scale * kLog2e;
+        if (p.q_descale.data != nullptr)
+            scale *= static_cast<double>(element(p.q_descale, b, hkv));
+        if (p.k_descale.data != nullptr)
+            scale *= static_cast<double>(element(p.k_descale, b, hkv));
+        return static_cast<float>(scale);
+    }
+    /* Where row m stands, counted from key `origin`; bounded, so that it fits the lanes. */
+    int32_t position(int64_t m, int64_t origin) const {
+        return static_cast<int32_t>(clamp(p.params.query_start - origin + m, -1, 1 << 30));
+    }
+
+  private:
+    const void *row_of(const View<const void, 3> &x, int64_t b, int64_t h, int64_t i) const {
+        const int64_t offset = b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
+        return static_cast<const char *>(x.data) + offset * element_size(p.dtype);
+    }
+};
+
+/* Memory of one thread. */
+struct Scratch {
+    float *packed;  /* [D][kTile] */
+    float *rows;    /* [kTile][D] */
+    float *product; /* [kTile][kTile], or another size */
+    int32_t *keys;  /* the keys that count, where there is room for them */
+
+    static int64_t bytes(int64_t headdim, int64_t product_size = kTile * kTile, int64_t keys = 0) {
+        return (2 * headdim * kTile + product_size + keys) * 4;
+    }
+    Scratch(void *memory, int64_t headdim, int64_t product_size = kTile * kTile)
+        : packed(static_cast<float *>(memory)), rows(packed + headdim * kTile),
+          product(rows + headdim * kTile), keys(reinterpret_cast<int32_t *>(product + product_size)) {}
+};
+
+/* Packs the rows at these addresses across the lanes. */
+template <typename Words>
+inline void pack_rows(const Plan &plan, const void *const *address, int64_t n, int width, const Scratch &s) {
+    pack<Words>(address, n, plan.p.dtype, plan.p.headdim, width, s.rows, s.packed);
+}
+
+/* x[n][width]: the products of the rows at these addresses, before those at `next`, with the packed ones.
+ * Raises top[width], if there is one, to the largest of each column that is a number. */
+template <typename Words>
+inline void multiply_rows(const Plan &plan, const void *const *address, int64_t n, const void *next,
+                          int width, const Scratch &s, float *x, float *top = nullptr) {
+    const int64_t depth = plan.p.headdim;
+    const Rows rows = as_rows<Words>(address, n, plan.p.dtype, depth, s.rows, next);
+    multiply<Words>(rows, s.packed, width, depth / Words::kElements, x, top);
+}
+
+/* Whether q and k are multiplied in pairs of bfloat16, as they are or, from float8, without loss. */
+inline bool in_pairs(const AttentionProblem &p) {
+    return (p.dtype == ATTN_SAMPLER_BFLOAT16 || p.dtype == ATTN_SAMPLER_FLOAT8_E4M3) && p.headdim % 2 == 0;
+}
+
+/* A tile of columns of one sequence. */
+struct Columns {
+    int64_t b, first; /* key position of lane 0 */
+    int n, width;
+    int64_t kv_head;             /* whose keys are packed; -1 before the first */
+    bool all_count;              /* no lane is masked for all rows */
+    VecI counts[kTile / kLanes]; /* lanes that are columns with an unmasked key */
+
+    Columns(const Plan &plan, int64_t b_, int64_t tile)
+        : b(b_), first(plan.p.params.columns.start + tile * kTile),
+          n(static_cast<int>(min_of(kTile, plan.p.params.columns.stop - first))),
+          width(static_cast<int>(round_up(n, kLanes))), kv_head(-1), all_count(true) {
+        int32_t lanes[kTile] = {};
+        for (int i = 0; i < n; ++i) {
+            lanes[i] = plan.key_counts(b, first + i) ? -1 : 0;
+            all_count = all_count && lanes[i] != 0;
+        }
+        for (int v = 0; v < width / kLanes; ++v)
+            counts[v] = load<VecI>(lanes + v * kLanes);
+    }
+
+    template <typename Words>
+    void pack_keys(const Plan &plan, int64_t hkv, const Scratch &s) {
+        if (kv_head == hkv)
+            return;
+        const void *address[kTile] = {};
+        for (int i = 0; i < n; ++i)
+            address[i] = plan.key(b, hkv, first + i);
+        pack_rows<Words>(plan, address, n, width, s);
+        kv_head = hkv;
+        const int64_t bytes = plan.p.headdim * element_size(plan.p.dtype);
+        for (int i = 0; hkv + 1 < plan.p.kv_heads && i < n; ++i)
+            for (int64_t at = 0; at < bytes; at += 64)
+                __builtin_prefetch(static_cast<const char *>(plan.key(b, hkv + 1, first + i)) + at);
+    }
+};
+
+/* Up to kTile rows that count, gathered. */
+struct RowTile {
+    const void *address[kTile] = {};
+    float lse_high[kTile], lse_low[kTile]; /* base 2; the sum of both has the precision of a double */
+    int32_t position[kTile];               /* lane at which the row stands */
+    int64_t row[kTile];
+    int n = 0;
+    const void *next = nullptr; /* where other rows are, if not after these */
+
+    /* Adds rows m, m + 1, ... of head h, but for those that have no weight in any of the columns, until
+     * `stop` or the tile is full; returns the row to go on with. */
+    int64_t add(const Plan &plan, const Columns &columns, int64_t h, int64_t m, int64_t stop) {
+        const AttentionProblem &p = plan.p;
+        const int64_t b = columns.b, step = p.q.stride[2] * element_size(p.dtype);
+        const char *q = static_cast<const char *>(plan.query(b, h, m));
+        const double *const computed =
+            plan.lse == nullptr ? nullptr : plan.lse + (b * p.heads + h) * p.n_rows;
+        const float *const given =
+            p.softmax_lse.data + b * p.softmax_lse.stride[0] + h * p.softmax_lse.stride[1];
+        const int64_t given_step = p.softmax_lse.stride[2];
+        const double given_unit = p.params.lse_base == ATTN_SAMPLER_LSE_BASE_2 ? 1.0 : kLog2e;
+        const bool causal = p.params.causal != 0, masked = p.query_mask.data != nullptr;
+        for (; m < stop && n < kTile; ++m, q += step) {
+            const int32_t at = plan.position(m, columns.first);
+            const double lse =
+                computed != nullptr ? computed[m] : static_cast<double>(given[m * given_step]) * given_unit;
+            if ((masked && !plan.row_counts(b, m)) || (causal && at < 0) || lse == -static_cast<double>(kInf))
+                continue;
+            address[n] = q;
+            lse_high[n] = static_cast<float>(lse);
+            lse_low[n] = std::isfinite(lse_high[n]) ? static_cast<float>(lse - lse_high[n]) : 0.0f;
+            position[n] = at;
+            row[n++] = m;
+        }
+        return m;
+    }
+};
+
+/* The attention weights of a tile of rows for a tile of columns, a vector of columns at a time. */
+class Weights {
+  public:
+    template <typename Words>
+    Weights(const Plan &plan, const Columns &columns, const RowTile &rows, const Scratch &s, Words)
+        : columns_(columns), rows_(rows), product_(s.product), scale_(plan.scale(columns.b, columns.kv_head)),
+          causal_(plan.p.params.causal != 0), diagonal_(plan.p.params.diagonal != 0),
+          select_(!columns.all_count || columns.n < columns.width || causal_ || !diagonal_) {
+        multiply_rows<Words>(plan, rows.address, rows.n, rows.next, columns.width, s, s.product);
+    }
+
+    /* Calls use(row, weights) for vector v of all rows in turn. Exactly 0 where a row does not see a column.
+     */
+    template <typename Use>
+    void for_each_row(int v, const Use &use) const {
+        if (!select_) {
+            for (int r = 0; r < rows_.n; ++r)
+                use(r, weights(r, v));
+            return;
+        }
+        const VecI lane = lane_index() + v * kLanes;
+        for (int r = 0; r < rows_.n; ++r) {
+            VecI keep = columns_.counts[v];
+            if (causal_)
+                keep &= lane <= rows_.position[r];
+            if (!diagonal_)
+                keep &= lane != rows_.position[r];
+            use(r, keep ? weights(r, v) : VecF{});
+        }
+    }
+
+  private:
+    VecF weights(int r, int v) const {
+        const VecF x = load<VecF>(product_ + r * columns_.width + v * kLanes);
+        const VecF above = exact_multiply_add(x, splat(scale_), splat(-rows_.lse_high[r]));
+        return exp2_vec(above - rows_.lse_low[r], 1.0f);
+    }
+
+    const Columns &columns_;
+    const RowTile &rows_;
+    const float *const product_;
+    const float scale_;
+    const bool causal_, diagonal_, select_;
+};
+
+inline void write(float *out, double value, bool accumulate) {
+    *out = accumulate ? *out + static_cast<float>(value) : static_cast<float>(value);
+}
+
+} // namespace
+} // namespace attn_sampler
+
+#endif /* ATTN_SAMPLER_CPU_TILE_H_ */
