@@ -53,7 +53,7 @@ class Function:
             else:
                 values += flat(argument) if isinstance(argument, tuple) else (argument,)
         tensors = (x for value in values for x in (value if isinstance(value, list) else (value,)))
-        if nothing_listens() and all(is_plain(x) for x in tensors if isinstance(x, Tensor)):
+        if nothing_listens() and all(_is_ordinary(x) for x in tensors if isinstance(x, Tensor)):
             self._run(backend, out, *arguments)
         else:
             self._operator(*values, backend)
@@ -126,6 +126,11 @@ def nothing_listens() -> bool:
 def is_plain(tensor: Any) -> bool:
     """Whether it is a dense tensor of no subclass."""
     return type(tensor) is Tensor and checks.is_dense(tensor)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether it lacks what the dispatcher takes care of: a place on meta, a pending negation."""
+    return is_plain(tensor) and not tensor.is_meta and not tensor.is_neg()
 
 
 def _modes_only_choose_devices() -> bool:

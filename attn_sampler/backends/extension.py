@@ -73,7 +73,7 @@ class Extension(Backend):
 
     def attempt(self, op: str, *arguments: Any) -> bool:
         try:
-            _run(getattr(_C, op), *arguments)
+            _run(getattr(_C, op), arguments[0], arguments)
         except _C.Refused:
             return False
         return True
@@ -83,7 +83,7 @@ class Extension(Backend):
 
 
 def _run_views(function: Callable[..., int], *arguments: Any) -> None:
-    _run(function, *map(_view, arguments))
+    _run(function, arguments[0], tuple(map(_view, arguments)))
 
 
 def _view(x: Any) -> Any:
@@ -96,11 +96,11 @@ def _view(x: Any) -> Any:
     return x
 
 
-def _run(function: Callable[..., int], out: Any, *arguments: Any) -> None:
+def _run(function: Callable[..., int], out: Any, arguments: tuple) -> None:
     """Run a function of the extension on the device of its output, on CUDA on torch's current stream."""
     like = out[0] if isinstance(out, tuple) else out
     if like.is_cpu:
-        function(out, *arguments, (0, torch.get_num_threads(), 0, 0, 0, 0))
+        function(*arguments, (0, torch.get_num_threads(), 0, 0, 0, 0))
         return
     index = like.get_device()
     if index < 0:
@@ -112,7 +112,7 @@ def _run(function: Callable[..., int], out: Any, *arguments: Any) -> None:
     workspace = None if capturing else _workspaces.get((index, stream))
     address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
     try:
-        while needed := function(out, *arguments, (1, 1, index, stream, address, size)):
+        while needed := function(*arguments, (1, 1, index, stream, address, size)):
             workspace = torch.zeros(needed, dtype=torch.uint8, device=like.device)
             if not capturing:
                 _workspaces[index, stream] = workspace

@@ -179,7 +179,7 @@ def test_a_workspace_for_each_device_and_stream(monkeypatch):
     monkeypatch.setattr(extension, "_workspaces", {})
     ran: list[tuple] = []
 
-    def kernels(_: object, needed: int, where: tuple) -> int:
+    def kernels(needed: int, where: tuple) -> int:
         cuda, _, index, stream, address, size = where
         assert (cuda, stream) == (1, streams[index])
         if size < needed:
@@ -189,7 +189,7 @@ def test_a_workspace_for_each_device_and_stream(monkeypatch):
 
     def run(index: int, needed: int) -> tuple:
         like = types.SimpleNamespace(is_cpu=False, get_device=lambda: index, device=torch.device("cpu"))
-        extension._run(kernels, like, needed)
+        extension._run(kernels, like, (needed,))
         return ran[-1]
 
     first = run(0, 512)
