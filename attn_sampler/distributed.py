@@ -21,6 +21,7 @@ that a CUDA graph can hold a step with a group that it can hold (NCCL).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,10 +30,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attn_sampler import checks, functional, reference
+from attn_sampler.backends import BACKEND_CHOICES
+from attn_sampler.checks import Span
 from attn_sampler.functional import column_scores, select_tokens
-from attn_sampler.reference import StepResult
+from attn_sampler.options import (
+    QUERY_ROWS,
+    Attention,
+    Sampling,
+    Selection,
+    check_layers,
+    columns_of_block,
+    renamed,
+    token_of_row_0,
+)
+from attn_sampler.reference import StepResult, masked_rows
 
 _NO_TOKEN = float(1 << 53)  # above every token id, exact in float64
+# What an Attention says beside where a block stands.
+_HOW = (None, "e", False, "sequence", True, "sum", False, False)
 
 
 @torch.no_grad()
@@ -114,24 +129,27 @@ def token_confidence(
     return shard.merge(_gather(torch.stack(shard.statistics()), group))
 
 
-@torch.no_grad()
 def decode_step(
     tokens: Tensor,  # [B, T]
     logits: Tensor,  # [B, C, V of this rank]
-    layers: Tensor | Sequence[Sequence[Tensor | None]],
+    layers: Sequence[Sequence[Tensor | None]] | None = None,
     *,
+    scores: Tensor | None = None,  # [B, C]
     block: slice,
     mask_token_id: int,
     vocab_start: int,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    policy: str = "parallel",
+    rule: str = "parallel",
     tau: float = 0.9,
     fallback: str = "confidence",
     metric: str = "probability",
     temperature: float = 0.0,
     seed: int | Tensor | None = None,
+    query_rows: str = "all",
     backend: str = "auto",
+    policy: str | None = None,
+    rows: str | None = None,
     **score_options: Any,
 ) -> StepResult:
     """One step of attention-guided decoding with heads and vocabulary split over ranks.
@@ -146,14 +164,17 @@ def decode_step(
         int64 ``[B, T]``, the same on every rank; **updated in place**.
     logits, vocab_start, vocab_size, group
         As in ``token_confidence``.
-    layers
-        This rank's heads, as ``functional.decode_step`` takes layers, or their scores, float32 ``[B, C]``:
-        either as ``AttentionCapture.step_input`` gives them.
-    block, mask_token_id, policy, tau, fallback, metric, temperature, seed, backend
+    layers, scores
+        This rank's heads, as ``functional.decode_step`` takes layers; or instead their scores, float32
+        ``[B, C]``.
+    block, mask_token_id, rule, tau, fallback, metric, temperature, seed, query_rows, backend
         As in ``functional.decode_step``, the same on every rank; mask_token_id counts in the whole
         vocabulary.
+    policy, rows
+        The former names of rule and query_rows, taken, as scores in the place of layers are, for one release
+        more.
     **score_options
-        ``rows``, ``columns`` and what else ``functional.decode_step`` reads ``layers`` with.
+        ``columns`` and what else ``functional.decode_step`` reads ``layers`` with.
 
     Returns
     -------
@@ -168,33 +189,34 @@ def decode_step(
     RuntimeError
         torch.distributed is not initialised.
     """
-    functional.check_selection(policy, tau, fallback)
+    if isinstance(layers, Tensor):
+        warnings.warn("layers: scores are given as scores= now", DeprecationWarning, stacklevel=2)
+        layers, scores = None, layers
+    query_rows = renamed("query_rows", query_rows, "rows", rows)
+    selection = Selection(renamed("rule", rule, "policy", policy), fallback, tau).checked()
     checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
     checks.writable("tokens", tokens)
-    lo, hi = checks.span("block", block, tokens.shape[1], "token positions (T)")
-    shape = (tokens.shape[0], hi - lo)
+    place = checks.span("block", block, tokens.shape[1], "token positions (T)")
+    block_tokens = tokens[:, slice(*place)]
     checks.integer("mask_token_id", mask_token_id, 0, vocab_size)
     checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES, like=tokens)
-    checks.shape("logits", logits, "[B, C, V]", (*shape, logits.shape[2]))
+    checks.shape("logits", logits, "[B, C, V]", (*block_tokens.shape, logits.shape[2]))
     shard = _Shard(logits, vocab_start, vocab_size, metric, temperature, seed, mask_token_id, backend)
-    partial = partial_scores(tokens, layers, lo, hi, mask_token_id, backend=backend, **score_options)
-    checks.tensor("layers", partial, "[B, C]", (torch.float32,), like=tokens)
-    checks.shape("layers", partial, "[B, C]", shape)
+    if (layers is None) == (scores is None):
+        raise TypeError(f"layers, scores: expected one of them, got {'none' if scores is None else 'both'}")
+    if layers is not None:
+        how = {"query_rows": query_rows, "backend": backend, **score_options}
+        scores = partial_scores(tokens, layers, place, mask_token_id, **how)
+    partial = checks.tensor("scores", scores, "[B, C]", (torch.float32,), like=tokens)
+    checks.shape("scores", partial, "[B, C]", block_tokens.shape)
 
-    gathered = _gather(torch.stack([partial.double(), *shard.statistics()]), group)
-    scores = gathered[:, 0].sum(dim=0).float()
-    token_ids, confidence = shard.merge(gathered[:, 1:])
-    block_tokens = tokens[:, lo:hi]
-    selected = select_tokens(
-        scores,
-        confidence,
-        block_tokens == mask_token_id,
-        policy=policy,
-        tau=tau,
-        fallback=fallback,
-        backend=backend,
-    )
-    block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
+    with torch.no_grad():
+        gathered = _gather(torch.stack([partial.double(), *shard.statistics()]), group)
+        scores = gathered[:, 0].sum(dim=0).float()
+        token_ids, confidence = shard.merge(gathered[:, 1:])
+        masked = block_tokens == mask_token_id
+        selected = select_tokens(scores, confidence, masked, **selection._asdict(), backend=backend)
+        block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
     return StepResult(tokens, token_ids, confidence, scores, selected)
 
 
@@ -215,7 +237,7 @@ class _Shard:
         checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
         checks.integer("vocab_size", vocab_size, 1 if exclude_token_id is None else 2)
         checks.integer("vocab_start", vocab_start, 0, vocab_size + 1)
-        checks.choice("backend", backend, functional.BACKEND_CHOICES)
+        checks.choice("backend", backend, BACKEND_CHOICES)
         self.logits = logits[..., : vocab_size - vocab_start]
         self.start = vocab_start
         self.exclude: int | None = None  # counted in the shard
@@ -223,9 +245,9 @@ class _Shard:
             checks.integer("exclude_token_id", exclude_token_id, 0, vocab_size)
             if vocab_start <= exclude_token_id < vocab_start + self.logits.shape[2]:
                 self.exclude = exclude_token_id - vocab_start
-        seed, seeds, self.temperature = functional.check_sampling(logits, metric, temperature, seed)
-        self.seed = seed if seeds is None else seeds
-        self.metric = metric
+        sampling = Sampling(metric, temperature, seed).of_stream(logits)
+        self.metric, self.temperature = sampling.metric, sampling.temperature
+        self.seed = 0 if sampling.seed is None else sampling.seed
         self.backend = backend
 
     def statistics(self) -> list[Tensor]:
@@ -342,41 +364,38 @@ def _of_token(value: Tensor, ids: Tensor, token: Tensor) -> Tensor:
     return value.masked_fill(ids != token, 0.0).sum(dim=0)
 
 
+@torch.no_grad()
 def partial_scores(
     tokens: Tensor,
-    layers: Tensor | Sequence[Sequence[Tensor | None]],
-    lo: int,
-    hi: int,
+    layers: Sequence[Sequence[Tensor | None]],
+    block: Span,
     mask_token_id: int,
     *,
-    rows: str = "all",
+    query_rows: str = "all",
     columns: slice | None = None,
     query_mask: Tensor | None = None,
     query_start: int | None = None,
+    softmax_scope: str = "sequence",
     **options: Any,
 ) -> Tensor:
     """float32 [B, C], the column scores of this rank's heads, as ``functional.decode_step`` reads layers."""
-    if isinstance(layers, Tensor):
-        return layers
-    all_q, all_k, *_ = functional.check_layers(layers, tokens, options.get("softmax_scope", "sequence"))
-    checks.choice("rows", rows, functional.ROWS)
-    first, last, start, row = functional.place_block(
-        all_q[0], all_k[0], tokens, lo, hi, rows=rows, columns=columns, query_start=query_start
-    )
-    if rows == "masked":
-        masked = tokens[:, row : row + all_q[0].shape[2]] == mask_token_id
-        query_mask = masked if query_mask is None else masked & query_mask
+    records = check_layers(layers, tokens, softmax_scope)
+    first = records[0]
+    checks.choice("query_rows", query_rows, QUERY_ROWS)
+    where = Attention(columns, None, query_start, *_HOW)
+    place = columns_of_block(where, first, block)
+    where = where.placed(first, place, Span(0, 0))
+    if query_rows == "masked":
+        row = token_of_row_0(where, first, block, tokens)
+        query_mask = masked_rows(tokens, mask_token_id, slice(row, row + first.q.shape[2]), query_mask)
     scores: Tensor | None = None
-    for q, k, softmax_lse, q_descale, k_descale in map(functional.layer_fields, layers):
+    for layer in records:
         scores = column_scores(
-            q,
-            k,
-            columns=slice(first, last),
-            softmax_lse=softmax_lse,
-            q_descale=q_descale,
-            k_descale=k_descale,
+            **layer._asdict(),
+            columns=slice(*place),
             query_mask=query_mask,
-            query_start=start,
+            query_start=where.query_start,
+            softmax_scope=softmax_scope,
             out=scores,
             **options,
         )

@@ -28,6 +28,7 @@ LOG2E = math.log2(math.e)
 
 QUERY_ROWS = ("all", "masked")
 REDUCTIONS = ("sum", "mean", "max")
+_SCALES = f"a finite number of magnitude up to {MAX_SCALE:.3g}"
 _INT64_MIN, _UINT64_END = -(1 << 63), 1 << 64
 
 
@@ -111,8 +112,8 @@ class Attention(NamedTuple):
         for name in ("causal", "diagonal", "per_head"):
             checks.flag(name, getattr(self, name))
         if self.softmax_scale is not None:
-            what = f"a finite number of magnitude up to {MAX_SCALE:.3g}"
-            checks.number("softmax_scale", self.softmax_scale, what, lambda x: -MAX_SCALE <= x <= MAX_SCALE)
+            scale = self.softmax_scale
+            checks.number("softmax_scale", scale, _SCALES, lambda x: -MAX_SCALE <= x <= MAX_SCALE)
         if self.query_start is not None:
             checks.integer("query_start", self.query_start, -MAX_POSITION, MAX_POSITION)
 

@@ -105,7 +105,7 @@ class EagerExtraction(Policy):
         scores = self.model.received[:, options["block"]].float().contiguous()
         del options["sequence"]
         options["seed"] = options.pop("seeds")
-        return decode_step(tokens, logits, scores, policy="sequential", **options)
+        return decode_step(tokens, logits, scores=scores, rule="sequential", **options)
 
 
 def ways(model: Model, forward: Callable[[Tensor], Tensor], prompt: Tensor, options: dict) -> dict:

@@ -105,14 +105,14 @@ class Decoder:
         logits = watch("capture", lambda: self._captured(capture, tokens))
 
         def step() -> None:
-            attention, options = capture.step_input()
+            layers, options = capture.layers, capture.step_options
             decode_step(
                 tokens,
                 logits[:, self.block],
-                attention,
+                layers,
                 block=self.block,
                 mask_token_id=MASK,
-                policy="sequential",
+                rule="sequential",
                 **options,
             )
 
@@ -145,7 +145,7 @@ class Decoder:
 
     def _commit(self, tokens: Tensor, token_ids: Tensor, confidence: Tensor, order: Tensor) -> None:
         masked = tokens[:, self.block] == MASK
-        selected = select_tokens(order, confidence, masked, policy="sequential")
+        selected = select_tokens(order, confidence, masked, rule="sequential")
         tokens[:, self.block] = torch.where(selected, token_ids, tokens[:, self.block])
 
 

@@ -44,7 +44,7 @@ stage build 150 "$python" -m pip install --no-build-isolation --no-deps --no-ind
 if [ "$2" = tests ]; then
     # Several processes on one GPU: compiling the Triton kernels is most of the time.
     stage tests 170 "$python" -m pytest -q -n 8 --dist worksteal --durations=10 -m "not slow and not long"
-    stage triton_kernels 60 "$python" -m pytest -q -n 4 --dist worksteal tests/backends/triton_kernels.py
+    stage triton_kernels 60 "$python" -m pytest -q -n 4 --dist worksteal tests/backends/test_triton_kernels.py
     if [ -n "${DRY_RUN:-}" ] || command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck synccheck initcheck; do
             sanitize $tool

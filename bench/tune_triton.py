@@ -2,7 +2,7 @@
 
     python -m bench.tune_triton [--kernel column_scores ...]
 
-Prints the entries of ``kernels/kernels/launch.py``'s TABLE for this architecture: of each kernel and shape
+Prints the entries of ``kernels/triton/launch.py``'s TABLE for this architecture: of each kernel and shape
 class the configuration of the least geometric mean over the decode shapes of that class, where it beats the
 present one by more than 3%.
 """

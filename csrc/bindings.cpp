@@ -10,6 +10,7 @@
 #include <cmath>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -152,7 +153,7 @@ class Record {
   public:
     Record(py::handle source, Py_ssize_t size) : tuple_(source.ptr()) {
         if (!PyTuple_Check(tuple_) || PyTuple_GET_SIZE(tuple_) != size)
-            throw Refused("expected a record of so many fields");
+            throw Refused("expected a record of " + std::to_string(size) + " fields");
     }
     py::handle operator[](Py_ssize_t i) const { return PyTuple_GET_ITEM(tuple_, i); }
 
@@ -201,13 +202,15 @@ int32_t choice(py::handle value, std::initializer_list<const char *> words) {
     throw Refused("expected one of a few words");
 }
 
-/* The bounds of a slice of step 1, or (start, stop) where they are resolved; all of it for None. That they lie
- * inside is for the C API to check. */
+/* The bounds of a slice of step 1, or of a Span, which is resolved; all of it for None. That they lie inside
+ * is for the C API to check. A bare tuple is no span: no user may give one. */
 attn_sampler_span span(py::handle value, int64_t length) {
     if (value.is_none())
         return {0, length};
-    if (PyTuple_Check(value.ptr()) && PyTuple_GET_SIZE(value.ptr()) == 2)
-        return {integer(PyTuple_GET_ITEM(value.ptr(), 0)), integer(PyTuple_GET_ITEM(value.ptr(), 1))};
+    if (PyTuple_Check(value.ptr()) && !PyTuple_CheckExact(value.ptr())) {
+        const Record bounds(value, 2);
+        return {integer(bounds[0]), integer(bounds[1])};
+    }
     if (!PySlice_Check(value.ptr()))
         throw Refused("expected a slice");
     const auto *const slice = reinterpret_cast<PySliceObject *>(value.ptr());
@@ -278,7 +281,7 @@ uint64_t seed_of(py::handle value) {
     const unsigned long long large = PyLong_AsUnsignedLongLong(value.ptr());
     if (PyErr_Occurred() != nullptr) {
         PyErr_Clear();
-        throw Refused("expected a seed of 64 bits");
+        throw Refused("expected an integer of 64 bits");
     }
     return large;
 }
@@ -383,12 +386,14 @@ int64_t select_tokens(py::handle selected, py::handle scores, py::handle confide
     });
 }
 
-/* The scores are given where there are no layers. */
+/* The scores are given where the layers are None. */
 int64_t decode_step(py::handle out, py::handle logits, py::handle layers, py::handle masks,
                     py::handle options, py::handle where) {
     Views view;
     PyObject *const given = layers.is_none() ? nullptr : view.items(layers);
     const Py_ssize_t count = given == nullptr ? 0 : PyTuple_GET_SIZE(given);
+    if (given != nullptr && count == 0) /* the scores are not to be read */
+        throw Refused("expected at least one layer");
     view.reserve(9 + 5 * static_cast<size_t>(count));
     const Record outputs(out, 5), fields(options, 6);
     const auto *const tokens = view(outputs[0]), *const token_ids = view(outputs[1]),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from attn_sampler import checks
 from attn_sampler.adapters._engine import BlockDecoder, require
 from attn_sampler.capture import AttentionCapture
+from attn_sampler.checks import Span
 from attn_sampler.distributed import partial_scores, sum_scores
 from attn_sampler.policy import Policy
 
@@ -140,11 +141,11 @@ class AttnParallelDecoder(_strategy.ParallelDecoder):
         self._capture.reset()  # lets go of the queries, and of this pass
         if self._group is None:
             return attention, options
-        mask = self._decoder.mask_token_id
-        partial = partial_scores(
-            tokens, attention, 0, tokens.shape[1], mask, backend=self._decoder.backend, **options
-        )
-        return sum_scores(partial, self._group), {}
+        if not isinstance(attention, Tensor):
+            block, mask = Span(0, tokens.shape[1]), self._decoder.mask_token_id
+            options["backend"] = self._decoder.backend
+            attention = partial_scores(tokens, attention, block, mask, **options)
+        return sum_scores(attention, self._group), {}
 
     def _first_row(self, layer: Any, columns: slice) -> int:
         """The key position of the first query: all tokens run, those from the block on, or the block."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler.backends.base import Backend
+from attn_sampler.checks import Span
 from attn_sampler.options import MAX_HEADDIM
 
 try:
@@ -82,14 +83,17 @@ class Extension(Backend):
 
 
 def _run_views(function: Callable[..., int], *arguments: Any) -> None:
-    _run(function, *arguments if READS_TENSORS else map(_view, arguments))
+    _run(function, *map(_view, arguments))
 
 
 def _view(x: Any) -> Any:
-    """The argument with what the extension reads a tensor from in place of each tensor."""
+    """The argument with what the extension reads in place of each tensor, None in place of no layers."""
     if isinstance(x, Tensor):
-        return _C.TensorView(x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride())
-    return tuple(map(_view, x)) if isinstance(x, (tuple, list)) else x
+        is_read = READS_TENSORS and type(x) is Tensor
+        return x if is_read else _C.TensorView(x.data_ptr(), _DTYPE[x.dtype], x.shape, x.stride())
+    if isinstance(x, (tuple, list)) and not isinstance(x, Span):
+        return tuple(map(_view, x)) or None
+    return x
 
 
 def _run(function: Callable[..., int], out: Any, *arguments: Any) -> None:
@@ -99,6 +103,8 @@ def _run(function: Callable[..., int], out: Any, *arguments: Any) -> None:
         function(out, *arguments, (0, torch.get_num_threads(), 0, 0, 0, 0))
         return
     index = like.get_device()
+    if index < 0:
+        raise _C.Refused("an output is neither on the CPU nor on a CUDA device")
     # What torch.cuda.current_stream(index).cuda_stream is, without an object made for it.
     stream = torch._C._cuda_getCurrentRawStream(index)
     # A captured graph outlives this call and may be replayed beside others: it has memory of its own.

@@ -2,6 +2,7 @@
 #ifndef ATTN_SAMPLER_CUDA_BLOCK_CUH_
 #define ATTN_SAMPLER_CUDA_BLOCK_CUH_
 
+#include "arithmetic.h"
 #include "cuda/ptx.cuh"
 #include "problem.h"
 
@@ -10,8 +11,7 @@ namespace cuda {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-constexpr double kLog2e = 1.4426950408889634;
-/* In float32, and what it has beyond. */
+/* log2(e) in float32, and what it has beyond. */
 constexpr float kLog2eHigh = static_cast<float>(kLog2e);
 constexpr float kLog2eLow = static_cast<float>(kLog2e - static_cast<double>(kLog2eHigh));
 

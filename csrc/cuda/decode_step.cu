@@ -30,23 +30,16 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(8 * kTiles, sizeof(T
         finish_part(args.select, index / args.scores.members / args.scores.bins / args.scores.tiles);
 }
 
-template <typename T, int kTiles>
-void launch(const char *name, const StepArgs &args, Launcher &launcher) {
-    launcher.launch(name, column_scores_or_step_kernel<T, kTiles>, args,
-                    args.confidence_blocks + score_blocks(args.scores),
-                    score_shared_bytes<T>(args.scores, 8 * kTiles));
-}
-
 void launch(const char *name, const StepArgs &args, int dtype, Launcher &launcher) {
     const int columns = tile_columns(args.scores.attention.columns, dtype);
     dispatch_type(dtype, [&](auto type) {
         using T = decltype(type);
-        if (columns == 8)
-            launch<T, 1>(name, args, launcher);
-        else if (columns == 32)
-            launch<T, 4>(name, args, launcher);
-        else if constexpr (sizeof(T) == 2)
-            launch<T, 8>(name, args, launcher);
+        constexpr int kWidest = sizeof(T) == 2 ? 8 : 4;
+        const auto kernel = columns == 8    ? column_scores_or_step_kernel<T, 1>
+                            : columns == 32 ? column_scores_or_step_kernel<T, 4>
+                                            : column_scores_or_step_kernel<T, kWidest>;
+        launcher.launch(name, kernel, args, args.confidence_blocks + score_blocks(args.scores),
+                        score_shared_bytes<T>(args.scores, columns));
     });
 }
 

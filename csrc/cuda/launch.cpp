@@ -62,14 +62,14 @@ Launcher::Launcher(const attn_sampler_exec &exec)
 
 void *Launcher::take_bytes(int64_t bytes) {
     const int64_t start = used_ > 0 ? used_ : kCounters * 4;
-    used_ = start + ceil_div(bytes, 256) * 256;
+    used_ = start + round_up(bytes, 256);
     return reinterpret_cast<void *>(memory_ + static_cast<uintptr_t>(start));
 }
 
 uint32_t *Launcher::counters(int64_t count) {
     if (counters_used_ + count > kCounters) { /* a rare shape pays for one more node in its graph */
         uint32_t *const counters = take<uint32_t>(count);
-        zeros_start_ = zeros_stop_ > 0 ? zeros_start_ : used_ - ceil_div(count * 4, 256) * 256;
+        zeros_start_ = zeros_stop_ > 0 ? zeros_start_ : used_ - round_up(count * 4, 256);
         zeros_stop_ = used_;
         return counters;
     }

@@ -7,14 +7,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "arithmetic.h"
 #include "error.h"
 #include "problem.h"
 
 namespace attn_sampler {
 namespace cuda {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 /* The functions of the device (csrc/device.h), in the files of their names. */
 int64_t column_scores(const AttentionProblem &, const attn_sampler_exec &);

@@ -26,11 +26,11 @@
 
 /* The largest values that are taken. */
 #define ATTN_SAMPLER_MAX_HEADDIM 512 /* on CUDA: a tile of keys fits the shared memory of every GPU */
-#define ATTN_SAMPLER_MAX_KEYS ((INT64_C(1) << 30) - 1)
-#define ATTN_SAMPLER_MAX_VOCAB (INT64_C(1) << 34)    /* the sampling stream counts groups of 4 in 32 bits */
-#define ATTN_SAMPLER_MAX_POSITION (INT64_C(1) << 62) /* sums of positions stay far from overflow */
-#define ATTN_SAMPLER_MAX_SCALE 2.35e38               /* finite in float32, times log2(e) too */
-#define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120        /* logits are multiplied by its inverse in float32 */
+#define ATTN_SAMPLER_MAX_KEYS ((INT64_C(1) << 30) - 1) /* the kernels count keys in 32 bits */
+#define ATTN_SAMPLER_MAX_VOCAB (INT64_C(1) << 34)      /* the sampling stream counts groups of 4 in 32 bits */
+#define ATTN_SAMPLER_MAX_POSITION (INT64_C(1) << 62)   /* sums of positions stay far from overflow */
+#define ATTN_SAMPLER_MAX_SCALE 2.35e38                 /* finite in float32, times log2(e) too */
+#define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120          /* logits are multiplied by its inverse in float32 */
 
 #ifdef __cplusplus
 extern "C" {
@@ -124,7 +124,7 @@ typedef struct attn_sampler_exec {
     void *stream;             /* cudaStream_t */
     void *workspace;          /* may be NULL where its size is 0 */
     int64_t workspace_size;   /* in bytes */
-    int64_t workspace_needed; /* an answer */
+    int64_t workspace_needed; /* an answer, written only where the workspace is too small */
 } attn_sampler_exec;
 
 /* Positions [start, stop). */
@@ -162,7 +162,7 @@ typedef struct attn_sampler_masks {
 typedef struct attn_sampler_attention_params {
     attn_sampler_span columns; /* key positions, 0 <= start < stop <= N */
     attn_sampler_span rows;    /* query rows, 0 <= start < stop <= M; attention_map only */
-    int64_t query_start;       /* key position of query row 0; in [-MAX_POSITION, MAX_POSITION) */
+    int64_t query_start;       /* key position of query row 0; of magnitude below ATTN_SAMPLER_MAX_POSITION */
     double softmax_scale;      /* of magnitude up to ATTN_SAMPLER_MAX_SCALE */
     int32_t lse_base;          /* attn_sampler_lse_base */
     int32_t causal;            /* 0 or 1 */

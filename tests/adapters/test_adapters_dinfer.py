@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from engine_toy import load, needs_installed, stub
 from torch import Tensor
 from torch.nn import functional as F
+from toy_model import EOS, MASK, ToyModel, rotate
 
 from attn_sampler import generate, reference
-from engine_toy import load, needs_installed, stub
-from toy_model import EOS, MASK, ToyModel, rotate
 
 SOURCE = ("dinfer", "dinfer/decoding/generate_uniform.py")
 PROMPT = torch.tensor([[5, 7, 2, 9, 11], [1, 4, 8, 6, 6]])
@@ -96,8 +96,8 @@ def run(
 class ByHand:
     """The same decisions from the attention weights themselves."""
 
-    def __init__(self, model: CachedToy, *, policy: str = "parallel", tau: float = 0.9) -> None:
-        self.model, self.policy, self.tau = model, policy, tau
+    def __init__(self, model: CachedToy, *, rule: str = "parallel", tau: float = 0.9) -> None:
+        self.model, self.rule, self.tau = model, rule, tau
         model.by_hand = True
 
     def block_init(self, block_x: Tensor, block_id: int) -> None:
@@ -109,10 +109,10 @@ class ByHand:
         reference.decode_step(
             tokens,
             logits,
-            scores,
+            scores=scores,
             block=slice(0, BLOCK),
             mask_token_id=MASK,
-            policy=self.policy,
+            rule=self.rule,
             tau=self.tau if tau is None else tau,
         )
         x[:, start:stop] = tokens

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_toy import load, sources, stub
 from torch import Tensor
+from toy_model import EOS, MASK, ToyModel
 
 from attn_sampler import generate
-from engine_toy import load, sources, stub
-from toy_model import EOS, MASK, ToyModel
 
 SOURCE = ("dllm", "dllm/core/samplers/base.py")
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [6, 6, 1, 2, 3], [9]]
@@ -86,7 +86,7 @@ def alone(prompt: list[int], **options: Any) -> list[int]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"tau": 0.3}, {"policy": "attn-sequential", "rows": "masked"}, {"temperature": 0.7, "seed": 5}],
+    [{"tau": 0.3}, {"policy": "attn-sequential", "query_rows": "masked"}, {"temperature": 0.7, "seed": 5}],
 )
 @pytest.mark.parametrize("tensors", [False, True])
 def test_sample(adapter: Any, options: dict[str, Any], tensors: bool):

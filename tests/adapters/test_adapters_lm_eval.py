@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from toy_model import EOS, MASK, ToyModel
 
 from attn_sampler import generate
-from toy_model import EOS, MASK, ToyModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a task of these tests that reaches for the network fails
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install '.[lm-eval]')")

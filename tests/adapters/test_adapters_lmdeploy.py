@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, load, sources, stub, toy
 from torch import Tensor, nn
+from toy_model import MASK
 
 from attn_sampler import column_scores
-from engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, load, sources, stub, toy
-from toy_model import MASK
 
 SOURCE = ("lmdeploy", "lmdeploy/pytorch/strategies/dllm/unmasking.py")
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [2, 3, 5, 7, 11, 13]]

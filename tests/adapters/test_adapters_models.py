@@ -156,7 +156,7 @@ def test_blocks_of_a_block_causal_model_are_counted_from_its_start() -> None:
 @pytest.mark.parametrize("name", ["sdar", "fast-dllm-v2"])
 def test_block_causal_decoding_is_the_same_with_a_cache(name: str, policy: str) -> None:
     prompts = [prompt(6), prompt(6, 1), prompt(6, 2)]
-    options: dict[str, Any] = {"policy": policy, "gen_length": 19, "rows": "masked"}
+    options: dict[str, Any] = {"policy": policy, "gen_length": 19, "query_rows": "masked"}
     if policy == "attn":
         options["tau"] = 0.3
     models = [ALL[name](seed=5, bd_size=8, block_size=8) for _ in range(2)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from attn_sampler.adapters import version_problem
+from attn_sampler.adapters import untested_version
 from attn_sampler.cli import main
 
 pytest.importorskip("transformers", reason="the command loads models with it")
@@ -272,14 +272,14 @@ def test_attention_that_cannot_be_read(
 
 
 def test_versions(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert version_problem("engine", "5.24.9.dev0", "5.24", "5.25") is None
-    assert version_problem("engine", "0.10", "0.9", "1.0") is None
-    assert version_problem("engine", "0.5.23.post1", "0.5.23", "0.6") is None
-    assert version_problem("engine", "0.5.22", "0.5.23", "0.6") is not None
-    assert version_problem("engine", "0.6rc1", "0.5.23", "0.6") is not None
+    assert untested_version("engine", "5.24.9.dev0", "5.24", "5.25") is None
+    assert untested_version("engine", "0.10", "0.9", "1.0") is None
+    assert untested_version("engine", "0.5.23.post1", "0.5.23", "0.6") is None
+    assert untested_version("engine", "0.5.22", "0.5.23", "0.6") is not None
+    assert untested_version("engine", "0.6rc1", "0.5.23", "0.6") is not None
     for version in ("5.23.0", "4.57.1", "5.25", "6.0.0"):
         message = f"engine {version} is outside the tested range, 5.24 to below 5.25"
-        assert version_problem("engine", version, "5.24", "5.25") == message
+        assert untested_version("engine", version, "5.24", "5.25") == message
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "5.99.0")
     line = failure(arguments(folder, "--prompt", "w1"), capsys)
     assert line == (

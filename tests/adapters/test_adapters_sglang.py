@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from engine_toy import BLOCK, FlatToy, Request, attend, decode_whole, load, sources, stub, toy
+from torch import Tensor, nn
 from toy_model import MASK
 
 SOURCE = ("sglang", "sglang/srt/dllm/algorithm/base.py")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, needs_installed, stub, toy
 from torch import Tensor, nn
+from toy_model import MASK
 
 from attn_sampler import column_scores
-from engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, needs_installed, stub, toy
-from toy_model import MASK
 
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [2, 3, 5, 7, 11, 13]]
 CONTEXT = SimpleNamespace(attn_metadata=None)
@@ -286,7 +286,9 @@ def test_scores_that_are_nan_end_with_an_error(adapter: Any):
     q, k = torch.full((BLOCK, 32), torch.nan), torch.randn(BLOCK, 16)
     for layer in model.attention:
         layer(q, k, k)
-    with pytest.raises(RuntimeError, match="nothing could be committed: the attention scores are NaN"):
+    with pytest.raises(
+        RuntimeError, match=r"nothing could be committed in sequences \[0\]: the attention scores are NaN"
+    ):
         remask(torch.randn(1, BLOCK, MASK + 1), torch.full((1, BLOCK), MASK), MASK, 0.9)
 
 

@@ -14,12 +14,11 @@ import attn_sampler
 from attn_sampler import (
     BackendUnavailableError,
     Support,
-    _core,
     backends,
     column_scores,
     is_backend_supported,
 )
-from attn_sampler.backends import BACKENDS, OPS, TRITON_MODULE
+from attn_sampler.backends import BACKENDS, OPS, extension, triton
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -28,7 +27,7 @@ def test_the_table_answers_for_all(op, name):
     support = is_backend_supported(op, name)
     assert isinstance(support, Support)
     assert support.supported is (support.reason == "")
-    assert support.supported is (backends.installation_problem(name) is None)
+    assert support.supported is (backends.unavailable(name) is None)
 
 
 def test_a_backend_that_runs_takes_its_tensors(backend, device):
@@ -55,6 +54,7 @@ def test_what_a_backend_does_not_serve(backend, device):
     assert is_backend_supported("select_tokens", backend, scores, scores).supported
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_name_runs_or_raises_with_the_reason():
     q, k = normal(0, 1, 2, 3, 8), normal(1, 1, 2, 5, 8)
     for name in BACKENDS:
@@ -73,11 +73,11 @@ def test_a_name_runs_or_raises_with_the_reason():
 
 def test_auto_takes_the_first_that_serves(backend, device):
     x = torch.zeros(1, 2, 3, 8, device=device)
-    chosen = backends.choose_backend("column_scores", "auto", x, x)
-    order = (*backends.AUTO_ORDER[device.type], "reference")
-    assert chosen == next(n for n in order if is_backend_supported("column_scores", n, x, x).supported)
-    assert backends.choose_backend("column_scores", "auto", x.double()) == "reference"
-    assert backends.choose_backend("column_scores", "auto", x.transpose(2, 3)) == "reference"
+    order = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}[device.type]
+    expected = next(n for n in order if is_backend_supported("column_scores", n, x, x).supported)
+    assert backends.choose_backend("column_scores", "auto", x, x).name == expected
+    assert backends.choose_backend("column_scores", "auto", x.double()).name == "reference"
+    assert backends.choose_backend("column_scores", "auto", x.transpose(2, 3)).name == "reference"
 
 
 def test_auto_serves_what_only_the_reference_can():
@@ -109,18 +109,18 @@ def test_unknown_names():
 @pytest.fixture
 def triton_kernels(monkeypatch):
     """A stand-in for the Triton kernels' module, in interpreter mode."""
-    module = types.ModuleType(TRITON_MODULE)
-    module.problem = lambda op, tensors: "it is a stand-in" if tensors[0].shape[-1] == 99 else None
+    module = types.ModuleType(triton.MODULE)
+    module.refuses = lambda op, tensors: "it is a stand-in" if tensors[0].shape[-1] == 99 else None
     module.select_tokens = lambda selected, *_: selected.fill_(True)
-    monkeypatch.setitem(sys.modules, TRITON_MODULE, module)
+    monkeypatch.setitem(sys.modules, triton.MODULE, module)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     sys.modules["triton"].__spec__ = types.SimpleNamespace()
     sys.modules["triton"].__version__ = "3.6.0"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    backends.installation_problem.cache_clear()
+    backends.unavailable.cache_clear()
     yield module
     monkeypatch.undo()
-    backends.installation_problem.cache_clear()
+    backends.unavailable.cache_clear()
 
 
 def test_triton_kernels_are_found_by_their_module(triton_kernels):
@@ -130,18 +130,18 @@ def test_triton_kernels_are_found_by_their_module(triton_kernels):
     assert "float64" in is_backend_supported("select_tokens", "triton", x.double()).reason
     selected = attn_sampler.select_tokens(x, x, torch.zeros(2, 3, dtype=torch.bool), backend="triton")
     assert selected.all()  # what the stand-in writes
-    assert backends.choose_backend("select_tokens", "auto", x) != "triton"
+    assert backends.choose_backend("select_tokens", "auto", x).name != "triton"
 
 
 def test_triton_takes_gpu_tensors_outside_the_interpreter(triton_kernels, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    backends.installation_problem.cache_clear()
+    backends.unavailable.cache_clear()
     reason = is_backend_supported("select_tokens", "triton", torch.zeros(2, 3)).reason
     assert ("takes cuda tensors" if torch.cuda.is_available() else "no GPU") in reason
 
 
 def test_a_broken_triton_module_is_a_reason(triton_kernels, monkeypatch):
-    monkeypatch.setitem(sys.modules, TRITON_MODULE, None)
+    monkeypatch.setitem(sys.modules, triton.MODULE, None)
     assert "no Triton kernels" in is_backend_supported("select_tokens", "triton").reason
 
 
@@ -149,7 +149,7 @@ def test_a_broken_triton_module_is_a_reason(triton_kernels, monkeypatch):
 def test_an_old_triton_is_a_reason(triton_kernels, monkeypatch, version):
     """The kernels are not imported then: they cannot be."""
     monkeypatch.setattr(sys.modules["triton"], "__version__", version)
-    monkeypatch.setitem(sys.modules, TRITON_MODULE, None)
+    monkeypatch.setitem(sys.modules, triton.MODULE, None)
     reason = is_backend_supported("select_tokens", "triton").reason
     assert reason == f"triton {version} is installed; the kernels need 3.6 or newer"
 
@@ -176,10 +176,10 @@ def test_a_workspace_for_each_device_and_stream(monkeypatch):
     streams, capturing = {0: 11, 1: 12}, False
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.get, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(_core, "_workspaces", {})
+    monkeypatch.setattr(extension, "_workspaces", {})
     ran: list[tuple] = []
 
-    def kernels(needed: int, where: tuple) -> int:
+    def kernels(_: object, needed: int, where: tuple) -> int:
         cuda, _, index, stream, address, size = where
         assert (cuda, stream) == (1, streams[index])
         if size < needed:
@@ -189,23 +189,23 @@ def test_a_workspace_for_each_device_and_stream(monkeypatch):
 
     def run(index: int, needed: int) -> tuple:
         like = types.SimpleNamespace(is_cpu=False, get_device=lambda: index, device=torch.device("cpu"))
-        _core._run(kernels, like, (needed,))
+        extension._run(kernels, like, needed)
         return ran[-1]
 
     first = run(0, 512)
     assert first[2] == 512
-    workspace = _core._workspaces[0, 11]
+    workspace = extension._workspaces[0, 11]
     assert (workspace.data_ptr(), workspace.dtype, workspace.any().item()) == (first[1], torch.uint8, False)
     assert run(0, 100) == run(0, 512) == first
     other = run(1, 512)
     assert other[1] != first[1]
     streams[0] = 13
     assert run(0, 512)[1] not in (first[1], other[1])
-    assert len(_core._workspaces) == 3
+    assert len(extension._workspaces) == 3
     streams[0], capturing = 11, True
     assert run(0, 512)[1] != first[1]
-    assert _core._workspaces[0, 11] is workspace
+    assert extension._workspaces[0, 11] is workspace
     capturing = False
     assert run(0, 4096)[2] == 4096  # more is needed now
-    assert _core._workspaces[0, 11].numel() == 4096
+    assert extension._workspaces[0, 11].numel() == 4096
     assert run(0, 512)[2] == 4096

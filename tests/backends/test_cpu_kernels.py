@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_sampler import _core, attention_map, column_scores, token_confidence
+from attn_sampler import attention_map, column_scores, token_confidence
+from attn_sampler.backends import unavailable
 
-pytestmark = pytest.mark.skipif(_core.UNAVAILABLE is not None, reason=str(_core.UNAVAILABLE))
+pytestmark = pytest.mark.skipif(unavailable("cpu") is not None, reason=str(unavailable("cpu")))
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -1,77 +1,39 @@
-"""The CUDA kernels' own sources, compiled as C++ and run on the CPU, one fiber a thread (tests/support/cuda_host).
+"""The CUDA kernels' own sources, compiled as C++ and run on the CPU, one fiber a thread (support/cuda_host).
 
-The suite that judges every backend judges them too, in shuffled orders of blocks and threads. A program built
-with the sanitizers runs them on buffers of exact size, and shows that broken kernels are reported.
+The tests that judge every backend judge them too, at the places cuda@host and cuda@host-wgmma; here they are
+called straight. A program built with the sanitizers runs them on buffers of exact size, and shows that broken
+kernels are reported.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cmake_build import ROOT, build, build_once, python_module, tool
-from cuda_host import plugin
+from cmake_build import build, tool
+from places import CUDA_HOST, WITH_WGMMA, WITHOUT_WGMMA, cuda_host
 from problems import FLOAT8, normal, row_lse
+from stand_ins import aligned, load
 
-from attn_sampler import _core
+from attn_sampler import options
+from attn_sampler.backends.extension import _view
 
 CPU, CUDA = 0, 1
-OPTIONS = (
-    *("-DATTN_SAMPLER_CUDA=host", "-DATTN_SAMPLER_WGMMA=ON"),
-    *("-DATTN_SAMPLER_X86=OFF", "-DATTN_SAMPLER_WERROR=ON"),
-)
-WITH_WGMMA, WITHOUT_WGMMA = 0, 1  # devices
 
 
 @pytest.fixture(scope="module")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python module, with the CUDA kernels on the host."""
-    folder, _ = build_once(tmp_path_factory, "cuda_host", *OPTIONS, *python_module())
-    (module,) = folder.glob("_C.*.so")
-    return module
+    return cuda_host(tmp_path_factory)
 
 
-@pytest.mark.parametrize(
-    ("seed", "device", "tests"),
-    [
-        (1, WITHOUT_WGMMA, ("test_column_scores.py",)),
-        (2, WITH_WGMMA, ("test_column_scores.py", "-k", "random_problems or many_rows or visible_nan")),
-        (3, WITH_WGMMA, ("test_attention_map.py",)),
-        (4, WITHOUT_WGMMA, ("test_token_confidence.py",)),
-        (5, WITHOUT_WGMMA, ("test_select_tokens.py",)),
-        (6, WITHOUT_WGMMA, ("test_decode_step.py",)),
-        (7, WITH_WGMMA, ("test_decode_step.py", "-k", "random_steps")),
-    ],
-    ids=lambda x: str(x) if isinstance(x, int) else " ".join(x),
-)
-def test_the_suite_of_all_backends(extension: Path, seed: int, device: int, tests: tuple[str, ...]) -> None:
-    name, *options = tests
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "not slow and not long",
-            "-p",
-            "cuda_host.plugin",
-            "--backend",
-            "cpu",
-        ),
-        *(f"--cuda-host={extension}", f"--cuda-host-seed={seed}", f"--cuda-host-device={device}"),
-        *(str(ROOT / "tests" / "contract" / name), *options),
-    ]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+def attention_options(columns: slice, query_start: int, scale: float | None = None) -> options.Attention:
+    return options.Attention(
+        columns, None, query_start, scale, "e", False, "sequence", True, "sum", False, False
+    )
 
 
 class Step:
@@ -80,7 +42,7 @@ class Step:
     def __init__(
         self, extension: Path, n_layers: int, with_lse: bool, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        self.module = plugin.load(str(extension))
+        self.module = load(extension)
         self.host = ctypes.CDLL(str(extension))
         q = [normal(i, 2, 4, 6, 32, dtype=dtype) for i in range(n_layers)]
         k = [normal(100 + i, 2, 2, 24, 32, dtype=dtype) for i in range(n_layers)]
@@ -94,20 +56,27 @@ class Step:
         self.logits = normal(7, 2, 6, 11, dtype=torch.float32).mul(5)
         layers = zip(q, k, lse, [None] * n_layers, scales, strict=True)
         self.keep = q, k, lse, scales
-        outputs = (self.tokens, self.scores, self.token_ids, self.confidence, self.selected, self.logits)
-        self.arguments = (
-            *map(_core._view, outputs),
-            [tuple(map(_core._view, layer)) for layer in layers],
-            *(None, None, slice(18, 24), 7, "parallel", 0.4, "confidence", "probability", 0.0, None),
-            *("all", slice(18, 24), "e", None, False, 18, "sequence", True, "sum"),
+        how = options.Step(
+            slice(18, 24),
+            7,
+            "all",
+            attention_options(slice(18, 24), 18),
+            options.Sampling("probability", 0.0, None),
+            options.Selection("parallel", "confidence", 0.4),
         )
+        self.arguments = [
+            _view(x) for x in (self._outputs(), self.logits, list(layers), options.Masks(), how)
+        ]
 
     def run(self, where: tuple) -> int:
         self.tokens.copy_(self.start)
         return self.module.decode_step(*self.arguments, where)
 
     def results(self) -> list[torch.Tensor]:
-        return [x.clone() for x in (self.tokens, self.scores, self.token_ids, self.confidence, self.selected)]
+        return [x.clone() for x in self._outputs()]
+
+    def _outputs(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens, self.token_ids, self.confidence, self.scores, self.selected
 
 
 @pytest.mark.parametrize(
@@ -126,7 +95,7 @@ def test_a_step_of_many_layers(
     assert step.run((CPU, 1, 0, 0, 0, 0)) == 0
     expected = step.results()
     needed = step.run((CUDA, 1, 0, 0, 0, 0))
-    workspace = plugin.aligned(needed)
+    workspace = aligned(needed)
     workspace.zero_()
     first = None
     for seed in range(5):  # one workspace, as a replayed graph uses it, in different orders of the blocks
@@ -144,17 +113,17 @@ def test_a_step_of_many_layers(
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_wgmma_is_chosen_and_gives_the_same_bits(extension: Path, with_lse: bool) -> None:
     """On the device that has it, in every order of blocks and threads; and not with a wider head."""
-    module, host = plugin.load(str(extension)), ctypes.CDLL(str(extension))
+    module, host = load(extension), ctypes.CDLL(str(extension))
 
     def scores(device: int, headdim: int) -> tuple[torch.Tensor, int]:
         q = normal(0, 1, 2, 150, headdim, dtype=torch.bfloat16)
         k = normal(1, 1, 2, 260, headdim, dtype=torch.bfloat16)
         lse, out = row_lse(q, k), torch.full((1, 260), torch.nan)
-        tensors = (out, q, k, lse if with_lse else None, *[None] * 4)
-        options = (slice(0, 260), "e", headdim**-0.5, False, 110, "sequence", True, "sum", False, False)
-        arguments = (*map(_core._view, tensors), *options)
+        layer = options.Layer(q, k, lse if with_lse else None)
+        how = attention_options(slice(0, 260), 110, headdim**-0.5)
+        arguments = [_view(x) for x in (out, layer, options.Masks(), how)]
         needed = module.column_scores(*arguments, (CUDA, 1, device, 0, 0, 0))
-        workspace = plugin.aligned(needed)
+        workspace = aligned(needed)
         workspace.zero_()
         before = host.cuda_host_products()
         assert module.column_scores(*arguments, (CUDA, 1, device, 0, workspace.data_ptr(), needed)) == 0
@@ -175,7 +144,7 @@ def test_wgmma_is_chosen_and_gives_the_same_bits(extension: Path, with_lse: bool
 def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
     step = Step(extension, 1, True)
     needed = step.run((CUDA, 1, 1, 0, 0, 0))
-    workspace = plugin.aligned(needed)
+    workspace = aligned(needed)
     workspace.zero_()
     for device in (1, 0):
         assert step.run((CUDA, 1, device, 0, workspace.data_ptr(), needed)) == 0
@@ -188,7 +157,7 @@ def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
 def test_a_small_workspace_runs_nothing(extension: Path) -> None:
     step = Step(extension, 1, True)
     needed = step.run((CUDA, 1, 0, 0, 0, 0))
-    workspace = plugin.aligned(needed)
+    workspace = aligned(needed)
     workspace.zero_()
     before = step.host.cuda_host_launches()
     assert step.run((CUDA, 1, 0, 0, workspace.data_ptr(), needed - 1)) == needed
@@ -199,15 +168,16 @@ def test_a_small_workspace_runs_nothing(extension: Path) -> None:
 
 
 def test_what_the_kernels_do_not_take(extension: Path) -> None:
-    module = plugin.load(str(extension))
+    module = load(extension)
     q, k, out = torch.zeros(1, 1, 2, 520), torch.zeros(1, 1, 3, 520), torch.zeros(1, 3)
-    options = (slice(0, 3), "e", 1.0, False, 1, "sequence", True, "sum", False, False)
+    how = attention_options(slice(0, 3), 1, 1.0)
+    arguments = [_view(x) for x in (out, options.Layer(q, k), options.Masks(), how)]
     with pytest.raises(module.Refused, match="q: head dimension: the CUDA kernels take at most 512, got 520"):
-        module.column_scores(*map(_core._view, (out, q, k)), *[None] * 5, *options, (CUDA, 1, 0, 0, 0, 0))
+        module.column_scores(*arguments, (CUDA, 1, 0, 0, 0, 0))
 
 
 def test_under_the_sanitizers(tmp_path: Path) -> None:
-    build(tmp_path, *OPTIONS, "-DATTN_SAMPLER_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug")
+    build(tmp_path, *CUDA_HOST, "-DATTN_SAMPLER_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug")
     result = subprocess.run([tool("ctest"), "--verbose"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr
     assert "CPU and GPU committed the block in the same" in result.stdout

@@ -35,9 +35,10 @@ def test_no_kernel_spills(build: tuple[Path, str]) -> None:
     print(cuda_resources.table(resources))
     kernels = {r.kernel for r in resources}
     assert {(r.kernel, r.architecture) for r in resources} == {(k, a) for k in kernels for a in ARCHITECTURES}
-    names = ("decode_step", "column_scores", "row_lse", "attention_map", "token_confidence", "select_tokens")
-    for name in names:
-        assert any(k.startswith(f"{name}_kernel") for k in kernels), kernels
+    assert {re.sub("_kernel.*", "", k) for k in kernels} == {
+        *("row_lse", "column_scores", "column_scores_or_step", "attention_map", "token_confidence_or_step"),
+        "select_tokens",
+    }
     assert len(kernels) == 28
     spilling = [r for r in resources if r.stack or r.spill_stores or r.spill_loads]
     assert not spilling, cuda_resources.table(spilling)
@@ -84,7 +85,9 @@ def compile_ptx(folder: Path, source: str, *options: str) -> dict[str, str]:
     return dict(zip(cuda_resources.demangle(parts[1::2]), parts[2::2], strict=True))
 
 
-@pytest.mark.parametrize("source", ["column_scores", "row_lse", "attention_map", "token_confidence"])
+@pytest.mark.parametrize(
+    "source", ["row_lse", "attention_map", "token_confidence", "select_tokens", "decode_step"]
+)
 def test_instructions(tmp_path: Path, source: str) -> None:
     """Tensor cores and asynchronous copies in every kernel that should have them; no atomics on floats."""
     kernels = compile_ptx(tmp_path, source, "-arch=compute_80")
@@ -97,7 +100,7 @@ def test_instructions(tmp_path: Path, source: str) -> None:
         if name == "select_tokens_kernel":
             continue
         assert "ld.global.nc.L1::no_allocate.v4.u32" in code, name
-        if name == "token_confidence_kernel":
+        if name == "token_confidence_or_step_kernel":
             continue
         assert "cp.async.cg.shared.global" in code, name
         tensor_cores = set(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)\.", code))
@@ -106,7 +109,7 @@ def test_instructions(tmp_path: Path, source: str) -> None:
         if "Float8" in name:  # widened by integer operations where there is no instruction for it
             assert "mul.rn.f16x2" in code, name
         # The sampling stream is fixed to the last bit: where it is, no product is fused that does not say so.
-        if name.startswith("decode_step"):
+        if name.startswith("column_scores_or_step"):
             assert "mul.rn.f32" in code
 
 

@@ -19,7 +19,9 @@ from problems import (
     row_lse,
 )
 
-from attn_sampler import attention_map, column_scores, ops, reference
+from attn_sampler import attention_map, column_scores, reference
+from attn_sampler.backends import REGISTRY
+from attn_sampler.options import Attention, Layer, Masks, Span
 
 
 @pytest.mark.parametrize("seed", range(1000, 1050))
@@ -84,8 +86,9 @@ def test_every_element_of_the_output_is_written(backend, device, per_head):
     q, k = normal(0, 2, 4, 9, 40).to(device), normal(1, 2, 2, 21, 40).to(device)
     key_mask = torch.rand(2, 21, generator=torch.Generator().manual_seed(0)).to(device) < 0.5
     out = torch.full((2, 4, 5, 11) if per_head else (2, 5, 11), torch.nan, device=device)
-    arguments = (2, 7, 6, 17, 12, 40**-0.5, "e", True, "sequence", True, per_head, False)
-    ops.implementation(backend).attention_map(out, q, k, None, None, None, key_mask, None, *arguments)
+    how = (12, 40**-0.5, "e", True, "sequence", True, "sum", per_head, False)
+    options = Attention(Span(6, 17), Span(2, 7), *how)
+    REGISTRY[backend].function("attention_map")(out, Layer(q, k), Masks(key_mask), options)
     expected = attention_map(
         q,
         k,

@@ -20,7 +20,9 @@ from problems import (
     row_lse,
 )
 
-from attn_sampler import column_scores, ops, reference
+from attn_sampler import column_scores, reference
+from attn_sampler.backends import REGISTRY
+from attn_sampler.options import Attention, Layer, Masks, Span
 
 
 def small_problem(device: torch.device, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options):
@@ -340,16 +342,9 @@ def test_every_element_of_the_output_is_written(backend, device):
         for per_head, reduction in itertools.product((False, True), ("sum", "mean", "max")):
             shape = (2, 4, columns[1] - columns[0]) if per_head else (2, columns[1] - columns[0])
             out = torch.full(shape, torch.nan, device=device)
-            ops.implementation(backend).column_scores(
-                out,
-                problem.q,
-                problem.k,
-                None,
-                None,
-                None,
-                options.get("key_mask"),
-                None,
-                *columns,
+            how = Attention(
+                Span(*columns),
+                Span(0, 9),
                 options.get("query_start", 12),
                 40**-0.5,
                 "e",
@@ -360,6 +355,8 @@ def test_every_element_of_the_output_is_written(backend, device):
                 per_head,
                 False,
             )
+            masks = Masks(options.get("key_mask"))
+            REGISTRY[backend].function("column_scores")(out, Layer(problem.q, problem.k), masks, how)
             expected = problem.run(
                 column_scores,
                 columns=slice(*columns),

@@ -27,11 +27,13 @@ from attn_sampler import (
     StepResult,
     column_scores,
     decode_step,
-    ops,
     reference,
     select_tokens,
     token_confidence,
 )
+from attn_sampler.backends import REGISTRY
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span
+from attn_sampler.options import Step as StepOptions
 
 VOCAB, MASK = 37, 5
 SCALES = ("q_descale", "k_descale")
@@ -79,11 +81,11 @@ def random_step(seed: int, device: torch.device, dtypes: Sequence[torch.dtype] =
         "columns": columns,
         "query_start": 0 if full else columns.start,
         "mask_token_id": MASK,
-        "policy": rng.choice(("parallel", "parallel", "sequential")),
+        "rule": rng.choice(("parallel", "parallel", "sequential")),
         "tau": rng.choice((0.05, 0.1, 0.5)),
         "fallback": rng.choice(("confidence", "score")),
         "metric": rng.choice(("probability", "margin", "entropy")),
-        "rows": rng.choice(("all", "masked")),
+        "query_rows": rng.choice(("all", "masked")),
         "causal": rng.random() < 0.3,
         "diagonal": rng.random() < 0.7,
         "reduction": rng.choice(("sum", "mean", "max")),
@@ -149,7 +151,7 @@ def test_random_steps(backend, device, seed, dtypes):
         result.scores,
         result.confidence,
         masked,
-        policy=options["policy"],
+        rule=options["rule"],
         tau=options["tau"],
         fallback=options["fallback"],
     )
@@ -218,17 +220,17 @@ def test_rows_masked_is_a_query_mask(backend, device):
     step.tokens[0, 7] = 9
     masked_rows = step.tokens == MASK
     expected = step.copy().run(query_mask=masked_rows, backend=backend)
-    result = step.copy().run(rows="masked", backend=backend)
+    result = step.copy().run(query_rows="masked", backend=backend)
     assert torch.equal(result.scores, expected.scores)
     query_mask = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)).to(device) < 0.5
     expected = step.copy().run(query_mask=masked_rows & query_mask, backend=backend)
-    result = step.copy().run(rows="masked", query_mask=query_mask, backend=backend)
+    result = step.copy().run(query_rows="masked", query_mask=query_mask, backend=backend)
     assert torch.equal(result.scores, expected.scores)
 
 
 def test_keys_that_are_not_aligned_with_the_tokens(backend, device):
     """A cache that dropped the first 4 tokens: the same attention at shifted columns."""
-    step = small_step(device, rows="masked")
+    step = small_step(device, query_rows="masked")
     layers = [(q[:, :, 4:], k[:, :, 4:], None) for q, k, _ in step.layers]
     key_mask = (torch.arange(12, device=device) >= 4).expand(2, 12)
     whole = [(q, k, None) for q, k, _ in step.layers]
@@ -239,15 +241,15 @@ def test_keys_that_are_not_aligned_with_the_tokens(backend, device):
 
 
 def test_steps_fill_the_block(backend, device):
-    for policy, tau in (("sequential", 0.9), ("parallel", 1.0), ("parallel", 0.2)):
-        step = small_step(device, policy=policy, tau=tau)
+    for rule, tau in (("sequential", 0.9), ("parallel", 1.0), ("parallel", 0.2)):
+        step = small_step(device, rule=rule, tau=tau)
         step.tokens[1, 7] = 9
         given = step.tokens.clone()
         counts = []
         while (step.tokens[:, 6:10] == MASK).any():
             counts.append(step.run(backend=backend).selected.sum(dim=1).tolist())
         assert torch.tensor(counts).sum(dim=0).tolist() == [4, 3]
-        if policy == "sequential":
+        if rule == "sequential":
             assert counts == [[1, 1], [1, 1], [1, 1], [1, 0]]
         outside = torch.ones(12, dtype=torch.bool)
         outside[6:10] = False
@@ -263,7 +265,7 @@ def test_inputs_stay_as_they_are(backend, device):
     step = small_step(device, key_mask=torch.ones(2, 12, dtype=torch.bool, device=device))
     inputs = [*itertools.chain(*step.layers), step.logits, step.options["key_mask"]]
     before = [x.clone() for x in inputs]
-    step.run(rows="masked", backend=backend)
+    step.run(query_rows="masked", backend=backend)
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
 
 
@@ -290,13 +292,14 @@ def test_every_element_of_the_outputs_is_written(backend, device):
     scores, confidence = (torch.full((2, 4), torch.nan, device=device) for _ in range(2))
     token_ids = torch.full((2, 4), -7, device=device)
     selected = torch.ones(2, 4, dtype=torch.bool, device=device)
-    q, k, lse = (list(x) for x in zip(*step.layers, strict=True))
-    ops.implementation(backend).decode_step(
-        step.tokens, scores, token_ids, confidence, selected, step.logits, q, k, lse,
-        [], [], None, None, None, 6, 10, MASK, False, 6, 10, 0, None, "e", False, "sequence", True, "sum",
-        "probability", 0.0, 0, "parallel", 0.9, "confidence",
-    )  # fmt: skip
     actual = StepResult(step.tokens, token_ids, confidence, scores, selected)
+    attention = Attention(
+        Span(6, 10), Span(0, 0), 0, 40**-0.5, "e", False, "sequence", True, "sum", False, False
+    )
+    sampling, selection = Sampling("probability", 0.0, 0), Selection("parallel", "confidence", 0.9)
+    options = StepOptions(Span(6, 10), MASK, "all", attention, sampling, selection)
+    layers = [Layer(*layer) for layer in step.layers]
+    REGISTRY[backend].function("decode_step")(actual, step.logits, layers, Masks(), options)
     assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
@@ -320,8 +323,8 @@ def test_twenty_reruns_give_the_same_bits(backend, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU tells a host synchronisation")
 def test_no_host_synchronisation():
-    for backend, policy in itertools.product(("auto", "reference"), ("parallel", "sequential")):
-        step = small_step(torch.device("cuda"), policy=policy, temperature=0.7, seed=3)
+    for backend, rule in itertools.product(("auto", "reference"), ("parallel", "sequential")):
+        step = small_step(torch.device("cuda"), rule=rule, temperature=0.7, seed=3)
         expected = step.copy().run(backend=backend)
         step = step.copy()
         torch.cuda.set_sync_debug_mode("error")

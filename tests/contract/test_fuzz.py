@@ -17,12 +17,12 @@ import test_decode_step
 import test_select_tokens
 import test_token_confidence
 import torch
+from places import device_of
 from problems import ATTENTION_DTYPES, AttentionProblem, assert_accurate, random_attention
 from torch import Tensor
 
 import attn_sampler
 from attn_sampler import reference
-from attn_sampler.backends import REGISTRY
 
 INF, NAN = torch.inf, torch.nan
 QUICK, ALL = 160, 5200
@@ -47,7 +47,7 @@ def test_problems(backend: str, seeds: range) -> None:
 def check(backend: str, seed: int) -> None:
     """Judge the problem of this seed."""
     rng = random.Random(f"problem {seed}")
-    device = torch.device(REGISTRY[backend].device or "cpu")
+    device = device_of(backend)
     with threads(rng.choice((1, 2, 5))):
         kind = rng.choice(("column_scores",) * 3 + ("attention_map",) * 2 + ("confidence", "select", "step"))
         if kind == "confidence":
@@ -132,7 +132,7 @@ def check_selection(backend: str, device: torch.device, rng: random.Random) -> N
         backend,
         *(test_select_tokens.draw(rng, shape, values, device) for _ in range(2)),
         test_select_tokens.draw(rng, shape, [True, False], device),
-        policy=rng.choice(("parallel", "sequential")),
+        rule=rng.choice(("parallel", "sequential")),
         tau=rng.choice((0.0, 0.5, 0.9, 1.0)),
         fallback=rng.choice(("confidence", "score")),
     )

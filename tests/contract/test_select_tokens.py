@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_sampler import ops, select_tokens
+from attn_sampler import select_tokens
+from attn_sampler.backends import REGISTRY
+from attn_sampler.options import Selection
 
 INF, NAN = math.inf, math.nan
 CHOICES = [(p, f) for p in ("parallel", "sequential") for f in ("confidence", "score")]
@@ -20,7 +22,7 @@ def float32(x: float) -> float:
     return struct.unpack("f", struct.pack("f", x))[0]
 
 
-def rule(scores: list, confidence: list, masked: list, policy: str, tau: float, fallback: str) -> list:
+def by_hand(scores: list, confidence: list, masked: list, rule: str, tau: float, fallback: str) -> list:
     """One row. The positions to commit, by walking over the masked positions one at a time."""
 
     def single(value: list) -> list:
@@ -33,7 +35,7 @@ def rule(scores: list, confidence: list, masked: list, policy: str, tau: float, 
                 best = (x, j)
         return [best is not None and j == best[1] for j in range(len(masked))]
 
-    if policy == "sequential":
+    if rule == "sequential":
         return single(scores)
     theta = -INF
     high = []
@@ -52,9 +54,9 @@ def judge(backend: str, scores: Tensor, confidence: Tensor, masked: Tensor, **op
     before = [x.clone() for x in (scores, confidence, masked)]
     selected = select_tokens(scores, confidence, masked, backend=backend, **options)
     assert selected.dtype == torch.bool
-    filled = {"policy": "parallel", "tau": 0.9, "fallback": "confidence"} | options
+    filled = {"rule": "parallel", "tau": 0.9, "fallback": "confidence"} | options
     expected = [
-        rule(*row, **filled)
+        by_hand(*row, **filled)
         for row in zip(scores.tolist(), confidence.tolist(), masked.tolist(), strict=True)
     ]
     assert selected.tolist() == expected
@@ -72,10 +74,10 @@ def draw(rng: random.Random, shape: tuple[int, int], values: list, device: torch
     return torch.tensor(rows, device=device).reshape(shape[0], 2 * shape[1])[:, ::2]
 
 
-@pytest.mark.parametrize(("policy", "fallback"), CHOICES)
+@pytest.mark.parametrize(("rule", "fallback"), CHOICES)
 @pytest.mark.parametrize("tau", [0.0, 0.5, 0.9, 1.0])
-def test_thousands_of_small_rows(backend, device, policy, fallback, tau):
-    rng = random.Random(f"{policy} {fallback} {tau}")
+def test_thousands_of_small_rows(backend, device, rule, fallback, tau):
+    rng = random.Random(f"{rule} {fallback} {tau}")
     for count in (1, 2, 3, 5, 8):
         ties = draw(rng, (24, count), [0.0, 0.25, 0.5, 0.75], device)
         wild = draw(rng, (24, count), [-INF, INF, NAN, 0.0, -0.0, 1.0, 2.0], device)
@@ -84,7 +86,7 @@ def test_thousands_of_small_rows(backend, device, policy, fallback, tau):
         masked = draw(rng, (24, count), [True, True, False], device)
         for scores in (ties, wild):
             for confidence in (some, odd):
-                judge(backend, scores, confidence, masked, policy=policy, tau=tau, fallback=fallback)
+                judge(backend, scores, confidence, masked, rule=rule, tau=tau, fallback=fallback)
 
 
 @pytest.mark.parametrize("count", [32, 63, 113, 256, 1000])
@@ -93,9 +95,9 @@ def test_blocks(backend, device, count):
     scores, confidence = torch.rand(2, 5, count, generator=g).to(device)
     masked = (torch.rand(5, count, generator=g) < 0.6).to(device)
     masked[3] = False
-    for policy, fallback in CHOICES:
+    for rule, fallback in CHOICES:
         for tau in (0.0, 0.3, 0.99, 1.0):
-            judge(backend, scores, confidence, masked, policy=policy, tau=tau, fallback=fallback)
+            judge(backend, scores, confidence, masked, rule=rule, tau=tau, fallback=fallback)
 
 
 def test_tau_is_compared_in_float32(backend, device):
@@ -154,15 +156,15 @@ def test_fallbacks_differ(backend, device):
 
 def test_float64_goes_to_the_reference(device):
     scores = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64, device="cpu")
-    selected = select_tokens(scores, scores, torch.ones(1, 2, dtype=torch.bool), policy="sequential")
+    selected = select_tokens(scores, scores, torch.ones(1, 2, dtype=torch.bool), rule="sequential")
     assert selected.tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_empty(backend, device, shape):
     x = torch.zeros(shape, device=device)
-    for policy, fallback in CHOICES:
-        selected = select_tokens(x, x, x.bool(), policy=policy, fallback=fallback, backend=backend)
+    for rule, fallback in CHOICES:
+        selected = select_tokens(x, x, x.bool(), rule=rule, fallback=fallback, backend=backend)
         assert selected.shape == shape
 
 
@@ -170,13 +172,10 @@ def test_every_element_of_the_output_is_written(backend, device):
     rng = random.Random(0)
     scores, confidence = (draw(rng, (9, 13), [0.1, 0.5, 0.95, NAN], device) for _ in range(2))
     masked = draw(rng, (9, 13), [True, False], device)
-    for policy, fallback in CHOICES:
-        expected = select_tokens(
-            scores, confidence, masked, policy=policy, fallback=fallback, backend=backend
-        )
+    for rule, fallback in CHOICES:
+        expected = select_tokens(scores, confidence, masked, rule=rule, fallback=fallback, backend=backend)
         for before in (False, True):
             selected = torch.full((9, 13), before, device=device)
-            ops.implementation(backend).select_tokens(
-                selected, scores, confidence, masked, policy, 0.9, fallback
-            )
+            run = REGISTRY[backend].function("select_tokens")
+            run(selected, scores, confidence, masked, Selection(rule, fallback, 0.9))
             assert torch.equal(selected, expected)

@@ -10,7 +10,9 @@ import torch
 from problems import DTYPES, assert_accurate, normal
 from torch import Tensor
 
-from attn_sampler import ops, reference, token_confidence
+from attn_sampler import reference, token_confidence
+from attn_sampler.backends import REGISTRY
+from attn_sampler.options import Sampling
 
 METRICS = ("probability", "margin", "entropy")
 INF, NAN = torch.inf, torch.nan
@@ -283,9 +285,8 @@ def test_every_element_of_the_outputs_is_written(backend, device):
         logits = normal(7, 3, 5, vocab).to(device)
         token_ids = torch.full((3, 5), -7, device=device)
         confidence = torch.full((3, 5), NAN, device=device)
-        ops.implementation(backend).token_confidence(
-            token_ids, confidence, logits, None, "probability", 0.0, 0, -1, 0
-        )
+        run = REGISTRY[backend].function("token_confidence")
+        run((token_ids, confidence), logits, Sampling("probability", 0.0, 0))
         expected_ids, expected = token_confidence(logits, backend=backend)
         assert torch.equal(token_ids, expected_ids)
         assert torch.equal(confidence, expected)

@@ -280,7 +280,7 @@ def test_generate_batch_equals_one_by_one(name: str) -> None:
     model = ToyModel(3)
     prompts = [torch.randint(0, MASK, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 8, 5)]
     options = {"mask_token_id": MASK, "gen_length": 12, "block_length": 6, "policy": name}
-    for extra in ({}, {"keep_layers": False}, {"rows": "masked", "layers": [-1]}):
+    for extra in ({}, {"keep_layers": False}, {"query_rows": "masked", "layers": [-1]}):
         together = generate(model, prompts, **options, **extra)
         for i, p in enumerate(prompts):
             alone = generate(model, [p], **options, **extra)

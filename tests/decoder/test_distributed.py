@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_cases import CASES, Case, adapters_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from attn_sampler import distributed, reference, token_confidence
 from attn_sampler.reference import StepResult
-from distributed_cases import CASES, Case, adapters_step
 
 RANKS = 4
 TIME_LIMIT = 100  # seconds
@@ -188,10 +188,30 @@ def test_given_scores_are_added_up(one_rank: None):
     case = CASES["bfloat16"]
     whole = case.whole()
     step = distributed.decode_step(
-        case.tokens.clone(), case.logits, whole.scores, vocab_start=0, vocab_size=101, **case.options
+        case.tokens.clone(), case.logits, scores=whole.scores, vocab_start=0, vocab_size=101, **case.options
     )
     assert torch.equal(step.scores, whole.scores)
     assert torch.equal(step.tokens, whole.tokens)
+
+
+def test_former_names(one_rank: None):
+    case = CASES["bfloat16"]
+
+    def run(layers: object = None, **options: object) -> StepResult:
+        options |= {"vocab_start": 0, "vocab_size": 101, **case.options}
+        return distributed.decode_step(case.tokens.clone(), case.logits, layers, **options)
+
+    scores = case.whole().scores
+    for old, new in (
+        ({"rows": "masked"}, {"query_rows": "masked"}),
+        ({"policy": "sequential"}, {"rule": "sequential"}),
+        ({"layers": scores}, {"scores": scores}),
+    ):
+        given = {} if "layers" in old else {"layers": case.layers}
+        with pytest.warns(DeprecationWarning, match=" now") as caught:
+            step = run(**given, **old)
+        assert [warning.filename for warning in caught] == [__file__]
+        assert all(torch.equal(x, y) for x, y in zip(step, run(**given, **new), strict=True))
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -218,9 +238,11 @@ def test_carries_no_gradient(one_rank: None, inference: bool):
         ({"backend": "gpu"}, "backend: expected one of"),
         ({"tau": 2.0}, "tau: expected a number in"),
         ({"block": slice(0, 5)}, r"logits: expected shape \[B, C, V\]"),
-        ({"layers": torch.zeros(3, 7)}, r"layers: expected shape \[B, C\]"),
+        ({"layers": None, "scores": torch.zeros(3, 7)}, r"scores: expected shape \[B, C\]"),
         ({"layers": []}, "layers: expected"),
-        ({"rows": "masked", "query_start": 15}, "rows: with 'masked'"),
+        ({"layers": None}, "layers, scores: expected one of them, got none"),
+        ({"scores": torch.zeros(3, 8)}, "layers, scores: expected one of them, got both"),
+        ({"query_rows": "masked", "query_start": 15}, "query_rows: with 'masked'"),
     ],
 )
 def test_refuses_before_anything_is_sent(changed: dict, message: str):

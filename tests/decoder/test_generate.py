@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import rich.progress
 import torch
+from decoding import ALL_POLICIES, decode, prompt
 from torch import Tensor
 from toy_model import EOS, MASK, VOCAB, ToyModel
 
-from attn_sampler import BackendUnavailableError
-from attn_sampler.generate import Generation, StepEvent, generate
-from attn_sampler.sampler import EBSampler, LeftToRight, Policy, StepState
-
-ALL_POLICIES = (
-    *("attn", "attn-sequential", "random", "left-to-right", "confidence", "margin"),
-    *("entropy", "threshold", "factor", "eb", "klass", "pard"),
-)
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    """Tokens without masks and without the end of text."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randint(VOCAB - 5, (length,), generator=generator) + 4).tolist()
-
-
-def decode(model: Callable[..., Any], prompts: Any, **options: Any) -> Generation:
-    return generate(model, prompts, **{"mask_token_id": MASK, "block_length": 4, **options})
+from attn_sampler.generate import StepEvent
+from attn_sampler.sampler import EBSampler, LeftToRight, StepState
 
 
 def written_out(
@@ -105,8 +89,11 @@ def test_against_decoding_written_out(policy: str, seed: int) -> None:
     ("options", "truth_options"),
     [
         ({"layers": [-1]}, {"last_layer_only": True}),
-        ({"rows": "masked"}, {"masked_rows_only": True}),
-        ({"layers": slice(-1, None), "rows": "masked"}, {"last_layer_only": True, "masked_rows_only": True}),
+        ({"query_rows": "masked"}, {"masked_rows_only": True}),
+        (
+            {"layers": slice(-1, None), "query_rows": "masked"},
+            {"last_layer_only": True, "masked_rows_only": True},
+        ),
     ],
     ids=str,
 )
@@ -196,109 +183,6 @@ def test_batch_of_ragged_prompts_equals_one_by_one(policy: str, temperature: flo
     halves = [decode(model, p, seed=s, **options) for p, s in ((prompts[:2], 10), (prompts[2:], 12))]
     got = [row[-10:].tolist() for half in halves for row in half.tokens]
     assert got == batch.tokens[:, -10:].tolist()
-
-
-@pytest.mark.parametrize("policy", ALL_POLICIES)
-def test_infilling(policy: str) -> None:
-    given = torch.tensor([prompt(13, 1), prompt(13, 2), prompt(13, 3)])
-    holes = torch.rand(3, 13, generator=torch.Generator().manual_seed(4)) < 0.5
-    holes[2] = False
-    holes[2, 7] = True
-    tokens = given.masked_fill(holes, MASK)
-    before = tokens.clone()
-    got = decode(ToyModel(4), tokens, policy=policy, block_length=5)
-    assert torch.equal(tokens, before)  # the prompt tensor is the caller's
-    assert torch.equal(got.tokens[~holes], given[~holes])
-    assert not (got.tokens == MASK).any()
-    assert got.num_forward_passes[2] == 1
-    assert got.attention_mask.all()
-
-
-def test_an_empty_prompt() -> None:
-    batch = decode(ToyModel(4), [prompt(3), []], gen_length=5, policy="left-to-right")
-    alone = decode(ToyModel(4), [[]], gen_length=5, policy="left-to-right")
-    assert alone.tokens.shape == (1, 5)
-    assert torch.equal(batch.tokens[1, 3:], alone.tokens[0])
-
-
-def test_given_tokens_behind_the_blanks_guide_them() -> None:
-    tokens = torch.tensor([[*prompt(3), MASK, *prompt(4, 5)], [*prompt(3), MASK, *prompt(4, 6)]])
-    got = decode(ToyModel(0), tokens, policy="confidence").tokens
-    assert got[0, 3] != got[1, 3]
-
-
-@pytest.mark.parametrize(
-    ("prompt_length", "gen_length", "expected"),
-    [
-        (8, 8, [(0, 4), (4, 8), (8, 12), (12, 16)]),
-        (6, 5, [(0, 2), (2, 6), (6, 10), (10, 11)]),
-        (3, 2, [(0, 3), (3, 5)]),
-        (3, 0, [(0, 3)]),
-        (0, 6, [(0, 4), (4, 6)]),
-    ],
-)
-def test_blocks_are_counted_from_the_end_of_the_prompt(
-    prompt_length: int, gen_length: int, expected: list[tuple[int, int]]
-) -> None:
-    tokens = torch.full((2, prompt_length), MASK)
-    seen: list[StepEvent] = []
-    got = decode(
-        ToyModel(), tokens, gen_length=gen_length, policy="left-to-right", on_step=seen.append, trace=True
-    )
-    assert list(dict.fromkeys((e.block.start, e.block.stop) for e in seen)) == expected
-    positions = [c.position for c in got.trace.commits if c.sequence == 0]
-    assert positions == list(range(prompt_length + gen_length))  # left to right, over the blocks too
-
-
-def test_padding_moves_no_block() -> None:
-    prompts = [[*prompt(2), MASK, MASK, *prompt(2), MASK], [*prompt(2), MASK, MASK, *prompt(2), MASK]]
-    longer = [prompt(5, 9) + prompts[0], prompts[1]]
-    alone, padded = (
-        decode(ToyModel(5), p, gen_length=6, policy="threshold", tau=0.3) for p in (prompts, longer)
-    )
-    assert torch.equal(alone.tokens[1], padded.tokens[1, 5:])
-    assert alone.num_forward_passes[1] == padded.num_forward_passes[1]
-
-
-def test_an_attention_mask_is_the_padding_of_a_list() -> None:
-    prompts = [prompt(6), prompt(4, 1)]
-    as_list = decode(ToyModel(6), prompts, gen_length=5, pad_token_id=7)
-    tokens = torch.tensor([prompts[0], [7, 7, *prompts[1]]])
-    mask = torch.ones(2, 6, dtype=torch.bool)
-    mask[1, :2] = False
-    as_tensor = decode(ToyModel(6), tokens, attention_mask=mask, gen_length=5)
-    assert torch.equal(as_list.tokens, as_tensor.tokens)
-    assert torch.equal(as_list.attention_mask, as_tensor.attention_mask)
-    assert as_list.tokens[1, :2].tolist() == [7, 7]
-
-
-@pytest.mark.parametrize(
-    ("options", "pad"), [({}, 0), ({"eos_token_id": EOS}, EOS), ({"eos_token_id": EOS, "pad_token_id": 1}, 1)]
-)
-def test_padding_token(options: dict, pad: int) -> None:
-    got = decode(ToyModel(), [prompt(3), prompt(1)], gen_length=1, **options)
-    assert got.tokens[1, :2].tolist() == [pad, pad]
-
-
-def test_padding_is_not_the_mask_token() -> None:
-    model = ToyModel()
-    got = generate(model, [prompt(3), prompt(1)], mask_token_id=0, gen_length=2)
-    assert got.tokens[1, :2].tolist() == [1, 1]
-    assert not (got.tokens == 0).any()
-
-
-def test_the_model_gets_an_attention_mask_only_where_there_is_padding() -> None:
-    model = ToyModel()
-    decode(model, [prompt(3), prompt(3, 1)], gen_length=4)
-    decode(model, torch.tensor([prompt(3)]), gen_length=4, attention_mask=torch.ones(1, 3, dtype=torch.bool))
-    assert model.calls
-    assert all(set(call) == {"tokens"} for call in model.calls)
-    model.calls.clear()
-    decode(model, [prompt(3), prompt(2, 1)], gen_length=4)
-    expected = torch.ones(2, 7, dtype=torch.bool)
-    expected[1, 0] = False
-    assert model.calls[0]["attention_mask"].equal(expected)
-    assert all(call["attention_mask"].shape == call["tokens"].shape for call in model.calls)
 
 
 class Scripted(torch.nn.Module):
@@ -596,181 +480,6 @@ def test_the_policy_knows_which_sequence_each_row_is() -> None:
     decode(ToyModel(), tokens, policy=Recorder())
     assert rows == [[0, 1, 2], [1, 2], [1]]
     assert len({seed for step in seeds for seed in step}) == 6  # a fresh stream for each row and step
-
-
-def never(*arguments: Any, **keywords: Any) -> Any:
-    raise AssertionError("the model ran")
-
-
-def padding_mask(*rows: list[bool]) -> Tensor:
-    return torch.tensor(rows)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"model": "llada"}, TypeError, "model: expected a callable, got str"),
-        ({"prompt_ids": torch.zeros(2, 3)}, ValueError, "prompt_ids: expected dtype int64"),
-        (
-            {"prompt_ids": torch.zeros(3, dtype=torch.int64)},
-            ValueError,
-            "prompt_ids: expected a 2-dimensional",
-        ),
-        ({"prompt_ids": "text"}, TypeError, "prompt_ids: expected a tensor or a sequence, got str"),
-        ({"prompt_ids": [[1.5]]}, ValueError, "prompt_ids: expected"),
-        ({"prompt_ids": [1, 2]}, ValueError, "prompt_ids: expected"),
-        ({"prompt_ids": ["a text"]}, TypeError, "prompt_ids: expected a sequence of token ids for each"),
-        ({"prompt_ids": [[1], None]}, TypeError, "prompt_ids: expected a sequence of token ids for each"),
-        ({"mask_token_id": -1}, ValueError, "mask_token_id: "),
-        ({"mask_token_id": "[MASK]"}, TypeError, "mask_token_id: "),
-        ({"gen_length": -1}, ValueError, "gen_length: "),
-        ({"gen_length": 2.0}, TypeError, "gen_length: "),
-        ({"block_length": 0}, ValueError, "block_length: "),
-        ({"policy": "nobody"}, ValueError, "policy: expected one of"),
-        ({"policy": 3}, TypeError, "policy: expected a name"),
-        ({"policy": "random", "tau": 0.5}, TypeError, "policy 'random': .*tau"),
-        ({"policy": EBSampler(), "tau": 0.5}, TypeError, "policy: options"),
-        ({"tau": 1.5}, ValueError, "tau: "),
-        ({"temperature": -1.0}, ValueError, "temperature: "),
-        ({"temperature": 1e-40}, ValueError, "temperature: expected 0 or at least"),
-        ({"temperature": "hot"}, TypeError, "temperature: "),
-        ({"seed": 0.5}, TypeError, "seed: "),
-        ({"seed": "x"}, TypeError, "seed: "),
-        ({"seed": [1, 2, 3]}, ValueError, "seed: expected an integer or 2 of them, got 3"),
-        ({"seed": [1, None]}, TypeError, "seed: "),
-        (
-            {"attention_mask": padding_mask([True], [True])},
-            ValueError,
-            r"attention_mask: expected shape \[B, T\]",
-        ),
-        ({"attention_mask": torch.ones(2, 2)}, ValueError, "attention_mask: expected dtype bool"),
-        ({"attention_mask": [[1, 1]]}, TypeError, "attention_mask: expected a tensor"),
-        (
-            {"attention_mask": padding_mask([True, False], [True, True])},
-            ValueError,
-            "attention_mask: expected padding on the left",
-        ),
-        (
-            {"prompt_ids": [[1]], "attention_mask": padding_mask([True])},
-            ValueError,
-            "attention_mask: goes with a prompt_ids tensor",
-        ),
-        (
-            {"prompt_ids": torch.tensor([[MASK, 1]]), "attention_mask": padding_mask([False, True])},
-            ValueError,
-            "prompt_ids: expected no mask_token_id at the padding",
-        ),
-        ({"eos_token_id": MASK}, ValueError, "eos_token_id: expected another token"),
-        ({"eos_token_id": -2}, ValueError, "eos_token_id: "),
-        ({"pad_token_id": MASK}, ValueError, "pad_token_id: expected another token"),
-        ({"pad_token_id": 1.0}, TypeError, "pad_token_id: "),
-        ({"logit_shift": 1}, TypeError, "logit_shift: "),
-        ({"layers": "first"}, ValueError, "layers: "),
-        ({"layers": []}, ValueError, "layers: "),
-        ({"layers": 1}, TypeError, "layers: "),
-        ({"policy": "confidence", "layers": 1}, TypeError, "layers: "),
-        ({"rows": "some"}, ValueError, "rows: "),
-        ({"softmax_scope": "all"}, ValueError, "softmax_scope: "),
-        ({"diagonal": 0}, TypeError, "diagonal: "),
-        ({"keep_layers": None}, TypeError, "keep_layers: "),
-        ({"backend": "gpu"}, ValueError, "backend: "),
-        ({"backend": "cuda"}, BackendUnavailableError, "backend"),
-        ({"progress": "yes"}, TypeError, "progress: "),
-        ({"trace": "out.json"}, TypeError, "trace: "),
-        ({"on_step": 1}, TypeError, "on_step: expected a callable"),
-    ],
-    ids=str,
-)
-def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
-    options = {"model": never, "prompt_ids": torch.tensor([[1, MASK], [MASK, 2]]), **options}
-    with pytest.raises(error, match=message):
-        decode(options.pop("model"), options.pop("prompt_ids"), **options)
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        (torch.zeros(1, 3, VOCAB), r"model output: expected shape \[B, T, V\] = \[1, 4, 23\]"),
-        (torch.zeros(2, 4, VOCAB), "model output: expected shape"),
-        (torch.zeros(4, VOCAB), "model output: expected a 3-dimensional"),
-        (torch.zeros(1, 4, VOCAB, dtype=torch.int64), "model output: expected dtype"),
-        (torch.zeros(1, 4, MASK), r"mask_token_id: expected an integer in \[0, 22\), got 22"),
-    ],
-    ids=lambda value: None if isinstance(value, str) else str(list(value.shape)),
-)
-def test_bad_model_outputs(output: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        decode(lambda tokens: output, [prompt(2)], gen_length=2, policy="confidence")
-    with pytest.raises(TypeError, match="model output: expected a tensor"):
-        decode(lambda tokens: None, [prompt(2)], gen_length=2, policy="confidence")
-
-
-def test_a_model_without_visible_attention() -> None:
-    with pytest.raises(RuntimeError, match="saw no call of"):
-        decode(Scripted({}), [prompt(2)], gen_length=2)
-    with pytest.raises(RuntimeError, match=r"layers: \(7,\) does not fit the 2 attention calls"):
-        decode(ToyModel(), [prompt(2)], gen_length=2, layers=[7])
-
-
-@pytest.mark.parametrize("policy", ALL_POLICIES)
-@pytest.mark.parametrize("undefined", [torch.nan, torch.inf])
-def test_undefined_logits_stop_the_run(policy: str, undefined: float) -> None:
-    model, seen = ToyModel(), []
-
-    def broken(tokens: Tensor, **keywords: Tensor) -> Tensor:
-        logits = model(tokens, **keywords)
-        if len(model.calls) > 1:
-            logits[1] = undefined
-        return logits
-
-    message = r"the model's logits at position [5-9] of sequence 1 are undefined \(NaN, \+inf or all -inf\)"
-    with pytest.raises(RuntimeError, match=message):
-        decode(broken, [prompt(5), prompt(2)], gen_length=8, policy=policy, on_step=seen.append)
-    assert len(seen) == 1  # the step before
-
-
-@pytest.mark.parametrize("policy", ["attn", "confidence", "threshold", "eb", "factor"])
-def test_one_undefined_position_waits_for_the_others(policy: str) -> None:
-    model = ToyModel()
-
-    def broken(tokens: Tensor) -> Tensor:
-        logits = model(tokens)
-        logits[:, 3] = torch.nan
-        return logits
-
-    seen: list[StepEvent] = []
-    with pytest.raises(RuntimeError, match="at position 3 of sequence 0"):
-        decode(broken, [prompt(2)], gen_length=4, policy=policy, on_step=seen.append)
-    assert seen[-1].result.tokens[0].eq(MASK).tolist() == [False] * 3 + [True] + [False] * 2
-
-
-def test_undefined_attention_stops_the_run() -> None:
-    class Broken(ToyModel):
-        def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return torch.nan_to_num(super().attend(torch.full_like(q, torch.nan), k, v, mask))
-
-    with pytest.raises(
-        RuntimeError, match=r"nothing could be committed in sequences \[0, 1\]: the attention scores are NaN"
-    ):
-        decode(Broken(), [prompt(3), prompt(3)], gen_length=4)
-
-
-@pytest.mark.parametrize("needs_scores", [False, True])
-def test_a_policy_that_commits_nothing_does_not_run_forever(needs_scores: bool) -> None:
-    class Nothing(Policy):
-        def select(self, state: StepState) -> Tensor:
-            return torch.zeros_like(state.masked)
-
-    Nothing.needs_scores = needs_scores
-    message = r"nothing could be committed in sequences \[0\]: the policy chose no masked position"
-    with pytest.raises(RuntimeError, match=message):
-        decode(ToyModel(), [prompt(3)], gen_length=4, policy=Nothing())
-
-
-def test_an_exception_in_the_model_passes_through() -> None:
-    with pytest.raises(AssertionError, match="the model ran"):
-        decode(never, [prompt(3)], gen_length=4)
-    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_no_gradient_is_recorded() -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engine_toy import stub
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attn_sampler import decode_step, distributed
 from attn_sampler.adapters._engine import BlockScores
 from attn_sampler.reference import StepResult
-from engine_toy import stub
 
 BATCH, BLOCK, LENGTH, VOCAB, HEADS, KV_HEADS, HEADDIM = 3, 8, 20, 101, 8, 4, 16
 PADDING = 5  # columns beyond the vocabulary on the last rank
@@ -171,7 +171,7 @@ def _cases() -> dict[str, Case]:
                 drawn["tau"] = 0.0
             label = f"{metric}, temperature {temperature}"
             cases[label] = _case(1, **drawn)
-            cases[f"{label}, uneven"] = _case(2, UNEVEN, policy="sequential", **drawn)
+            cases[f"{label}, uneven"] = _case(2, UNEVEN, rule="sequential", **drawn)
             cases[f"{label}, undefined"] = _undefined(3, **drawn)
     drawn = {"temperature": 1.0, "seed": torch.tensor([5, -7, 2**62])}
     cases |= {
@@ -185,7 +185,7 @@ def _cases() -> dict[str, Case]:
         "float16, sampled": _case(10, UNEVEN, dtype=torch.float16, temperature=0.5, seed=1),
         "mask alone in its shard": _case(11, UNEVEN, mask_token_id=0, temperature=0.7, seed=9),
         "mask first in its shard": _case(12, mask_token_id=52, temperature=0.7, seed=9),
-        "masked rows": _case(13, rows="masked", fallback="score", tau=0.99),
+        "masked rows": _case(13, query_rows="masked", fallback="score", tau=0.99),
         "block scope": _case(14, softmax_scope="block", diagonal=False, reduction="mean"),
         "largest": _case(15, reduction="max"),
         "reference": _case(16, UNEVEN, backend="reference"),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from distributed_cases import CASES, adapters_step, share
 
 from attn_sampler import distributed
-from distributed_cases import CASES, adapters_step, share
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:

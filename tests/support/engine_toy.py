@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_model import MASK, ToyModel
 
 from attn_sampler import generate
-from toy_model import MASK, ToyModel
 
 BLOCK = 4  # tokens
 

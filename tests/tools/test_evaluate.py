@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_generate import decode as decode_toy
+from decoding import decode as decode_toy
 from toy_model import MASK, ToyModel
 
 from attn_sampler import evaluate as evaluation
@@ -43,6 +43,7 @@ from attn_sampler.report import (
     plot_frontier,
     summarise,
 )
+from attn_sampler.sampler import make_policy
 
 TOY = EvaluatedModel(ToyModel(2), MASK)
 
@@ -84,9 +85,9 @@ def toy_file(tmp_path: Path) -> Path:
 
 
 def test_rules_are_read_as_written() -> None:
-    rule = Rule.parse("attn-parallel:tau=0.95,layers=last,rows=masked,diagonal=false,threshold=mean")
-    assert rule.make() == evaluation.make_policy("attn-parallel", tau=0.95, threshold="mean")
-    assert rule.attention == {"layers": [-1], "rows": "masked", "diagonal": False}
+    rule = Rule.parse("attn-parallel:tau=0.95,layers=last,query_rows=masked,diagonal=false,threshold=mean")
+    assert rule.make() == make_policy("attn-parallel", tau=0.95, threshold="mean")
+    assert rule.attention == {"layers": [-1], "query_rows": "masked", "diagonal": False}
     assert Rule.parse("adas:count=2").options == {"count": 2}
     assert Rule.parse("adas:count=none").options == {"count": None}
     assert Rule.parse("attn:layers=1:").attention == {"layers": slice(1, None)}
@@ -117,7 +118,7 @@ def test_rules_are_read_as_written() -> None:
         ("threshold:size=2", "rule 'threshold:size=2': .*'size'"),
         ("attn:layers=first", "layers: expected all, last, a slice 0:2 or indices"),
         ("threshold:tau=high", "tau: "),
-        ("attn:rows=some", "rows: expected one of all, masked, got 'some'"),
+        ("attn:query_rows=some", "query_rows: expected one of all, masked, got 'some'"),
         ("attn:softmax_scope=all", "softmax_scope: expected one of"),
         ("attn:diagonal=1", "rule 'attn:diagonal=1': diagonal: expected True or False"),
     ],

@@ -3,6 +3,7 @@
  * purpose. */
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +15,7 @@
 #include "problem.h"
 
 extern "C" void cuda_host_shuffle(uint64_t seed);
+extern "C" void cuda_host_fail(int launch);
 
 namespace {
 
@@ -189,6 +191,47 @@ void confidence_problem(int index) {
     }
 }
 
+/* Two layers of different shapes take two launches. Where the second fails, the first has counted parts of a
+ * step that does not end; the next call must not find them. */
+void failing_launch() {
+    const int64_t rows = 3, vocab = 20;
+    Array q[] = {{ATTN_SAMPLER_FLOAT32, {1, 1, rows, 16}}, {ATTN_SAMPLER_FLOAT32, {1, 1, rows, 24}}};
+    Array k[] = {{ATTN_SAMPLER_FLOAT32, {1, 1, rows, 16}}, {ATTN_SAMPLER_FLOAT32, {1, 1, rows, 24}}};
+    Array lse(ATTN_SAMPLER_FLOAT32, {1, 1, rows}), logits(ATTN_SAMPLER_FLOAT32, {1, rows, vocab}),
+        tokens(ATTN_SAMPLER_INT64, {1, rows}), ids(ATTN_SAMPLER_INT64, {1, rows}),
+        selected(ATTN_SAMPLER_BOOL, {1, rows}), confidence(ATTN_SAMPLER_FLOAT32, {1, rows});
+    for (Array *array : {q, q + 1, k, k + 1, &lse, &logits})
+        array->fill_normal(1.0f);
+    attn_sampler_layer layers[2];
+    for (int i = 0; i < 2; ++i)
+        layers[i] = {q[i].view(), k[i].view(), lse.view(), nullptr, nullptr};
+    attn_sampler_decode_step_params params{};
+    params.block = params.attention.columns = {0, rows};
+    params.attention.softmax_scale = 1.0;
+    Array cpu(ATTN_SAMPLER_FLOAT32, {1, rows}), cuda(ATTN_SAMPLER_FLOAT32, {1, rows});
+    on_both(
+        [&](Array &scores, attn_sampler_exec &exec) {
+            auto step = [&] {
+                memset(tokens.bytes.data(), 0, tokens.bytes.size());
+                return attn_sampler_decode_step(tokens.view(), logits.view(), layers, 2, nullptr, &params,
+                                                scores.view(), ids.view(), confidence.view(), selected.view(),
+                                                &exec);
+            };
+            if (exec.workspace_size > 0) {
+                cuda_host_fail(2);
+                const bool failed = step() == ATTN_SAMPLER_INTERNAL_ERROR;
+                const auto *const counters = static_cast<const uint32_t *>(exec.workspace);
+                if (!failed || std::count(counters, counters + (1 << 14), 0) != 1 << 14) {
+                    printf("a failed launch left tickets\n");
+                    exit(1);
+                }
+                printf("reported: %s\n", attn_sampler_last_error());
+            }
+            return step();
+        },
+        cpu, cuda);
+}
+
 void two_barriers(int) {
     if (threadIdx.x < 40)
         __syncthreads();
@@ -256,6 +299,7 @@ int main() {
         attention_problem(i);
         confidence_problem(i);
     }
+    failing_launch();
     for (void (*kernel)(int) : {two_barriers, missing_threads, missing_lanes, stray_write})
         must_fail(kernel, 1024);
     for (void (*kernel)(int) : {product_without_fence, product_out_of_bounds, product_of_two_matrices,

@@ -1,7 +1,7 @@
 """The Triton kernels against the reference in float64.
 
-``test_triton.py`` runs this file in a process of its own: on the GPU where there is one, else under
-``TRITON_INTERPRET=1`` on CPU tensors. There bfloat16 operands are widened to float32 on load, since the
+They run on the GPU where there is one, else in a place of their own, under ``TRITON_INTERPRET=1`` on CPU
+tensors. There bfloat16 operands are widened to float32 on load, since the
 interpreter has no bfloat16 arithmetic; what a GPU does with them shows on a GPU alone.
 """
 
@@ -18,6 +18,12 @@ from attn_sampler.kernels import attention, confidence, launch
 from torch import Tensor
 
 from attn_sampler import kernels, reference
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.places("triton", "triton@interpreter"),
+    pytest.mark.usefixtures("backend"),
+]
 
 DEVICE = "cpu" if launch.INTERPRET else "cuda"
 NAN, INF = math.nan, math.inf

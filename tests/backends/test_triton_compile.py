@@ -1,9 +1,9 @@
 """Compile every kernel for GPUs that are not here, as its launcher would launch it, and look at the code.
 
-``test_triton.py`` runs this file in a process of its own, without ``TRITON_INTERPRET``. The launchers run
-on CPU tensors that are never touched, against a stand-in for the driver that names the target: shapes,
-strides and alignment are specialised exactly as on the device. ``python tests/backends/triton_compile.py FOLDER``
-writes the table of registers, shared memory and instructions to FOLDER.
+The file has a place of its own, without ``TRITON_INTERPRET``. The launchers run on CPU tensors that are
+never touched, against a stand-in for the driver that names the target: shapes, strides and alignment are
+specialised exactly as on the device. ``python tests/backends/test_triton_compile.py FOLDER`` writes the table
+of registers, shared memory and instructions to FOLDER.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_sampler import kernels
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step
+from attn_sampler.reference import StepResult
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.places("triton@compiler"),
+    pytest.mark.usefixtures("backend"),
+]
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -78,29 +86,26 @@ def attention(
     is_float8 = dtype == torch.float8_e4m3fn
     descales = [torch.empty(1).expand(batch, heads[1]) if is_float8 else None for _ in range(2)]
     first = (keys - columns) // 16 * 16
-    span = (first, first + columns)
     is_map = kernel is kernels.attention_map
     shape = (batch, *([heads[0]] if per_head else []), *([min(columns, rows)] if is_map else []), columns)
-    kernel(
-        torch.empty(shape),
-        q,
-        k,
-        softmax_lse,
-        *descales,
-        None,
-        None,
-        *((0, min(columns, rows)) if is_map else ()),
-        *span,
+    options = attention_options(
+        slice(first, first + columns),
         keys - rows,
-        headdim**-0.5,
-        "e",
-        causal,
-        scope,
-        True,
-        *(() if is_map else (reduction,)),
-        per_head,
-        False,
+        headdim,
+        rows=slice(0, min(columns, rows)),
+        causal=causal,
+        softmax_scope=scope,
+        reduction=reduction,
+        per_head=per_head,
     )
+    kernel(torch.empty(shape), Layer(q, k, softmax_lse, *descales), Masks(), options)
+
+
+def attention_options(columns: slice, query_start: int, headdim: int, **given: Any) -> Attention:
+    plain = Attention(
+        columns, None, query_start, headdim**-0.5, "e", False, "sequence", True, "sum", False, False
+    )
+    return plain._replace(**given)
 
 
 columns = functools.partial(attention, kernels.column_scores)
@@ -115,17 +120,14 @@ def confidence(
     vocab_start: int = 0,
 ) -> None:
     logits = torch.empty(1, 32, vocab, dtype=dtype)
-    ids = torch.empty(1, 32, dtype=torch.int64)
-    kernels.token_confidence(
-        ids, torch.empty(1, 32), logits, None, metric, temperature, 7, 126336, vocab_start
-    )
+    outputs = torch.empty(1, 32, dtype=torch.int64), torch.empty(1, 32)
+    kernels.token_confidence(outputs, logits, Sampling(metric, temperature, 7, 126336, vocab_start))
 
 
 def select() -> None:
     scores, masked = torch.empty(8, 32), torch.empty(8, 32, dtype=torch.bool)
-    kernels.select_tokens(
-        torch.empty_like(masked), scores, torch.empty(8, 32), masked, "parallel", 0.9, "score"
-    )
+    options = Selection("parallel", "score", 0.9)
+    kernels.select_tokens(torch.empty_like(masked), scores, torch.empty(8, 32), masked, options)
 
 
 def step(
@@ -140,45 +142,33 @@ def step(
     lse: bool = True,
     given_scores: bool = False,
 ) -> None:
-    def empty(n_heads: int, length: int) -> list[Tensor]:
-        shape = (batch, length, n_heads, headdim)
-        return [torch.empty(shape, dtype=torch.bfloat16).transpose(1, 2) for _ in range(layers)]
+    def empty(n_heads: int, length: int) -> Tensor:
+        return torch.empty(batch, length, n_heads, headdim, dtype=torch.bfloat16).transpose(1, 2)
+
+    def layer() -> Layer:
+        softmax_lse = torch.empty(batch, heads[0], rows) if lse else None
+        return Layer(empty(heads[0], rows), empty(heads[1], keys), softmax_lse)
 
     first = (keys - columns) // 16 * 16
-    kernels.decode_step(
-        torch.empty(batch, keys, dtype=torch.int64),
-        torch.empty(batch, columns),
-        torch.empty(batch, columns, dtype=torch.int64),
-        torch.empty(batch, columns),
-        torch.empty(batch, columns, dtype=torch.bool),
-        torch.empty(batch, columns, vocab, dtype=torch.bfloat16),
-        [] if given_scores else empty(heads[0], rows),
-        [] if given_scores else empty(heads[1], keys),
-        [torch.empty(batch, heads[0], rows) for _ in range(layers)] if lse else [],
-        [],
-        [],
-        None,
-        None,
-        None,
-        first,
-        first + columns,
+    block, shape = slice(first, first + columns), (batch, columns)
+    out = StepResult(
+        tokens=torch.empty(batch, keys, dtype=torch.int64),
+        token_ids=torch.empty(shape, dtype=torch.int64),
+        confidence=torch.empty(shape),
+        scores=torch.empty(shape),
+        selected=torch.empty(shape, dtype=torch.bool),
+    )
+    options = Step(
+        block,
         126336,
-        False,
-        first,
-        first + columns,
-        keys - rows,
-        None,
-        "e",
-        False,
-        "sequence",
-        True,
-        "sum",
-        "probability",
-        0.0,
-        0,
-        "parallel",
-        0.9,
-        "confidence",
+        "all",
+        attention_options(block, keys - rows, headdim),
+        Sampling("probability", 0.0, 0),
+        Selection("parallel", "confidence", 0.9),
+    )
+    logits = torch.empty(*shape, vocab, dtype=torch.bfloat16)
+    kernels.decode_step(
+        out, logits, [layer() for _ in range(0 if given_scores else layers)], Masks(), options
     )
 
 
@@ -256,7 +246,7 @@ class Compiled(NamedTuple):
     kernel: str
     parameters: launch.Config
     binary: Any
-    dtype: str
+    dtype: str  # of the products
 
 
 def compile_scenario(scenario: Callable[[], None], target: str) -> list[Compiled]:
@@ -266,8 +256,7 @@ def compile_scenario(scenario: Callable[[], None], target: str) -> list[Compiled
     def record(
         kernel: Any,
         programs: int,
-        arguments: Sequence[Any],
-        constants: Mapping[str, object],
+        arguments: Mapping[str, Any],
         parameters: launch.Config,
         *,
         device: torch.device,
@@ -277,15 +266,14 @@ def compile_scenario(scenario: Callable[[], None], target: str) -> list[Compiled
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             binary = kernel.warmup(
-                *arguments,
-                **constants,
+                **arguments,
                 grid=(programs,),
                 num_warps=parameters.num_warps,
                 num_stages=parameters.num_stages,
                 enable_fp_fusion=fuse_multiply_add,
             )
-        operand = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
-        compiled.append(Compiled(kernel.__name__, parameters, binary, str(operand.dtype)))
+        dtype = str(arguments["layers"].q.data[0].dtype) if "layers" in arguments else ""
+        compiled.append(Compiled(kernel.__name__, parameters, binary, dtype))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "launch", record)
@@ -341,7 +329,7 @@ def compiled(name: str, target: str) -> list[Compiled]:
     return compile_scenario(SCENARIOS[name], target)
 
 
-ATTENTION_KERNELS = ("column_scores_kernel", "_row_lse_kernel", "_attention_map_kernel")
+ATTENTION_KERNELS = ("column_scores_kernel", "row_lse_kernel", "attention_map_kernel")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -375,7 +363,7 @@ def test_products_run_on_the_matrix_units(name: str, target: str) -> None:
 def test_large_tensors_are_read_in_vectors(name: str, target: str) -> None:
     """q, k and logits come 16 bytes at a time (8 at least on gfx942), and no element of q or k by itself."""
     for kernel, _, binary, dtype in compiled(name, target):
-        if kernel not in (*ATTENTION_KERNELS, "_token_partials_kernel"):
+        if kernel not in (*ATTENTION_KERNELS, "token_partials_kernel"):
             continue
         text = assembly(binary)
         assert instructions(text)["wide loads"] >= 2, kernel

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -123,8 +123,7 @@ def last_program_commits(device: torch.device) -> bool:
 def launch(
     kernel: Any,
     programs: int,
-    arguments: Sequence[object],
-    constants: Mapping[str, object],
+    arguments: Mapping[str, object],
     parameters: Config,
     *,
     device: torch.device,
@@ -134,18 +133,17 @@ def launch(
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         kernel[(programs,)](
-            *arguments,
-            **constants,
+            **arguments,
             num_warps=parameters.num_warps,
             num_stages=parameters.num_stages,
             enable_fp_fusion=fuse_multiply_add,
         )
 
 
-def workspace(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def workspace(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised memory for partial results.
 
     It comes from torch's caching allocator on the current stream, so under CUDA graph capture it belongs to
     the graph, and nothing outlives or outruns the launches that use it.
     """
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return torch.empty(shape, dtype=dtype, device=device)

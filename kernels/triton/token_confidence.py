@@ -16,15 +16,18 @@ A partial of the tokens seen so far, NaN logits counting as -inf except in ``l``
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from attn_sampler.options import LOG2E, Sampling
+
 from . import launch
 
-FIELDS = 7
 _NO_TOKEN = tl.constexpr(2**31 - 1)  # loses every tie to a real token
-_LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E = tl.constexpr(LOG2E)
 _INF = tl.constexpr(float("inf"))
 
 # Constants of the sampling stream; csrc/include/attn_sampler_random.h is its specification.
@@ -91,20 +94,32 @@ def _distance(m, top):
     return tl.where(m == -_INF, 0.0, tl.where(distance < -1e4, -1e4, distance))
 
 
+class Partial(NamedTuple):
+    """A partial, or several side by side, inside a kernel; the fields are those of the module's text."""
+
+    m: Any
+    l: Any  # noqa: E741
+    t: Any
+    key: Any
+    token: Any
+    x: Any
+    other: Any
+
+
 @triton.jit
-def _reduce_partials(m, l, t, key, token, x, other, AXIS: tl.constexpr):  # noqa: E741
+def _reduce_partials(p, AXIS: tl.constexpr):
     """Merge the partials along an axis."""
-    top = tl.max(m, AXIS, keep_dims=True)
-    distance = _distance(m, top)
+    top = tl.max(p.m, AXIS, keep_dims=True)
+    distance = _distance(p.m, top)
     weight = tl.exp2(distance * _LOG2E)
-    t = tl.sum(weight * (t + distance * l), AXIS)
-    l = tl.sum(weight * l, AXIS)  # noqa: E741
-    best = tl.max(key, AXIS, keep_dims=True)
-    winner = tl.min(tl.where(key == best, token, _NO_TOKEN), AXIS, keep_dims=True)
-    won = token == winner
-    x = tl.max(tl.where(won, x, -_INF), AXIS)
-    other = tl.max(tl.where(won, other, m), AXIS)
-    return tl.max(m, AXIS), l, t, tl.max(key, AXIS), tl.min(winner, AXIS), x, other
+    t = tl.sum(weight * (p.t + distance * p.l), AXIS)
+    l = tl.sum(weight * p.l, AXIS)  # noqa: E741
+    best = tl.max(p.key, AXIS, keep_dims=True)
+    winner = tl.min(tl.where(p.key == best, p.token, _NO_TOKEN), AXIS, keep_dims=True)
+    won = p.token == winner
+    x = tl.max(tl.where(won, p.x, -_INF), AXIS)
+    other = tl.max(tl.where(won, p.other, p.m), AXIS)
+    return Partial(tl.max(p.m, AXIS), l, t, tl.max(p.key, AXIS), tl.min(winner, AXIS), x, other)
 
 
 @triton.jit
@@ -122,37 +137,57 @@ def merge_partials(partials, plane, row, row_ok, n_splits, SPLITS: tl.constexpr)
     token = tl.where(ok, token, _NO_TOKEN)
     x = tl.load(p + 5 * plane, mask=ok, other=none)
     other = tl.load(p + 6 * plane, mask=ok, other=none)
-    return _reduce_partials(m, l, t, key, token, x, other, 1)
+    return _reduce_partials(Partial(m, l, t, key, token, x, other), 1)
 
 
 @triton.jit
-def confidence_of(m, l, t, x, other, METRIC: tl.constexpr):  # noqa: E741
+def confidence_of(p, METRIC: tl.constexpr):
     """The metric of a complete partial."""
-    shift = _finite_or_zero(m)
+    shift = _finite_or_zero(p.m)
     if METRIC == "entropy":
-        value = t / l - tl.log(l)
+        value = p.t / p.l - tl.log(p.l)
         value = tl.where(value > 0.0, 0.0, value)
     else:
-        value = tl.exp2((x - shift) * _LOG2E)
+        value = tl.exp2((p.x - shift) * _LOG2E)
         if METRIC == "margin":
-            value -= tl.exp2((other - shift) * _LOG2E)
-        value = value / l
+            value -= tl.exp2((p.other - shift) * _LOG2E)
+        value = value / p.l
     return value
 
 
-@triton.jit(
-    do_not_specialize=["seed", "exclude", "inverse_temperature", "first_group", "n_counters", "n_splits"]
-)
-def _token_partials_kernel(
+class Logits(NamedTuple):
+    """Logits [B, C, V]."""
+
+    data: Tensor
+    stride_b: int
+    stride_c: int
+    stride_v: int
+    positions: int
+    vocab: int
+
+
+class Seeds(NamedTuple):
+    """A seed for each row of the batch."""
+
+    data: Tensor
+    stride: int
+
+
+class Options(NamedTuple):
+    """Compile-time options."""
+
+    sample: bool
+    lead: int
+    metric: str
+    block_k: int
+    block_w: int
+
+
+@triton.jit(do_not_specialize=["first_group", "seed", "exclude", "n_splits", "n_counters"])
+def token_partials_kernel(
     logits,
-    stride_b,
-    stride_c,
-    stride_v,
-    n_positions,
-    vocab,
     first_group,
     seeds,
-    stride_seed,
     seed,
     inverse_temperature,
     exclude,
@@ -162,32 +197,33 @@ def _token_partials_kernel(
     split_size,
     counters,
     n_counters,
-    SAMPLE: tl.constexpr,
-    LEAD: tl.constexpr,
-    METRIC: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
     """The partial of one row and one split of the vocabulary; clears the counters of the next kernel.
 
     Tiles begin with a group of four tokens of the sampling stream: the first of them LEAD places before the
     logits, with ``first_group``.
     """
+    SAMPLE: tl.constexpr = OPTIONS.sample
+    LEAD: tl.constexpr = OPTIONS.lead
+    METRIC: tl.constexpr = OPTIONS.metric
+    BLOCK_K: tl.constexpr = OPTIONS.block_k
+    BLOCK_W: tl.constexpr = OPTIONS.block_w
     pid = tl.program_id(0)
     if counters is not None:
         for index in range(pid, n_counters, tl.num_programs(0)):
             tl.store(counters + index, 0)
     row = pid // n_splits
     split = pid % n_splits
-    batch = row // n_positions
-    position = row % n_positions
-    base = logits + batch.to(tl.int64) * stride_b + position.to(tl.int64) * stride_c
+    batch = row // logits.positions
+    position = row % logits.positions
+    base = logits.data + batch.to(tl.int64) * logits.stride_b + position.to(tl.int64) * logits.stride_c
     first = split * split_size - LEAD
-    last = tl.minimum(first + split_size, vocab)
+    last = tl.minimum(first + split_size, logits.vocab)
     if SAMPLE:
         row_seed = seed.to(tl.int64)
         if seeds is not None:
-            row_seed = tl.load(seeds + batch.to(tl.int64) * stride_seed)
+            row_seed = tl.load(seeds.data + batch.to(tl.int64) * seeds.stride)
 
     # Sampling and the margin need the best token of every tile. Without them a lane only remembers the tile
     # in which its maximum rose, and looks the token up there at the end: half the work for each logit.
@@ -205,7 +241,7 @@ def _token_partials_kernel(
         there = here < last
         if LEAD > 0:
             there = there & (here >= 0)
-        raw = tl.load(base + here.to(tl.int64) * stride_v, mask=there, other=-_INF).to(tl.float32)
+        raw = tl.load(base + here.to(tl.int64) * logits.stride_v, mask=there, other=-_INF).to(tl.float32)
         if (exclude >= start) & (exclude < start + BLOCK_K * BLOCK_W):
             raw = tl.where(here == exclude, -_INF, raw)
 
@@ -252,26 +288,29 @@ def _token_partials_kernel(
         x = m
         found = token != _NO_TOKEN
         here = tl.where(found, token, first)[None, :] + lane
-        raw = tl.load(base + here.to(tl.int64) * stride_v, mask=here < last, other=-_INF).to(tl.float32)
+        raw = tl.load(base + here.to(tl.int64) * logits.stride_v, mask=here < last, other=-_INF).to(
+            tl.float32
+        )
         hit = found[None, :] & (raw == m[None, :]) & (here != exclude)
         token = tl.min(tl.where(hit, here, _NO_TOKEN), 0)
-    m, l, t, key, token, x, other = _reduce_partials(m, l, t, key, token, x, other, 0)  # noqa: E741
+    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 0)
+    token = best.token
     if not KEYED:
         # No logit above -inf: the first token there is.
         lowest = first + (exclude == first).to(tl.int32)
         token = tl.where((token == _NO_TOKEN) & (lowest < last), lowest, token)
     p = partials + row.to(tl.int64) * n_splits + split
-    tl.store(p, m)
-    tl.store(p + plane, l)
-    tl.store(p + 2 * plane, t)
-    tl.store(p + 3 * plane, key)
+    tl.store(p, best.m)
+    tl.store(p + plane, best.l)
+    tl.store(p + 2 * plane, best.t)
+    tl.store(p + 3 * plane, best.key)
     tl.store(p + 4 * plane, token.to(tl.float32, bitcast=True))
-    tl.store(p + 5 * plane, x)
-    tl.store(p + 6 * plane, other)
+    tl.store(p + 5 * plane, best.x)
+    tl.store(p + 6 * plane, best.other)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_splits"])
-def _merge_partials_kernel(
+def merge_partials_kernel(
     partials,
     plane,
     n_rows,
@@ -285,113 +324,82 @@ def _merge_partials_kernel(
     """Tokens and confidence of BLOCK rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < n_rows
-    m, l, t, _, token, x, other = merge_partials(  # noqa: E741
-        partials, plane, row, ok, n_splits, SPLITS
-    )
-    tl.store(token_ids + row, token.to(tl.int64), mask=ok)
-    tl.store(confidence + row, confidence_of(m, l, t, x, other, METRIC), mask=ok)
+    best = merge_partials(partials, plane, row, ok, n_splits, SPLITS)
+    tl.store(token_ids + row, best.token.to(tl.int64), mask=ok)
+    tl.store(confidence + row, confidence_of(best, METRIC), mask=ok)
 
 
-def token_partials(
-    logits: Tensor,  # [B, C, V]
-    seeds: Tensor | None,  # [B] int64
-    metric: str,
-    temperature: float,
-    seed: int,
-    exclude_token_id: int,
-    *,
-    vocab_start: int = 0,
-    counters: Tensor | None = None,
-) -> Tensor:
+def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = None) -> Tensor:
     """Mergeable partials of every row, float32 ``[7, B * C, S]`` for S splits of the vocabulary.
 
-    Token t draws the noise of token ``vocab_start + t``; sampling reads the logits in vectors only where that
-    start is a multiple of 4. ``counters`` (int32) are set to 0 on the way.
+    Sampling reads the logits in vectors only where the shard begins at a multiple of 4. ``counters`` (int32)
+    are set to 0 on the way.
     """
     batch, positions, vocab = logits.shape
+    metric, temperature, seed, exclude, vocab_start = options
+    sample = temperature > 0.0
     parameters = launch.config(
         "token_confidence", "float32" if logits.element_size() == 4 else "narrow", logits.device
     )
     tile = parameters.block_m * parameters.block_n
     rows = batch * positions
-    lead = vocab_start % 4 if temperature > 0.0 else 0
+    lead = vocab_start % 4 if sample else 0
     tiles = triton.cdiv(lead + vocab, tile)
     splits = min(tiles, 64, max(1, 4 * launch.processors(logits.device) // max(rows, 1)))
     tiles_per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, tiles_per_split)
-    partials = launch.workspace(logits, FIELDS, rows, splits)
+    partials = launch.workspace(logits.device, len(Partial._fields), rows, splits)
     if rows == 0:
         return partials
+    of_rows = isinstance(seed, Tensor)
     launch.launch(
-        _token_partials_kernel,
+        token_partials_kernel,
         rows * splits,
-        (
-            logits,
-            *logits.stride(),
-            positions,
-            vocab,
-            vocab_start // 4,
-            seeds,
-            0 if seeds is None else seeds.stride(0),
-            seed,
-            1.0 / temperature if temperature > 0.0 else 0.0,
-            exclude_token_id,
-            partials,
-            rows * splits,
-            splits,
-            tiles_per_split * tile,
-            counters,
-            0 if counters is None else counters.numel(),
-        ),
         {
-            "SAMPLE": temperature > 0.0,
-            "LEAD": lead,
-            "METRIC": metric,
-            "BLOCK_K": parameters.block_m,
-            "BLOCK_W": parameters.block_n,
+            "logits": Logits(logits, *logits.stride(), positions, vocab),
+            "first_group": vocab_start // 4,
+            "seeds": Seeds(seed, seed.stride(0)) if of_rows else None,
+            "seed": 0 if of_rows else seed,
+            "inverse_temperature": 1.0 / temperature if sample else 0.0,
+            "exclude": -1 if exclude is None else exclude,
+            "partials": partials,
+            "plane": rows * splits,
+            "n_splits": splits,
+            "split_size": tiles_per_split * tile,
+            "counters": counters,
+            "n_counters": 0 if counters is None else counters.numel(),
+            "OPTIONS": Options(sample, lead, metric, parameters.block_m, parameters.block_n),
         },
         parameters,
         device=logits.device,
         # The sampling stream is fixed to the last bit: every product and sum is rounded by itself.
-        fuse_multiply_add=temperature == 0.0,
+        fuse_multiply_add=not sample,
     )
     return partials
 
 
-def merge_token_partials(
-    partials: Tensor,  # [7, B * C, S]
-    metric: str,
-    token_ids: Tensor,  # [B, C] int64
-    confidence: Tensor,  # [B, C] float32
-) -> None:
-    """Write the tokens and their confidence, from the partials of the whole vocabulary."""
+def token_confidence(out: tuple[Tensor, Tensor], logits: Tensor, options: Sampling) -> None:
+    token_ids, confidence = out
+    partials = token_partials(logits, options)
     _, rows, splits = partials.shape
     if rows == 0:
         return
     width = triton.next_power_of_2(splits)
     block = max(1, min(32, 1024 // width))
     launch.launch(
-        _merge_partials_kernel,
+        merge_partials_kernel,
         triton.cdiv(rows, block),
-        (partials, rows * splits, rows, splits, token_ids, confidence),
-        {"METRIC": metric, "BLOCK": block, "SPLITS": width},
+        {
+            "partials": partials,
+            "plane": rows * splits,
+            "n_rows": rows,
+            "n_splits": splits,
+            "token_ids": token_ids,
+            "confidence": confidence,
+            "METRIC": options.metric,
+            "BLOCK": block,
+            "SPLITS": width,
+        },
         launch.Config(block, width, 4, 1),
         device=partials.device,
     )
-
-
-def token_confidence(
-    token_ids: Tensor,
-    confidence: Tensor,
-    logits: Tensor,
-    seeds: Tensor | None,
-    metric: str,
-    temperature: float,
-    seed: int,
-    exclude_token_id: int,
-    vocab_start: int,
-) -> None:
-    partials = token_partials(
-        logits, seeds, metric, temperature, seed, exclude_token_id, vocab_start=vocab_start
-    )
-    merge_token_partials(partials, metric, token_ids, confidence)

@@ -6,28 +6,31 @@ allocates. They run on CUDA and ROCm devices, and on CPU tensors under ``TRITON_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from attn_sampler.options import MAX_HEADDIM
+
 from . import launch
-from .attention import MAX_HEADDIM, MAX_LAYERS, attention_map, column_scores
-from .confidence import merge_token_partials, token_confidence, token_partials
-from .selection import select_tokens
-from .step import decode_step
+from .attention_map import attention_map
+from .column_scores import column_scores
+from .decode_step import MAX_LAYERS, decode_step
+from .select_tokens import select_tokens
+from .token_confidence import token_confidence
 
 __all__ = [
     "attention_map",
     "column_scores",
     "decode_step",
-    "merge_token_partials",
-    "problem",
+    "refuses",
     "select_tokens",
     "token_confidence",
-    "token_partials",
 ]
 
 
-def problem(op: str, tensors: tuple[Tensor, ...]) -> str | None:
+def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
     """Why ``op`` cannot be served on these floating-point tensors; None where it can.
 
     Parameters

@@ -1,0 +1,428 @@
+"""Column scores: attention weights, summed over query rows, heads and layers.
+
+The kernel keeps a tile of keys (the columns) and streams query rows, over heads and layers. With the
+log-sum-exp known, no other key is read. Rows, heads and layers are split among programs where there are too
+few of those; the last program to finish a tile of columns adds the splits up in a fixed order, and in a
+decoding step the last one of a row of the batch selects and commits as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_sampler.checks import Span
+from attn_sampler.options import Attention, Layer, Masks
+
+from . import launch
+from .row_lse import OF_TILE, row_lse
+from .select_tokens import commit_row
+from .tile import (
+    Cut,
+    Matrix,
+    Problem,
+    cut_columns,
+    gather,
+    is_last,
+    is_set,
+    load_block,
+    load_lse,
+    logit_scale,
+    logits_tile,
+    of_layer,
+    visible,
+    weights_tile,
+)
+
+
+class Out(NamedTuple):
+    """Scores [B, C] or, per head, [B, Hq, C]."""
+
+    data: Tensor
+    stride_b: int
+    stride_h: int
+    stride_c: int
+
+
+class Options(NamedTuple):
+    """Compile-time options."""
+
+    causal: bool
+    diagonal: bool
+    reduction: str
+    per_head: bool
+    accumulate: bool
+    masked_rows: bool  # only rows of masked tokens count
+    lse_splits: int
+    row_splits: int
+    pack: int
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_layer",
+        "n_groups",
+        "n_columns",
+        "row_start",
+        "row_stop",
+        "column_start",
+        "query_start",
+        "head_splits",
+        "packs_per_split",
+        "tiles",
+        "block_start",
+        "mask_token_id",
+        "plane",
+        "n_splits",
+    ]
+)
+def column_scores_kernel(
+    layers,
+    lse,
+    stride_layer,
+    key_mask,
+    query_mask,
+    out,
+    partials,
+    counters,
+    n_groups,
+    n_columns,
+    row_start,
+    row_stop,
+    column_start,
+    query_start,
+    head_splits,
+    packs_per_split,
+    tiles,
+    tokens,
+    block_start,
+    mask_token_id,
+    commit,
+    plane,
+    n_splits,
+    OPTIONS: tl.constexpr,
+    COMMIT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One tile of columns, over one split of the rows, packs of heads and layers.
+
+    Program: (group * splits + split) * tiles + tile, where a group is a row of the batch (or one head of
+    it, per head) and split = (layer * head_splits + head split) * ROW_SPLITS + row split.
+    """
+    REDUCTION: tl.constexpr = OPTIONS.reduction
+    ROW_SPLITS: tl.constexpr = OPTIONS.row_splits
+    PACK: tl.constexpr = OPTIONS.pack
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    n_layers: tl.constexpr = len(layers.q.data)
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    pid = pid // tiles
+    splits = n_layers * head_splits * ROW_SPLITS
+    split = pid % splits
+    group = pid // splits
+    layer = split // (head_splits * ROW_SPLITS)
+    head_split = split // ROW_SPLITS % head_splits
+    row_split = split % ROW_SPLITS
+
+    n_heads = of_layer(layers.heads, layer)
+    if OPTIONS.per_head:
+        b = (group // n_heads).to(tl.int64)
+        first_pack = group % n_heads
+        last_pack = first_pack + 1
+    else:
+        b = group.to(tl.int64)
+        first_pack = head_split * packs_per_split
+        last_pack = tl.minimum(first_pack + packs_per_split, n_heads // PACK)
+
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_ok = column < n_columns
+    key = column_start + column
+    key_ok = is_set(key_mask, b, key, column_ok)
+
+    # The packed rows of this split: whole tiles, so that a split is never shared.
+    first_row = row_start
+    if OPTIONS.causal:  # rows before the first column see nothing of the tile
+        first_row = tl.maximum(row_start, column_start + tile * BLOCK_N - query_start)
+        first_row = tl.minimum(first_row, row_stop).to(tl.int32)
+    row_tiles = ((row_stop - first_row) * PACK + BLOCK_M - 1) // BLOCK_M
+    tiles_per_split = (row_tiles + ROW_SPLITS - 1) // ROW_SPLITS
+    first_r = first_row * PACK + row_split * tiles_per_split * BLOCK_M
+    last_r = tl.minimum(first_r + tiles_per_split * BLOCK_M, row_stop * PACK)
+
+    q_base = of_layer(layers.q.data, layer) + b * of_layer(layers.q.stride_b, layer)
+    q_h = of_layer(layers.q.stride_h, layer)
+    q_m = of_layer(layers.q.stride_r, layer)
+    q_d = of_layer(layers.q.stride_d, layer)
+    k_base = of_layer(layers.k.data, layer) + b * of_layer(layers.k.stride_b, layer)
+    k_h = of_layer(layers.k.stride_h, layer)
+    k_d = of_layer(layers.k.stride_d, layer)
+    k_offset = key.to(tl.int64) * of_layer(layers.k.stride_r, layer)
+    heads_per_key = of_layer(layers.groups, layer)
+    if lse is not None:
+        lse_base = (
+            of_layer(lse.data, layer) + layer.to(tl.int64) * stride_layer + b * of_layer(lse.stride_b, layer)
+        )
+        lse_h = of_layer(lse.stride_h, layer)
+        lse_m = of_layer(lse.stride_m, layer)
+
+    score = tl.zeros([BLOCK_N], tl.float32)
+    count = tl.zeros([BLOCK_N], tl.int32)
+    for pack in range(first_pack, last_pack):
+        head = pack * PACK
+        kv_head = (head // heads_per_key).to(tl.int64)
+        scale = logit_scale(layers, layer, b, kv_head)
+        k = load_block(k_base + kv_head * k_h + k_offset, column_ok, k_d, TILE)
+        if REDUCTION == "max":
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(first_r, last_r, BLOCK_M):
+            r = start + tl.arange(0, BLOCK_M)
+            in_range = r < last_r
+            row = r // PACK
+            position = query_start + row
+            row_head = (head + r % PACK).to(tl.int64)
+            q = load_block(q_base + row_head * q_h + row.to(tl.int64) * q_m, in_range, q_d, TILE)
+            logits = logits_tile(q, k, scale, TILE)
+            row_ok = is_set(query_mask, b, row, in_range)
+            if OPTIONS.masked_rows:
+                at = block_start + (query_start - column_start) + row
+                offset = b * tokens.stride_b + at.to(tl.int64) * tokens.stride_n
+                row_ok = row_ok & (tl.load(tokens.data + offset, mask=in_range, other=0) == mask_token_id)
+            sees = visible(row_ok, position, key_ok, key, OPTIONS.causal)
+            if lse is None:
+                weights = weights_tile(logits, logits, sees, True)
+            else:
+                lse_rows = lse_base + row_head * lse_h + row.to(tl.int64) * lse_m
+                row_lse = load_lse(lse_rows, in_range, lse.scale, OPTIONS.lse_splits)
+                weights = weights_tile(logits, row_lse, sees, False)
+            if not OPTIONS.diagonal:
+                sees = sees & (key[None, :] != position[:, None])
+                weights = tl.where(sees, weights, 0.0)
+            if REDUCTION == "max":
+                # The bits of non-negative numbers compare as they do, and NaN as the largest.
+                acc = tl.maximum(acc, weights.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            else:
+                acc += weights
+            if REDUCTION == "mean":
+                # All heads and layers have the same rows: those of one are counted.
+                counted = row_head == first_pack if OPTIONS.per_head else (row_head == 0) & (layer == 0)
+                count += tl.sum((sees & counted[:, None]).to(tl.int32), 0)
+        if REDUCTION == "max":
+            score += tl.max(acc, 0).to(tl.float32, bitcast=True)
+        else:
+            score += tl.sum(acc, 0)
+
+    finished = True
+    if partials is not None:
+        # partials[group, split, column], then, for the mean, as many counts.
+        counts = n_groups.to(tl.int64) * splits * n_columns
+        row_of = partials + group.to(tl.int64) * splits * n_columns + column
+        tl.store(row_of + split.to(tl.int64) * n_columns, score, mask=column_ok)
+        if REDUCTION == "mean":
+            bits = count.to(tl.float32, bitcast=True)
+            tl.store(row_of + counts + split.to(tl.int64) * n_columns, bits, mask=column_ok)
+        finished = is_last(counters + group * tiles + tile, splits)
+    if finished:
+        if partials is not None:
+            if REDUCTION == "max":
+                score = _largest_of_splits(row_of, n_columns, column_ok, n_layers * head_splits, ROW_SPLITS)
+            else:
+                score = _sum_of_splits(row_of, n_columns, column_ok, splits, tl.float32)
+            if REDUCTION == "mean":
+                count = _sum_of_splits(row_of + counts, n_columns, column_ok, splits, tl.int32)
+        if REDUCTION == "mean":
+            score = score / tl.maximum(count, 1).to(tl.float32)
+        target = out.data + b * out.stride_b + column.to(tl.int64) * out.stride_c
+        if OPTIONS.per_head:
+            target += first_pack.to(tl.int64) * out.stride_h
+        if OPTIONS.accumulate:
+            score += tl.load(target, mask=column_ok, other=0.0)
+        tl.store(target, score, mask=column_ok)
+        if commit is not None:
+            last_tile = is_last(counters + n_groups * tiles + group, tiles)
+            if last_tile:
+                scores = Matrix(out.data, out.stride_b, out.stride_c)
+                commit_row(
+                    group,
+                    scores,
+                    tokens,
+                    block_start,
+                    mask_token_id,
+                    commit,
+                    plane,
+                    n_splits,
+                    n_columns,
+                    COMMIT,
+                )
+
+
+@triton.jit
+def _largest_of_splits(row_of, n_columns, ok, packs, ROW_SPLITS: tl.constexpr):
+    """The sum over packs of heads of the largest of their splits [block_n]."""
+    score = tl.zeros([ok.shape[0]], tl.float32)
+    offs = tl.arange(0, ROW_SPLITS)
+    for index in range(0, packs):
+        at = (index * ROW_SPLITS + offs).to(tl.int64)[:, None] * n_columns
+        part = tl.load(row_of[None, :] + at, mask=ok[None, :], other=0.0)
+        score += tl.max(part.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
+    return score
+
+
+@triton.jit
+def _sum_of_splits(row_of, n_columns, ok, splits, DTYPE: tl.constexpr):
+    """The sum of all splits [block_n], whose bits are of this type."""
+    total = tl.zeros([32, ok.shape[0]], DTYPE)
+    for start in range(0, splits, 32):
+        offs = start + tl.arange(0, 32)
+        at = offs.to(tl.int64)[:, None] * n_columns
+        there = (offs < splits)[:, None] & ok[None, :]
+        total += tl.load(row_of[None, :] + at, mask=there, other=0.0).to(DTYPE, bitcast=True)
+    return tl.sum(total, 0)
+
+
+class Plan(NamedTuple):
+    """How a column reduction is cut into programs."""
+
+    cut: Cut
+    pack: int
+    rows: Span  # the query rows that can contribute
+    groups: int  # rows of the output
+    tiles: int
+    head_splits: int
+    row_splits: int
+    packs_per_split: int
+
+    @property
+    def counters(self) -> int:
+        """How many the kernel needs, without those of a commit."""
+        return self.groups * self.tiles
+
+
+def plan_columns(problem: Problem, options: Attention) -> Plan:
+    columns = options.columns
+    rows = Span(0, problem.n_rows)
+    if options.softmax_scope == "block":
+        rows = _rows_at(columns, options.query_start, problem.n_rows)
+    # Per head, and for the maximum of each head's rows, heads stay apart.
+    pack = 1 if options.per_head or options.reduction == "max" else problem.group
+    packed_rows = (rows.stop - rows.start) * pack
+    cut = cut_columns("column_scores", problem, options, packed_rows)
+
+    groups = problem.batch * (problem.heads if options.per_head else 1)
+    tiles = triton.cdiv(columns.stop - columns.start, cut.tile.block_n)
+    packs = 1 if options.per_head else problem.heads // pack
+    row_tiles = triton.cdiv(packed_rows, cut.tile.block_m)
+    n_layers = len(problem.layers.q.data)
+    wanted = 4 * launch.processors(problem.device) // max(groups * tiles * n_layers, 1)
+    packs_per_split = triton.cdiv(packs, min(packs, max(wanted, 1)))
+    head_splits = triton.cdiv(packs, packs_per_split)
+    row_splits = 1
+    # A program has two tiles of rows at the least, or loading its keys costs more than its rows.
+    while (
+        packs_per_split == 1
+        and row_splits < 64
+        and 4 * row_splits <= row_tiles
+        and head_splits * row_splits < wanted
+    ):
+        row_splits *= 2
+    return Plan(cut, pack, rows, groups, tiles, head_splits, row_splits, packs_per_split)
+
+
+def _rows_at(columns: Span, query_start: int, n_rows: int) -> Span:
+    """The query rows that stand at the columns."""
+    first = min(max(columns.start - query_start, 0), n_rows)
+    return Span(first, max(first, min(columns.stop - query_start, n_rows)))
+
+
+#: The arguments of a kernel that is no part of a decoding step.
+NO_STEP: Mapping[str, object] = {
+    "tokens": None,
+    "block_start": 0,
+    "mask_token_id": 0,
+    "commit": None,
+    "plane": 0,
+    "n_splits": 0,
+    "COMMIT": None,
+}
+
+
+def reduce_columns(
+    plan: Plan,
+    problem: Problem,
+    out: Tensor,
+    softmax_lse: Sequence[Tensor | None],
+    masks: Masks,
+    options: Attention,
+    *,
+    step: Mapping[str, object] = NO_STEP,
+    masked_rows: bool = False,
+    counters: Tensor | None = None,
+) -> None:
+    """Column scores of all layers in one launch (two where the log-sum-exp is to be computed).
+
+    In a ``step`` that has a commit, the kernel also finishes it; ``counters`` are zero then, one for each
+    tile and one for each row of the batch.
+    """
+    device, rows = problem.device, plan.rows
+    n_columns = options.columns.stop - options.columns.start
+    lse = OF_TILE if plan.cut.of_tile else row_lse(problem, softmax_lse, masks.key_mask, options, rows)
+    splits = len(problem.layers.q.data) * plan.head_splits * plan.row_splits
+    partials = None
+    if splits > 1:
+        partials = launch.workspace(
+            device, 2 if options.reduction == "mean" else 1, plan.groups, splits, n_columns
+        )
+        if counters is None:
+            counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
+    launch.launch(
+        column_scores_kernel,
+        plan.groups * splits * plan.tiles,
+        {
+            "layers": problem.layers,
+            "lse": lse.operand,
+            "stride_layer": lse.stride_layer,
+            "key_mask": Matrix.optional(masks.key_mask),
+            "query_mask": Matrix.optional(masks.query_mask),
+            "out": Out(out, out.stride(0), out.stride(1) if options.per_head else 0, out.stride(-1)),
+            "partials": partials,
+            "counters": counters,
+            "n_groups": plan.groups,
+            "n_columns": n_columns,
+            "row_start": rows.start,
+            "row_stop": rows.stop,
+            "column_start": options.columns.start,
+            "query_start": options.query_start,
+            "head_splits": plan.head_splits,
+            "packs_per_split": plan.packs_per_split,
+            "tiles": plan.tiles,
+            **step,
+            "OPTIONS": Options(
+                options.causal,
+                options.diagonal,
+                options.reduction,
+                options.per_head,
+                options.accumulate,
+                masked_rows,
+                lse.splits,
+                plan.row_splits,
+                plan.pack,
+            ),
+            "TILE": plan.cut.tile,
+        },
+        plan.cut.parameters,
+        device=device,
+    )
+
+
+def column_scores(out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
+    if layer.q.shape[0] == 0:
+        return
+    problem = gather([layer], options.softmax_scale)
+    reduce_columns(plan_columns(problem, options), problem, out, [layer.softmax_lse], masks, options)

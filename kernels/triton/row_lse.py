@@ -1,0 +1,213 @@
+"""The log-sum-exp of query rows, from their queries and keys.
+
+The kernel keeps a tile of query rows and streams keys. Where rows are few the keys are split among programs;
+the splits' results are combined, in a fixed order, by whoever reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_sampler.checks import Span
+from attn_sampler.options import LOG2E, Attention
+
+from . import launch
+from .tile import (
+    Lse,
+    Matrix,
+    Problem,
+    fitting,
+    is_set,
+    load_block,
+    logit_scale,
+    logits_tile,
+    of_layer,
+    safe_max,
+    shared_strides,
+    tile_of,
+    visible,
+)
+
+_INF = tl.constexpr(float("inf"))
+
+
+class Options(NamedTuple):
+    """Compile-time options."""
+
+    causal: bool
+    splits: int
+    pack: int
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_batch",
+        "row_start",
+        "row_stop",
+        "key_start",
+        "key_stop",
+        "query_start",
+        "packs",
+    ]
+)
+def row_lse_kernel(
+    layers,
+    key_mask,
+    lse,
+    stride_layer,
+    n_heads,
+    n_rows,
+    n_batch,
+    row_start,
+    row_stop,
+    key_start,
+    key_stop,
+    query_start,
+    packs,
+    OPTIONS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """lse[layer, b, head, row, split] of a tile of packed rows over one split of the keys.
+
+    Program: (((layer * B + b) * packs + pack) * row tiles + row tile) * SPLITS + split.
+    """
+    SPLITS: tl.constexpr = OPTIONS.splits
+    PACK: tl.constexpr = OPTIONS.pack
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    pid = pid // SPLITS
+    row_tiles = ((row_stop - row_start) * PACK + BLOCK_M - 1) // BLOCK_M
+    row_tile = pid % row_tiles
+    pid = pid // row_tiles
+    pack = pid % packs
+    pid = pid // packs
+    b = (pid % n_batch).to(tl.int64)
+    layer = pid // n_batch
+
+    head = pack * PACK
+    if head < of_layer(layers.heads, layer):
+        r = row_start * PACK + row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_ok = r < row_stop * PACK
+        row = r // PACK
+        position = query_start + row
+        q_rows = (
+            of_layer(layers.q.data, layer)
+            + b * of_layer(layers.q.stride_b, layer)
+            + (head + r % PACK).to(tl.int64) * of_layer(layers.q.stride_h, layer)
+            + row.to(tl.int64) * of_layer(layers.q.stride_r, layer)
+        )
+        q_d = of_layer(layers.q.stride_d, layer)
+        kv_head = (head // of_layer(layers.groups, layer)).to(tl.int64)
+        k_base = (
+            of_layer(layers.k.data, layer)
+            + b * of_layer(layers.k.stride_b, layer)
+            + kv_head * of_layer(layers.k.stride_h, layer)
+        )
+        scale = logit_scale(layers, layer, b, kv_head)
+        k_n = of_layer(layers.k.stride_r, layer)
+        k_d = of_layer(layers.k.stride_d, layer)
+        q = load_block(q_rows, row_ok, q_d, TILE)
+
+        span = (key_stop - key_start + SPLITS - 1) // SPLITS
+        span = (span + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        first = key_start + split * span
+        last = tl.minimum(first + span, key_stop)
+        if OPTIONS.causal:  # nothing is visible beyond the last row of the tile
+            last_row = tl.minimum((row_start * PACK + row_tile * BLOCK_M + BLOCK_M - 1) // PACK, row_stop - 1)
+            last = tl.maximum(tl.minimum(last, query_start + last_row + 1), key_start).to(tl.int32)
+        m = tl.full([BLOCK_M], -_INF, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(first, last, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            key_ok = key < last
+            k = load_block(k_base + key.to(tl.int64) * k_n, key_ok, k_d, TILE)
+            logits = logits_tile(q, k, scale, TILE)
+            key_ok = is_set(key_mask, b, key, key_ok)
+            logits = tl.where(visible(row_ok, position, key_ok, key, OPTIONS.causal), logits, -_INF)
+            new_m = tl.maximum(m, tl.max(logits, 1))
+            shift = safe_max(new_m)
+            total = total * tl.exp2(m - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+            m = new_m
+        out = lse + layer.to(tl.int64) * stride_layer + (head + r % PACK + b * n_heads) * n_rows * SPLITS
+        tl.store(out + row.to(tl.int64) * SPLITS + split, safe_max(m) + tl.log2(total), mask=row_ok)
+
+
+class RowLse(NamedTuple):
+    """Where a kernel finds the row log-sum-exp, and in how many splits."""
+
+    operand: Lse | None  # None: it is that of the tile itself
+    stride_layer: int  # of what lies in one tensor for all layers
+    splits: int
+
+
+OF_TILE = RowLse(None, 0, 1)
+
+
+def row_lse(
+    problem: Problem,
+    softmax_lse: Sequence[Tensor | None],
+    key_mask: Tensor | None,
+    options: Attention,
+    rows: Span,
+) -> RowLse:
+    """The row log-sum-exp of all layers, as it was given or launched here for a range of rows."""
+    if softmax_lse[0] is not None:
+        scale = LOG2E if options.lse_base == "e" else 1.0
+        return RowLse(Lse(tuple(softmax_lse), *shared_strides(softmax_lse), scale), 0, 1)
+    keys = options.columns if options.softmax_scope == "block" else Span(0, problem.n_keys)
+    return _computed(problem, key_mask, options, rows, keys)
+
+
+def _computed(
+    problem: Problem,
+    key_mask: Tensor | None,
+    options: Attention,
+    rows: Span,
+    keys: Span,
+) -> RowLse:
+    device, pack = problem.device, problem.group
+    n_layers = len(problem.layers.q.data)
+    n_keys = keys.stop - keys.start
+    n_rows = (rows.stop - rows.start) * pack
+    shape_class = launch.attention_class(n_rows, problem.headdim, problem.element_size)
+    parameters = launch.config("row_lse", shape_class, device)
+    block_m = fitting(n_rows, parameters.block_m)
+    block_n = fitting(n_keys, parameters.block_n)
+    packs = problem.heads // pack
+    programs = n_layers * problem.batch * packs * triton.cdiv(max(n_rows, 0), block_m)
+    splits = 1
+    while splits < 32 and 2 * splits * block_n < n_keys and programs * splits < 2 * launch.processors(device):
+        splits *= 2
+    lse = launch.workspace(device, n_layers, problem.batch, problem.heads, problem.n_rows, splits)
+    if programs > 0:
+        launch.launch(
+            row_lse_kernel,
+            programs * splits,
+            {
+                "layers": problem.layers,
+                "key_mask": Matrix.optional(key_mask),
+                "lse": lse,
+                "stride_layer": lse.stride(0),
+                "n_heads": problem.heads,
+                "n_rows": problem.n_rows,
+                "n_batch": problem.batch,
+                "row_start": rows.start,
+                "row_stop": rows.stop,
+                "key_start": keys.start,
+                "key_stop": keys.stop,
+                "query_start": options.query_start,
+                "packs": packs,
+                "OPTIONS": Options(options.causal, splits, pack),
+                "TILE": tile_of(problem, block_m, block_n),
+            },
+            parameters,
+            device=device,
+        )
+    return RowLse(Lse((lse,), *((s,) for s in lse.stride()[1:4]), 1.0), lse.stride(0), splits)

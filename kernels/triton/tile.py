@@ -1,0 +1,322 @@
+"""A tile of attention: logits, weights, and the operands that the attention kernels read.
+
+The query heads that share a key head are packed into the rows of a tile: row r is query row r // PACK of head
+r % PACK of the pack. Logarithms are to base 2 throughout.
+
+Kernels take tensors with their strides, and compile-time options, as records. Triton specialises every
+integer of a record by whether 16 divides it and whether it is 1, as strides want; sizes and places that
+differ from call to call are therefore arguments by themselves, named under ``do_not_specialize``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_sampler.options import LOG2E, Attention, Layer
+
+from . import launch
+
+_INF = tl.constexpr(float("inf"))
+
+
+class Matrix(NamedTuple):
+    """A tensor [B, N]."""
+
+    data: Tensor
+    stride_b: int
+    stride_n: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Matrix:
+        return cls(x, *x.stride())
+
+    @classmethod
+    def optional(cls, x: Tensor | None) -> Matrix | None:
+        return None if x is None else cls.of(x)
+
+
+class Vectors(NamedTuple):
+    """Queries or keys [B, H, R, D] of all layers; a stride is one for all of them where they agree."""
+
+    data: tuple[Tensor, ...]
+    stride_b: tuple[int, ...]
+    stride_h: tuple[int, ...]
+    stride_r: tuple[int, ...]
+    stride_d: tuple[int, ...]
+
+
+class Scales(NamedTuple):
+    """Descales [B, Hkv] of all layers."""
+
+    data: tuple[Tensor, ...]
+    stride_b: tuple[int, ...]
+    stride_h: tuple[int, ...]
+
+
+class Lse(NamedTuple):
+    """Row log-sum-exp [B, H, M] of all layers."""
+
+    data: tuple[Tensor, ...]
+    stride_b: tuple[int, ...]
+    stride_h: tuple[int, ...]
+    stride_m: tuple[int, ...]
+    scale: float  # to base 2
+
+
+class Layers(NamedTuple):
+    """What the logits of all layers are made of."""
+
+    q: Vectors
+    k: Vectors
+    q_descale: Scales | None
+    k_descale: Scales | None
+    heads: tuple[int, ...]
+    groups: tuple[int, ...]  # query heads that share a key head
+    scale_log2: float
+
+
+class Tile(NamedTuple):
+    """Sizes of a tile; a compile-time option."""
+
+    headdim: int
+    block_m: int
+    block_n: int
+    block_d: int  # of the chunks that the head dimension is cut in
+    upcast: bool  # multiply in float32
+
+
+class Block(NamedTuple):
+    """A tile's rows or columns inside a kernel: their vectors, and the first chunk of each."""
+
+    pointers: Any
+    ok: Any
+    stride_d: Any
+    chunk: Any
+
+
+@triton.jit
+def of_layer(values, layer):
+    """The entry of a tuple that has one for each layer, or one for all of them."""
+    value = values[0]
+    for index in tl.static_range(1, len(values)):
+        value = tl.where(layer == index, values[index], value)
+    return value
+
+
+@triton.jit
+def is_set(mask, b, at, ok):
+    """Where ok, and set in row b of a mask; all are set in no mask."""
+    if mask is not None:
+        offset = b * mask.stride_b + at.to(tl.int64) * mask.stride_n
+        ok = ok & (tl.load(mask.data + offset, mask=ok, other=0) != 0)
+    return ok
+
+
+@triton.jit
+def _widened(x):
+    """float8 as float16, which can hold every e4m3; as bits (uint8) where the device has no such type."""
+    if x.dtype == tl.uint8:
+        # Exponent and fraction moved into place, a NaN's exponent filled up; the product rebases it.
+        bits = x.to(tl.uint16)
+        magnitude = (bits & 0x7F) << 7
+        magnitude = magnitude | ((magnitude + 0x80) & 0x4000)
+        x = (magnitude | ((bits & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
+    elif x.dtype == tl.float8e4nv:
+        x = x.to(tl.float16)
+    return x
+
+
+@triton.jit
+def _load_chunk(pointers, ok, stride_d, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """Chunk CHUNK of the head dimension of some vectors: [BLOCK, block_d], zero where there is nothing."""
+    offs_d = CHUNK * TILE.block_d + tl.arange(0, TILE.block_d)
+    mask = ok[:, None]
+    if TILE.headdim % TILE.block_d != 0:
+        mask = mask & (offs_d < TILE.headdim)[None, :]
+    x = tl.load(pointers[:, None] + offs_d.to(tl.int64)[None, :] * stride_d, mask=mask, other=0.0)
+    x = _widened(x)
+    if TILE.upcast:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_block(pointers, ok, stride_d, TILE: tl.constexpr):
+    """A tile's rows or columns, with their first chunk read."""
+    return Block(pointers, ok, stride_d, _load_chunk(pointers, ok, stride_d, 0, TILE))
+
+
+@triton.jit
+def logits_tile(q, k, scale, TILE: tl.constexpr):
+    """Scaled logits to base 2 [block_m, block_n] of two blocks."""
+    acc = tl.dot(q.chunk, tl.trans(k.chunk), input_precision="ieee")
+    for chunk in tl.static_range(1, (TILE.headdim + TILE.block_d - 1) // TILE.block_d):
+        q_chunk = _load_chunk(q.pointers, q.ok, q.stride_d, chunk, TILE)
+        k_chunk = _load_chunk(k.pointers, k.ok, k.stride_d, chunk, TILE)
+        acc = tl.dot(q_chunk, tl.trans(k_chunk), acc, input_precision="ieee")
+    return acc * scale
+
+
+@triton.jit
+def logit_scale(layers, layer, b, kv_head):
+    """From products of a key head to logits to base 2."""
+    scale = _descaled(layers.scale_log2, layers.q_descale, layer, b, kv_head)
+    return _descaled(scale, layers.k_descale, layer, b, kv_head)
+
+
+@triton.jit
+def _descaled(scale, descale, layer, b, kv_head):
+    if descale is not None:
+        at = b * of_layer(descale.stride_b, layer) + kv_head * of_layer(descale.stride_h, layer)
+        scale = scale * tl.load(of_layer(descale.data, layer) + at)
+    return scale
+
+
+@triton.jit
+def visible(row_ok, position, key_ok, key, CAUSAL: tl.constexpr):
+    """Which rows see which keys [block_m, block_n]."""
+    sees = row_ok[:, None] & key_ok[None, :]
+    if CAUSAL:
+        sees = sees & (key[None, :] <= position[:, None])
+    return sees
+
+
+@triton.jit
+def safe_max(m):
+    """A maximum that can be subtracted: 0 in place of an infinity."""
+    return tl.where((m == _INF) | (m == -_INF), 0.0, m)
+
+
+@triton.jit
+def load_lse(pointers, ok, scale, SPLITS: tl.constexpr):
+    """Row log-sum-exp to base 2 [block_m], from SPLITS partial ones that lie side by side."""
+    if SPLITS == 1:
+        lse = tl.load(pointers, mask=ok, other=-_INF) * scale
+    else:
+        parts = tl.load(pointers[:, None] + tl.arange(0, SPLITS)[None, :], mask=ok[:, None], other=-_INF)
+        m = safe_max(tl.max(parts, 1))
+        lse = m + tl.log2(tl.sum(tl.exp2(parts - m[:, None]), 1))
+    return lse
+
+
+@triton.jit
+def weights_tile(logits, lse, sees, LSE_OF_TILE: tl.constexpr):
+    """Attention weights [block_m, block_n], exactly 0 where a row sees nothing.
+
+    With LSE_OF_TILE the tile holds all the keys of the softmax, and lse is not read.
+    """
+    if LSE_OF_TILE:
+        seen = tl.where(sees, logits, -_INF)
+        m = safe_max(tl.max(seen, 1))
+        lse = m + tl.log2(tl.sum(tl.exp2(seen - m[:, None]), 1))
+    weights = tl.exp2(logits - lse[:, None])
+    return tl.where(sees & (lse != -_INF)[:, None], weights, 0.0)
+
+
+@triton.jit
+def is_last(counter, total):
+    """Whether all the other programs that count here have finished; their results can be read then.
+
+    The increment releases this program's results and acquires the others'. It is one thread's: the first
+    barrier puts the writes of all threads before it, the second puts their reads after it.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    return before == total - 1
+
+
+class Problem(NamedTuple):
+    """The layers of a call as the kernels take them, and what their launchers ask about them."""
+
+    layers: Layers
+    batch: int
+    heads: int  # of the layer that has most
+    group: int  # number of query heads that share a key head in every layer
+    n_rows: int
+    n_keys: int
+    headdim: int
+    element_size: int
+    device: torch.device
+
+
+class Cut(NamedTuple):
+    """A launch's tile."""
+
+    parameters: launch.Config
+    tile: Tile
+    of_tile: bool  # the keys of the softmax fit into it
+
+
+def gather(layers: Sequence[Layer], softmax_scale: float) -> Problem:
+    q, k, _, q_descale, k_descale = zip(*layers, strict=True)
+    batch, _, n_rows, headdim = q[0].shape
+    heads = [x.shape[1] for x in q]
+    groups = [x.shape[1] // y.shape[1] for x, y in zip(q, k, strict=True)]
+    operands = Layers(
+        _vectors(q),
+        _vectors(k),
+        None if q_descale[0] is None else Scales(q_descale, *shared_strides(q_descale)),
+        None if k_descale[0] is None else Scales(k_descale, *shared_strides(k_descale)),
+        _shared(heads),
+        _shared(groups),
+        softmax_scale * LOG2E,
+    )
+    return Problem(
+        operands,
+        batch,
+        max(heads),
+        math.gcd(*groups),
+        n_rows,
+        k[0].shape[2],
+        headdim,
+        q[0].element_size(),
+        q[0].device,
+    )
+
+
+def _vectors(tensors: Sequence[Tensor]) -> Vectors:
+    """float8 goes as bits to a device that does not convert it by itself."""
+    if tensors[0].dtype == torch.float8_e4m3fn and not launch.converts_float8(tensors[0].device):
+        tensors = [x.view(torch.uint8) for x in tensors]
+    return Vectors(tuple(tensors), *shared_strides(tensors))
+
+
+def _shared(values: Sequence[int]) -> tuple[int, ...]:
+    """One value for all layers where they agree, else one for each."""
+    return (values[0],) if len(set(values)) == 1 else tuple(values)
+
+
+def shared_strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """For each axis, one stride for all tensors where they agree, else one for each."""
+    return [_shared(strides) for strides in zip(*(x.stride() for x in tensors), strict=True)]
+
+
+def fitting(size: int, limit: int) -> int:
+    """Tile size for so many rows or columns: a power of two, from 16 (tl.dot's least) to the limit."""
+    return min(limit, max(16, triton.next_power_of_2(size)))
+
+
+def tile_of(problem: Problem, block_m: int, block_n: int) -> Tile:
+    block_d = launch.block_d(problem.headdim, problem.element_size)
+    return Tile(problem.headdim, block_m, block_n, block_d, launch.INTERPRET)
+
+
+def cut_columns(kernel: str, problem: Problem, options: Attention, n_rows: int) -> Cut:
+    """The tile of a kernel for so many packed rows and the columns of the options."""
+    n_columns = options.columns.stop - options.columns.start
+    shape_class = launch.attention_class(n_columns, problem.headdim, problem.element_size)
+    parameters = launch.config(kernel, shape_class, problem.device)
+    block_m, block_n = parameters.block_m, fitting(n_columns, parameters.block_n)
+    largest_softmax = 64 if problem.element_size == 4 else 128
+    of_tile = options.softmax_scope == "block" and n_columns <= largest_softmax
+    if of_tile:
+        block_m, block_n = min(32, block_m), fitting(n_columns, largest_softmax)
+    return Cut(parameters, tile_of(problem, fitting(n_rows, block_m), block_n), of_tile)
