@@ -22,7 +22,7 @@ template <typename T>
 ATTN_SAMPLER_HD static inline T &element(const View<T, 2> &view, int64_t i, int64_t j) {
     return view.data[i * view.stride[0] + j * view.stride[1]];
 }
-static inline int64_t element_size(int dtype) {
+static constexpr int64_t element_size(int dtype) {
     return dtype == ATTN_SAMPLER_FLOAT32 ? 4 : dtype == ATTN_SAMPLER_FLOAT8_E4M3 ? 1 : 2;
 }
 

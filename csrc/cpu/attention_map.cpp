@@ -32,7 +32,7 @@ bool attention_map_of(const AttentionProblem &p) {
     auto task = [&](int64_t index, int worker) {
         const int64_t split = index % splits, unit = index / splits;
         Columns columns(plan, unit / column_tiles / row_tiles, unit % column_tiles);
-        const Scratch s(work.of_worker(worker), p.headdim);
+        const Scratch s = plan.scratch(work.of_worker(worker));
         const int64_t row0 = p.params.rows.start + unit / column_tiles % row_tiles * kTile;
         const int64_t first = max_of(row0, plan.row_start);
         const int64_t last = min_of(min_of(row0 + kTile, p.params.rows.stop), plan.row_stop);

@@ -113,38 +113,20 @@ struct SoftmaxTask {
     /* Takes as many rows as the lanes hold; returns where the next tile starts. */
     int64_t add_tile(int64_t hkv, int64_t first, int64_t last, double *total) {
         const AttentionProblem &p = plan.p;
-        const int64_t rows = plan.rows();
-        const void *address[kTile] = {};
-        int32_t position[kTile];
-        int32_t furthest = -1;
-        int64_t n = 0;
-        for (; first < last && n < lanes; ++first) {
-            const int64_t m = plan.row_start + first % rows;
-            if (!plan.row_counts(b, m))
-                continue;
-            address[n] = plan.query(b, hkv * plan.group + first / rows, m);
-            position[n] = plan.position(m, 0);
-            furthest = position[n] > furthest ? position[n] : furthest;
-            ++n;
-        }
+        Softmax<Words> softmax(plan, b, hkv, s);
+        first = softmax.take_rows(first, last, lanes, false);
+        const int width = softmax.width;
         int64_t seen = n_keys;
-        while (p.params.causal && seen > 0 && s.keys[seen - 1] > furthest)
+        while (p.params.causal && seen > 0 && s.keys[seen - 1] > softmax.furthest)
             --seen;
-        if (n == 0 || seen == 0)
+        if (softmax.n == 0 || seen == 0)
             return first;
-        const int width = static_cast<int>(round_up(n, kLanes));
-        for (int64_t i = n; i < width; ++i)
-            position[i] = -1;
-        pack_rows<Words>(plan, address, n, width, s);
 
-        Softmax<Words> softmax(plan, b, hkv);
         for (int64_t i = 0; i < seen; i += kTile) {
             const int64_t count = min_of(kTile, seen - i);
-            for (int64_t r = 0; r < count; ++r)
-                address[r] = plan.key(b, hkv, s.keys[i + r]);
             const bool next_head = i + count == seen && first == last && hkv + 1 < p.kv_heads;
             const void *const next = next_head ? plan.key(b, hkv + 1, s.keys[0]) : nullptr;
-            softmax.add(address, s.keys + i, count, next, position, s, width, s.product + i * width);
+            softmax.add(s.keys + i, count, next, s.product + i * width);
             memcpy(factors_of(i), softmax.top, sizeof(softmax.top));
         }
         /* From exponentials relative to the largest logit up to their block to weights. */
@@ -163,15 +145,15 @@ struct SoftmaxTask {
         };
         const auto selected = [&](int64_t i, int j) {
             const int32_t key = s.keys[i];
-            const VecI at = load<VecI>(position + j);
-            const VecI padding = lane_index() + j >= static_cast<int32_t>(n);
+            const VecI at = load<VecI>(softmax.position + j);
+            const VecI padding = lane_index() + j >= static_cast<int32_t>(softmax.n);
             const VecI unseen = p.params.causal ? at < key : VecI{};
             const VecI dropped = p.params.diagonal ? VecI{} : at == key;
             return (unseen | dropped | padding) ? VecF{} : weight(i, j);
         };
         const int64_t from = first_key_from(p.params.columns.start, seen);
         const int64_t to = first_key_from(p.params.columns.stop, seen);
-        if (p.params.causal || !p.params.diagonal || n < width)
+        if (p.params.causal || !p.params.diagonal || softmax.n < width)
             add_columns(from, to, width, selected, total);
         else
             add_columns(from, to, width, weight, total);
@@ -326,7 +308,7 @@ bool column_scores_of(const AttentionProblem &p) {
         double *const total = static_cast<double *>(work.shared());
         float *const largest = reinterpret_cast<float *>(total + totals);
         reduce_columns(plan, cut, total, [&](int64_t b, int64_t, int worker) {
-            return SoftmaxTask<Words>(plan, b, lanes, Scratch(work.of_worker(worker), p.headdim, product),
+            return SoftmaxTask<Words>(plan, b, lanes, plan.scratch(work.of_worker(worker), product),
                                       largest + worker * columns);
         });
         return true;
@@ -337,7 +319,7 @@ bool column_scores_of(const AttentionProblem &p) {
         return false;
     double *const total = static_cast<double *>(work.shared()) + lse_count(p);
     reduce_columns(plan, cut, total, [&](int64_t b, int64_t tile, int worker) {
-        return ScoreTask<Words>(plan, b, tile, Scratch(work.of_worker(worker), p.headdim));
+        return ScoreTask<Words>(plan, b, tile, plan.scratch(work.of_worker(worker)));
     });
     return true;
 }

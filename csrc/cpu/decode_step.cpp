@@ -30,10 +30,10 @@ void require_memory(bool done) {
 
 namespace cpu {
 
-void decode_step(const StepProblem &step) {
+int64_t decode_step(const StepProblem &step, const attn_sampler_exec &exec) {
     SelectProblem select = step.select;
     if (select.batch == 0)
-        return;
+        return 0;
     const std::vector<uint8_t> masked = where_masked(step, step.tokens.data, select.columns, {});
     select.masked = {masked.data(), {select.columns, 1}};
     std::vector<uint8_t> rows;
@@ -49,11 +49,12 @@ void decode_step(const StepProblem &step) {
             layer.query_mask = {rows.data(), {layer.n_rows, 1}};
         require_memory(cpu_kernels().column_scores(layer));
     }
-    select_tokens(select);
+    select_tokens(select, exec);
     for (int64_t b = 0; b < select.batch; ++b)
         for (int64_t c = 0; c < select.columns; ++c)
             if (element(select.selected, b, c) != 0)
                 element(step.tokens, b, c) = element(step.predict.token_ids, b, c);
+    return 0;
 }
 
 } // namespace cpu

@@ -106,13 +106,6 @@ int64_t run(const Problem &problem, const attn_sampler_exec &) {
     return 0;
 }
 
-/* Runs what needs no choice. */
-template <typename Problem, void (*kFunction)(const Problem &)>
-int64_t run(const Problem &problem, const attn_sampler_exec &) {
-    kFunction(problem);
-    return 0;
-}
-
 } // namespace
 
 const CpuKernels &cpu_kernels() { return *choice().kernels; }
@@ -124,8 +117,8 @@ const Device kCpuDevice = {
     run<AttentionProblem, &CpuKernels::column_scores>,
     run<AttentionProblem, &CpuKernels::attention_map>,
     run<ConfidenceProblem, &CpuKernels::token_confidence>,
-    run<SelectProblem, cpu::select_tokens>,
-    run<StepProblem, cpu::decode_step>,
+    cpu::select_tokens,
+    cpu::decode_step,
 };
 
 } // namespace attn_sampler

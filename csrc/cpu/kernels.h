@@ -20,10 +20,10 @@ const CpuKernels &cpu_kernels();
 /* Its name. */
 const char *cpu_isa();
 
-/* What is the same on every instruction set. A step throws std::bad_alloc, with the tokens as they were. */
+/* What is the same on every instruction set, as device.h has it. */
 namespace cpu {
-void select_tokens(const SelectProblem &);
-void decode_step(const StepProblem &);
+int64_t select_tokens(const SelectProblem &, const attn_sampler_exec &);
+int64_t decode_step(const StepProblem &, const attn_sampler_exec &);
 } // namespace cpu
 
 } // namespace attn_sampler

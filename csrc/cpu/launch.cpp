@@ -4,13 +4,10 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
-
-#include "arithmetic.h"
 
 namespace attn_sampler {
 namespace {
@@ -115,18 +112,5 @@ void parallel_for(int num_threads, int64_t count, void (*task)(void *, int64_t, 
     }
     job.work(0);
 }
-
-Workspace::Workspace(int num_threads, int64_t worker_bytes, int64_t shared_bytes)
-    : worker_bytes_(round_up(worker_bytes, 64)), shared_at_(num_threads * worker_bytes_),
-      memory_(static_cast<char *>(
-          std::aligned_alloc(64, static_cast<size_t>(shared_at_ + round_up(max_of(shared_bytes, 1), 64))))) {}
-
-Workspace::~Workspace() { std::free(memory_); }
-
-Workspace::operator bool() const { return memory_ != nullptr; }
-
-void *Workspace::of_worker(int worker) const { return memory_ + worker * worker_bytes_; }
-
-void *Workspace::shared() const { return memory_ + shared_at_; }
 
 } // namespace attn_sampler

@@ -16,6 +16,20 @@ namespace {
 constexpr int kTile = 64;                         /* rows and columns of a tile, at the most */
 constexpr int kMaxVectors = kLanes == 16 ? 4 : 2; /* so that a micro-kernel's sums fit the registers */
 
+/* Memory of one thread, for rows of one dtype and depth. */
+struct Scratch {
+    int dtype;
+    int64_t depth;
+    float *packed;  /* [depth][kTile] */
+    float *rows;    /* [kTile][depth] */
+    float *product; /* [kTile][kTile], or another size */
+    int32_t *keys;  /* the keys that count, where there is room for them */
+
+    static int64_t bytes(int64_t depth, int64_t product_size = kTile * kTile, int64_t keys = 0) {
+        return (2 * depth * kTile + product_size + keys) * 4;
+    }
+};
+
 /* c[kRows][kVectors * kLanes] = a[kRows][words] b[words][...], a's first rows. Raises top[...], if there is
  * one, to the largest of each column. */
 template <typename Words, int kRows, int kVectors>
@@ -71,27 +85,59 @@ inline void micro_rows(Rows a, const float *b, int width, int64_t words, float *
         micro_rows<Words, kFewer, kVectors>(a, b, width, words, c, top);
 }
 
+/* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
+ * copied into the scratch. `next` is where the rows after them start. */
+template <typename Words>
+inline Rows as_rows(const Scratch &s, const void *const *address, int64_t n, const void *next = nullptr) {
+    const int64_t depth = s.depth;
+    const char *const first = static_cast<const char *>(address[0]);
+    if (s.dtype == (Words::kElements == 2 ? ATTN_SAMPLER_BFLOAT16 : ATTN_SAMPLER_FLOAT32)) {
+        const int64_t stride = n > 1 ? static_cast<const char *>(address[1]) - first : 4 * depth;
+        bool even = true;
+        for (int64_t i = 2; i < n; ++i)
+            even = even && static_cast<const char *>(address[i]) - first == i * stride;
+        if (even)
+            return {first, stride, n, next == nullptr ? first + n * stride : static_cast<const char *>(next)};
+    }
+    char *const copy = reinterpret_cast<char *>(s.rows);
+    const int64_t bytes = depth * 4 / Words::kElements;
+    for (int64_t i = 0; i < n; ++i)
+        if (Words::kElements == 1)
+            convert_to_float(address[i], s.dtype, depth, reinterpret_cast<float *>(copy + i * bytes));
+        else if (s.dtype == ATTN_SAMPLER_FLOAT8_E4M3)
+            convert_to_bf16(address[i], depth, reinterpret_cast<uint16_t *>(copy + i * bytes));
+        else
+            memcpy(copy + i * bytes, address[i], static_cast<size_t>(bytes));
+    return {copy, bytes, n, copy};
+}
+
 template <int kValue>
 struct Constant {
     constexpr operator int() const { return kValue; }
 };
 
-/* c[rows][width] = a[rows][words] b[words][width]; width is a multiple of kLanes. Raises top[width], if there
- * is one, to the largest of each column that is a number. */
+/* x[n][width]: the products of the rows at these addresses, before those at `next`, with the packed ones;
+ * width is a multiple of kLanes. Raises top[width], if there is one, to the largest of each column that is a
+ * number.
+ */
 template <typename Words>
-inline void multiply(Rows a, const float *b, int width, int64_t words, float *c, float *top = nullptr) {
-    const int64_t done = Words::multiply_rows(a, b, width, words, c);
+inline void multiply(const Scratch &s, const void *const *address, int64_t n, const void *next, int width,
+                     float *x, float *top = nullptr) {
+    const int64_t words = s.depth / Words::kElements;
+    const float *const b = s.packed;
+    Rows a = as_rows<Words>(s, address, n, next);
+    const int64_t done = Words::multiply_rows(a, b, width, words, x);
     for (int j = 0; done > 0 && top != nullptr && j < width; j += kLanes) {
         VecF largest = load<VecF>(top + j);
         for (int64_t r = 0; r < done; ++r)
-            largest = larger(load<VecF>(c + r * width + j), largest);
+            largest = larger(load<VecF>(x + r * width + j), largest);
         store(top + j, largest);
     }
     a.data += done * a.stride;
     a.count -= done;
-    c += done * width;
+    x += done * width;
     const auto columns = [&](auto rows_at_once, auto vectors, int j) {
-        micro_rows<Words, rows_at_once, vectors>(a, b + j, width, words, c + j,
+        micro_rows<Words, rows_at_once, vectors>(a, b + j, width, words, x + j,
                                                  top == nullptr ? nullptr : top + j);
         return j + vectors * kLanes;
     };
@@ -105,46 +151,18 @@ inline void multiply(Rows a, const float *b, int width, int64_t words, float *c,
         j = columns(Constant<kLanes == 16 ? 16 : 8>(), Constant<1>(), j);
 }
 
-/* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
- * copied into the buffer, [n][depth] floats. `next` is where the rows after them start. */
+/* Packs the rows at these addresses: packed[words][width], the rows across the lanes; zeros in the lanes
+ * beyond n. */
 template <typename Words>
-inline Rows as_rows(const void *const *address, int64_t n, int dtype, int64_t depth, float *buffer,
-                    const void *next = nullptr) {
-    const char *const first = static_cast<const char *>(address[0]);
-    if (dtype == (Words::kElements == 2 ? ATTN_SAMPLER_BFLOAT16 : ATTN_SAMPLER_FLOAT32)) {
-        const int64_t stride = n > 1 ? static_cast<const char *>(address[1]) - first : 4 * depth;
-        bool even = true;
-        for (int64_t i = 2; i < n; ++i)
-            even = even && static_cast<const char *>(address[i]) - first == i * stride;
-        if (even)
-            return {first, stride, n, next == nullptr ? first + n * stride : static_cast<const char *>(next)};
-    }
-    if (Words::kElements == 2) {
-        uint16_t *const copy = reinterpret_cast<uint16_t *>(buffer);
-        for (int64_t i = 0; i < n; ++i)
-            if (dtype == ATTN_SAMPLER_FLOAT8_E4M3)
-                convert_to_bf16(address[i], depth, copy + i * depth);
-            else
-                memcpy(copy + i * depth, address[i], static_cast<size_t>(depth * 2));
-        return {reinterpret_cast<const char *>(copy), depth * 2, n, reinterpret_cast<const char *>(copy)};
-    }
-    for (int64_t i = 0; i < n; ++i)
-        convert_to_float(address[i], dtype, depth, buffer + i * depth);
-    return {reinterpret_cast<const char *>(buffer), depth * 4, n, reinterpret_cast<const char *>(buffer)};
-}
-
-/* packed[words][width], the rows across the lanes; zeros in the lanes beyond n. */
-template <typename Words>
-inline void pack(const void *const *address, int64_t n, int dtype, int64_t depth, int width, float *buffer,
-                 float *packed) {
-    const Rows rows = as_rows<Words>(address, n, dtype, depth, buffer);
-    const int64_t words = depth / Words::kElements;
+inline void pack(const Scratch &s, const void *const *address, int64_t n, int width) {
+    const Rows rows = as_rows<Words>(s, address, n);
+    const int64_t words = s.depth / Words::kElements;
     for (int64_t i0 = 0; i0 < width; i0 += kLanes) {
         const int64_t count = clamp(n - i0, 0, kLanes);
         const char *const first = rows.data + i0 * rows.stride;
-        int64_t d = pack_squares({first, rows.stride, count, nullptr}, words, packed + i0, width);
+        int64_t d = pack_squares({first, rows.stride, count, nullptr}, words, s.packed + i0, width);
         for (; d < words; ++d) {
-            float *const to = packed + d * width + i0;
+            float *const to = s.packed + d * width + i0;
             for (int64_t i = 0; i < count; ++i)
                 memcpy(to + i, first + i * rows.stride + d * 4, 4);
             for (int64_t i = count; i < kLanes; ++i)

@@ -11,37 +11,22 @@ struct Partial {
     float maximum[kTile], sum[kTile];
 };
 
-/* Rows [first, first + n) of a key head's list, up to kTile of them, over keys [key, key_stop). Row f of the
- * list is row f % rows of query head f / rows of the group. */
+/* Rows [first, last) of a key head's list, up to kTile of them, over keys [key, key_stop). */
 template <typename Words>
-void partial_lse(const Plan &plan, int64_t b, int64_t hkv, int64_t first, int64_t n, int64_t key,
+void partial_lse(const Plan &plan, int64_t b, int64_t hkv, int64_t first, int64_t last, int64_t key,
                  int64_t key_stop, const Scratch &s, Partial &result) {
-    const AttentionProblem &p = plan.p;
-    const int width = static_cast<int>(round_up(n, kLanes));
-    const void *address[kTile] = {};
-    int32_t position[kTile];
-    int32_t furthest = -1;
-    for (int64_t i = 0; i < width; ++i) {
-        const int64_t f = first + min_of(i, n - 1), m = plan.row_start + f % plan.rows();
-        address[i] = plan.query(b, hkv * plan.group + f / plan.rows(), m);
-        position[i] = plan.position(m, 0);
-        furthest = position[i] > furthest ? position[i] : furthest;
-    }
-    pack_rows<Words>(plan, address, n, width, s);
-    Softmax<Words> softmax(plan, b, hkv);
-    if (p.params.causal)
-        key_stop = min_of(key_stop, static_cast<int64_t>(furthest) + 1);
+    Softmax<Words> softmax(plan, b, hkv, s);
+    softmax.take_rows(first, last, kTile, true);
+    if (plan.p.params.causal)
+        key_stop = min_of(key_stop, static_cast<int64_t>(softmax.furthest) + 1);
     while (key < key_stop) {
-        int32_t at[kTile];
+        int32_t keys[kTile];
         int64_t count = 0;
         for (; key < key_stop && count < kTile; ++key)
-            if (plan.key_counts(b, key)) {
-                address[count] = plan.key(b, hkv, key);
-                at[count++] = static_cast<int32_t>(key);
-            }
-        if (count == 0)
-            break;
-        softmax.add(address, at, count, nullptr, position, s, width, s.product);
+            if (plan.key_counts(b, key))
+                keys[count++] = static_cast<int32_t>(key);
+        if (count > 0)
+            softmax.add(keys, count, nullptr, s.product);
     }
     memcpy(result.maximum, softmax.top, sizeof(softmax.top));
     memcpy(result.sum, softmax.sum, sizeof(softmax.sum));
@@ -83,9 +68,9 @@ bool row_lse_of(const AttentionProblem &p, double *lse) {
     auto task = [&](int64_t index, int worker) {
         const int64_t split = index % splits, unit = index / splits, head = unit / tiles;
         const int64_t first = unit % tiles * kTile, key = plan.key_start + split * keys_per_split;
-        partial_lse<Words>(plan, head / p.kv_heads, head % p.kv_heads, first, min_of(kTile, list - first),
-                           key, min_of(key + keys_per_split, plan.key_stop),
-                           Scratch(work.of_worker(worker), p.headdim), partial[index]);
+        partial_lse<Words>(plan, head / p.kv_heads, head % p.kv_heads, first, list, key,
+                           min_of(key + keys_per_split, plan.key_stop), plan.scratch(work.of_worker(worker)),
+                           partial[index]);
     };
     parallel_for(p.num_threads, units * splits, task);
 

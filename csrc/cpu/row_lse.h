@@ -48,34 +48,63 @@ struct LogitUnits {
     }
 };
 
-/* The softmax of a tile of rows, which stand across the lanes, over keys that come block by block. */
+/* The softmax of up to kTile of a key head's rows, which stand across the lanes, over keys that come block by
+ * block. Row f of the key head's list is row f % rows of query head f / rows of the group. */
 template <typename Words>
 struct Softmax {
     const Plan &plan;
+    const int64_t b, hkv;
+    const Scratch &s;
     const LogitUnits kept;
     const bool keeps_products; /* the largest product is the largest logit */
-    float top[kTile];          /* the largest logit of each row so far, in units */
-    float sum[kTile];          /* of the exponentials relative to it */
+    int64_t n = 0;             /* rows */
+    int width = 0;
+    int32_t position[kTile]; /* of the rows; -1 in the lanes beyond */
+    int32_t furthest = -1;   /* of them */
+    float top[kTile];        /* the largest logit of each row so far, in units */
+    float sum[kTile];        /* of the exponentials relative to it */
 
-    Softmax(const Plan &p, int64_t b, int64_t hkv)
-        : plan(p), kept(p.scale(b, hkv)), keeps_products(!p.p.params.causal && kept.factor == 1.0f) {
+    Softmax(const Plan &p, int64_t b_, int64_t hkv_, const Scratch &scratch)
+        : plan(p), b(b_), hkv(hkv_), s(scratch), kept(p.scale(b, hkv)),
+          keeps_products(!p.p.params.causal && kept.factor == 1.0f) {
         for (int i = 0; i < kTile; ++i) {
+            position[i] = -1;
             top[i] = -kInf;
             sum[i] = 0.0f;
         }
     }
 
-    /* Takes in the keys at these addresses and positions, up to kTile of them, before those at `next`, for
-     * the packed rows at their positions. Leaves the exponentials, 0 where a row does not see a key, in
-     * x[count][width]. */
-    void add(const void *const *address, const int32_t *at, int64_t count, const void *next,
-             const int32_t *position, const Scratch &s, int width, float *x) {
+    /* Takes rows of the list from `first` on, all of them or those that count, until `last` or as many as
+     * `lanes`; returns where others start. */
+    int64_t take_rows(int64_t first, int64_t last, int64_t lanes, bool all) {
+        const void *address[kTile] = {};
+        for (; first < last && n < lanes; ++first) {
+            const int64_t m = plan.row_start + first % plan.rows();
+            if (!all && !plan.row_counts(b, m))
+                continue;
+            address[n] = plan.query(b, hkv * plan.group + first / plan.rows(), m);
+            position[n] = plan.position(m, 0);
+            furthest = position[n] > furthest ? position[n] : furthest;
+            ++n;
+        }
+        width = static_cast<int>(round_up(n, kLanes));
+        if (n > 0)
+            pack<Words>(s, address, n, width);
+        return first;
+    }
+
+    /* Takes in up to kTile keys, before those at `next`. Leaves the exponentials, 0 where a row does not see
+     * a key, in x[count][width]. */
+    void add(const int32_t *keys, int64_t count, const void *next, float *x) {
+        const void *address[kTile] = {};
+        for (int64_t i = 0; i < count; ++i)
+            address[i] = plan.key(b, hkv, keys[i]);
         float before[kTile];
         memcpy(before, top, sizeof(top));
-        multiply_rows<Words>(plan, address, count, next, width, s, x, keeps_products ? top : nullptr);
+        multiply<Words>(s, address, count, next, width, x, keeps_products ? top : nullptr);
         for (int j = 0; j < width; j += kLanes) {
             if (!keeps_products)
-                scale_logits(at, count, load<VecI>(position + j), width, x + j, top + j);
+                scale_logits(keys, count, load<VecI>(position + j), x + j, top + j);
             const VecF shift = shift_of(load<VecF>(top + j));
             const VecF earlier = load<VecF>(sum + j) * exp2_vec(load<VecF>(before + j) - shift, kept.unit);
             VecF total{}; /* of this block: long sums lose precision */
@@ -89,13 +118,12 @@ struct Softmax {
     }
 
   private:
-    void scale_logits(const int32_t *at, int64_t count, VecI position, int width, float *x,
-                      float *largest) const {
+    void scale_logits(const int32_t *keys, int64_t count, VecI at, float *x, float *largest) const {
         VecF m = load<VecF>(largest);
         for (int64_t i = 0; i < count; ++i) {
             VecF logit = load<VecF>(x + i * width) * kept.factor;
             if (plan.p.params.causal)
-                logit = position >= at[i] ? logit : splat(-kInf);
+                logit = at >= keys[i] ? logit : splat(-kInf);
             store(x + i * width, logit);
             m = larger(logit, m);
         }

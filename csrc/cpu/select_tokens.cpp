@@ -38,10 +38,11 @@ void select_sequence(const SelectProblem &p, const SelectionRule &rule, int64_t 
 
 namespace cpu {
 
-void select_tokens(const SelectProblem &p) {
+int64_t select_tokens(const SelectProblem &p, const attn_sampler_exec &) {
     const SelectionRule rule = selection_rule(p.params);
     for (int64_t b = 0; b < p.batch; ++b)
         select_sequence(p, rule, b);
+    return 0;
 }
 
 } // namespace cpu

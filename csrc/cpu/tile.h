@@ -44,6 +44,12 @@ struct Plan {
         }
     }
 
+    Scratch scratch(void *memory, int64_t product_size = kTile * kTile) const {
+        float *const packed = static_cast<float *>(memory), *const rows = packed + p.headdim * kTile;
+        float *const product = rows + p.headdim * kTile;
+        return {p.dtype, p.headdim, packed,
+                rows,    product,   reinterpret_cast<int32_t *>(product + product_size)};
+    }
     int64_t rows() const { return row_stop - row_start; }
     int64_t columns() const { return p.params.columns.stop - p.params.columns.start; }
 
@@ -75,37 +81,6 @@ struct Plan {
         return static_cast<const char *>(x.data) + offset * element_size(p.dtype);
     }
 };
-
-/* Memory of one thread. */
-struct Scratch {
-    float *packed;  /* [D][kTile] */
-    float *rows;    /* [kTile][D] */
-    float *product; /* [kTile][kTile], or another size */
-    int32_t *keys;  /* the keys that count, where there is room for them */
-
-    static int64_t bytes(int64_t headdim, int64_t product_size = kTile * kTile, int64_t keys = 0) {
-        return (2 * headdim * kTile + product_size + keys) * 4;
-    }
-    Scratch(void *memory, int64_t headdim, int64_t product_size = kTile * kTile)
-        : packed(static_cast<float *>(memory)), rows(packed + headdim * kTile),
-          product(rows + headdim * kTile), keys(reinterpret_cast<int32_t *>(product + product_size)) {}
-};
-
-/* Packs the rows at these addresses across the lanes. */
-template <typename Words>
-inline void pack_rows(const Plan &plan, const void *const *address, int64_t n, int width, const Scratch &s) {
-    pack<Words>(address, n, plan.p.dtype, plan.p.headdim, width, s.rows, s.packed);
-}
-
-/* x[n][width]: the products of the rows at these addresses, before those at `next`, with the packed ones.
- * Raises top[width], if there is one, to the largest of each column that is a number. */
-template <typename Words>
-inline void multiply_rows(const Plan &plan, const void *const *address, int64_t n, const void *next,
-                          int width, const Scratch &s, float *x, float *top = nullptr) {
-    const int64_t depth = plan.p.headdim;
-    const Rows rows = as_rows<Words>(address, n, plan.p.dtype, depth, s.rows, next);
-    multiply<Words>(rows, s.packed, width, depth / Words::kElements, x, top);
-}
 
 /* Whether q and k are multiplied in pairs of bfloat16, as they are or, from float8, without loss. */
 inline bool in_pairs(const AttentionProblem &p) {
@@ -140,7 +115,7 @@ struct Columns {
         const void *address[kTile] = {};
         for (int i = 0; i < n; ++i)
             address[i] = plan.key(b, hkv, first + i);
-        pack_rows<Words>(plan, address, n, width, s);
+        pack<Words>(s, address, n, width);
         kv_head = hkv;
         const int64_t bytes = plan.p.headdim * element_size(plan.p.dtype);
         for (int i = 0; hkv + 1 < plan.p.kv_heads && i < n; ++i)
@@ -195,7 +170,7 @@ class Weights {
         : columns_(columns), rows_(rows), product_(s.product), scale_(plan.scale(columns.b, columns.kv_head)),
           causal_(plan.p.params.causal != 0), diagonal_(plan.p.params.diagonal != 0),
           select_(!columns.all_count || columns.n < columns.width || causal_ || !diagonal_) {
-        multiply_rows<Words>(plan, rows.address, rows.n, rows.next, columns.width, s, s.product);
+        multiply<Words>(s, rows.address, rows.n, rows.next, columns.width, s.product);
     }
 
     /* Calls use(row, weights) for vector v of all rows in turn. Exactly 0 where a row does not see a column.

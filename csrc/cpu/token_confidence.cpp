@@ -70,8 +70,6 @@ struct State {
     }
 };
 
-constexpr int64_t size_of(int dtype) { return dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2; }
-
 /* 2 kLanes logits as two vectors, in no particular order. */
 template <int kDtype>
 inline void load_two(const char *x, VecF &a, VecF &b) {
@@ -91,7 +89,7 @@ inline void load_two(const char *x, VecF &a, VecF &b) {
 /* Logits of consecutive tokens, as many as a multiple of kPadding. */
 template <int kDtype>
 struct Chunk {
-    static constexpr int64_t kSize = size_of(kDtype);
+    static constexpr int64_t kSize = element_size(kDtype);
     const char *x;
     int64_t n;
 
@@ -268,7 +266,7 @@ struct Sampler {
 template <int kDtype>
 inline const char *logits_of(const ConfidenceProblem &p, int64_t b, int64_t c) {
     const int64_t offset = b * p.logits.stride[0] + c * p.logits.stride[1];
-    return static_cast<const char *>(p.logits.data) + offset * size_of(kDtype);
+    return static_cast<const char *>(p.logits.data) + offset * element_size(kDtype);
 }
 
 /* The first token of a position, from `first` on, whose logit is no less than the value; there is one. */
@@ -276,7 +274,7 @@ template <int kDtype>
 int64_t find(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, float value) {
     constexpr int64_t kStep = 2 * kLanes;
     for (int64_t v = first;; v += kStep) {
-        const char *const logits = logits_of<kDtype>(p, b, c) + v * size_of(kDtype);
+        const char *const logits = logits_of<kDtype>(p, b, c) + v * element_size(kDtype);
         const int64_t n = min_of(kStep, p.vocab - v);
         if (n == kStep) {
             VecF x, y;
@@ -296,7 +294,7 @@ int64_t find(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, fl
  * logit in the chunk from state.best on, or, when sampling, state.best itself. */
 template <int kDtype, int kMetric>
 State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int64_t last) {
-    constexpr int64_t kSize = size_of(kDtype);
+    constexpr int64_t kSize = element_size(kDtype);
     const char *const row = logits_of<kDtype>(p, b, c);
     const bool sample = p.params.temperature > 0.0;
     const Sampler sampler{

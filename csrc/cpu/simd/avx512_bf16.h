@@ -8,12 +8,11 @@ namespace attn_sampler {
 namespace {
 
 /* bfloat16 in pairs; products are exact, sums float32. */
-struct Bf16Words {
+struct Bf16Words : FloatWords {
     static constexpr int kElements = 2;
     static VecF multiply_add(VecF sum, VecF column, VecF x) {
         return (VecF)_mm512_dpbf16_ps((__m512)sum, (__m512bh)column, (__m512bh)x);
     }
-    static int64_t multiply_rows(const Rows &, const float *, int, int64_t, float *) { return 0; }
 };
 
 } // namespace
