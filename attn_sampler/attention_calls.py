@@ -161,19 +161,9 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _captured_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
+def _captured_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     """The operator: the graph knows nothing of the captures, which it finds open when it runs."""
-    keywords: dict[str, Any] = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
-    keywords |= {"scale": scale, "enable_gqa": enable_gqa}
+    keywords = dict(zip(_OPTIONS, options, strict=True))
     with torch._C.DisableTorchFunction():  # the captures' own mode is still on
         output, softmax_lse = attention_with_lse(query, key, value, **keywords)
         for capture in open_captures():
@@ -192,6 +182,7 @@ def _captured_attention_autograd(*arguments: Any) -> Tensor:
         return torch.ops.attn_sampler.captured_attention(*arguments)
 
 
+_OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _LIBRARY = torch.library.Library("attn_sampler", "FRAGMENT")
 _LIBRARY.define(
     "captured_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
@@ -204,16 +195,5 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("attn_sampler::captured_attention", lib=_LIBRARY)
-def _captured_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+def _captured_attention_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, **dict(zip(_OPTIONS, options, strict=True)))

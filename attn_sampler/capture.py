@@ -8,9 +8,8 @@ scoring the candidate columns costs a small fraction of the attention itself.
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,28 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from attn_sampler import checks
-from attn_sampler.attention_calls import (
-    attention_with_lse,
-    autocast,
-    compiled_attention,
-    is_capturing,
-    open_captures,
-    report_attention,
-)
+from attn_sampler import checks, reference
+from attn_sampler.attention_calls import attention_with_lse, autocast, compiled_attention, open_captures
+from attn_sampler.attention_calls import is_capturing as is_capturing
+from attn_sampler.attention_calls import report_attention as report_attention
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.functional import attention_map, column_scores
 from attn_sampler.options import REDUCTIONS
-
-__all__ = [
-    "AttentionCapture",
-    "CapturedLayer",
-    "attention_with_lse",
-    "check_layer_choice",
-    "chosen_layers",
-    "is_capturing",
-    "report_attention",
-]
 
 _ATTENTION = F.scaled_dot_product_attention
 
@@ -167,9 +151,8 @@ class AttentionCapture(TorchFunctionMode):
     @property
     def scores(self) -> Tensor:
         """float32 [B, C]: attention received by each column, added up over heads and chosen layers."""
-        records = self._chosen_records()
         total = None if self._sum is None else self._sum.clone()
-        for record in records:
+        for record in self._chosen_records():
             total = self._reduce(record, total)
         assert total is not None
         return total
@@ -323,11 +306,8 @@ class AttentionCapture(TorchFunctionMode):
             self._records = [(i, r) for i, r in self._records if i >= oldest or i in fixed]
 
     def _reduce(self, record: _Record, total: Tensor | None) -> Tensor:
-        with torch.autocast(record.q.device.type, enabled=False):  # scores are float32 to the end
-            if record.bias is not None:
-                scores = _biased_column_scores(record, self.query_mask, **self._options)
-                return scores if total is None else total.add_(scores)
-            return column_scores(**self._attention(record), out=total, **self._options)
+        reading = (column_scores, reference.column_scores)
+        return self._read(reading, record, total, reduction=self._options["reduction"])
 
     def _map(self, record: _Record, total: Tensor | None) -> Tensor:
         first, (n_rows, n_columns) = -record.query_start, (record.q.shape[2], record.k.shape[2])
@@ -337,28 +317,32 @@ class AttentionCapture(TorchFunctionMode):
                 f"stand at columns {-first} to {n_rows - first - 1}"
             )
         rows = slice(first, first + n_columns)
-        options = {name: self._options[name] for name in ("softmax_scope", "diagonal")}
-        with torch.autocast(record.q.device.type, enabled=False):
-            if record.bias is not None:
-                weights, _ = _biased_weights(record, self.query_mask, **options)
-                weights = weights[:, :, rows].sum(dim=1).to(torch.float32)
-                return weights if total is None else total.add_(weights)
-            return attention_map(**self._attention(record), rows=rows, out=total, **options)
+        return self._read((attention_map, reference.attention_map), record, total, rows=rows)
 
-    def _attention(self, record: _Record) -> dict[str, Any]:
-        """What ``column_scores`` and ``attention_map`` are told of a call."""
-        block_scope = self._options["softmax_scope"] == "block"
-        return {
-            "q": record.q,
-            "k": record.k,
-            "softmax_lse": None if block_scope else record.softmax_lse,
+    def _read(
+        self,
+        reading: tuple[Callable[..., Tensor], ...],
+        record: _Record,
+        total: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """Add a call's scores or map to the total; under an arbitrary mask or bias, as the reference does."""
+        scope = self._options["softmax_scope"]
+        options |= {
+            "softmax_lse": None if scope == "block" else record.softmax_lse,
             "softmax_scale": record.softmax_scale,
-            "causal": record.causal,
-            "key_mask": record.key_mask,
             "query_mask": self.query_mask,
             "query_start": record.query_start,
-            "backend": self._backend,
+            "softmax_scope": scope,
+            "diagonal": self._options["diagonal"],
         }
+        backed, plain = reading
+        with torch.autocast(record.q.device.type, enabled=False):  # scores are float32 to the end
+            if record.bias is None:
+                options |= {"causal": record.causal, "key_mask": record.key_mask, "backend": self._backend}
+                return backed(record.q, record.k, out=total, **options)
+            values = plain(record.q, record.k, bias=record.bias, **options).to(torch.float32)
+            return values if total is None else total.add_(values)
 
 
 class _Record(NamedTuple):
@@ -429,43 +413,3 @@ def chosen_layers(selection: str | slice | Sequence[int], count: int) -> set[int
     if isinstance(selection, str):
         return set(range(count))
     return {i + count if i < 0 else i for i in selection}
-
-
-def _biased_column_scores(
-    record: _Record, query_mask: Tensor | None, *, softmax_scope: str, diagonal: bool, reduction: str
-) -> Tensor:
-    """Column scores under an arbitrary mask or bias."""
-    weights, counts = _biased_weights(record, query_mask, softmax_scope=softmax_scope, diagonal=diagonal)
-    scores = weights.amax(dim=2) if reduction == "max" else weights.sum(dim=2)
-    if reduction == "mean":
-        scores = scores / counts.sum(dim=2).clamp(min=1)
-    return scores.sum(dim=1).to(torch.float32)
-
-
-def _biased_weights(
-    record: _Record, query_mask: Tensor | None, *, softmax_scope: str, diagonal: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention [B, Hq, M, C] under an arbitrary mask or bias, and what counts, in plain PyTorch."""
-    q, k, bias = record.q, record.k, record.bias
-    assert bias is not None
-    n_rows, n_columns = q.shape[2], k.shape[2]
-    row = record.query_start + torch.arange(n_rows, device=q.device)[:, None]
-    column = torch.arange(n_columns, device=q.device)[None, :]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = q.shape[-1] ** -0.5 if record.softmax_scale is None else record.softmax_scale
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = scale * (q.to(dtype) @ k.to(dtype).transpose(-1, -2))
-    if bias.dtype == torch.bool:
-        counts = bias
-    else:
-        counts = ~(bias <= torch.finfo(bias.dtype).min)
-        logits = logits + bias
-    if query_mask is not None:
-        counts = counts & query_mask[:, None, :, None]
-    lse = record.softmax_lse.to(dtype)
-    if softmax_scope == "block":
-        counts = counts & (row >= 0) & (row < n_columns)
-        lse = torch.logsumexp(logits.masked_fill(~counts, -math.inf), dim=-1)
-    if not diagonal:
-        counts = counts & (column != row)
-    return torch.exp(logits - lse[..., None]).masked_fill(~counts, 0.0), counts

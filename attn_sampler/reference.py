@@ -56,11 +56,12 @@ def attention(
     causal: bool = False,
     key_mask: Tensor | None = None,  # [B, N] bool
     query_mask: Tensor | None = None,  # [B, M] bool
+    bias: Tensor | None = None,  # [B, Hq | 1, M, N], a mask, or added to the logits; its lowest value masks
     query_start: int | None = None,
     softmax_scope: str = "sequence",
     diagonal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The attention weights [B, Hq, M, C] of the columns, and which of them count [B, 1, M, C]."""
+    """The attention weights [B, Hq, M, C] of the columns, and which of them count [B, Hq | 1, M, C]."""
     (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
     lo, hi, _ = (columns or slice(None)).indices(n_keys)
     start = n_keys - n_rows if query_start is None else query_start
@@ -77,10 +78,14 @@ def attention(
         sees = sees & query_mask[:, None, :, None]
     if softmax_scope == "block":
         sees = sees & (lo <= row) & (row < hi) & (lo <= key) & (key < hi)
+    if bias is not None:
+        sees = sees & (bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min)
 
     q, k = _dequantised(q, q_descale), _dequantised(k, k_descale)
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
     logits = scale * (q @ k.transpose(-1, -2))
+    if bias is not None and bias.dtype != torch.bool:
+        logits = logits + bias
     logits = logits.masked_fill(~sees, -_INF)
     if softmax_lse is None:
         lse = torch.logsumexp(logits, dim=-1)

@@ -17,23 +17,9 @@ from attn_sampler.sampler import make_policy
 
 BASELINE = "confidence"
 RULES = (
-    BASELINE,
-    "margin",
-    "entropy",
-    "left-to-right",
-    "random",
-    "attn-sequential",
-    "attn-parallel",
-    "attn-random",
-    "threshold",
-    "factor",
-    "eb",
-    "klass",
-    "pard",
-    "dawn",
-    "dapd",
-    "clad",
-    "adas",
+    *(BASELINE, "margin", "entropy", "left-to-right", "random"),
+    *("attn-sequential", "attn-parallel", "attn-random", "threshold", "factor", "eb", "klass", "pard"),
+    *("dawn", "dapd", "clad", "adas"),
 )
 _ATTENTION_SWITCHES = (
     *("query_rows=masked", "softmax_scope=block", "diagonal=false"),

@@ -66,7 +66,17 @@ class Adapter:
         self._padding_is_masked = True
 
 
-class Bidirectional(Adapter):
+class RowCached(Adapter):
+    """Keeps keys and values in a ``RowCache``."""
+
+    def crop(self, past: RowCache, length: int) -> RowCache:
+        return past.map(lambda x: x[:, :, :length])
+
+    def select(self, past: RowCache, index: Tensor) -> RowCache:
+        return past.map(lambda x: x[index])
+
+
+class Bidirectional(RowCached):
     """A causal model class of transformers 5 that was made bidirectional (Llama, Qwen2, ...)."""
 
     caches = ("prefix", "dual")
@@ -94,12 +104,6 @@ class Bidirectional(Adapter):
             **{self._cache_name: past},
         ).logits
         return logits, past
-
-    def crop(self, past: RowCache, length: int) -> RowCache:
-        return past.map(lambda x: x[:, :, :length])
-
-    def select(self, past: RowCache, index: Tensor) -> RowCache:
-        return past.map(lambda x: x[index])
 
 
 class LLaDA(Adapter):
@@ -153,7 +157,7 @@ class Dream(LLaDA):
         return {"replace_position": marked, "dual_cache": True}
 
 
-class BlockCausal(Adapter):
+class BlockCausal(RowCached):
     """Shared by the block-causal families: the mask, and a cache that stores finished blocks alone."""
 
     caches: tuple[str, ...] = ("prefix",)
@@ -164,7 +168,7 @@ class BlockCausal(Adapter):
         super().__init__(model, causal_block)
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self._run(tokens, slice(0, tokens.shape[1]), attention_mask, {"use_cache": False}, store=False)
+        return self._run(tokens, slice(0, tokens.shape[1]), attention_mask, False, use_cache=False)
 
     def forward_rows(
         self,
@@ -176,18 +180,9 @@ class BlockCausal(Adapter):
         store: bool,
     ) -> tuple[Tensor, RowCache]:
         past = _row_cache(past, rows, store)
-        options = {"past_key_values": past, "use_cache": True}
-        return self._run(tokens, rows, attention_mask, options, store=store), past
+        return self._run(tokens, rows, attention_mask, store, past_key_values=past, use_cache=True), past
 
-    def crop(self, past: RowCache, length: int) -> RowCache:
-        return past.map(lambda x: x[:, :, :length])
-
-    def select(self, past: RowCache, index: Tensor) -> RowCache:
-        return past.map(lambda x: x[index])
-
-    def _run(
-        self, tokens: Tensor, rows: slice, padding: Tensor | None, options: dict[str, Any], *, store: bool
-    ) -> Tensor:
+    def _run(self, tokens: Tensor, rows: slice, padding: Tensor | None, store: bool, **cache: Any) -> Tensor:
         raise NotImplementedError
 
     def _mask(self, tokens: Tensor, rows: slice, padding: Tensor | None) -> Tensor:
@@ -204,9 +199,7 @@ class BlockCausal(Adapter):
 class SDAR(BlockCausal):
     """SDAR: ``store_kv`` says whether a pass is cached. Its flash-attn calls are reported to the captures."""
 
-    def _run(
-        self, tokens: Tensor, rows: slice, padding: Tensor | None, options: dict[str, Any], *, store: bool
-    ) -> Tensor:
+    def _run(self, tokens: Tensor, rows: slice, padding: Tensor | None, store: bool, **cache: Any) -> Tensor:
         from attn_sampler.adapters.remote_code import reported_flash_attention
 
         with reported_flash_attention(sys.modules[type(self.model).__module__]):
@@ -215,22 +208,20 @@ class SDAR(BlockCausal):
                 attention_mask=self._mask(tokens, rows, padding),
                 position_ids=_positions(tokens, rows),
                 store_kv=store,
-                **options,
+                **cache,
             ).logits
 
 
 class FastDLLMv2(BlockCausal):
     """Fast-dLLM v2: makes its block-causal mask itself; ``update_past_key_values`` caches a pass."""
 
-    def _run(
-        self, tokens: Tensor, rows: slice, padding: Tensor | None, options: dict[str, Any], *, store: bool
-    ) -> Tensor:
+    def _run(self, tokens: Tensor, rows: slice, padding: Tensor | None, store: bool, **cache: Any) -> Tensor:
         return self.model(
             tokens,
             attention_mask=padding,  # the model ignores it, which check_padding finds
             update_past_key_values=store,
             block_size=self.causal_block,
-            **options,
+            **cache,
         ).logits
 
 
@@ -239,13 +230,11 @@ class LLaDA2(BlockCausal):
 
     caches = ()
 
-    def _run(
-        self, tokens: Tensor, rows: slice, padding: Tensor | None, options: dict[str, Any], *, store: bool
-    ) -> Tensor:
+    def _run(self, tokens: Tensor, rows: slice, padding: Tensor | None, store: bool, **cache: Any) -> Tensor:
         batch, length = tokens.shape
         mask = self._mask(tokens, rows, padding).expand(batch, 1, length, length)
         mask, positions = mask.to(next(self.model.parameters()).dtype), _positions(tokens, rows)
-        return self.model(tokens, attention_mask=mask, position_ids=positions, **options).logits
+        return self.model(tokens, attention_mask=mask, position_ids=positions, **cache).logits
 
 
 @dataclasses.dataclass(frozen=True)
