@@ -12,12 +12,11 @@ namespace {
 std::vector<uint8_t> where_masked(const StepProblem &step, const int64_t *first_token, int64_t count,
                                   const View<const uint8_t, 2> &kept) {
     const View<const int64_t, 2> tokens = {first_token, {step.tokens.stride[0], step.tokens.stride[1]}};
-    std::vector<uint8_t> masked;
-    masked.reserve(static_cast<size_t>(step.select.batch * count));
+    std::vector<uint8_t> masked(static_cast<size_t>(step.select.batch * count));
     for (int64_t b = 0; b < step.select.batch; ++b)
         for (int64_t i = 0; i < count; ++i)
-            masked.push_back(element(tokens, b, i) == step.mask_token_id &&
-                             (kept.data == nullptr || element(kept, b, i) != 0));
+            masked[static_cast<size_t>(b * count + i)] = element(tokens, b, i) == step.mask_token_id &&
+                                                         (kept.data == nullptr || element(kept, b, i) != 0);
     return masked;
 }
 
