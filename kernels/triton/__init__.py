@@ -1,14 +1,13 @@
 """Triton kernels of attn_sampler, behind the signatures of a backend.
 
-The functions are called by ``attn_sampler.ops`` with validated tensors and write into tensors that it
-allocates. They run on CUDA and ROCm devices, and on CPU tensors under ``TRITON_INTERPRET=1``.
+The functions take checked tensors and records, and write into the first of them. They run on CUDA and ROCm
+devices, and on CPU tensors under ``TRITON_INTERPRET=1``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from attn_sampler.options import MAX_HEADDIM
@@ -31,7 +30,7 @@ __all__ = [
 
 
 def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why ``op`` cannot be served on these floating-point tensors; None where it can.
+    """Why ``op`` cannot be served on these floating-point tensors of the backend's device; None where it can.
 
     Parameters
     ----------
@@ -41,10 +40,6 @@ def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
         q and k; logits; scores and confidence; or, for decode_step, logits and the layers' q and k.
     """
     for tensor in tensors:
-        if tensor.device.type != "cuda" and not (launch.INTERPRET and tensor.device.type == "cpu"):
-            return f"it takes cuda tensors, and these are on {tensor.device}"
-        if tensor.dtype == torch.float64:
-            return "it does not serve float64 (the reference does)"
         if launch.architecture(tensor.device) in ("sm50", "sm60", "sm70"):
             return "it needs a GPU of compute capability 8.0 or later"
         if tensor.dim() == 4 and tensor.shape[3] > MAX_HEADDIM:

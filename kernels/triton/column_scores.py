@@ -72,6 +72,7 @@ class Options(NamedTuple):
         "row_stop",
         "column_start",
         "query_start",
+        "n_layers",
         "head_splits",
         "packs_per_split",
         "tiles",
@@ -96,6 +97,7 @@ def column_scores_kernel(
     row_stop,
     column_start,
     query_start,
+    n_layers,
     head_splits,
     packs_per_split,
     tiles,
@@ -119,7 +121,6 @@ def column_scores_kernel(
     PACK: tl.constexpr = OPTIONS.pack
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
-    n_layers: tl.constexpr = len(layers.q.data)
     pid = tl.program_id(0)
     tile = pid % tiles
     pid = pid // tiles
@@ -399,6 +400,7 @@ def reduce_columns(
             "row_stop": rows.stop,
             "column_start": options.columns.start,
             "query_start": options.query_start,
+            "n_layers": len(problem.layers.q.data),
             "head_splits": plan.head_splits,
             "packs_per_split": plan.packs_per_split,
             "tiles": plan.tiles,

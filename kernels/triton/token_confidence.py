@@ -69,7 +69,7 @@ def _exact_neg_log(x):
 
 
 @triton.jit
-def _gumbel_noise(seed, position, group):
+def gumbel_noise(seed, position, group):
     """Standard Gumbel noise of tokens 4 * group ... 4 * group + 3, interleaved: [K, W / 4] -> [K, W]."""
     zero = tl.zeros_like(group)
     w0, w1, w2, w3 = tl.philox(seed, group, position + zero, zero, zero)
@@ -265,7 +265,7 @@ def token_partials_kernel(
                     tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4) + tl.arange(0, BLOCK_W // 4)[None, :]
                 )
                 group = first_group.to(tl.uint32) + group.to(tl.uint32)
-                keys = raw * inverse_temperature + _gumbel_noise(row_seed, position, group)
+                keys = raw * inverse_temperature + gumbel_noise(row_seed, position, group)
                 keys = tl.where(keys == keys, keys, -_INF)
             else:
                 keys = clean
