@@ -27,11 +27,11 @@ TIME_LIMIT = 100  # seconds
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of four processes computed, alone or in pairs, for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.support.distributed_worker"]
+    worker = Path(__file__).parents[1] / "support" / "distributed_worker.py"
+    command = [sys.executable, str(worker)]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(RANKS), str(folder)],
-            cwd=Path(__file__).parents[2],
             stderr=subprocess.PIPE,
             text=True,
         )
