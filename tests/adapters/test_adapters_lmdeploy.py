@@ -222,7 +222,7 @@ def test_undefined_logits_are_an_error(adapter: Any):
     adapter.install(policy="threshold", tau=0.0)
     processor, _ = engine()
     state = torch.zeros(BLOCK, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="logits at a position that the policy chose are undefined"):
+    with pytest.raises(RuntimeError, match="logits at position 0 of sequence 0 are undefined"):
         processor(torch.full((BLOCK, 3), torch.nan), state, state, state)
 
 

@@ -246,9 +246,9 @@ def test_decode_step_finished_in_a_launch_of_its_own(
 
 @pytest.mark.usefixtures("small_vocabulary_tiles")
 @pytest.mark.parametrize("in_kernel", [True, False])
-@pytest.mark.parametrize(("policy", "fallback"), test_select_tokens.CHOICES)
+@pytest.mark.parametrize(("rule", "fallback"), test_select_tokens.CHOICES)
 def test_decode_step_of_several_chunks(
-    policy: str, fallback: str, in_kernel: bool, monkeypatch: pytest.MonkeyPatch
+    rule: str, fallback: str, in_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "last_program_commits", lambda device: in_kernel)
     tokens = torch.randint(VOCAB, (2, 340), generator=generator(0))
@@ -256,7 +256,7 @@ def test_decode_step_of_several_chunks(
     layers = [(normal(2, 2, 2, 340, 16).to(DEVICE), normal(3, 2, 1, 340, 16).to(DEVICE), None)]
     logits = (4.0 * normal(4, 2, 300, VOCAB)).to(DEVICE)
     options = {"block": slice(20, 320), "mask_token_id": MASK, "tau": 0.7}
-    step = Step(tokens.to(DEVICE), logits, layers, {**options, "policy": policy, "fallback": fallback})
+    step = Step(tokens.to(DEVICE), logits, layers, {**options, "rule": rule, "fallback": fallback})
     expected = step.double().run(reference.decode_step)
     result = step.run(backend="triton")
     assert torch.equal(result.tokens, expected.tokens)
