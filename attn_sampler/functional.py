@@ -116,9 +116,9 @@ def column_scores(
     BackendUnavailableError
         The backend asked for cannot run this problem.
     """
-    layer, masks = Layer(q, k, softmax_lse, q_descale, k_descale), Masks(key_mask, query_mask)
+    layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, per_head, out is not None)
-    options = Attention(bounds(columns), None, query_start, *how)
+    options = (bounds(columns), None, query_start, *how)
     return _attend(ops.column_scores, layer, masks, options, out, backend)
 
 
@@ -166,9 +166,9 @@ def attention_map(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
-    layer, masks = Layer(q, k, softmax_lse, q_descale, k_descale), Masks(key_mask, query_mask)
+    layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, "sum", per_head, out is not None)
-    options = Attention(bounds(columns), bounds(rows), query_start, *how)
+    options = (bounds(columns), bounds(rows), query_start, *how)
     return _attend(ops.attention_map, layer, masks, options, out, backend)
 
 
@@ -220,14 +220,14 @@ def token_confidence(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
-    options = Sampling(metric, temperature, seed, exclude_token_id, vocab_start)
+    given = (metric, temperature, seed, exclude_token_id, vocab_start)
     direct = ops.direct(backend, logits)
     if direct is not None and logits.dim() == 3:
         outputs = _predictions(logits)
-        if direct.attempt("token_confidence", outputs, logits, options):
+        if direct.attempt("token_confidence", outputs, logits, given):
             return outputs
     checks.choice("backend", backend, BACKEND_CHOICES)
-    options = options.checked(logits)
+    options = Sampling(*given).checked(logits)
     outputs = _predictions(logits)
     ops.token_confidence(backend, outputs, logits, options)
     return outputs
@@ -280,14 +280,16 @@ def select_tokens(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
-    options = Selection(renamed("rule", rule, "policy", policy), fallback, tau)
+    if policy is not None:
+        rule = renamed("rule", rule, "policy", policy)
+    given = (rule, fallback, tau)
     direct = ops.direct(backend, masked)
     if direct is not None:
         selected = masked.new_empty(masked.shape)
-        if direct.attempt("select_tokens", selected, scores, confidence, masked, options):
+        if direct.attempt("select_tokens", selected, scores, confidence, masked, given):
             return selected
     checks.choice("backend", backend, BACKEND_CHOICES)
-    options = options.checked()
+    options = Selection(*given).checked()
     dtypes = (torch.float32, torch.float64)
     checks.tensor("scores", scores, "[B, C]", dtypes)
     checks.tensor("confidence", confidence, "[B, C]", dtypes, like=scores)
@@ -383,26 +385,25 @@ def decode_step(
     if isinstance(layers, Tensor):
         warnings.warn("layers: scores are given as scores= now", DeprecationWarning, stacklevel=2)
         layers, scores = None, layers
-    masks = Masks(key_mask, query_mask)
-    if scores is not None:
-        masks = Masks()  # the scores are made: there is nothing left to mask
+    if policy is not None:
+        rule = renamed("rule", rule, "policy", policy)
+    if rows is not None:
+        query_rows = renamed("query_rows", query_rows, "rows", rows)
+    # Where the scores are made, there is nothing left to mask.
+    masks = (key_mask, query_mask) if scores is None else (None, None)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, False, False)
-    options = Step(
-        bounds(block),
-        mask_token_id,
-        renamed("query_rows", query_rows, "rows", rows),
-        Attention(bounds(columns), None, query_start, *how),
-        Sampling(metric, temperature, seed),
-        Selection(renamed("rule", rule, "policy", policy), fallback, tau),
-    )
+    attention = (bounds(columns), None, query_start, *how)
+    sampling, selection = (metric, temperature, seed, None, 0), (rule, fallback, tau)
+    place = (bounds(block), mask_token_id, query_rows)
     one_given = (layers is None) != (scores is None)
     direct = ops.direct(backend, tokens)
     if direct is not None and ops.is_plain(logits) and logits.dim() == 3 and one_given:
         result = _step_result(tokens, logits, scores)
-        arguments = (result, logits, layers, masks, options)
+        arguments = (result, logits, layers, masks, (*place, attention, sampling, selection))
         if not result.scores.requires_grad and direct.attempt("decode_step", *arguments):
             return result
     checks.choice("backend", backend, BACKEND_CHOICES)
+    options = Step(*place, Attention(*attention), Sampling(*sampling), Selection(*selection))
     options = options.checked(tokens, logits)
     records: list[Layer] = []
     if not one_given:
@@ -411,30 +412,33 @@ def decode_step(
         _check_output("scores", scores, tokens, "[B, C]", logits.shape[:2])
     else:
         records = check_layers(layers, tokens, softmax_scope)  # type: ignore[arg-type]
-        masks.check(*records[0][:2])
-        attention = Attention(bounds(columns), None, query_start, *how)
-        options = options.placed(attention, records[0], tokens)
+        Masks(*masks).check(*records[0][:2])
+        options = options.placed(Attention(*attention), records[0], tokens)
     result = _step_result(tokens, logits, scores)
-    ops.decode_step(backend, result, logits, records, masks, options)
+    ops.decode_step(backend, result, logits, records, Masks(*masks), options)
     return result
 
 
 def _attend(
-    function: ops.Function, layer: Layer, masks: Masks, options: Attention, out: Tensor | None, backend: str
+    function: ops.Function, given: tuple, masked: tuple, how: tuple, out: Tensor | None, backend: str
 ) -> Tensor:
-    """column_scores or attention_map."""
-    q, k, is_map = layer.q, layer.k, function is ops.attention_map
+    """column_scores or attention_map of what ``Layer``, ``Masks`` and ``Attention`` hold."""
+    q, k, is_map = given[0], given[1], function is ops.attention_map
     direct = ops.direct(backend, q)
     if direct is not None and ops.is_plain(k) and q.dim() == k.dim() == 4:
-        spans = options.spans(layer, is_map)
-        result = _attended(q, options.per_head, spans, is_map) if out is None else out
-        plain = out is None or (type(out) is Tensor and not out.requires_grad)
-        if plain and direct.attempt(function.name, result, layer, masks, options):
+        if out is None:
+            columns = checks.span("columns", how[0], k.shape[2], "key positions (N)")
+            rows = checks.span("rows", how[1], q.shape[2], "query rows (M)") if is_map else None
+            result, plain = _attended(q, how[9], columns, rows), True
+        else:
+            result, plain = out, type(out) is Tensor and not out.requires_grad
+        if plain and direct.attempt(function.name, result, given, masked, how):
             return result
     checks.choice("backend", backend, BACKEND_CHOICES)
-    options = options.checked(layer, is_map)
+    layer, masks = Layer(*given), Masks(*masked)
+    options = Attention(*how).checked(layer, is_map)
     masks.check(q, k)
-    result = _attended(q, options.per_head, options[:2], is_map)
+    result = _attended(q, options.per_head, options.columns, options.rows if is_map else None)
     if out is not None:
         axes = f"[B{', Hq' if options.per_head else ''}{', R' if is_map else ''}, C]"
         _check_output("out", out, q, axes, result.shape)
@@ -443,17 +447,18 @@ def _attend(
     return result
 
 
-def _attended(q: Tensor, per_head: bool, spans: tuple[Any, Any], is_map: bool) -> Tensor:
+def _attended(q: Tensor, per_head: bool, columns: Any, rows: Any) -> Tensor:
     """A new float32 [B, C] or [B, R, C] or, per head, [B, Hq, C] or [B, Hq, R, C]."""
-    columns, rows = (span.stop - span.start for span in spans)
     # What per_head has to be is for the extension to ask: anything may be given.
-    sizes = (*q.shape[: 2 if per_head is True else 1], *((rows,) if is_map else ()), columns)
+    sizes = [*q.shape[: 2 if per_head is True else 1], columns.stop - columns.start]
+    if rows is not None:
+        sizes.insert(-1, rows.stop - rows.start)
     return q.new_empty(sizes, dtype=torch.float32)
 
 
 def _predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
     """New token_ids and confidence [B, C]."""
-    confidence = logits.new_empty(logits.shape[:2], dtype=torch.float32)
+    confidence = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
     return torch.empty_like(confidence, dtype=torch.int64), confidence
 
 

@@ -90,13 +90,14 @@ def choose_backend(op: str, backend: str, *tensors: Tensor) -> Backend:
 
 def direct_backend(backend: Any, tensor: Tensor) -> Backend | None:
     """What takes a call on tensors of this device before it is checked, if that is what ``backend`` names."""
-    first = _first_choice("cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else "other")
-    named = first is not None and backend in ("auto", first.name)
-    return first if named and first.checks_itself else None  # type: ignore[union-attr]
+    if type(backend) is not str:
+        return None
+    return _first_choice(backend, "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else "other")
 
 
 @functools.cache
-def _first_choice(device: str) -> Backend | None:
-    """What "auto" tries first on a device, of what runs here."""
+def _first_choice(backend: str, device: str) -> Backend | None:
+    """What "auto" tries first on a device, of what runs here, where it is named and checks for itself."""
     running = (x for name, x in REGISTRY.items() if x.auto == device and unavailable(name) is None)
-    return next(running, None)
+    first = next(running, None)
+    return first if first is not None and backend in ("auto", first.name) and first.checks_itself else None

@@ -245,8 +245,10 @@ def test_decode_step_finished_in_a_launch_of_its_own(
 
 
 @pytest.mark.usefixtures("small_vocabulary_tiles")
-@pytest.mark.parametrize("in_kernel", [True, False])
-@pytest.mark.parametrize(("rule", "fallback"), test_select_tokens.CHOICES)
+@pytest.mark.parametrize(
+    ("rule", "fallback", "in_kernel"),
+    [("parallel", "confidence", True), ("parallel", "score", False), ("sequential", "score", True)],
+)
 def test_decode_step_of_several_chunks(
     rule: str, fallback: str, in_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
