@@ -427,9 +427,8 @@ def _attend(
     direct = ops.direct(backend, q)
     if direct is not None and ops.is_plain(k) and q.dim() == k.dim() == 4:
         if out is None:
-            columns = checks.span("columns", how[0], k.shape[2], "key positions (N)")
-            rows = checks.span("rows", how[1], q.shape[2], "query rows (M)") if is_map else None
-            result, plain = _attended(q, how[9], columns, rows), True
+            rows = (_count(how[1], q.shape[2]),) if is_map else ()
+            result, plain = _attended(q, how[9], *rows, _count(how[0], k.shape[2])), True
         else:
             result, plain = out, type(out) is Tensor and not out.requires_grad
         if plain and direct.attempt(function.name, result, given, masked, how):
@@ -438,7 +437,8 @@ def _attend(
     layer, masks = Layer(*given), Masks(*masked)
     options = Attention(*how).checked(layer, is_map)
     masks.check(q, k)
-    result = _attended(q, options.per_head, options.columns, options.rows if is_map else None)
+    spans: tuple[Any, ...] = (options.rows, options.columns) if is_map else (options.columns,)
+    result = _attended(q, options.per_head, *(x.stop - x.start for x in spans))
     if out is not None:
         axes = f"[B{', Hq' if options.per_head else ''}{', R' if is_map else ''}, C]"
         _check_output("out", out, q, axes, result.shape)
@@ -447,13 +447,20 @@ def _attend(
     return result
 
 
-def _attended(q: Tensor, per_head: bool, columns: Any, rows: Any) -> Tensor:
+def _count(span: Any, length: int) -> int:
+    """How many positions a slice takes. The extension asks whether it is one, and inside the length."""
+    if span is None:
+        return length
+    try:
+        return len(range(*span.indices(length)))
+    except (AttributeError, TypeError):
+        return 0
+
+
+def _attended(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
     """A new float32 [B, C] or [B, R, C] or, per head, [B, Hq, C] or [B, Hq, R, C]."""
     # What per_head has to be is for the extension to ask: anything may be given.
-    sizes = [*q.shape[: 2 if per_head is True else 1], columns.stop - columns.start]
-    if rows is not None:
-        sizes.insert(-1, rows.stop - rows.start)
-    return q.new_empty(sizes, dtype=torch.float32)
+    return q.new_empty(*q.shape[: 2 if per_head is True else 1], *sizes, dtype=torch.float32)
 
 
 def _predictions(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,9 @@ class Function:
 
     def __call__(self, backend: str, out: Any, *arguments: Any) -> None:
         """Run on checked arguments."""
+        if nothing_listens() and _are_ordinary((out, *arguments)):
+            self._run(backend, out, *arguments)
+            return
         values = [*(out if isinstance(out, tuple) else (out,))]
         for argument in arguments:
             if isinstance(argument, list):
@@ -52,11 +55,7 @@ class Function:
                 values += [[]] * (len(Layer._fields) if not argument else 0)
             else:
                 values += flat(argument) if isinstance(argument, tuple) else (argument,)
-        tensors = (x for value in values for x in (value if isinstance(value, list) else (value,)))
-        if nothing_listens() and all(_is_ordinary(x) for x in tensors if isinstance(x, Tensor)):
-            self._run(backend, out, *arguments)
-        else:
-            self._operator(*values, backend)
+        self._operator(*values, backend)
 
     def _run(self, backend: str, out: Any, *arguments: Any) -> None:
         chosen = choose_backend(self.name, backend, *_deciding(arguments))
@@ -128,9 +127,16 @@ def is_plain(tensor: Any) -> bool:
     return type(tensor) is Tensor and checks.is_dense(tensor)
 
 
-def _is_ordinary(tensor: Tensor) -> bool:
-    """Whether it lacks what the dispatcher takes care of: a place on meta, a pending negation."""
-    return is_plain(tensor) and not tensor.is_meta and not tensor.is_neg()
+def _are_ordinary(values: Sequence[Any]) -> bool:
+    """Whether the dispatcher has nothing to take care of in checked arguments: no tensor of a subclass, on
+    meta or with a pending negation."""
+    for x in values:
+        if isinstance(x, Tensor):
+            if type(x) is not Tensor or x.is_meta or x.is_neg():
+                return False
+        elif isinstance(x, (tuple, list)) and not _are_ordinary(x):
+            return False
+    return True
 
 
 def _modes_only_choose_devices() -> bool:

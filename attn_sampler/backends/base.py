@@ -33,9 +33,10 @@ class Backend(abc.ABC):
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
         """Why it does not serve op on these floating-point tensors (q and k; logits; scores and confidence;
         of a step logits, then q and k of all layers); None where it does."""
+        own = self.device
         for tensor in tensors:
-            if tensor.device.type != self.device:
-                return f"it takes {self.device} tensors, and one here is on {tensor.device}"
+            if tensor.device.type != own:
+                return f"it takes {own} tensors, and one here is on {tensor.device}"
             if tensor.dtype == torch.float64:
                 return "it does not serve float64 (the reference does)"
             if op != "select_tokens" and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -54,7 +55,9 @@ class Triton(Backend):
     def function(self, op: str) -> Callable[..., None]:
         return getattr(self._kernels(), op)
 
-    def _kernels(self) -> ModuleType:
+    @staticmethod
+    @functools.cache
+    def _kernels() -> ModuleType:
         return importlib.import_module(MODULE)
 
 

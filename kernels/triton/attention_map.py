@@ -170,11 +170,11 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
         lse = row_lse(problem, [layer.softmax_lse], masks.key_mask, options, rows)
 
     block_m, block_n = cut.tile.block_m, cut.tile.block_n
-    row_tiles, column_tiles = triton.cdiv(n_rows, block_m), triton.cdiv(n_columns, block_n)
+    row_tiles, column_tiles = launch.cdiv(n_rows, block_m), launch.cdiv(n_columns, block_n)
     tiles = problem.batch * row_tiles * column_tiles
     wanted = max(1, 2 * launch.processors(device) // tiles)
-    heads_per_split = 1 if options.per_head else triton.cdiv(problem.heads, min(problem.heads, wanted))
-    head_splits = triton.cdiv(problem.heads, heads_per_split)
+    heads_per_split = 1 if options.per_head else launch.cdiv(problem.heads, min(problem.heads, wanted))
+    head_splits = launch.cdiv(problem.heads, heads_per_split)
     partials = counters = None
     if head_splits > 1 and not options.per_head:
         partials = launch.workspace(device, tiles, head_splits, block_m, block_n)

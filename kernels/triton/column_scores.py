@@ -317,13 +317,13 @@ def plan_columns(problem: Problem, options: Attention) -> Plan:
     cut = cut_columns("column_scores", problem, options, packed_rows)
 
     groups = problem.batch * (problem.heads if options.per_head else 1)
-    tiles = triton.cdiv(columns.stop - columns.start, cut.tile.block_n)
+    tiles = launch.cdiv(columns.stop - columns.start, cut.tile.block_n)
     packs = 1 if options.per_head else problem.heads // pack
-    row_tiles = triton.cdiv(packed_rows, cut.tile.block_m)
+    row_tiles = launch.cdiv(packed_rows, cut.tile.block_m)
     n_layers = len(problem.layers.q.data)
     wanted = 4 * launch.processors(problem.device) // max(groups * tiles * n_layers, 1)
-    packs_per_split = triton.cdiv(packs, min(packs, max(wanted, 1)))
-    head_splits = triton.cdiv(packs, packs_per_split)
+    packs_per_split = launch.cdiv(packs, min(packs, max(wanted, 1)))
+    head_splits = launch.cdiv(packs, packs_per_split)
     row_splits = 1
     # A program has two tiles of rows at the least, or loading its keys costs more than its rows.
     while (

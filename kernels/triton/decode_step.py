@@ -60,8 +60,8 @@ def _commit_arguments(out: StepResult, partials: Tensor, options: Step) -> dict[
     """What a kernel needs to know to finish a step."""
     _, rows, splits = partials.shape
     rule, fallback, tau = options.selection
-    width = triton.next_power_of_2(splits)
-    block = min(triton.next_power_of_2(out.selected.shape[1]), 256, max(1, 1024 // width))
+    width = launch.next_power_of_2(splits)
+    block = min(launch.next_power_of_2(out.selected.shape[1]), 256, max(1, 1024 // width))
     return {
         "tokens": Matrix.of(out.tokens),
         "block_start": options.block.start,

@@ -96,6 +96,18 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# Triton's own functions of these names cost microseconds a call outside of a kernel.
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
+    return -(-x // y)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is n >= 1 or more."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
 def block_d(headdim: int, element_size: int) -> int:
     """Size of the chunks that the head dimension is cut in: a power of two, from 16 to 128.
 
@@ -103,7 +115,7 @@ def block_d(headdim: int, element_size: int) -> int:
     and 192 is 3 x 64, but 100 is 1 x 128.
     """
     sizes = (32, 16) if element_size == 4 else (128, 64, 32, 16)
-    return min(sizes, key=lambda size: triton.cdiv(headdim, size) * (size + 8))
+    return min(sizes, key=lambda size: cdiv(headdim, size) * (size + 8))
 
 
 def converts_float8(device: torch.device) -> bool:

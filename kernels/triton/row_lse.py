@@ -181,7 +181,7 @@ def _computed(
     block_m = fitting(n_rows, parameters.block_m)
     block_n = fitting(n_keys, parameters.block_n)
     packs = problem.heads // pack
-    programs = n_layers * problem.batch * packs * triton.cdiv(max(n_rows, 0), block_m)
+    programs = n_layers * problem.batch * packs * launch.cdiv(max(n_rows, 0), block_m)
     splits = 1
     while splits < 32 and 2 * splits * block_n < n_keys and programs * splits < 2 * launch.processors(device):
         splits *= 2

@@ -209,7 +209,7 @@ def select_tokens(
     batch, positions = scores.shape
     if batch == 0 or positions == 0:
         return
-    block = min(1024, triton.next_power_of_2(positions))
+    block = min(1024, launch.next_power_of_2(positions))
     launch.launch(
         select_tokens_kernel,
         batch,

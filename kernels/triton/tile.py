@@ -301,7 +301,7 @@ def shared_strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 def fitting(size: int, limit: int) -> int:
     """Tile size for so many rows or columns: a power of two, from 16 (tl.dot's least) to the limit."""
-    return min(limit, max(16, triton.next_power_of_2(size)))
+    return min(limit, max(16, launch.next_power_of_2(size)))
 
 
 def tile_of(problem: Problem, block_m: int, block_n: int) -> Tile:

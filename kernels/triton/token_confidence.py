@@ -344,10 +344,10 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
     tile = parameters.block_m * parameters.block_n
     rows = batch * positions
     lead = vocab_start % 4 if sample else 0
-    tiles = triton.cdiv(lead + vocab, tile)
+    tiles = launch.cdiv(lead + vocab, tile)
     splits = min(tiles, 64, max(1, 4 * launch.processors(logits.device) // max(rows, 1)))
-    tiles_per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, tiles_per_split)
+    tiles_per_split = launch.cdiv(tiles, splits)
+    splits = launch.cdiv(tiles, tiles_per_split)
     partials = launch.workspace(logits.device, len(Partial._fields), rows, splits)
     if rows == 0:
         return partials
@@ -384,11 +384,11 @@ def token_confidence(out: tuple[Tensor, Tensor], logits: Tensor, options: Sampli
     _, rows, splits = partials.shape
     if rows == 0:
         return
-    width = triton.next_power_of_2(splits)
+    width = launch.next_power_of_2(splits)
     block = max(1, min(32, 1024 // width))
     launch.launch(
         merge_partials_kernel,
-        triton.cdiv(rows, block),
+        launch.cdiv(rows, block),
         {
             "partials": partials,
             "plane": rows * splits,

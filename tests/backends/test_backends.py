@@ -117,10 +117,16 @@ def triton_kernels(monkeypatch):
     sys.modules["triton"].__spec__ = types.SimpleNamespace()
     sys.modules["triton"].__version__ = "3.6.0"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    backends.unavailable.cache_clear()
+    _forget()
     yield module
     monkeypatch.undo()
+    _forget()
+
+
+def _forget():
+    """What was found out about the backends."""
     backends.unavailable.cache_clear()
+    triton.TRITON._kernels.cache_clear()
 
 
 def test_triton_kernels_are_found_by_their_module(triton_kernels):
@@ -135,13 +141,14 @@ def test_triton_kernels_are_found_by_their_module(triton_kernels):
 
 def test_triton_takes_gpu_tensors_outside_the_interpreter(triton_kernels, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    backends.unavailable.cache_clear()
+    _forget()
     reason = is_backend_supported("select_tokens", "triton", torch.zeros(2, 3)).reason
     assert ("takes cuda tensors" if torch.cuda.is_available() else "no GPU") in reason
 
 
 def test_a_broken_triton_module_is_a_reason(triton_kernels, monkeypatch):
     monkeypatch.setitem(sys.modules, triton.MODULE, None)
+    _forget()
     assert "no Triton kernels" in is_backend_supported("select_tokens", "triton").reason
 
 
