@@ -8,12 +8,16 @@ of PyTorch's is handed over by ``report_attention``.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from attn_sampler import checks
+from attn_sampler.attention_masks import read_mask, table
 
 
 class _LogSumExpTap(TorchDispatchMode):
@@ -59,6 +63,19 @@ class _LogSumExpTap(TorchDispatchMode):
         return result
 
 
+class Call(NamedTuple):
+    """An attention call as it was computed."""
+
+    query: Tensor  # [B, Hq, M, D]
+    key: Tensor  # [B, Hkv, N, D]
+    softmax_lse: Tensor  # [B, Hq, M]
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    is_reported: bool = False  # the log-sum-exp is what its caller said, and may count a sink
+    copy: bool = False  # the memory of its tensors is used again
+
+
 def attention_with_lse(query: Tensor, key: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
     """``F.scaled_dot_product_attention`` and the row log-sum-exp that it computes inside.
 
@@ -79,11 +96,70 @@ def attention_with_lse(query: Tensor, key: Tensor, *arguments: Any, **keywords: 
     """
     with _LogSumExpTap() as tap:
         output = F.scaled_dot_product_attention(query, key, *arguments, **keywords)
-    if tap.softmax_lse is None:
-        raise NotImplementedError(f"scaled_dot_product_attention gives no log-sum-exp on {query.device}")
+    lse = tap.softmax_lse
+    if lse is None:
+        if query.numel() and key.numel():
+            raise NotImplementedError(f"scaled_dot_product_attention gives no log-sum-exp on {query.device}")
+        lse = query.new_full(output.shape[:-1], -torch.inf, dtype=torch.float32)
     # Some kernels pad the rows, or add a last axis of 1.
-    shape = query.shape[:-1]
-    return output, tap.softmax_lse.narrow(len(shape) - 1, 0, shape[-1]).view(shape)
+    lse = lse.squeeze(-1) if lse.dim() == output.dim() else lse
+    return output, lse.narrow(-1, 0, output.shape[-2]).expand(output.shape[:-1])
+
+
+def observe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Call | Exception]:
+    """``F.scaled_dot_product_attention``, and the call for the captures, or why there is none."""
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal}
+    options |= {"scale": scale, "enable_gqa": enable_gqa}
+    seen: Call | Exception
+    if (reason := _unscorable(query, key, value, attn_mask)) is not None:
+        seen = NotImplementedError(reason)
+    else:
+        try:
+            output, lse = attention_with_lse(query, key, value, attn_mask, **options)
+            mask = (
+                attn_mask if attn_mask is None or not _is_plain(attn_mask) else autocast(attn_mask.detach())
+            )
+            batch, heads = output.shape[:2]  # PyTorch repeats batches and heads that are 1
+            q = autocast(query.detach()).expand(batch, heads, -1, -1)
+            k = autocast(key.detach()).expand(batch, -1, -1, -1)
+            return output, Call(q, k, lse.detach(), mask, is_causal, scale)
+        except Exception as error:  # whatever it is, the model's own call is not to suffer from it
+            seen = error
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, **options), seen
+
+
+def _unscorable(query: Any, key: Any, value: Any, attn_mask: Any) -> str | None:
+    """Why a call is left alone; None where it need not be."""
+    for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if x is None or (name == "attn_mask" and type(x) is CausalBias):
+            continue
+        if not _is_plain(x):
+            return f"{name} is a {type(x).__name__}, whose attention is its own"
+        if torch._C._functorch.is_batchedtensor(x) or _is_tracked(x):
+            return f"{name} stands for other tensors, inside a transform of torch.func"
+        if x.is_nested or x.layout != torch.strided:
+            return f"{name} is {'nested' if x.is_nested else 'sparse'}"
+        if name != "attn_mask" and x.dim() != 4:
+            return f"{name} is expected to be [B, H, M, D], and is {list(x.shape)}"
+    return None
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter)
+
+
+def _is_tracked(x: Tensor) -> bool:
+    """Whether torch.func differentiates it; a compiled graph knows that as a gradient."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(x)
 
 
 def report_attention(
@@ -103,22 +179,33 @@ def report_attention(
     Parameters
     ----------
     query, key
-        ``[B, Hq, M, D]`` and ``[B, Hkv, N, D]``, after RoPE.
+        ``[B, Hq, M, D]`` and ``[B, Hkv, N, D]``, after RoPE, in the dtype that was computed with.
     softmax_lse
-        ``[B, Hq, M]``, natural logarithm, float32.
+        ``[B, Hq, M]``, natural logarithm, float32. It may count an attention sink. A row of -inf saw nothing.
     attn_mask, is_causal, scale
-        As in ``F.scaled_dot_product_attention``.
+        As in ``F.scaled_dot_product_attention``; a row that has no more than the lowest value saw nothing.
 
     Raises
     ------
     TypeError, ValueError
-        As the reduction of ``AttentionCapture`` that receives it.
+        Naming the argument.
     """
+    captures = open_captures()
+    if not captures:
+        return
     with torch._C.DisableTorchFunction():  # the captures' own mode is on
-        for capture in open_captures():
-            capture.add_call(
-                softmax_lse, query, key, key, attn_mask=attn_mask, is_causal=is_causal, scale=scale
+        query, key, softmax_lse = (
+            checks.tensor(name, x, axes, dtypes).detach()
+            for name, x, axes, dtypes in (
+                ("query", query, "[B, Hq, M, D]", checks.ATTENTION_DTYPES),
+                ("key", key, "[B, Hkv, N, D]", checks.ATTENTION_DTYPES),
+                ("softmax_lse", softmax_lse, "[B, Hq, M]", (torch.float32, torch.float64)),
             )
+        )
+        checks.shape("softmax_lse", softmax_lse, "[B, Hq, M]", query.shape[:3])
+        call = Call(query, key, softmax_lse, attn_mask, is_causal, scale, is_reported=True)
+        for capture in captures:
+            capture.add_call(call)
 
 
 def is_capturing() -> bool:
@@ -147,11 +234,25 @@ def compiled_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """What an attention call becomes in a graph that is compiled while a capture is open."""
-    query, key, value = autocast(query), autocast(key), autocast(value)
-    attn_mask = None if attn_mask is None else autocast(attn_mask)
-    return torch.ops.attn_sampler.captured_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    )
+    if isinstance(attn_mask, CausalBias):
+        limit = read_mask(attn_mask, is_causal, 1, 1, 1)
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal}
+    options |= {"scale": scale, "enable_gqa": enable_gqa}
+    reason = _unscorable(query, key, value, attn_mask)
+    if reason is not None and not all(map(_is_plain, (query, key, value))):
+        torch._dynamo.graph_break(reason)  # the call is run, and observed, outside of the graph
+    tensors = [x if x is None or reason is not None else autocast(x) for x in (query, key, value, attn_mask)]
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if reason is None and not needs_grad and not isinstance(attn_mask, CausalBias):
+        return torch.ops.attn_sampler.captured_attention(*tensors, dropout_p, is_causal, scale, enable_gqa)
+    # PyTorch's own call carries the gradient, or knows its operands; the captures have it computed once more.
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    if reason is not None:
+        tensors = [None] * 4
+    elif isinstance(attn_mask, CausalBias):
+        tensors[3] = table(limit, query.shape[2], key.shape[2], query.device)
+    tensors = [None if x is None else x.detach() for x in tensors]
+    return torch.ops.attn_sampler.observed_attention(output, *tensors, is_causal, scale, enable_gqa, reason)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -161,39 +262,74 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
+def _tell(seen: Call | Exception) -> None:
+    # The graph uses the memory of its tensors again after this, their last use that it knows of.
+    seen = seen._replace(copy=True) if isinstance(seen, Call) else seen
+    for capture in open_captures():
+        capture.add_call(seen)
+
+
 def _captured_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
     """The operator: the graph knows nothing of the captures, which it finds open when it runs."""
-    keywords = dict(zip(_OPTIONS, options, strict=True))
     with torch._C.DisableTorchFunction():  # the captures' own mode is still on
-        output, softmax_lse = attention_with_lse(query, key, value, **keywords)
-        for capture in open_captures():
-            # The graph uses the memory of its tensors again after this, their last use that it knows of.
-            capture.add_call(softmax_lse, query, key, value, **keywords, copy=True)
+        output, seen = observe(query, key, value, *options)
+        _tell(seen)
     return output
 
 
+def _observed_attention(output: Tensor, query: Tensor | None, *rest: Any) -> Tensor:
+    """The operator beside a call of PyTorch's, whose output it hands on: observed, or the reason why not."""
+    key, value, attn_mask, is_causal, scale, enable_gqa, reason = rest
+    with torch._C.DisableTorchFunction():
+        if query is None:
+            _tell(NotImplementedError(reason))
+        else:
+            _tell(observe(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)[1])
+    return output.clone()
+
+
 def _captured_attention_autograd(*arguments: Any) -> Tensor:
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        raise RuntimeError(
-            "AttentionCapture carries no gradient through a model under torch.compile: run it under "
-            "torch.no_grad()"
-        )
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.attn_sampler.captured_attention(*arguments)
 
 
-_OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _LIBRARY = torch.library.Library("attn_sampler", "FRAGMENT")
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _LIBRARY.define(
     "captured_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float dropout_p, "
     "bool is_causal, float? scale, bool enable_gqa) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else (),
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    "observed_attention(Tensor output, Tensor? query, Tensor? key, Tensor? value, Tensor? attn_mask, "
+    "bool is_causal, float? scale, bool enable_gqa, str? reason) -> Tensor",
+    tags=_TAGS,
 )
 _LIBRARY.impl("captured_attention", _captured_attention_autograd, "Autograd")
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("captured_attention", _captured_attention, _key)
+    _LIBRARY.impl("observed_attention", _observed_attention, _key)
+_OBSERVED = "attn_sampler::observed_attention"
+torch.library.register_fake(_OBSERVED, lambda output, *_: torch.empty_like(output), lib=_LIBRARY)
+torch.library.register_autograd(_OBSERVED, lambda _, gradient: (gradient, *[None] * 8), lib=_LIBRARY)
+
+
+@torch.library.register_vmap(_OBSERVED, lib=_LIBRARY)
+def _observed_attention_vmap(info: Any, in_dims: tuple, output: Tensor, *rest: Any) -> tuple[Tensor, Any]:
+    return torch.ops.attn_sampler.observed_attention(output, *rest), in_dims[0]
 
 
 @torch.library.register_fake("attn_sampler::captured_attention", lib=_LIBRARY)
-def _captured_attention_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, **dict(zip(_OPTIONS, options, strict=True)))
+def _captured_attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from attn_sampler import checks, reference
-from attn_sampler.attention_calls import attention_with_lse, autocast, compiled_attention, open_captures
+from attn_sampler.attention_calls import Call, compiled_attention, observe, open_captures
 from attn_sampler.attention_calls import is_capturing as is_capturing
 from attn_sampler.attention_calls import report_attention as report_attention
+from attn_sampler.attention_masks import Visible, read_mask, table
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.functional import attention_map, column_scores
 from attn_sampler.options import REDUCTIONS
@@ -79,12 +80,21 @@ class AttentionCapture(TorchFunctionMode):
     its keys where all columns are taken. None of these may be overwritten before the scores are read: a
     mask must not be refilled in place between layers. Under ``torch.compile`` they are copied.
 
+    The capture never changes what the model does: a call that it cannot score (nested or 3-dimensional
+    tensors, subclasses, inside ``torch.vmap``) runs as without it, and reading the scores raises, with the
+    call's index and the reason; ``layers`` may leave it out. Under ``torch.compile`` a call that carries a
+    gradient is computed once more. Layers of different numbers of keys have no columns in common, and raise
+    likewise.
+
     ``nn.MultiheadAttention``, ``flex_attention``, other libraries' kernels and attention written out by hand
-    are not seen, unless they call ``report_attention``. A boolean ``attn_mask`` that is the same for all
-    heads and rows ([B, 1, 1, N], or expanded from it) and ``is_causal`` are handed to the kernels; any other
-    mask or bias is served by plain PyTorch over the candidate columns, and cannot be kept. A bias of -inf, or
-    of the lowest finite value of its dtype, masks; a row that is masked everywhere contributes 0. Dropout is
-    not applied to the scores.
+    are not seen, unless they call ``report_attention``. Masks are handed to the kernels where they hide keys
+    from all rows ([B, 1, 1, N], or expanded from it), are causal (``is_causal``, PyTorch's ``CausalBias``, or
+    a table that is), or both: as booleans, or as zeros beside -inf or the lowest finite value. Any other mask
+    or bias is served by plain PyTorch over the candidate columns, and cannot be kept. To know them apart,
+    float masks and tables are read on the host, once for all layers that share one (in inference mode and in
+    compiled models, once a layer). A row that is hidden everywhere contributes 0; one that has only biases of
+    the lowest value, or others far from 0, what PyTorch makes of it: equal shares. Dropout is not applied to
+    the scores.
     """
 
     def __init__(
@@ -124,6 +134,9 @@ class AttentionCapture(TorchFunctionMode):
         self.num_calls = 0
         self._records: list[tuple[int, _Record]] = []
         self._sum: Tensor | None = None
+        self._keys: dict[int, int] = {}  # how many each scored call has
+        self._failures: dict[int, Exception] = {}
+        self._masks: dict[tuple, tuple[Tensor, Visible]] = {}
 
     def __enter__(self) -> AttentionCapture:
         self.reset()
@@ -144,8 +157,8 @@ class AttentionCapture(TorchFunctionMode):
         if not self._wants(self.num_calls):
             self.num_calls += 1
             return func(*args, **kwargs)
-        output, softmax_lse = attention_with_lse(*args, **kwargs)
-        self._record(softmax_lse, *args, **kwargs)
+        output, seen = observe(*args, **kwargs)
+        self.add_call(seen)
         return output
 
     @property
@@ -221,12 +234,18 @@ class AttentionCapture(TorchFunctionMode):
                 return self.layers, self.step_options
         return self.scores, {}
 
-    def add_call(self, *arguments: Any, **keywords: Any) -> None:
-        """Take an attention call that no mode saw: its log-sum-exp, and what attention was called with."""
-        if self._wants(self.num_calls):
-            self._record(*arguments, **keywords)
-        else:
-            self.num_calls += 1
+    def add_call(self, seen: Call | Exception) -> None:
+        """Take an attention call, or the reason why it cannot be scored."""
+        index = self.num_calls
+        self.num_calls += 1
+        if not self._wants(index):
+            return
+        try:
+            if isinstance(seen, Exception):
+                raise seen
+            self._record(index, seen)
+        except Exception as error:  # the model is not to suffer from it: it is raised where scores are read
+            self._failures[index] = error
 
     def _wants(self, index: int) -> bool:
         """Whether the attention call of this index counts, or may."""
@@ -246,58 +265,58 @@ class AttentionCapture(TorchFunctionMode):
             raise RuntimeError(
                 f"layers: {self._selection} does not fit the {self.num_calls} attention calls of the model"
             )
+        for index in sorted(chosen & self._failures.keys()):
+            error = self._failures[index]
+            known = type(error) in (TypeError, ValueError, NotImplementedError)
+            raise (type(error) if known else RuntimeError)(
+                f"attention call {index} of the forward pass cannot be scored: {error}"
+            ) from error
+        keys = {self._keys[index]: index for index in sorted(chosen, reverse=True)}
+        if len(keys) > 1:
+            (n, i), (other, j), *_ = sorted(keys.items(), key=lambda item: item[1])
+            raise ValueError(
+                "layers: expected attention calls of one number of keys, as columns are positions among "
+                f"them; call {i} has {n} and call {j} has {other}"
+            )
         return [record for index, record in self._records if index in chosen]
 
-    def _record(
-        self,
-        softmax_lse: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        *,
-        copy: bool = False,
-    ) -> None:
-        """Reduce one attention call, or put it aside: its tensors, or copies of them."""
-        index = self.num_calls
-        if query.dim() != 4:
-            raise ValueError(
-                f"AttentionCapture: expected attention inputs [B, H, M, D], got {list(query.shape)}"
-            )
-        q, k = autocast(query.detach()), autocast(key.detach())
+    def _record(self, index: int, call: Call) -> None:
+        """Reduce an attention call, or put it aside: its tensors, or copies of them."""
+        q, k, scale = call.query, call.key, call.scale
         (batch, _, n_rows, _), n_keys = q.shape, k.shape[2]
+        self._keys[index] = n_keys
+        if n_keys != next(iter(self._keys.values())) and not self._lookback and not self.keep:
+            return  # reading raises
         lo, hi = checks.span("columns", self.columns, n_keys, "key positions (N)")
         checks.optional("query_mask", self.query_mask, "[B, M]", (batch, n_rows), (torch.bool,), q)
-        start = 0 if is_causal else n_keys - n_rows
+        start = 0 if call.is_causal else n_keys - n_rows
         if self.query_start is not None:
             start = self.query_start
-        if is_causal and start != 0:  # the kernels' causal mask moves with the rows' positions
-            attn_mask = torch.ones(n_rows, n_keys, dtype=torch.bool, device=q.device).tril()
-            is_causal = False
-        key_mask = bias = None
-        if attn_mask is not None:
-            mask = attn_mask.detach()
-            mask = mask[(None,) * (4 - mask.dim())]
-            same_for_all = all(mask.shape[axis] == 1 or mask.stride(axis) == 0 for axis in (1, 2))
-            mask = mask.expand(batch, -1, n_rows, n_keys)[..., lo:hi]
-            if mask.dtype == torch.bool and same_for_all:
-                key_mask = mask[:, 0, 0]
-            else:
-                bias = mask
-        k = k[:, :, lo:hi]
-        record = _Record(q, k, softmax_lse.detach(), start - lo, key_mask, bias, is_causal, scale)
-        self.num_calls += 1
+        visible = self._visible(call)
+        key_mask, bias, causal = visible.key_mask, visible.bias, visible.causal_offset is not None
+        if (
+            causal and visible.causal_offset != start
+        ):  # the kernels' causal mask moves with the rows' positions
+            bias = table(visible, n_rows, n_keys, q.device).expand(batch, -1, -1, -1)
+            key_mask, causal = None, False
+        if visible.shifted:
+            if call.is_reported:
+                raise NotImplementedError(
+                    "its bias moves a row by more than a float32 softmax_lse can tell (to or beyond 1024)"
+                )
+            record = _Record(q, k, None, start, None, bias, False, scale, slice(lo, hi))
+        else:
+            key_mask = None if key_mask is None else key_mask[:, lo:hi]
+            bias = None if bias is None else bias[..., lo:hi]
+            k = k[:, :, lo:hi]
+            record = _Record(q, k, call.softmax_lse, start - lo, key_mask, bias, causal, scale, None)
         if not (self.keep or self._lookback):
             self._sum = self._reduce(record, self._sum)
             return
-        if copy:
+        if call.copy:
             key_mask, bias = (None if x is None else _copy(x) for x in (key_mask, bias))
             record = record._replace(q=_copy(q), k=_copy(k), key_mask=key_mask, bias=bias)
-        elif hi - lo < n_keys:
+        elif k.shape[2] < n_keys:
             record = record._replace(k=_copy(k))  # a view would keep all keys alive
         self._records.append((index, record))
         if self._lookback:
@@ -305,12 +324,26 @@ class AttentionCapture(TorchFunctionMode):
             oldest = self.num_calls - self._lookback
             self._records = [(i, r) for i, r in self._records if i >= oldest or i in fixed]
 
+    def _visible(self, call: Call) -> Visible:
+        """What the call's rows see, read once for all calls that share a mask."""
+        mask, (batch, _, n_rows, _), n_keys = call.attn_mask, call.query.shape, call.key.shape[2]
+        arguments = (call.is_causal, batch, n_rows, n_keys, not call.is_reported)
+        # A mask whose writes leave no trace, in its version, may be another one by now.
+        if type(mask) is not Tensor or call.copy or mask.is_inference():
+            return read_mask(mask, *arguments)
+        place = (mask.data_ptr(), mask.dtype, mask.shape, mask.stride(), mask._version)
+        key = (place, arguments)
+        if key not in self._masks:  # with the mask, lest another is given its memory
+            self._masks[key] = mask, read_mask(mask, *arguments)
+        return self._masks[key][1]
+
     def _reduce(self, record: _Record, total: Tensor | None) -> Tensor:
         reading = (column_scores, reference.column_scores)
         return self._read(reading, record, total, reduction=self._options["reduction"])
 
     def _map(self, record: _Record, total: Tensor | None) -> Tensor:
-        first, (n_rows, n_columns) = -record.query_start, (record.q.shape[2], record.k.shape[2])
+        lo, hi, _ = (record.columns or slice(None)).indices(record.k.shape[2])
+        first, n_rows, n_columns = lo - record.query_start, record.q.shape[2], hi - lo
         if not 0 <= first <= n_rows - n_columns:
             raise ValueError(
                 f"columns: a map needs a query row at each of the {n_columns} columns, but the {n_rows} rows "
@@ -341,21 +374,31 @@ class AttentionCapture(TorchFunctionMode):
             if record.bias is None:
                 options |= {"causal": record.causal, "key_mask": record.key_mask, "backend": self._backend}
                 return backed(record.q, record.k, out=total, **options)
-            values = plain(record.q, record.k, bias=record.bias, **options).to(torch.float32)
-            return values if total is None else total.add_(values)
+            if record.columns is None:
+                values = plain(record.q, record.k, bias=record.bias, **options).to(torch.float32)
+                return values if total is None else total.add_(values)
+            for head in range(record.q.shape[1]):  # with all keys, a head at a time
+                group, of_bias = record.q.shape[1] // record.k.shape[1], head % record.bias.shape[1]
+                one = record.q[:, head : head + 1], record.k[:, head // group : head // group + 1]
+                bias = record.bias[:, of_bias : of_bias + 1]
+                values = plain(*one, columns=record.columns, bias=bias, **options).to(torch.float32)
+                total = values if total is None else total.add_(values)
+            assert total is not None
+            return total
 
 
 class _Record(NamedTuple):
-    """One attention call, with the key axis reduced to the candidate columns."""
+    """An attention call, with the candidate columns of the keys, or with all where no log-sum-exp will do."""
 
     q: Tensor  # [B, Hq, M, D]
-    k: Tensor  # [B, Hkv, C, D]
-    softmax_lse: Tensor  # [B, Hq, M]
-    query_start: int  # column (may be negative or beyond C) at which row 0 stands
+    k: Tensor  # [B, Hkv, C, D], or [B, Hkv, N, D]
+    softmax_lse: Tensor | None  # [B, Hq, M]; None with all keys
+    query_start: int  # column (may be negative or beyond C), or key with all keys, at which row 0 stands
     key_mask: Tensor | None  # [B, C] bool
-    bias: Tensor | None  # [B, Hq | 1, M, C], boolean or added to the logits
+    bias: Tensor | None  # [B, Hq | 1, M, C | N], boolean or added to the logits
     causal: bool
     softmax_scale: float | None
+    columns: slice | None  # the candidates among all keys; None where there are no others
 
     @property
     def geometry(self) -> tuple:

@@ -56,7 +56,7 @@ def attention(
     causal: bool = False,
     key_mask: Tensor | None = None,  # [B, N] bool
     query_mask: Tensor | None = None,  # [B, M] bool
-    bias: Tensor | None = None,  # [B, Hq | 1, M, N], a mask, or added to the logits; its lowest value masks
+    bias: Tensor | None = None,  # [B, Hq | 1, M, N], a mask, or added to the logits; -inf masks
     query_start: int | None = None,
     softmax_scope: str = "sequence",
     diagonal: bool = True,
@@ -79,7 +79,7 @@ def attention(
     if softmax_scope == "block":
         sees = sees & (lo <= row) & (row < hi) & (lo <= key) & (key < hi)
     if bias is not None:
-        sees = sees & (bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min)
+        sees = sees & (bias if bias.dtype == torch.bool else bias != -_INF)
 
     q, k = _dequantised(q, q_descale), _dequantised(k, k_descale)
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
@@ -87,12 +87,13 @@ def attention(
     if bias is not None and bias.dtype != torch.bool:
         logits = logits + bias
     logits = logits.masked_fill(~sees, -_INF)
-    if softmax_lse is None:
-        lse = torch.logsumexp(logits, dim=-1)
-    else:
-        lse = softmax_lse.to(q.dtype) * (math.log(2.0) if lse_base == "2" else 1.0)
     # A row that saw nothing has lse -inf; it contributes zeros, not exp(-inf - -inf).
-    weights = torch.exp(logits - lse[..., None]).masked_fill((lse == -_INF)[..., None], 0.0)
+    if softmax_lse is None:
+        nothing = ~sees.any(dim=-1, keepdim=True)
+        weights = torch.softmax(logits, dim=-1).masked_fill(nothing, 0.0)
+    else:
+        lse = softmax_lse.to(q.dtype)[..., None] * (math.log(2.0) if lse_base == "2" else 1.0)
+        weights = torch.exp(logits - lse).masked_fill(lse == -_INF, 0.0)
     if not diagonal:
         sees = sees & (key != row)
     weights = weights.masked_fill(~sees, 0.0)

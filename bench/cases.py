@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_sampler import column_scores, decode_step, is_backend_supported, reference, token_confidence
-from attn_sampler.capture import attention_with_lse
+from attn_sampler.attention_calls import attention_with_lse
 
 from . import rivals
 from .rows import ALL_COLUMNS, BY_BATCH, BY_COLUMNS, BY_KEYS, BY_ROWS, DECODE, PEER, VOCABULARY, Row

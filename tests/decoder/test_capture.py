@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_model import ToyModel
 
 from attn_sampler import AttentionCapture, decode_step, report_attention
-from attn_sampler.capture import attention_with_lse, is_capturing
+from attn_sampler.attention_calls import attention_with_lse
+from attn_sampler.capture import is_capturing
 
 
 def assert_close(scores: Tensor, truth: Tensor, same_precision: Tensor) -> None:

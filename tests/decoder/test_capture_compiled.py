@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attn_sampler import AttentionCapture, attention_calls, report_attention
-from attn_sampler.capture import attention_with_lse
+from attn_sampler.attention_calls import attention_with_lse
 
 
 def test_reported_attention_in_a_compiled_model() -> None:

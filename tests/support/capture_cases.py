@@ -56,7 +56,8 @@ def by_hand(
                 if mask is not None and mask.dtype == torch.bool:
                     sees &= mask[b, h, i]
                 elif mask is not None:
-                    sees &= mask[b, h, i] > torch.finfo(mask.dtype).min
+                    seen = mask[b, h, i] > torch.finfo(mask.dtype).min
+                    sees &= seen if seen.any() else mask[b, h, i] > -torch.inf
                     logits = logits + mask[b, h, i].to(dtype)
                 if query_mask is not None:
                     sees &= query_mask[b, i]
