@@ -223,6 +223,10 @@ def open_captures() -> list[Any]:
     return _THREAD.captures
 
 
+#: PyTorch's call under another name, by which no mode takes it for the model's when the graph runs.
+_PLAIN = torch.ops.aten.scaled_dot_product_attention.default
+
+
 def compiled_attention(
     query: Tensor,
     key: Tensor,
@@ -234,25 +238,36 @@ def compiled_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """What an attention call becomes in a graph that is compiled while a capture is open."""
-    if isinstance(attn_mask, CausalBias):
-        limit = read_mask(attn_mask, is_causal, 1, 1, 1)
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal}
     options |= {"scale": scale, "enable_gqa": enable_gqa}
+    if isinstance(attn_mask, CausalBias):  # as what PyTorch makes of it
+        visible = read_mask(attn_mask, False, 1, 1, 1)
+        is_causal = visible.causal_offset == 0
+        attn_mask = None if is_causal else table(visible, query.shape[2], key.shape[2], query.device)
+        options |= {"is_causal": is_causal}
+    if not all(x is None or _is_plain(x) for x in (query, key, value, attn_mask)):
+        return _observed_outside(query, key, value, attn_mask, **options)
     reason = _unscorable(query, key, value, attn_mask)
-    if reason is not None and not all(map(_is_plain, (query, key, value))):
-        torch._dynamo.graph_break(reason)  # the call is run, and observed, outside of the graph
-    tensors = [x if x is None or reason is not None else autocast(x) for x in (query, key, value, attn_mask)]
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if reason is None and not needs_grad and not isinstance(attn_mask, CausalBias):
-        return torch.ops.attn_sampler.captured_attention(*tensors, dropout_p, is_causal, scale, enable_gqa)
-    # PyTorch's own call carries the gradient, or knows its operands; the captures have it computed once more.
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     if reason is not None:
-        tensors = [None] * 4
-    elif isinstance(attn_mask, CausalBias):
-        tensors[3] = table(limit, query.shape[2], key.shape[2], query.device)
+        output = _PLAIN(query, key, value, attn_mask, **options)
+        return torch.ops.attn_sampler.observed_attention(
+            output, None, None, None, None, is_causal, scale, enable_gqa, reason
+        )
+    tensors = [None if x is None else autocast(x) for x in (query, key, value, attn_mask)]
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        return torch.ops.attn_sampler.captured_attention(*tensors, dropout_p, is_causal, scale, enable_gqa)
+    # PyTorch's own call carries the gradient; the captures have it computed once more.
+    output = _PLAIN(query, key, value, attn_mask, **options)
     tensors = [None if x is None else x.detach() for x in tensors]
-    return torch.ops.attn_sampler.observed_attention(output, *tensors, is_causal, scale, enable_gqa, reason)
+    return torch.ops.attn_sampler.observed_attention(output, *tensors, is_causal, scale, enable_gqa, None)
+
+
+@torch.compiler.disable
+def _observed_outside(*arguments: Any, **options: Any) -> Tensor:
+    """A call of tensor subclasses, which no operator of ours takes: it breaks the graph."""
+    output, seen = observe(*arguments, **options)
+    _tell(seen)
+    return output
 
 
 def autocast(x: Tensor) -> Tensor:

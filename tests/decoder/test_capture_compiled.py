@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -109,9 +110,25 @@ def test_compiled_model() -> None:
             with AttentionCapture(slice(2, 5)) as eager:
                 assert torch.equal(output, model(x))
             assert torch.equal(capture.scores, eager.scores)
-    with pytest.raises(RuntimeError, match="carries no gradient"), AttentionCapture(slice(2, 5)):
-        compiled(x)
     assert nothing_is_left()
+
+
+def test_compiled_model_with_gradients() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = Stack(), torch.randn(2, 9, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for context in (contextlib.nullcontext(), AttentionCapture(slice(2, 5))):
+        model.zero_grad()
+        with context:
+            compiled(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+    with torch.no_grad(), AttentionCapture(slice(2, 5)) as eager:
+        model(x)
+    assert context.num_calls == 3
+    torch.testing.assert_close(context.scores, eager.scores)
 
 
 @torch.no_grad()

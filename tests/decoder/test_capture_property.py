@@ -1,14 +1,15 @@
 """A capture scores what the model computed: thousands of random calls, PyTorch itself being the judge.
 
-With the identity as its values, ``F.scaled_dot_product_attention`` returns the weights that it used. A seed is
-one forward pass; ``python tests/decoder/test_capture_property.py SEED`` runs it alone. A plain run of the tests
-takes the first few; ``-m long`` takes the thousands.
+With the identity as its values, ``F.scaled_dot_product_attention`` returns the weights that it used. A seed
+is one forward pass; ``python tests/decoder/test_capture_property.py SEED`` runs it alone. A plain run of the
+tests takes the first few; ``-m long`` takes the thousands.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -69,6 +70,8 @@ def check(seed: int) -> None:
             draws.append(another(draws[0], rng, generator))
         if grad is torch.enable_grad and rng.random() < 0.5:
             draws = [d._replace(q=d.q.requires_grad_()) for d in draws]
+        if way == "reported":
+            draws = [d._replace(v=d.k) for d in draws]
         options = capture_options(rng, generator, draws[0])
         layers = rng.choice(("all", "all", slice(-1, None), [0], [-1]))
         chosen = {"all": draws, "[0]": draws[:1]}.get(str(layers), draws[-1:])
@@ -79,15 +82,16 @@ def check(seed: int) -> None:
             and not (options["keep"] or layers in ([-1], slice(-1, None)))
         )
         try:
-            outputs, again = (
-                run(way, draws, capture, refill),
-                run(way, draws, contextlib.nullcontext(), refill),
-            )
-        except RuntimeError as error:  # a mask beside is_causal is not for every kernel of PyTorch
-            assert "attn_mask should not be set when is_causal" in str(error), error
+            again = run(way, draws, contextlib.nullcontext(), refill)
+        except RuntimeError as error:  # not every kernel of PyTorch takes a mask beside is_causal
+            with pytest.raises(type(error), match=re.escape(str(error)[:40])):
+                run(way, draws, capture, refill)
             return
+        outputs = run(way, draws, capture, refill)
     for output, plain in zip(outputs, again, strict=True):
         torch.testing.assert_close(output, plain, rtol=0, atol=0, equal_nan=True)
+    if any(output.isnan().any() for output in outputs):
+        return  # PyTorch's kernels make NaN of a scale of 0 beside a mask
     reported = way == "reported"
     operands = [seen_by_torch(d, low if autocast._enabled else None) for d in chosen]
     if reported and any(is_shifted(d) for d in operands):
@@ -101,12 +105,14 @@ def check(seed: int) -> None:
             expected + reduced(weights, counts, options),
             slack + margin * d.q.shape[2] * d.q.shape[1],
         )
+    # Its kernels for half precision take a quick exponential, whose sums are in the log-sum-exp.
+    rtol = 1e-5 if operands[0].q.dtype in (torch.float32, torch.float64) else 2e-4
     scores = capture.scores
     assert scores.dtype == torch.float32
     assert scores.shape == expected.shape
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=slack + 1e-6)
+    torch.testing.assert_close(scores.double(), expected, rtol=rtol, atol=slack + 1e-6, equal_nan=True)
     if options["keep"]:
-        check_map(capture, operands, options, reported)
+        check_map(capture, operands, options, reported, rtol)
 
 
 def run(way: str, draws: list[Draw], context: Any, refill: bool) -> list[Tensor]:
@@ -300,6 +306,8 @@ def logits_of(d: Draw, dtype: torch.dtype, lowest_hides: bool = False) -> tuple[
 
 
 def is_shifted(d: Draw) -> bool:
+    if d.q.shape[0] == 0:
+        return False
     sees, bias = table_of(d, True)
     top = bias.masked_fill(~sees, -INF).amax(dim=-1)
     return bool(((top.abs() > 1024) & (top > -INF)).any())
@@ -326,9 +334,9 @@ def weights_of(d: Draw, options: dict[str, Any], reported: bool) -> tuple[Tensor
     weights = weights.masked_fill(~sees, 0.0)
     finite = logits[logits.isfinite()]
     largest = finite.abs().max().item() if finite.numel() else 0.0
-    epsilon = 2.0**-52 if d.q.dtype == torch.float64 else 2.0**-23
-    rounding = min(8 * epsilon * largest, 0.1) if largest * epsilon < 0.5 else 0.1 * (largest < 1e8)
-    return weights[..., lo:hi], sees[..., lo:hi], 1e-6 + rounding
+    exact = torch.float64 if d.q.dtype == torch.float64 else torch.float32
+    step = torch.finfo(exact).eps * largest  # by which logits of other rounding differ
+    return weights[..., lo:hi], sees[..., lo:hi], 1e-6 + (4 * step if step < 0.1 else 0.0)
 
 
 def weights_that_torch_used(d: Draw, sees: Tensor, block: bool) -> Tensor:
@@ -368,7 +376,9 @@ def reduced(weights: Tensor, counts: Tensor, options: dict[str, Any]) -> Tensor:
     return (total / counts.sum(dim=2).clamp(min=1) if options["reduction"] == "mean" else total).sum(dim=1)
 
 
-def check_map(capture: AttentionCapture, draws: list[Draw], options: dict[str, Any], reported: bool) -> None:
+def check_map(
+    capture: AttentionCapture, draws: list[Draw], options: dict[str, Any], reported: bool, rtol: float
+) -> None:
     total: Any = 0.0
     for d in draws:
         lo, hi, _ = (options["columns"] or slice(None)).indices(d.k.shape[2])
@@ -380,7 +390,7 @@ def check_map(capture: AttentionCapture, draws: list[Draw], options: dict[str, A
         weights, _, margin = weights_of(d, options, reported)
         total = total + weights[:, :, first : first + hi - lo].sum(dim=1)
     expected = total / sum(d.q.shape[1] for d in draws)
-    torch.testing.assert_close(capture.attention_map.double(), expected, rtol=1e-5, atol=margin + 1e-6)
+    torch.testing.assert_close(capture.attention_map.double(), expected, rtol=rtol, atol=margin + 1e-6)
 
 
 if __name__ == "__main__":
