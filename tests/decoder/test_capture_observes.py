@@ -45,10 +45,6 @@ UNSCORED: dict[str, tuple[Callable[[], Tensor], str]] = {
     "3-D": (lambda: attend(*[random(2, 6, 16)] * 3), r"query is expected to be \[B, H, M, D\]"),
     "5-D": (lambda: attend(*[random(2, 1, 2, 6, 16)] * 3), r"and is \[2, 1, 2, 6, 16\]"),
     "subclass": (lambda: attend(*[random(1, 2, 6, 16).as_subclass(Marked)] * 3), "query is a Marked"),
-    "no keys": (
-        lambda: attend(random(1, 2, 8, 16), *[random(1, 2, 0, 16)] * 2),
-        "one of the 0 key positions",
-    ),
 }
 
 
