@@ -6,8 +6,9 @@ written. Shapes are checked with plain comparisons so that torch.compile can tra
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,13 @@ def shape(name: str, value: Tensor, axes: str, expected: Sequence[int]) -> None:
         raise ValueError(f"{name}: expected shape {axes} = {list(expected)}, got {list(value.shape)}")
 
 
+def size(name: str, sizes: Sequence[int], limit: int) -> None:
+    """A tensor of no more elements than the limit, a size of 0 counting as 1. Expanded views can have any number,
+    so that their products with what is kept for each would be beyond 64 bits, or the end of all patience."""
+    if not torch.compiler.is_compiling() and math.prod(max(n, 1) for n in sizes) > limit:
+        raise ValueError(f"{name}: expected at most 2^{limit.bit_length() - 1} elements, got shape {list(sizes)}")
+
+
 def device(name: str, value: str) -> str:
     """The name of a device that torch can use here."""
     try:
@@ -87,13 +95,13 @@ def optional(
 def choice(name: str, value: object, accepted: Sequence[str]) -> None:
     """One of a few words."""
     if not isinstance(value, str) or value not in accepted:
-        raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {_shown(value, repr)}")
 
 
 def flag(name: str, value: object) -> None:
     """True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+        raise TypeError(f"{name}: expected True or False, got {_shown(value, repr)}")
 
 
 class Span(NamedTuple):
@@ -108,19 +116,21 @@ def span(name: str, value: object, length: int, what: str) -> Span:
     # Asked first: torch.compile makes constants of a slice compared with None.
     if isinstance(value, (slice, Span)):
         if isinstance(value, slice) and value.step not in (None, 1):
-            raise ValueError(f"{name}: expected a slice of step 1, got step {value.step}")
+            raise ValueError(f"{name}: expected a slice of step 1, got step {_shown(value.step)}")
         start = 0 if value.start is None else integer(f"{name}.start", value.start)
         stop = length if value.stop is None else integer(f"{name}.stop", value.stop)
         start = start + length if start < 0 else start
         stop = stop + length if stop < 0 else stop
         if start < 0 or stop > length:
-            raise ValueError(f"{name}: {value} reaches outside the {length} {what}")
+            raise ValueError(f"{name}: {_shown(value)} reaches outside the {length} {what}")
     elif value is None:
         start, stop = 0, length
     else:
         raise TypeError(f"{name}: expected a slice of {what}, got {type(value).__name__}")
     if start >= stop:
-        raise ValueError(f"{name}: expected at least one of the {length} {what}, got an empty range {value}")
+        raise ValueError(
+            f"{name}: expected at least one of the {length} {what}, got an empty range {_shown(value)}"
+        )
     return Span(start, stop)
 
 
@@ -168,14 +178,70 @@ def writable(name: str, value: Tensor) -> None:
                 )
     if value.requires_grad:
         raise ValueError(f"{name}: expected a tensor that does not require a gradient")
-    if not torch.compiler.is_compiling() and value.is_neg():
+    if torch.compiler.is_compiling():
+        return
+    if value.is_neg():
         raise ValueError(f"{name}: expected a tensor without a pending negation (see resolve_neg)")
+    if value._is_zerotensor():
+        raise ValueError(f"{name}: expected a tensor with memory of its own, got zeros without any")
 
 
-def _shown(value: object) -> str:
+def own_memory(name: str, written: Tensor, read: Iterable[tuple[str, Tensor | None]]) -> None:
+    """A tensor that is written shares no memory with the others, which are read."""
+    for other, value in read:
+        if value is not None and _meet(written, value):
+            raise ValueError(f"{name}: expected memory of its own, got some of that of {other}")
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have a byte in common. Twin of csrc/memory.h.
+
+    Their differences in address are sums of steps, each taken a bounded number of times: one that is too small to
+    part two elements is searched for from the longest step on. Where that takes long, as no views of one array do,
+    the answer is yes.
+    """
+    apart = a.data_ptr() - b.data_ptr()
+    steps: dict[int, int] = {}  # bytes: how often at the most; backward ones are taken back
+    low, high = apart + 1 - b.element_size(), apart + a.element_size() - 1
+    reach = [0, 0]
+    for i, x in enumerate((a, b)):
+        unit = x.element_size()
+        for n, stride in zip(x.shape, x.stride(), strict=True):
+            if n == 0:
+                return False
+            if n > 1 and stride > 0:
+                steps[stride * unit] = steps.get(stride * unit, 0) + n - 1
+                reach[i] += (n - 1) * stride * unit
+    low, high = low + reach[0], high + reach[0]
+    if high < 0 or low > sum(reach):
+        return False
+    patience = 1 << 12
+
+    def found(ordered: list[int], low: int, high: int) -> bool:
+        """Whether these steps, the longest first, lead to somewhere in [low, high]."""
+        nonlocal patience
+        if high < 0 or low <= 0:
+            return high >= 0
+        if not ordered or high % math.gcd(*ordered) > high - low:
+            return False
+        step, *rest = ordered
+        least = max(0, -((sum(x * steps[x] for x in rest) - low) // step))
+        for n in range(min(steps[step], high // step), least - 1, -1):
+            patience -= 1
+            if patience < 0 or found(rest, low - n * step, high - n * step):
+                return True
+        return False
+
+    return found(sorted(steps, reverse=True), low, high)
+
+
+def _shown(value: object, form: Callable[[object], str] = str) -> str:
     if isinstance(value, int) and abs(value) > sys.float_info.max:  # Python may refuse to print it
         return f"an integer of {value.bit_length()} bits"
-    return str(value)
+    try:
+        return form(value)
+    except ValueError:  # as it does where one is part of the value
+        return f"a {type(value).__name__} of large integers"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

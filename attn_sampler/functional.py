@@ -15,7 +15,7 @@ All functions work on the tensors' device without synchronising with the host, a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from attn_sampler import checks, ops
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.options import (
+    MAX_ELEMENTS,
     Attention,
     Layer,
     Masks,
@@ -223,12 +224,12 @@ def token_confidence(
     given = (metric, temperature, seed, exclude_token_id, vocab_start)
     direct = ops.direct(backend, logits)
     if direct is not None and logits.dim() == 3:
-        outputs = _predictions(logits)
-        if direct.attempt("token_confidence", outputs, logits, given):
+        outputs = _attempted(_predictions, logits)
+        if outputs is not None and direct.attempt("token_confidence", outputs, logits, given):
             return outputs
     checks.choice("backend", backend, BACKEND_CHOICES)
     options = Sampling(*given).checked(logits)
-    outputs = _predictions(logits)
+    outputs = _made(_predictions, logits)
     ops.token_confidence(backend, outputs, logits, options)
     return outputs
 
@@ -285,20 +286,21 @@ def select_tokens(
     given = (rule, fallback, tau)
     direct = ops.direct(backend, masked)
     if direct is not None:
-        selected = masked.new_empty(masked.shape)
-        if direct.attempt("select_tokens", selected, scores, confidence, masked, given):
+        selected = _attempted(masked.new_empty, masked.shape)
+        if selected is not None and direct.attempt("select_tokens", selected, scores, confidence, masked, given):
             return selected
     checks.choice("backend", backend, BACKEND_CHOICES)
     options = Selection(*given).checked()
     dtypes = (torch.float32, torch.float64)
     checks.tensor("scores", scores, "[B, C]", dtypes)
+    checks.size("scores", scores.shape, MAX_ELEMENTS)
     checks.tensor("confidence", confidence, "[B, C]", dtypes, like=scores)
     checks.shape("confidence", confidence, "[B, C]", scores.shape)
     if confidence.dtype != scores.dtype:
         raise ValueError(f"confidence: expected the dtype of scores, {scores.dtype}, got {confidence.dtype}")
     checks.tensor("masked", masked, "[B, C]", (torch.bool,), like=scores)
     checks.shape("masked", masked, "[B, C]", scores.shape)
-    selected = masked.new_empty(masked.shape)
+    selected = _made(masked.new_empty, masked.shape)
     ops.select_tokens(backend, selected, scores, confidence, masked, options)
     return selected
 
@@ -398,9 +400,11 @@ def decode_step(
     one_given = (layers is None) != (scores is None)
     direct = ops.direct(backend, tokens)
     if direct is not None and ops.is_plain(logits) and logits.dim() == 3 and one_given:
-        result = _step_result(tokens, logits, scores)
+        result = _attempted(_step_result, tokens, logits, scores)
         arguments = (result, logits, layers, masks, (*place, attention, sampling, selection))
-        if not result.scores.requires_grad and direct.attempt("decode_step", *arguments):
+        plain = result is not None and not result.scores.requires_grad
+        if plain and direct.attempt("decode_step", *arguments):
+            ops.count_write(tokens)
             return result
     checks.choice("backend", backend, BACKEND_CHOICES)
     options = Step(*place, Attention(*attention), Sampling(*sampling), Selection(*selection))
@@ -414,7 +418,7 @@ def decode_step(
         records = check_layers(layers, tokens, softmax_scope)  # type: ignore[arg-type]
         Masks(*masks).check(*records[0][:2])
         options = options.placed(Attention(*attention), records[0], tokens)
-    result = _step_result(tokens, logits, scores)
+    result = _made(_step_result, tokens, logits, scores)
     ops.decode_step(backend, result, logits, records, Masks(*masks), options)
     return result
 
@@ -428,17 +432,22 @@ def _attend(
     if direct is not None and ops.is_plain(k) and q.dim() == k.dim() == 4:
         if out is None:
             rows = (_count(how[1], q.shape[2]),) if is_map else ()
-            result, plain = _attended(q, how[9], *rows, _count(how[0], k.shape[2])), True
+            result = _attempted(_attended, q, how[9], *rows, _count(how[0], k.shape[2]))
+            plain = result is not None
         else:
             result, plain = out, type(out) is Tensor and not out.requires_grad
         if plain and direct.attempt(function.name, result, given, masked, how):
+            if out is not None:
+                ops.count_write(out)
             return result
     checks.choice("backend", backend, BACKEND_CHOICES)
     layer, masks = Layer(*given), Masks(*masked)
     options = Attention(*how).checked(layer, is_map)
     masks.check(q, k)
     spans: tuple[Any, ...] = (options.rows, options.columns) if is_map else (options.columns,)
-    result = _attended(q, options.per_head, *(x.stop - x.start for x in spans))
+    sizes = [x.stop - x.start for x in spans]
+    checks.size("out", (*q.shape[: 2 if options.per_head else 1], *sizes), MAX_ELEMENTS)
+    result = _made(_attended, q, options.per_head, *sizes)
     if out is not None:
         axes = f"[B{', Hq' if options.per_head else ''}{', R' if is_map else ''}, C]"
         _check_output("out", out, q, axes, result.shape)
@@ -455,6 +464,26 @@ def _count(span: Any, length: int) -> int:
         return len(range(*span.indices(length)))
     except (AttributeError, TypeError):
         return 0
+
+
+def _attempted(new: Callable[..., Any], *arguments: Any) -> Any:
+    """New results; None where torch cannot make them: whether they may be so large is to be checked first."""
+    try:
+        return new(*arguments)
+    except RuntimeError:
+        return None
+
+
+def _made(new: Callable[..., Any], *arguments: Any) -> Any:
+    """New results of checked sizes."""
+    if torch.compiler.is_compiling():
+        return new(*arguments)
+    try:
+        return new(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # on the CPU torch has no other name for it
+        raise MemoryError(f"out: there is no memory for the result ({error})") from None
 
 
 def _attended(q: Tensor, per_head: bool, *sizes: int) -> Tensor:

@@ -7,7 +7,7 @@ other calls pass it by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,12 @@ class Function:
 
     def _run(self, backend: str, out: Any, *arguments: Any) -> None:
         chosen = choose_backend(self.name, backend, *_deciding(arguments))
+        written = _written(out, arguments)
+        if written is not None and not chosen.checks_memory:
+            checks.own_memory(*written, _read(out, arguments))
         chosen.function(self.name)(out, *arguments)
+        if written is not None and not chosen.counts_writes:
+            count_write(written[1])
 
     def _run_flat(self, *values: Any) -> None:
         """What the operator does."""
@@ -106,6 +111,34 @@ def _deciding(arguments: Sequence[Any]) -> list[Tensor]:
     return tensors
 
 
+def _written(out: Any, arguments: Sequence[Any]) -> tuple[str, Tensor] | None:
+    """What a user gave to be written, by its name; other outputs are new."""
+    if isinstance(out, StepResult):
+        return "tokens", out.tokens
+    adds = any(isinstance(x, Attention) and x.accumulate for x in arguments)
+    return ("out", out) if adds else None
+
+
+def _read(out: Any, arguments: Sequence[Any]) -> Iterator[tuple[str, Tensor | None]]:
+    """What such a function reads, by name."""
+    for argument in arguments:
+        if isinstance(argument, (Layer, Masks)):
+            yield from zip(argument._fields, argument, strict=True)
+        elif isinstance(argument, list):
+            for index, layer in enumerate(argument):
+                yield from ((f"layers[{index}] {name}", x) for name, x in zip(Layer._fields, layer, strict=True))
+            if not argument:
+                yield "scores", out.scores
+        elif isinstance(argument, Tensor):
+            yield "logits", argument
+        elif isinstance(argument, Step) and isinstance(argument.sampling.seed, Tensor):
+            yield "seed", argument.sampling.seed
+
+
+#: Lets autograd know that a tensor was written past torch: what it saved of it is no longer that.
+count_write = torch.autograd.graph.increment_version
+
+
 def direct(backend: Any, tensor: Any) -> Backend | None:
     """The backend that takes a call on this tensor before it is checked, if there is one."""
     return direct_backend(backend, tensor) if nothing_listens() and is_plain(tensor) else None
@@ -129,10 +162,10 @@ def is_plain(tensor: Any) -> bool:
 
 def _are_ordinary(values: Sequence[Any]) -> bool:
     """Whether the dispatcher has nothing to take care of in checked arguments: no tensor of a subclass, on
-    meta or with a pending negation."""
+    meta, with a pending negation or without memory for its zeros."""
     for x in values:
         if isinstance(x, Tensor):
-            if type(x) is not Tensor or x.is_meta or x.is_neg():
+            if type(x) is not Tensor or x.is_meta or x.is_neg() or x._is_zerotensor():
                 return False
         elif isinstance(x, (tuple, list)) and not _are_ordinary(x):
             return False

@@ -19,6 +19,8 @@ from torch import Tensor
 from attn_sampler import checks
 from attn_sampler.checks import Span
 
+MAX_ELEMENTS = 1 << 40  # of a tensor: its products with what is kept for each are far from the end of int64
+MAX_KEYS = (1 << 30) - 1  # the kernels count keys, and the positions of a block, in 32 bits
 MAX_HEADDIM = 512  # of the GPU kernels: a tile of keys has to fit the shared memory
 MAX_VOCAB = 1 << 34  # the sampling stream counts groups of 4 tokens in 32 bits
 MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
@@ -62,6 +64,8 @@ class Layer(NamedTuple):
                 f"{prefix}k: expected a number of heads that divides the {heads} heads of q, got {kv_heads}"
             )
         checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, kv_heads, n_keys, headdim))
+        checks.size(f"{prefix}q", q.shape, MAX_ELEMENTS)
+        checks.size(f"{prefix}k", k.shape, MAX_ELEMENTS)
         if softmax_lse is not None:
             if softmax_scope == "block":
                 raise ValueError(
@@ -151,6 +155,7 @@ class Sampling(NamedTuple):
     def checked(self, logits: Tensor) -> "Sampling":
         """With a signed seed of 64 bits or one a row; the logits [B, C, V] are checked here too."""
         checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
+        check_logits_size(logits)
         vocab, exclude = logits.shape[2], self.exclude_token_id
         if vocab < 1:
             raise ValueError("logits: expected at least one token in the vocabulary, got V = 0")
@@ -211,6 +216,8 @@ class Step(NamedTuple):
         checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES, like=tokens)
         vocab = logits.shape[2]
         checks.shape("logits", logits, "[B, C, V]", (tokens.shape[0], block.stop - block.start, vocab))
+        checks.size("tokens", tokens.shape, MAX_ELEMENTS)
+        check_logits_size(logits)
         checks.integer("mask_token_id", self.mask_token_id, 0, vocab)
         if vocab == 1:
             raise ValueError("logits: expected a vocabulary with more than the mask token, got V = 1")
@@ -297,6 +304,14 @@ def _alike(x: object, y: Tensor | None) -> bool:
     if not isinstance(x, Tensor) or not checks.is_dense(x):
         return False
     return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+
+
+def check_logits_size(logits: Tensor) -> None:
+    """Of [B, C, V]: so many that the sampling stream can count them."""
+    checks.size("logits", logits.shape, MAX_ELEMENTS)
+    for what, length, limit in (("positions C", logits.shape[1], MAX_KEYS), ("tokens V", logits.shape[2], MAX_VOCAB)):
+        if length > limit:
+            raise ValueError(f"logits: expected at most {limit} {what}, got {length}")
 
 
 def check_temperature(value: object) -> float:

@@ -6,6 +6,7 @@
  * global interpreter lock is released while a kernel runs.
  */
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cmath>
 #include <new>
@@ -15,138 +16,11 @@
 #include <vector>
 
 #include "attn_sampler.h"
-#include "dlpack.h"
+#include "views.h"
 
 namespace py = pybind11;
 
 namespace {
-
-/* Nothing has been run. */
-struct Refused : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-/* How tensors of one exact type are read; the type is null where its library has no such way. */
-struct {
-    PyTypeObject *type = nullptr;
-    int (*read)(void *py_object, DLTensor *out) = nullptr;
-} exchange;
-
-bool read_tensors_of(const py::type &type) {
-    const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
-    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
-        return false;
-    const auto *const api =
-        static_cast<DLPackExchangeAPI *>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (api->header.version.major != 1 || api->dltensor_from_py_object_no_sync == nullptr)
-        return false;
-    exchange = {reinterpret_cast<PyTypeObject *>(type.ptr()), api->dltensor_from_py_object_no_sync};
-    return true;
-}
-
-int32_t dtype_of(DLDataType dtype) {
-    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32)
-        return ATTN_SAMPLER_FLOAT32;
-    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16)
-        return ATTN_SAMPLER_FLOAT16;
-    if (dtype.lanes == 1 && dtype.code == kDLBfloat && dtype.bits == 16)
-        return ATTN_SAMPLER_BFLOAT16;
-    if (dtype.lanes == 1 && dtype.code == kDLFloat8_e4m3fn && dtype.bits == 8)
-        return ATTN_SAMPLER_FLOAT8_E4M3;
-    if (dtype.lanes == 1 && dtype.code == kDLInt && dtype.bits == 64)
-        return ATTN_SAMPLER_INT64;
-    if (dtype.lanes == 1 && dtype.code == kDLBool && dtype.bits == 8)
-        return ATTN_SAMPLER_BOOL;
-    throw Refused("a tensor has a dtype that no kernel takes");
-}
-
-void set_dimensions(int64_t count, attn_sampler_tensor *view) {
-    if (count > 4)
-        throw Refused("a tensor has more than 4 dimensions");
-    view->ndim = static_cast<int32_t>(count);
-}
-
-/* What a caller that has validated a tensor hands over in its place. */
-attn_sampler_tensor tensor_view(uintptr_t address, int32_t dtype, const py::tuple &shape,
-                                const py::tuple &stride) {
-    attn_sampler_tensor view{};
-    set_dimensions(static_cast<int64_t>(shape.size()), &view);
-    view.data = reinterpret_cast<void *>(address);
-    view.dtype = dtype;
-    for (size_t i = 0; i < shape.size(); ++i) {
-        view.shape[i] = shape[i].cast<int64_t>();
-        view.stride[i] = stride[i].cast<int64_t>();
-    }
-    return view;
-}
-
-/* Views of the tensors of one call. Those that say where they are, are on one device. */
-class Views {
-  public:
-    /* Room for so many, whose addresses stay. */
-    void reserve(size_t count) { views_.reserve(count); }
-
-    /* The items of a list or tuple. Those that a list holds now are kept alive: another thread may change it.
-     */
-    PyObject *items(py::handle source) {
-        if (PyTuple_Check(source.ptr()))
-            return source.ptr();
-        if (!PyList_Check(source.ptr()))
-            throw Refused("expected a list or a tuple");
-        lists_.push_back(py::reinterpret_steal<py::object>(PySequence_Tuple(source.ptr())));
-        if (!lists_.back())
-            throw py::error_already_set();
-        return lists_.back().ptr();
-    }
-
-    /* Null for None. */
-    const attn_sampler_tensor *optional(py::handle source) {
-        return source.is_none() ? nullptr : (*this)(source);
-    }
-
-    /* Of a tensor of the type that is read, or what stands in its place. */
-    const attn_sampler_tensor *operator()(py::handle source) {
-        views_.emplace_back();
-        if (Py_TYPE(source.ptr()) == exchange.type) {
-            read(source, &views_.back());
-            return &views_.back();
-        }
-        py::detail::make_caster<attn_sampler_tensor> view;
-        if (source.is_none() || !view.load(source, false))
-            throw Refused("a tensor is not of the plain type");
-        views_.back() = py::detail::cast_op<const attn_sampler_tensor &>(view);
-        return &views_.back();
-    }
-
-  private:
-    void read(py::handle source, attn_sampler_tensor *view) {
-        DLTensor tensor;
-        if (exchange.read(source.ptr(), &tensor) != 0) {
-            PyErr_Clear();
-            throw Refused("a tensor has no plain memory");
-        }
-        if (device_.device_type == 0)
-            device_ = tensor.device;
-        if (tensor.device.device_type != device_.device_type || tensor.device.device_id != device_.device_id)
-            throw Refused("the tensors are on different devices");
-        set_dimensions(tensor.ndim, view);
-        view->data = static_cast<char *>(tensor.data) + tensor.byte_offset;
-        view->dtype = dtype_of(tensor.dtype);
-        bool has_unit_stride = false;
-        for (int i = 0; i < tensor.ndim; ++i) {
-            view->shape[i] = tensor.shape[i];
-            view->stride[i] = tensor.strides[i];
-            has_unit_stride |= tensor.strides[i] == 1 && tensor.shape[i] > 1;
-        }
-        /* An imaginary part may stand for the negated contents of its memory. All its strides are even. */
-        if (!has_unit_stride && source.attr("is_neg")().cast<bool>())
-            throw Refused("a tensor is the negative of its memory");
-    }
-
-    std::vector<attn_sampler_tensor> views_;
-    std::vector<py::object> lists_;
-    DLDevice device_{}; /* its type is 0 as long as no tensor has said it */
-};
 
 /* The fields of a record, which lives as long as what holds it: a tuple of so many. */
 class Record {
@@ -474,6 +348,7 @@ PYBIND11_MODULE(_C, m) {
     /* A second copy of the module, such as another build of it, has a type of its own. */
     py::class_<attn_sampler_tensor>(m, "TensorView", py::module_local()).def(py::init(&tensor_view));
     m.def("read_tensors_of", &read_tensors_of);
+    m.def("find_flags", &find_flags);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0)
         throw py::error_already_set();
     m.def("version", [] { return attn_sampler_version(); });
@@ -481,6 +356,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_unavailable", [] { return attn_sampler_cpu_unavailable(); });
     m.def("cuda_unavailable", [] { return attn_sampler_cuda_unavailable(); });
     py::dict limits;
+    limits["MAX_ELEMENTS"] = ATTN_SAMPLER_MAX_ELEMENTS;
+    limits["MAX_KEYS"] = ATTN_SAMPLER_MAX_KEYS;
     limits["MAX_HEADDIM"] = ATTN_SAMPLER_MAX_HEADDIM;
     limits["MAX_VOCAB"] = ATTN_SAMPLER_MAX_VOCAB;
     limits["MAX_POSITION"] = ATTN_SAMPLER_MAX_POSITION;

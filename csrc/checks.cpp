@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "error.h"
+#include "memory.h"
 
 namespace attn_sampler {
 namespace {
@@ -33,6 +34,7 @@ void check_tensor(const char *name, const Tensor *t, int ndim) {
                         t->shape[i], i);
         empty = empty || t->shape[i] == 0;
     }
+    check_reach(name, *t);
     if (t->data == nullptr && !empty)
         throw Error(kInvalid, "%s: expected an address, got NULL", name);
 }
@@ -123,7 +125,8 @@ void set_view(View<T, kDims> &view, const Tensor *t) {
     if (t == nullptr)
         return;
     view.data = static_cast<T *>(t->data);
-    std::copy_n(t->stride, kDims, view.stride);
+    for (int i = 0; i < kDims; ++i) /* no limit holds for a step that is never taken */
+        view.stride[i] = t->shape[i] > 1 ? t->stride[i] : 0;
 }
 
 int num_threads(const attn_sampler_exec &exec) {
@@ -211,12 +214,19 @@ void check_layer(const attn_sampler_layer *layer) {
 }
 
 /* The output, whose dimensions are some of batch, head, row and column. */
-void set_output(AttentionProblem &p, const Tensor *out, std::initializer_list<int64_t> shape) {
+void set_output(AttentionProblem &p, const Tensor *out, std::initializer_list<int64_t> shape,
+                const attn_sampler_layer &layer, const attn_sampler_masks *masks) {
     check_output("out", out, ATTN_SAMPLER_FLOAT32, shape);
+    Written written;
+    written.add("out", out);
+    written.read(layer);
+    written.read(masks);
     p.out.data = static_cast<float *>(out->data);
     int from = 0, to = 0;
-    for (const int64_t size : shape)
-        p.out.stride[to++] = size == kNone ? 0 : out->stride[from++];
+    for (const int64_t size : shape) {
+        p.out.stride[to++] = size < 2 ? 0 : out->stride[from];
+        from += size != kNone;
+    }
 }
 
 /* What a layer's check said is about that layer, where it names one of its tensors. */
@@ -274,7 +284,8 @@ AttentionProblem check_column_scores(const attn_sampler_layer *layer, const attn
                                      const attn_sampler_exec &exec) {
     check_layer(layer);
     AttentionProblem p = check_attention(*layer, masks, params, exec);
-    set_output(p, out, {p.batch, params.per_head ? p.heads : kNone, kNone, length(params.columns)});
+    set_output(p, out, {p.batch, params.per_head ? p.heads : kNone, kNone, length(params.columns)}, *layer,
+               masks);
     return p;
 }
 
@@ -285,7 +296,8 @@ AttentionProblem check_attention_map(const attn_sampler_layer *layer, const attn
     AttentionProblem p = check_attention(*layer, masks, params, exec);
     check_span("params.rows", params.rows, p.n_rows);
     set_output(p, out,
-               {p.batch, params.per_head ? p.heads : kNone, length(params.rows), length(params.columns)});
+               {p.batch, params.per_head ? p.heads : kNone, length(params.rows), length(params.columns)},
+               *layer, masks);
     return p;
 }
 
@@ -298,11 +310,20 @@ ConfidenceProblem check_token_confidence(const Tensor *logits, const attn_sample
     p.batch = logits->shape[0];
     p.positions = logits->shape[1];
     p.vocab = logits->shape[2];
+    if (p.vocab > ATTN_SAMPLER_MAX_VOCAB)
+        throw Error(kInvalid, "logits: expected a vocabulary of at most 2^34 tokens, got %" PRId64, p.vocab);
+    if (p.positions > ATTN_SAMPLER_MAX_KEYS)
+        throw Error(kInvalid, "logits: expected fewer than 2^30 positions, got %" PRId64, p.positions);
     if (p.vocab - (params.exclude_token_id >= 0 && params.exclude_token_id < p.vocab) < 1)
         throw Error(kInvalid, "logits: expected a vocabulary of at least one token to choose");
     check_optional("params.seeds", params.seeds, ATTN_SAMPLER_INT64, {p.batch});
     check_output("token_ids", token_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
     check_output("confidence", confidence, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
+    Written written;
+    written.add("token_ids", token_ids);
+    written.add("confidence", confidence);
+    written.read("logits", logits);
+    written.read("params.seeds", params.seeds);
     check_choice("params.metric", params.metric, 3);
     const double t = params.temperature;
     if (!(t == 0.0 || (t >= ATTN_SAMPLER_MIN_TEMPERATURE && std::isfinite(t))))
@@ -329,6 +350,11 @@ SelectProblem check_select_tokens(const Tensor *scores, const Tensor *confidence
     check_like("confidence", confidence, ATTN_SAMPLER_FLOAT32, {batch, columns});
     check_like("masked", masked, ATTN_SAMPLER_BOOL, {batch, columns});
     check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, columns});
+    Written written;
+    written.add("selected", selected);
+    written.read("scores", scores);
+    written.read("confidence", confidence);
+    written.read("masked", masked);
     return selection(scores, confidence, masked, params, selected);
 }
 
@@ -356,6 +382,18 @@ StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const 
     check_selection_params(params.selection);
     check_output("scores", scores, ATTN_SAMPLER_FLOAT32, {batch, block});
     check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, block});
+    step.select = selection(scores, confidence, nullptr, params.selection, selected);
+    Written written;
+    written.add("tokens", tokens);
+    written.add("token_ids", token_ids);
+    written.add("confidence", confidence);
+    written.add("selected", selected);
+    if (num_layers == 0)
+        written.read("scores", scores);
+    else
+        written.add("scores", scores);
+    written.read("logits", logits);
+    written.read("params.sampling.seeds", sampling.seeds);
     check_choice("params.query_rows", params.query_rows, 2);
     if (num_layers < 0 || (num_layers > 0 && layers == nullptr))
         throw Error(kInvalid, "layers: expected an address and a count >= 0");
@@ -377,16 +415,18 @@ StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const 
                         batch, p.batch);
         if (length(attention.columns) != block)
             throw Error(kInvalid, "params.attention: expected as many columns as the block has");
-        p.out = {static_cast<float *>(scores->data), {scores->stride[0], 0, 0, scores->stride[1]}};
+        p.out = {static_cast<float *>(scores->data),
+                 {step.select.scores.stride[0], 0, 0, step.select.scores.stride[1]}};
+        written.read(layers[i], i);
     }
+    written.read(masks);
     step.layers = problems.data();
     step.num_layers = num_layers;
-    step.select = selection(scores, confidence, nullptr, params.selection, selected);
     set_view(step.tokens, tokens);
     step.mask_token_id = params.mask_token_id;
     const int64_t *const first_token = step.tokens.data;
     if (batch > 0) /* else there may be no address */
-        step.tokens.data += params.block.start * tokens->stride[1];
+        step.tokens.data += params.block.start * step.tokens.stride[1];
     if (params.query_rows == ATTN_SAMPLER_QUERY_ROWS_MASKED && num_layers > 0) {
         const int64_t first_row = attention.query_start - attention.columns.start + params.block.start;
         const int64_t rows = problems[0].n_rows;
@@ -399,7 +439,7 @@ StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const 
                         " to %" PRId64,
                         first_row, first_row + rows - 1);
         if (batch > 0)
-            step.row_tokens = first_token + first_row * tokens->stride[1];
+            step.row_tokens = first_token + first_row * step.tokens.stride[1];
     }
     return step;
 }

@@ -20,6 +20,10 @@ class Backend(abc.ABC):
     auto: str | None
     #: Whether ``attempt`` takes arguments that nobody has checked.
     checks_itself = False
+    #: Whether its functions refuse an output in the memory of an input.
+    checks_memory = False
+    #: Whether torch writes the outputs, and so counts that: autograd then knows of it.
+    counts_writes = False
 
     @property
     def device(self) -> str | None:

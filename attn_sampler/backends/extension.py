@@ -33,6 +33,19 @@ else:
 #: Whether the extension reads torch's tensors itself. Of an older torch it is handed their fields.
 READS_TENSORS = UNAVAILABLE is None and _C.read_tensors_of(Tensor)
 
+
+def _find_flags() -> bool:
+    """Show the extension where a tensor says that it is negated, or zeros without memory; False: it has to ask."""
+    plain = torch.zeros(1)
+    samples = [plain, torch._neg_view(plain), torch._efficientzerotensor(1)]
+    words = [torch._C._dispatch_keys(x).raw_repr() for x in samples]
+    bits = (words[1] | words[2]) & ~words[0]
+    return _C.find_flags([(x, x._cdata, word) for x, word in zip(samples, words, strict=True)], bits)
+
+
+if READS_TENSORS:
+    _find_flags()
+
 # The values of attn_sampler_dtype in csrc/include/attn_sampler.h.
 _DTYPE = {
     torch.float32: 0,
@@ -54,6 +67,8 @@ def cpu_isa() -> str:
 
 class Extension(Backend):
     """The kernels of one device, up to a head dimension."""
+
+    checks_memory = True
 
     def __init__(self, device: str, max_headdim: float) -> None:
         self.name = self.auto = device

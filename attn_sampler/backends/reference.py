@@ -41,6 +41,7 @@ class Reference(Backend):
 
     name = "reference"
     auto = None
+    counts_writes = True
 
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
         return None

@@ -26,11 +26,13 @@
 
 /* The largest values that are taken. */
 #define ATTN_SAMPLER_MAX_HEADDIM 512 /* on CUDA: a tile of keys fits the shared memory of every GPU */
-#define ATTN_SAMPLER_MAX_KEYS ((INT64_C(1) << 30) - 1) /* the kernels count keys in 32 bits */
-#define ATTN_SAMPLER_MAX_VOCAB (INT64_C(1) << 34)      /* the sampling stream counts groups of 4 in 32 bits */
-#define ATTN_SAMPLER_MAX_POSITION (INT64_C(1) << 62)   /* sums of positions stay far from overflow */
-#define ATTN_SAMPLER_MAX_SCALE 2.35e38                 /* finite in float32, times log2(e) too */
-#define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120          /* logits are multiplied by its inverse in float32 */
+#define ATTN_SAMPLER_MAX_ELEMENTS (INT64_C(1) << 40) /* of a tensor, a size of 0 counting as 1 */
+#define ATTN_SAMPLER_MAX_KEYS                                                                                \
+    ((INT64_C(1) << 30) - 1) /* the kernels count keys, and positions of a block, in 32 bits */
+#define ATTN_SAMPLER_MAX_VOCAB (INT64_C(1) << 34)    /* the sampling stream counts groups of 4 in 32 bits */
+#define ATTN_SAMPLER_MAX_POSITION (INT64_C(1) << 62) /* sums of positions stay far from overflow */
+#define ATTN_SAMPLER_MAX_SCALE 2.35e38               /* finite in float32, times log2(e) too */
+#define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120        /* logits are multiplied by its inverse in float32 */
 
 #ifdef __cplusplus
 extern "C" {
@@ -97,8 +99,9 @@ typedef enum attn_sampler_fallback {
     ATTN_SAMPLER_FALLBACK_SCORE = 1
 } attn_sampler_fallback;
 
-/* A strided view. Entries of shape and stride beyond ndim are not read. Elements that are written must be
- * apart in memory. */
+/* A strided view of at most ATTN_SAMPLER_MAX_ELEMENTS elements that reach over at most 2^53. Entries of shape
+ * and stride beyond ndim are not read, nor is the stride of a dimension of size 1. Elements that are written
+ * must be apart in memory, from each other and from all that the call reads. */
 typedef struct attn_sampler_tensor {
     void *data;
     int64_t shape[4];
