@@ -98,8 +98,8 @@ class AttnSampler(_samplers.BaseSampler):
         self, inputs: list[Tensor | list[int]], config: AttnSamplerConfig | None = None, **changes: Any
     ) -> Any:
         """Fill the mask tokens of each input; ``changes`` replace fields of ``config``, but no lengths."""
-        lengths = {name: changes.pop(name) for name in ("max_new_tokens", "max_length") if name in changes}
-        if refusal := unserved(lengths):
+        lengths = ("max_new_tokens", "max_length")
+        if refusal := unserved({name: changes.get(name) for name in lengths}):
             raise TypeError(f"infill: {refusal}")
         config = _changed(config, changes)
         return self._decode(self._prompts(inputs, config), 0, config)

@@ -149,7 +149,7 @@ class AttnSamplerLM(_api.TemplateLM):
         make_policy(policy, **({} if tau is None else {"tau": tau}))  # refuses what it does not know
         if max_batch_size is not None:
             _LOGGER.warning("max_batch_size=%s is not read: batch_size is, and is no 'auto'", max_batch_size)
-        loading = {"device": device, "dtype": dtype, "family": family, "attention": attention}
+        loading: dict[str, Any] = {"device": device, "dtype": dtype, "family": family, "attention": attention}
         loading["trust_remote_code"] = trust_remote_code
         options: dict[str, Any] = {}
         if pretrained is None:

@@ -208,7 +208,7 @@ def _check_engine(config: Any) -> None:
         "dllm_denoising_steps": config.denoising_steps,
         "dllm_confidence_threshold": config.confidence_threshold,
     }
-    neutral = {
+    neutral: dict[str, list[Any]] = {
         "dllm_unmasking_strategy": ["low_confidence_dynamic"],
         "dllm_confidence_threshold": [0.85],
     }

@@ -13,13 +13,15 @@ added up. Interface of version 0.5.23; tested without a GPU, so not yet with CUD
 
 The file alone says how tokens are drawn. SGLang applies its stops, lengths and ``n`` to the finished blocks;
 a request that asks for more (a temperature of its own, ``top_p``, penalties, a grammar, log-probabilities,
-...) is answered with an error that names it. ``--sampling-defaults openai`` keeps a checkpoint's
+...) is answered with an error that names it; but for a temperature of 0, with which SGLang itself asks: that
+is warned of, where the file has another. ``--sampling-defaults openai`` keeps a checkpoint's
 ``generation_config.json`` from asking for any in every client's name.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -64,9 +66,15 @@ def _refusal(req: Any) -> str | None:
     default = type(params)()
     neutral = {name: [getattr(default, name)] for name in params.__struct_fields__}
     neutral["temperature"].append(temperature)
-    served = _SGLANG_SERVES
-    if temperature == 0.0 and params.top_k == 1:  # what SGLang makes of a temperature of 0
+    served: tuple[str, ...] = _SGLANG_SERVES
+    if temperature == 0.0:
+        served += ("sampling_seed",)
+    if params.top_k == 1:  # what SGLang makes of a temperature of 0, which its warm-up and health checks have
         served += ("temperature", "top_k", "top_p", "min_p")
+        if temperature != 0.0:
+            warnings.warn(
+                f"{NAME}: a request's temperature of 0 is not served beside the file's", stacklevel=2
+            )
     asked = {name: getattr(params, name) for name in params.__struct_fields__}
     asked |= {name: getattr(req, name, None) or None for name in _REQUEST}
     refusal = unserved(asked, served, neutral)

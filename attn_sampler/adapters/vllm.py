@@ -98,11 +98,16 @@ class Remask:
 
     def check_request(self, params: Any) -> None:
         """Warn of what a request's ``SamplingParams`` ask for in vain, once for each name."""
-        default = type(params)()
+        kind = type(params)
+        if hasattr(kind, "for_sampler_warmup") and params == kind.for_sampler_warmup():
+            return  # vLLM's own, which ask for everything
+        default = kind()
         for name in params.__struct_fields__:
             neutral = [getattr(default, name)]
             if name == "temperature":
                 neutral.append(self._decoder.temperature)
+            if name == "seed" and self._decoder.temperature == 0.0:
+                continue  # nothing is drawn
             text = unserved({name: getattr(params, name)}, _VLLM_SERVES, {name: neutral})
             if text and name not in self._warned:
                 self._warned.add(name)
