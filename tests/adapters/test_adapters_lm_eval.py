@@ -125,7 +125,7 @@ def test_options_of_the_request():
     assert make().tok_encode("<a") == [1, 4], "no second token that begins the text"
 
 
-#: What ``GenerationConfig`` of transformers asks for beside a length and a temperature, with a value that asks.
+#: What ``GenerationConfig`` can ask for beside a length and a temperature, each with a value that asks.
 ASKS = {
     **{"top_k": 1, "top_p": 0.95, "min_p": 0.1, "top_h": 0.4, "typical_p": 0.5, "epsilon_cutoff": 1e-3},
     **{"eta_cutoff": 1e-3, "repetition_penalty": 1.2, "encoder_repetition_penalty": 1.2, "num_beams": 4},
