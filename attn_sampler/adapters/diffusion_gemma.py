@@ -89,6 +89,7 @@ class DiffusionGemmaForAttnSampling(DiffusionGemmaForBlockDiffusion):
                 f"{generation_config.cache_implementation!r}"
             )
         if generation_config.sampler_config not in (
+            None,
             self.generation_config.sampler_config,
             generation_config._get_default_generation_params()["sampler_config"],
         ):

@@ -438,6 +438,24 @@ def test_diffusion_gemma_refuses_static_caches() -> None:
         diffusion_gemma("sdpa").generate(TOKENS, max_new_tokens=8, cache_implementation="static")
 
 
+def test_diffusion_gemma_refuses_an_entropy_bound_of_a_call() -> None:
+    from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+
+    config, bound = generation.DiffusionGemmaGenerationConfig, generation.EntropyBoundSamplerConfig
+    assert {name for name in vars(config()) if name[0] != "_"} - {"sampler_config"} == {
+        *("max_new_tokens", "max_length", "max_denoising_steps", "t_min", "t_max", "stability_threshold"),
+        *("confidence_threshold", "cache_implementation", "cache_config", "disable_compile"),
+        *("bos_token_id", "pad_token_id", "eos_token_id", "return_dict_in_generate", "transformers_version"),
+    }, "what is served by the model itself"
+    model = diffusion_gemma("sdpa")
+    model.generation_config = config(sampler_config=bound(entropy_bound=0.3))
+    options = {"max_new_tokens": 8, "max_denoising_steps": 1}
+    for own in ({}, {"sampler_config": bound(entropy_bound=0.3)}, {"sampler_config": None}):
+        model.generate(TOKENS, **options, **own)
+    with pytest.raises(ValueError, match=r"sampler_config: expected the checkpoint's, .*entropy_bound=0\.5"):
+        model.generate(TOKENS, **options, sampler_config=bound(entropy_bound=0.5))
+
+
 def test_diffusion_gemma_leaves_nothing_open_after_an_exception() -> None:
     model = diffusion_gemma("eager")
     with pytest.raises(RuntimeError, match="saw no call"):

@@ -75,6 +75,18 @@ def fields(distribution: str, path: str, name: str) -> list[str]:
     return [node.target.id for node in body if isinstance(node, ast.AnnAssign)]  # type: ignore[union-attr]
 
 
+def parameters(distribution: str, path: str, *, suffix: str, method: str) -> set[str]:
+    """What a method takes in those classes of an installed engine's source file whose names end so."""
+    file = installed(distribution, path)
+    assert file is not None
+    classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    found = set()
+    for node in (node for each in classes if each.name.endswith(suffix) for node in each.body):
+        if isinstance(node, ast.FunctionDef) and node.name == method:
+            found |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} - {"self"}
+    return found
+
+
 def request_class(fields: dict[str, Any]) -> type:
     """A class with these fields and defaults, which are told as msgspec's are."""
 
