@@ -406,7 +406,9 @@ def test_diffusion_gemma_accepts_by_attention(
     assert max(counts) > 1
 
 
-@pytest.mark.parametrize("options", [{"threshold": "mean"}, {"fallback": "score"}, {"mode": "sequential"}])
+@pytest.mark.parametrize(
+    "options", [{"threshold": "mean"}, {"fallback": "score"}, {"mode": "sequential", "tau": 0.9}]
+)
 def test_diffusion_gemma_follows_the_policy(options: dict[str, str]) -> None:
     from attn_sampler.adapters.diffusion_gemma import CanvasSampler
 
@@ -414,7 +416,7 @@ def test_diffusion_gemma_follows_the_policy(options: dict[str, str]) -> None:
     p = torch.tensor([[0.9, 0.2, 0.8, 0.1, 0.3], [0.3, 0.2, 0.4, 0.1, 0.35]])
     logits = torch.stack([p, 1 - p], dim=-1).log()  # the token drawn is 0
     drawn, canvas = torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
-    policy = AttnSampler(tau=0.5, **options)
+    policy = AttnSampler(**{"tau": 0.5, **options})
     sampler = CanvasSampler(policy, 5, 2)
     sampler.capture = types.SimpleNamespace(scores=scores)  # type: ignore[assignment]
     got = sampler.accept_canvas(canvas, drawn, logits, 0)
