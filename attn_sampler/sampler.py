@@ -20,6 +20,7 @@ AboveMean)`` its name does, also in the ``--rule`` of ``attn_sampler.cli.main(["
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -38,9 +39,10 @@ class AttnSampler(Policy):
     """Attn-Sampler (arXiv 2604.08564): commit in descending attention received.
 
     ``mode="parallel"`` commits by the dynamic attention threshold at confidence ``tau``; ``"sequential"`` the
-    one position of the largest score. ``fallback`` is what a parallel step without a passing position
-    commits by. ``threshold`` is which statistic of the unconfident positions' scores the dynamic threshold
-    is: their ``"max"`` (the paper's), in one ``decode_step`` call, or their ``"mean"``, in plain PyTorch.
+    one position of the largest score, whatever the rest. ``fallback`` is what a parallel step without a
+    passing position commits by. ``threshold`` is which statistic of the unconfident positions' scores the
+    dynamic threshold is: their ``"max"`` (the paper's), in one ``decode_step`` call, or their ``"mean"``, in
+    plain PyTorch.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -57,6 +59,8 @@ class AttnSampler(Policy):
         checks.choice("threshold", self.threshold, ("max", "mean"))
         if self.mode == "sequential" and self.threshold == "mean":
             raise ValueError("threshold: 'mean' goes with mode='parallel': the sequential rule has none")
+        if self.mode == "sequential" and (self.tau, self.fallback) != (0.9, "confidence"):
+            warnings.warn("tau, fallback: the sequential rule reads neither", stacklevel=3)
 
     def select(self, state: StepState) -> Tensor:
         assert state.scores is not None
@@ -312,7 +316,7 @@ def _prefix(passing: Tensor, order: Tensor, masked: Tensor) -> Tensor:
 POLICIES: dict[str, Callable[..., Policy] | str] = {
     "attn": AttnSampler,
     "attn-parallel": "attn",
-    "attn-sequential": lambda **options: AttnSampler(mode="sequential", **options),
+    "attn-sequential": lambda threshold="max": AttnSampler(mode="sequential", threshold=threshold),
     "attn-random": RandomScores,
     "random": RandomOrder,
     "left-to-right": LeftToRight,

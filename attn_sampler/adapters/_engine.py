@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +53,61 @@ def require(module: str, distribution: str, install: str, oldest: str, below: st
     if (reason := untested_version(engine, version, oldest, below)) is not None:
         raise RuntimeError(f"{reason}: {install}")
     return found
+
+
+def unserved(
+    options: Mapping[str, Any],
+    served: Collection[str] = (),
+    neutral: Mapping[str, Collection[Any]] | None = None,
+) -> str:
+    """What is to be said of a caller's options that would have no effect; nothing where there are none.
+
+    Parameters
+    ----------
+    options
+        As they were given. None asks for nothing.
+    served
+        The names that have an effect, here or in the engine around.
+    neutral
+        Of other names, the values with which they ask for nothing.
+
+    >>> unserved({"top_k": 0, "top_p": 0.9, "until": ["."]}, ["until"], {"top_k": [0], "top_p": [1.0]})
+    'top_p: expected 1.0, got 0.9'
+    """
+    neutral = neutral or {}
+    return "; ".join(
+        f"{name}: expected {' or '.join(map(repr, neutral.get(name) or [None]))}, got {value!r}"
+        for name, value in options.items()
+        if name not in served and value is not None and value not in neutral.get(name, ())
+    )
+
+
+def refuse_attention(block_length: int, **kinds: Any) -> None:
+    """Raise where a layer's attention is more than the softmax of its scaled products.
+
+    Parameters
+    ----------
+    block_length
+        A ``...window...`` that reaches over so many positions hides nothing of a block.
+    **kinds
+        By the engine's names: None, False and numbers that are not positive ask for nothing.
+
+    Raises
+    ------
+    NotImplementedError
+        Naming the kind and its value.
+    """
+    for name, value in kinds.items():
+        if "window" in name:
+            sizes = value if isinstance(value, (tuple, list)) else (value,)
+            asked = any(size is not None and 0 <= size < block_length for size in sizes)
+        elif isinstance(value, (bool, int, float)):
+            asked = value > 0
+        else:
+            asked = value is not None
+        if asked:
+            given = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+            raise NotImplementedError(f"{name}: attention with it is not served, got {given}")
 
 
 def _policy(policy: str | Policy, tau: float | None) -> Policy:

@@ -6,7 +6,8 @@
 
 The model denoises a canvas of random tokens, without masks: in each step a sampler accepts some positions and
 draws the others anew. Here it accepts by the attention that positions of the canvas receive, in place of
-the entropy bound; schedule, stopping and everything else are the model's own.
+the entropy bound; schedule, stopping and everything else are the model's own. A call of ``generate`` that
+brings an entropy bound along (``sampler_config``) is refused; the checkpoint's goes unread.
 """
 
 from __future__ import annotations
@@ -86,6 +87,15 @@ class DiffusionGemmaForAttnSampling(DiffusionGemmaForBlockDiffusion):
             raise NotImplementedError(
                 "cache_implementation: Attn-Sampler needs the dynamic cache, got "
                 f"{generation_config.cache_implementation!r}"
+            )
+        if generation_config.sampler_config not in (
+            None,
+            self.generation_config.sampler_config,
+            generation_config._get_default_generation_params()["sampler_config"],
+        ):
+            raise ValueError(
+                "sampler_config: expected the checkpoint's, which attn_sampler takes the place of, got "
+                f"{generation_config.sampler_config}"
             )
         return CanvasSampler(self.attn_sampler, self.config.canvas_length, self.config.text_config.vocab_size)
 

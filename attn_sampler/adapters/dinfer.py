@@ -14,6 +14,7 @@ Under tensor parallelism, give the ``group`` of the attention heads. Interface o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ class AttnParallelDecoder(_strategy.ParallelDecoder):
     model
         The model that dInfer runs: its forward passes are watched.
     policy, tau, temperature, seed, layers, softmax_scope, diagonal, backend
-        As in ``generate``. A threshold that dInfer gives for a step takes the place of ``tau``.
+        As in ``generate``. A threshold that dInfer gives for a step (its smoothed runners do) takes the place
+        of ``tau``; of a policy that reads none, that is warned of once.
     mask_id, eos_id
         Token ids.
     logit_shift
@@ -89,6 +91,7 @@ class AttnParallelDecoder(_strategy.ParallelDecoder):
         )
         self.policy = self._decoder.policy
         self.threshold = getattr(self.policy, "tau", 0.9)  # where dInfer's smoothed runners start from
+        self._warned = False
         self._shift = int(logit_shift)
         self._group = group
         self._exact_rows = softmax_scope == "block" or not diagonal
@@ -121,9 +124,17 @@ class AttnParallelDecoder(_strategy.ParallelDecoder):
         if self.policy.needs_scores:
             columns = slice(block_start + self._shift, block_end + self._shift)
             attention, options = self._attention(tokens, columns)
-        tau = getattr(self.policy, "tau", None)
-        if iter_threshold is not None and tau is not None:
-            self.policy.tau = iter_threshold  # type: ignore[attr-defined]
+        sequential = getattr(self.policy, "mode", None) == "sequential"
+        tau = None if sequential else getattr(self.policy, "tau", None)
+        if iter_threshold is not None:
+            if tau is not None:
+                self.policy.tau = iter_threshold  # type: ignore[attr-defined]
+            elif not self._warned:
+                self._warned = True
+                name = type(self.policy).__name__
+                warnings.warn(
+                    f"iter_threshold: {name} reads no threshold, got {iter_threshold}", stacklevel=2
+                )
         try:
             self._decoder.step(tokens, logits, attention, **options)
         finally:

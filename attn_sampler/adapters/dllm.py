@@ -9,8 +9,9 @@ Install: ``pip install git+https://github.com/ZHZisZZ/dllm``.
 The inputs, the canvas that is returned (prompts first, the end-of-text token behind shorter ones) and
 ``infill`` are those of ``MDLMSampler``; how many steps a block takes is the policy's choice. Prompts of one
 length are decoded together, so that nothing is padded and every position encoding is right. Models have to
-call PyTorch's ``scaled_dot_product_attention`` (``attn_implementation="sdpa"``). Interface of version 0.1.0,
-commit ca17675.
+call PyTorch's ``scaled_dot_product_attention`` (``attn_implementation="sdpa"``). dLLM's own options that are
+no fields of ``AttnSamplerConfig`` are refused by name where they ask for something. Interface of version
+0.1.0, commit ca17675.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_sampler.adapters._engine import require
+from attn_sampler.adapters._engine import require, unserved
 from attn_sampler.generate import generate
 from attn_sampler.policy import Policy
 
@@ -52,16 +53,37 @@ class AttnSamplerConfig(_samplers.BaseSamplerConfig):
     rows: str | None = None  # the former name of query_rows
 
 
+#: With which values options of dLLM's samplers ask for nothing here.
+_NEUTRAL: dict[str, list[Any]] = {
+    "remasking": ["low_confidence"],
+    "stochastic_transfer": [False],
+    "cfg_scale": [0.0],
+    "cfg_keep_tokens": [[]],
+    "begin_suppress_tokens": [[]],
+}
+
+
 @dataclasses.dataclass
 class AttnSampler(_samplers.BaseSampler):
-    """Decodes by the attention that positions receive, or by any other policy."""
+    """Decodes by the attention that positions receive, or by any other policy.
+
+    Raises
+    ------
+    ValueError
+        ``scheduler`` is given: how many tokens a step commits is the policy's choice.
+    """
+
+    def __post_init__(self) -> None:
+        if self.scheduler is not None:
+            given = type(self.scheduler).__name__
+            raise ValueError(f"scheduler: expected None, as the policy takes its place, got a {given}")
 
     @torch.no_grad()
     def sample(
         self, inputs: list[Tensor | list[int]], config: AttnSamplerConfig | None = None, **changes: Any
     ) -> Any:
         """Append to each prompt; ``changes`` replace fields of ``config``."""
-        config = dataclasses.replace(config or AttnSamplerConfig(), **changes)
+        config = _changed(config, changes)
         prompts = self._prompts(inputs, config)
         longest = max(map(len, prompts))
         new = config.max_new_tokens
@@ -75,8 +97,11 @@ class AttnSampler(_samplers.BaseSampler):
     def infill(
         self, inputs: list[Tensor | list[int]], config: AttnSamplerConfig | None = None, **changes: Any
     ) -> Any:
-        """Fill the mask tokens of each input; ``changes`` replace fields of ``config``."""
-        config = dataclasses.replace(config or AttnSamplerConfig(), **changes)
+        """Fill the mask tokens of each input; ``changes`` replace fields of ``config``, but no lengths."""
+        lengths = ("max_new_tokens", "max_length")
+        if refusal := unserved({name: changes.get(name) for name in lengths}):
+            raise TypeError(f"infill: {refusal}")
+        config = _changed(config, changes)
         return self._decode(self._prompts(inputs, config), 0, config)
 
     def _prompts(self, inputs: list[Tensor | list[int]], config: AttnSamplerConfig) -> list[Tensor]:
@@ -128,3 +153,13 @@ class AttnSampler(_samplers.BaseSampler):
             )
             canvas[members, : length + new] = generation.tokens
         return _samplers.BaseSamplerOutput(sequences=canvas) if config.return_dict else canvas
+
+
+def _changed(config: AttnSamplerConfig | None, changes: dict[str, Any]) -> AttnSamplerConfig:
+    if not (config is None or isinstance(config, AttnSamplerConfig)):
+        raise TypeError(f"config: expected an AttnSamplerConfig, got {type(config).__name__}")
+    fields = {field.name for field in dataclasses.fields(AttnSamplerConfig)}
+    if refusal := unserved(changes, fields, _NEUTRAL):
+        raise TypeError(f"AttnSampler: {refusal}")
+    known = {name: value for name, value in changes.items() if name in fields}
+    return dataclasses.replace(config or AttnSamplerConfig(), **known)

@@ -9,7 +9,9 @@ have been imported, so its command line is started through this module:
 In Python, importing it is enough: ``lm_eval.simple_evaluate(model="attn_sampler", ...)``, or with
 ``AttnSamplerLM(model=..., tokenizer=...)`` for a model that you have. Tasks that generate are decoded as
 ``attn_sampler.generate`` decodes; those that compare likelihoods get LLaDA's Monte-Carlo estimate
-(arXiv 2502.09992, its evaluation), which needs bidirectional attention. Tested with lm_eval 0.4.13.
+(arXiv 2502.09992, its evaluation), which needs bidirectional attention. Of a task's ``generation_kwargs``,
+which ``--gen_kwargs`` changes, ``GEN_KWARGS`` are served; another that asks for something is an error that
+names it. Tested with lm_eval 0.4.13.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from rich.progress import track
 from torch import Tensor
 
 from attn_sampler import checks
-from attn_sampler.adapters._engine import require
+from attn_sampler.adapters._engine import require, unserved
 from attn_sampler.generate import generate
 from attn_sampler.sampler import Policy, make_policy
 
@@ -41,6 +43,26 @@ _GENERATE_OPTIONS = (
     *("block_length", "cache", "logit_shift", "layers", "query_rows", "softmax_scope", "diagonal"),
     *("keep_layers", "backend", "pad_token_id", "rows"),
 )
+
+#: What a request may ask for. The harness gives ``max_gen_toks`` three other names.
+GEN_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature")
+
+#: With which values other options ask for nothing (transformers' names, and vLLM's).
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "early_stopping": (False,),
+    "ignore_eos": (False,),
+    "use_cache": (True, False),
+    "top_k": (0, -1),
+    **dict.fromkeys(("n", "num_beams", "num_beam_groups", "num_return_sequences"), (1,)),
+    **dict.fromkeys(("top_p", "typical_p", "guidance_scale", "length_penalty"), (1.0,)),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1.0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens"), (0,)),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0.0,)),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0.0,)),
+}
+#: What has no part in a greedy choice.
+_OF_THE_DRAW = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 class _Job(NamedTuple):
@@ -64,12 +86,15 @@ class AttnSamplerLM(_api.TemplateLM):
     mask_token_id, eos_token_id
         Default: what the loader or the tokenizer says.
     device, dtype, family, attention, trust_remote_code
-        For the loader. The harness's command line asks for ``cuda:0`` unless told otherwise; where torch
-        sees no GPU the model runs on the CPU then, as the harness's own do, with a warning.
+        For the loader, and so not with ``model``. The harness's command line asks for ``cuda:0`` unless told
+        otherwise; where torch sees no GPU the model runs on the CPU then, as the harness's own do, with a
+        warning.
     policy, tau, seed
         As in ``generate``; request i draws from the stream ``seed + i``.
     batch_size
         Requests decoded together, padded on the left: more than 1 needs a model that masks padding.
+    max_batch_size
+        Not read, with a warning: it goes with the harness's ``batch_size="auto"``.
     max_gen_toks
         Tokens decoded where the task does not say how many.
     max_length
@@ -122,21 +147,21 @@ class AttnSamplerLM(_api.TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
         make_policy(policy, **({} if tau is None else {"tau": tau}))  # refuses what it does not know
+        if max_batch_size is not None:
+            _LOGGER.warning("max_batch_size=%s is not read: batch_size is, and is no 'auto'", max_batch_size)
+        loading: dict[str, Any] = {"device": device, "dtype": dtype, "family": family, "attention": attention}
+        loading["trust_remote_code"] = trust_remote_code
         options: dict[str, Any] = {}
-        if pretrained is not None:
+        if pretrained is None:
+            idle = unserved(loading, neutral={"dtype": ["auto"], "trust_remote_code": [False]})
+            if idle:
+                raise ValueError(f"with a model that is loaded already, {idle}")
+        else:
             if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
                 _LOGGER.warning("torch sees no GPU: the model runs on the CPU instead of on %s", device)
-                device = "cpu"
+                loading["device"] = "cpu"
             run: Any = importlib.import_module("attn_sampler.adapters.run")  # imports transformers
-            model, tokenizer, options = run.load(
-                pretrained,
-                family=family,
-                mask_token_id=mask_token_id,
-                device=device,
-                dtype=dtype,
-                attention=attention,
-                trust_remote_code=trust_remote_code,
-            )
+            model, tokenizer, options = run.load(pretrained, mask_token_id=mask_token_id, **loading)
         if tokenizer is None:
             raise ValueError("tokenizer: goes with a model, got None")
         for name, given in (("mask_token_id", mask_token_id), ("eos_token_id", eos_token_id)):
@@ -190,13 +215,25 @@ class AttnSamplerLM(_api.TemplateLM):
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens, **keywords)["input_ids"])
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each request, up to the first of its stop sequences."""
+        """The continuation of each request, up to the first of its stop sequences.
+
+        Raises
+        ------
+        ValueError
+            A request asks for more than ``GEN_KWARGS``.
+        """
         answers = [""] * len(requests)
         jobs: dict[tuple[int, float, int], list[_Job]] = {}
         for index, request in enumerate(requests):
             context, keywords = request.args
             keywords = _utils.normalize_gen_kwargs(keywords, self._max_gen_toks)
             length, temperature = keywords["max_gen_toks"], keywords.get("temperature", 0.0)
+            served = GEN_KWARGS if temperature else (*GEN_KWARGS, *_OF_THE_DRAW)
+            if refusal := unserved(keywords, served, _NEUTRAL):
+                raise ValueError(
+                    f"{NAME} serves {', '.join(GEN_KWARGS)} of generation_kwargs; {refusal} "
+                    "(--gen_kwargs changes what a task asks for)"
+                )
             prompt = self._fitting(self.tok_encode(context), length)
             # A block-causal model takes padding by whole blocks.
             residue = len(prompt) % (getattr(self.model, "causal_block", None) or 1)
@@ -222,7 +259,7 @@ class AttnSamplerLM(_api.TemplateLM):
         )
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         if getattr(self.model, "causal_block", None) is not None:
             raise NotImplementedError(

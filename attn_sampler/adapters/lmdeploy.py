@@ -8,8 +8,11 @@ Install: ``pip install "lmdeploy>=0.18,<0.19"``.
 
 Where LMDeploy starts processes of its own (several GPUs), put these lines and ``MODULE_MAP = {}`` in a file,
 and name it as ``custom_module_map``: each of them reads it, and the ranks' heads are added up. LMDeploy draws
-the tokens; the policy chooses which of them stay, by their probability and by the attention inside the block
-(its kernels give no log-sum-exp over the context). Interface of version 0.18.0; tested without a GPU.
+the tokens, as a request's ``GenerationConfig`` asks, and all of that is in the logits and tokens that reach
+the policy; it chooses which of them stay, by their probability and by the attention inside the block (its
+kernels give no log-sum-exp over the context). The engine's ``dllm_unmasking_strategy``,
+``dllm_denoising_steps`` and ``dllm_confidence_threshold`` have to stay at their defaults. Interface of
+version 0.18.0; tested without a GPU.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ from attn_sampler.adapters._engine import (
     BlockScores,
     attention_layers,
     last_tokens,
+    refuse_attention,
     require,
     stateless_policy,
     step_seeds,
+    unserved,
 )
 from attn_sampler.capture import check_layer_choice
 from attn_sampler.policy import Policy, StepState, check_progress
@@ -36,6 +41,12 @@ from attn_sampler.policy import Policy, StepState, check_progress
 
 def _require(module: str) -> Any:
     return require(module, "lmdeploy", 'pip install "lmdeploy>=0.18,<0.19"', "0.18", "0.19")
+
+
+#: What of an attention is not among the scaled products of a block.
+_KINDS = ("alibi", "logit_softcapping", "sliding_window", "learnable_sink")
+#: Keywords of ``Attention.forward`` that leave the attention as it is.
+_PLAIN = ("k_scales_zeros", "v_scales_zeros", "inplace")
 
 
 class Unmasking:
@@ -56,9 +67,15 @@ class Unmasking:
         watched = attention_layers(model, attention, self._layers)
         block_length: int = watched[0].impl.block_sparse_size  # type: ignore
         scores = BlockScores(block_length, group=_head_group(), **self._score_options)
+        for layer in watched:
+            kinds: dict[str, Any] = {name: getattr(layer.impl, name, None) for name in _KINDS}
+            refuse_attention(block_length, **kinds)
 
-        def before(layer: Any, inputs: tuple[Any, ...]) -> None:
+        def before(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             q, k, _, _, _, metadata, *_ = inputs
+            refuse_attention(
+                block_length, **{name: keywords[name] for name in keywords if name not in _PLAIN}
+            )
             index = None
             if not metadata.is_decoding:  # a prompt, with its last block to be filled
                 index = last_tokens(metadata.q_seqlens.cumsum(0), block_length)
@@ -72,7 +89,8 @@ class Unmasking:
             )
 
         for layer in watched:
-            layer.register_forward_pre_hook(before)  # the kernel may write its output over the queries
+            # Before the kernel, which may write its output over the queries.
+            layer.register_forward_pre_hook(before, with_kwargs=True)
         self._scores = scores
 
     def __call__(
@@ -135,7 +153,8 @@ def install(
     ImportError, RuntimeError
         LMDeploy is not installed, or another version.
     ValueError, TypeError
-        Naming the argument.
+        Naming the argument. An engine that is made later raises where its own way of unmasking is not the
+        default one, or its model's attention is of a kind that cannot be read.
     """
     chosen = stateless_policy(policy, tau)
     if chosen.metric != "probability":
@@ -150,7 +169,12 @@ def install(
     processor = _require("lmdeploy.pytorch.strategies.dllm.unmasking").UnmaskingProcessor
     agent = _require("lmdeploy.pytorch.engine.model_agent.agent")
     uninstall()
-    own_call, own_build = processor.__call__, agent.build_patched_model
+    own_init, own_call, own_build = processor.__init__, processor.__call__, agent.build_patched_model
+
+    @functools.wraps(own_init)
+    def init(self: Any, *arguments: Any, **keywords: Any) -> None:
+        own_init(self, *arguments, **keywords)
+        _check_engine(self.dllm_config)
 
     @functools.wraps(own_call)
     def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -165,10 +189,31 @@ def install(
             unmasking.watch(model)
         return model
 
-    for owner, name, replacement in ((processor, "__call__", call), (agent, "build_patched_model", build)):
+    for owner, name, replacement in (
+        (processor, "__init__", init),
+        (processor, "__call__", call),
+        (agent, "build_patched_model", build),
+    ):
         _replaced.append((owner, name, getattr(owner, name)))
         setattr(owner, name, replacement)
     return unmasking
+
+
+def _check_engine(config: Any) -> None:
+    """Raise where the engine is asked to unmask in a way of its own; without a strategy it is left alone."""
+    if config.unmasking_strategy is None:
+        return
+    given = {
+        "dllm_unmasking_strategy": config.unmasking_strategy.name.lower(),
+        "dllm_denoising_steps": config.denoising_steps,
+        "dllm_confidence_threshold": config.confidence_threshold,
+    }
+    neutral: dict[str, list[Any]] = {
+        "dllm_unmasking_strategy": ["low_confidence_dynamic"],
+        "dllm_confidence_threshold": [0.85],
+    }
+    if refusal := unserved(given, (), neutral):
+        raise ValueError(f"{refusal}: the policy that install() was given decides, by a tau of its own")
 
 
 def uninstall() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from attn_sampler import capture
+from attn_sampler.adapters._engine import unserved
 
 report_attention = torch.compiler.disable(capture.report_attention)
 
@@ -64,7 +65,8 @@ def reported_flash_attention(module: ModuleType) -> Iterator[None]:
     """Make ``flash_attn_func``, a name in a model's own module, report to the captures while this is open.
 
     For remote code that calls flash-attn by itself (SDAR). Does nothing to a module without the name. Threads
-    may open it together; the last to leave restores the name.
+    may open it together; the last to leave restores the name. A call with a window, soft-capped logits or
+    ALiBi raises where a capture is open.
     """
     if getattr(module, "flash_attn_func", None) is None:
         yield
@@ -106,6 +108,9 @@ def _reporting(function: Callable[..., Any]) -> Callable[..., Tensor]:
         causal: bool = False,
         **options: Any,
     ) -> Tensor:
+        asked = unserved(options, ("deterministic",), {"window_size": [(-1, -1)], "softcap": [0.0]})
+        if asked and capture.is_capturing():
+            raise NotImplementedError(f"flash_attn_func is not reported to the captures with {asked}")
         output, softmax_lse, _ = function(
             q, k, v, dropout_p, softmax_scale, causal, return_attn_probs=True, **options
         )

@@ -10,11 +10,18 @@ log-sum-exp that the FlashInfer backend computes to join the block to the cached
 away; with other backends, ``softmax_scope: block``. Tensor parallelism works as it is: the ranks' heads are
 added up. Interface of version 0.5.23; tested without a GPU, so not yet with CUDA graphs
 (``--disable-cuda-graph`` turns them off).
+
+The file alone says how tokens are drawn. SGLang applies its stops, lengths and ``n`` to the finished blocks;
+a request that asks for more (a temperature of its own, ``top_p``, penalties, a grammar, log-probabilities,
+...) is answered with an error that names it; but for a temperature of 0, with which SGLang itself asks: that
+is warned of, where the file has another. ``--sampling-defaults openai`` keeps a checkpoint's
+``generation_config.json`` from asking for any in every client's name.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -25,8 +32,10 @@ from attn_sampler.adapters._engine import (
     BlockDecoder,
     BlockScores,
     attention_layers,
+    refuse_attention,
     require,
     stateless_policy,
+    unserved,
 )
 
 NAME = "AttnSampler"
@@ -38,6 +47,38 @@ OPTIONS = (
 )
 
 _SGLANG_KEYS = ("block_size",)
+
+#: Of ``SamplingParams``, what SGLang applies before or after a block is decoded, and its own book-keeping.
+_SGLANG_SERVES = (
+    *("max_new_tokens", "n", "ignore_eos", "stop", "stop_token_ids", "stop_regex", "no_stop_trim"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "stream_interval", "custom_params"),
+    *("stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len", "is_normalized"),
+    "ebnf_full_assistant",
+)
+#: What a request asks for beside them.
+_REQUEST = ("return_logprob", "return_hidden_states", "return_sampling_mask", "custom_logit_processor")
+
+
+def _refusal(req: Any) -> str | None:
+    """Why a request is turned down; ``custom_params`` go with a custom_logit_processor, which is."""
+    params, config = req.sampling_params, req.dllm_config.algorithm_config or {}
+    temperature = config.get("temperature", 0.0)
+    default = type(params)()
+    neutral = {name: [getattr(default, name)] for name in params.__struct_fields__}
+    neutral["temperature"].append(temperature)
+    served: tuple[str, ...] = _SGLANG_SERVES
+    if temperature == 0.0:
+        served += ("sampling_seed",)
+    if params.top_k == 1:  # what SGLang makes of a temperature of 0, which its warm-up and health checks have
+        served += ("temperature", "top_k", "top_p", "min_p")
+        if temperature != 0.0:
+            warnings.warn(
+                f"{NAME}: a request's temperature of 0 is not served beside the file's", stacklevel=2
+            )
+    asked = {name: getattr(params, name) for name in params.__struct_fields__}
+    asked |= {name: getattr(req, name, None) or None for name in _REQUEST}
+    refusal = unserved(asked, served, neutral)
+    return f"{NAME} draws by --dllm-algorithm-config alone; {refusal}" if refusal else None
 
 
 def _require(module: str) -> Any:
@@ -74,6 +115,8 @@ def watch(model: torch.nn.Module, block_length: int, options: dict[str, Any]) ->
         return scores
     radix = _require("sglang.srt.layers.radix_attention").RadixAttention
     watched = attention_layers(model, radix, options.get("layers", "all"))
+    for layer in watched:
+        refuse_attention(block_length, **_kinds(layer))
     keywords = {key: options[key] for key in ("diagonal", "reduction", "backend") if key in options}
     scope = options.get("softmax_scope", "sequence")
     checks.choice("softmax_scope", scope, ("sequence", "block"))
@@ -83,10 +126,11 @@ def watch(model: torch.nn.Module, block_length: int, options: dict[str, Any]) ->
     def before(layer: Any, inputs: tuple[Any, ...]) -> None:
         tap.lse = None
 
-    def after(layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def after(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         q, k, _, forward_batch, *_ = inputs
         if not forward_batch.forward_mode.is_dllm_extend():
             return
+        refuse_attention(block_length, **{name: keywords[name] for name in keywords if name not in _PLAIN})
         lse = tap.lse if scope == "sequence" else None
         if lse is None and scope == "sequence" and _has_context(forward_batch):
             raise RuntimeError(
@@ -105,9 +149,24 @@ def watch(model: torch.nn.Module, block_length: int, options: dict[str, Any]) ->
 
     for layer in watched:
         layer.register_forward_pre_hook(before)
-        layer.register_forward_hook(after)
+        layer.register_forward_hook(after, with_kwargs=True)
     model._attn_sampler_scores = scores  # type: ignore[assignment]
     return scores
+
+
+#: Keywords of ``RadixAttention.forward`` that leave the attention as it is.
+_PLAIN = ("save_kv_cache", "key_value_num_tokens", "return_lse")
+
+
+def _kinds(layer: Any) -> dict[str, Any]:
+    """What a layer's attention has beside the softmax over all of its block and context."""
+    names = ("logit_cap", "sliding_window_size", "is_cross_attention", "use_irope", "xai_temperature_len")
+    kinds = {name: getattr(layer, name, None) for name in names}
+    for name, plain in (("pos_encoding_mode", "NONE"), ("attn_type", "encoder_only")):
+        value = getattr(layer, name, None)
+        value = getattr(value, "value", value)
+        kinds[name] = None if value == plain else value
+    return kinds
 
 
 def _has_context(forward_batch: Any) -> bool:
@@ -169,6 +228,10 @@ def algorithm() -> type:
             }
             self._decoder = BlockDecoder(mask_token_id=self.mask_id, **keywords)
             self._scores: BlockScores | None = None
+
+        @classmethod
+        def validate_request(cls, req: Any) -> str | None:
+            return _refusal(req)
 
         def prepare_inputs(self, model_runner: Any, forward_batch: Any, states: list[Any]) -> None:
             if self._scores is None and self._decoder.policy.needs_scores:

@@ -11,6 +11,9 @@
 
 transformers' own ``"sdpa"`` is seen by ``AttentionCapture`` too, with repeated heads and materialised masks;
 its ``"eager"``, ``"flash_attention_2"`` and ``"flex_attention"`` are not.
+
+Each refuses by name what a model asks of its attention beside a mask: soft-capped logits, a position bias,
+attention sinks, packed sequences, chosen keys, and what it does not know.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ def attention_forward(
     Raises
     ------
     NotImplementedError
-        The model asks for soft-capped logits, a position bias or attention sinks.
+        The model asks for an attention that is not served, by name.
     """
     _refuse(keywords)
     causal = _is_causal(module, is_causal) and attention_mask is None and query.shape[2] > 1
@@ -160,6 +163,8 @@ def flash_attention_forward(
     import flash_attn
 
     _refuse(keywords)
+    if attention_mask is None and _packed(module, keywords.get("position_ids")):
+        raise NotImplementedError("attn_sampler_fa2: attention with packed position_ids is not served")
     if sliding_window is not None and sliding_window < key.shape[2]:
         raise NotImplementedError("attn_sampler_fa2: a sliding window is not reported to the captures")
     causal = _is_causal(module, is_causal) and query.shape[2] > 1
@@ -226,10 +231,31 @@ def _report_flex(
     report_attention(query, key, softmax_lse, attn_mask=mask, scale=scale)
 
 
+#: What transformers hands to an attention that leaves it as it is, or has become a mask before.
+_PLAIN = frozenset(
+    {
+        *("sliding_window", "position_ids", "cache_position", "position_embeddings", "use_cache"),
+        *("return_dict", "output_hidden_states", "output_router_logits", "logits_to_keep"),
+        *("num_items_in_batch", "seq_idx", "deterministic", "kernel_options"),
+    }
+)
+
+
 def _refuse(keywords: dict[str, Any]) -> None:
-    given = [name for name in ("softcap", "position_bias", "s_aux") if keywords.get(name) is not None]
+    given = [
+        name
+        for name, value in keywords.items()
+        if name not in _PLAIN and value is not None and value is not False
+    ]
     if given:
         raise NotImplementedError(f"attn_sampler: attention with {', '.join(given)} is not served")
+
+
+def _packed(module: torch.nn.Module, position_ids: Tensor | None) -> bool:
+    """Whether several sequences stand in one row, as transformers tells flash-attn; the first layer asks."""
+    if position_ids is None or position_ids.dim() != 2 or len(position_ids) != 1:
+        return False
+    return getattr(module, "layer_idx", 0) == 0 and bool((position_ids.diff() != 1).any())
 
 
 def _is_causal(module: torch.nn.Module, given: bool | None) -> bool:

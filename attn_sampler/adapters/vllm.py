@@ -9,7 +9,11 @@ vLLM finds attn_sampler as a plugin; the entry in ``additional_config`` switches
 ``Remask``. A block's attention is read in the model's ``Attention`` layers, inside the block: vLLM's layers
 give no log-sum-exp over the context. The ranks of tensor parallelism add up their heads. ``Remask`` has the
 interface of ``batched_remask`` and of ``RemaskingPolicy``, so that a worker of your own can use it too.
-Interface of commit 33cd242; tested without a GPU, in eager mode.
+
+The entry alone says how tokens are drawn. vLLM applies its stops, lengths and ``n`` to the finished blocks;
+what else a request's ``SamplingParams`` ask for (a temperature of its own, ``top_p``, penalties, a grammar,
+...) the plugin's sampler leaves out, which is warned of, once for each name: a worker cannot turn a request
+down. Interface of commit 33cd242; tested without a GPU, in eager mode.
 """
 
 from __future__ import annotations
@@ -17,16 +21,37 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attn_sampler.adapters._engine import BlockDecoder, BlockScores, attention_layers, last_tokens, require
+from attn_sampler.adapters._engine import (
+    BlockDecoder,
+    BlockScores,
+    attention_layers,
+    last_tokens,
+    refuse_attention,
+    require,
+    unserved,
+)
 from attn_sampler.policy import Policy
 
 _INSTALL = "pip install git+https://github.com/vllm-project/dllm-plugin (not the package on PyPI)"
+
+#: Of ``SamplingParams``, what vLLM applies before or after a block is decoded, and its own book-keeping.
+_VLLM_SERVES = (
+    *("n", "max_tokens", "ignore_eos", "stop", "stop_token_ids", "include_stop_str_in_output"),
+    *("repetition_detection", "truncate_prompt_tokens", "skip_reading_prefix_cache"),
+    *("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start", "flat_logprobs"),
+    *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind", "stream_interval"),
+    *("skip_clone", "output_text_buffer_length", "routed_experts_prompt_start"),
+    *("_eos_token_id", "_all_stop_token_ids", "_bad_words_token_ids"),
+)
+#: What of an attention is not among the scaled products of a block.
+_KINDS = ("alibi_slopes", "logits_soft_cap", "sinks", "sliding_window")
 
 
 def _require(module: str) -> Any:
@@ -69,12 +94,33 @@ class Remask:
         )
         #: The requests whose blocks are handed over next, among those of the forward pass; None for all.
         self.requests: list[int] | None = None
+        self._warned: set[str] = set()
+
+    def check_request(self, params: Any) -> None:
+        """Warn of what a request's ``SamplingParams`` ask for in vain, once for each name."""
+        kind = type(params)
+        if hasattr(kind, "for_sampler_warmup") and params == kind.for_sampler_warmup():
+            return  # vLLM's own, which ask for everything
+        default = kind()
+        for name in params.__struct_fields__:
+            neutral = [getattr(default, name)]
+            if name == "temperature":
+                neutral.append(self._decoder.temperature)
+            if name == "seed" and self._decoder.temperature == 0.0:
+                continue  # nothing is drawn
+            text = unserved({name: getattr(params, name)}, _VLLM_SERVES, {name: neutral})
+            if text and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(f"attn_sampler draws by additional_config alone; {text}", stacklevel=2)
 
     def watch(self, model: nn.Module) -> None:
         """Add up the attention inside the blocks that the model decodes from now on."""
         if not self._decoder.policy.needs_scores:
             return
         watched = attention_layers(model, _attention_class(), self._layers)
+        for layer in watched:
+            kinds: dict[str, Any] = {name: getattr(layer.impl, name, None) for name in _KINDS}
+            refuse_attention(self._scores.block_length, **kinds)
 
         def before(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             q, k = (*inputs, keywords.get("query"), keywords.get("key"))[:2]
@@ -101,7 +147,8 @@ class Remask:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``batched_remask``: the blocks after the step, which are done, how many tokens each committed.
 
-        ``threshold``, the plugin's own, is not read: the policy has its ``tau``.
+        ``threshold``, the plugin's own, is not read: the policy has its ``tau``. Where vLLM was given another
+        than the plugin's default, there was an error at the start.
         """
         if mask_token_id != self._decoder.mask_token_id:
             raise ValueError(
@@ -126,7 +173,16 @@ class Remask:
         logits: Any | None = None,
         remasking_config: Mapping[str, Any] | None = None,
     ) -> Any:
-        """``RemaskingPolicy.apply``: one step of one request; of ``remasking_config`` nothing is read."""
+        """``RemaskingPolicy.apply``: one step of one request.
+
+        Raises
+        ------
+        ValueError
+            No logits; or ``remasking_config``, which is the default policy's, asks for something.
+        """
+        neutral = {"mask_token_id": [self._decoder.mask_token_id], "grammar_extra_transfer": [0]}
+        if refusal := unserved(remasking_config or {}, ("denoise_step_index",), neutral):
+            raise ValueError(f"remasking_config: {refusal}")
         if logits is None:
             raise ValueError("logits: expected the block's, got None (not the last pipeline stage?)")
         mask = self._decoder.mask_token_id
@@ -184,6 +240,10 @@ def _use(sampler: Any, remask: Remask) -> None:
             f"this dllm-plugin's {type(sampler).__name__} has no _remask_fn to be replaced (the adapter was "
             "tested with commit 33cd242)"
         )
+    if refusal := unserved({"threshold": getattr(sampler, "_threshold", None)}, (), {"threshold": [0.9]}):
+        raise ValueError(
+            f"dllm-plugin's {refusal}: the policy has a tau of its own, which additional_config gives"
+        )
     denoise = sampler._denoise
 
     def wrapped(logits: Tensor, input_batch: Any) -> Any:
@@ -192,8 +252,13 @@ def _use(sampler: Any, remask: Remask) -> None:
         remask.requests = [i for i, count in enumerate(counts) if count == sampler._draft_size]
         return denoise(logits, input_batch)
 
+    def add_request(req_index: int, prompt_len: int, sampling_params: Any) -> None:
+        remask.check_request(sampling_params)
+        sampler._base_sampler.add_request(req_index, prompt_len, sampling_params)
+
     sampler._remask_fn = remask
     sampler._denoise = wrapped
+    sampler.add_request = add_request  # else the base sampler's
 
 
 def _block_tokens(layer: Any, block_length: int) -> Tensor | None:

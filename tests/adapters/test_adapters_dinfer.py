@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_toy import load, needs_installed, stub
+from engine_toy import load, needs_installed, parameters, stub
 from torch import Tensor
 from torch.nn import functional as F
 from toy_model import EOS, MASK, ToyModel, rotate
@@ -211,6 +211,44 @@ def test_a_threshold_for_the_step_takes_the_place_of_tau(adapter: Any):
         tokens = run(model, decoder, PROMPT, thresholds=iter(steps * 2))
         assert torch.equal(tokens, run(by_hand, ByHand(by_hand), PROMPT, thresholds=iter(steps * 2)))
     assert decoder.policy.tau == 0.9
+
+
+@pytest.mark.parametrize("policy", ["attn-sequential", "confidence"])
+def test_a_threshold_for_a_policy_that_reads_none_is_warned_of_once(
+    adapter: Any, policy: str, recwarn: pytest.WarningsRecorder
+):
+    plain, model = CachedToy(), CachedToy()
+    expected = run(plain, make_decoder(adapter, plain, policy=policy), PROMPT)
+    assert not recwarn.list
+    decoder = make_decoder(adapter, model, policy=policy)
+    with torch.no_grad():
+        assert torch.equal(run(model, decoder, PROMPT, thresholds=iter([0.3] * 10)), expected)
+    (warning,) = recwarn.list
+    assert "iter_threshold: " in str(warning.message)
+    assert "reads no threshold, got 0.3" in str(warning.message)
+
+
+#: The options of dInfer's own decoders (commit fce4e32): those that this one has too, and the others.
+SHARED = {"temperature", "mask_id", "eos_id"}
+REFUSED = {"threshold", "low_threshold", "remasking", "use_float64", "steps"} | {
+    *("credit_alpha", "boost_gamma", "decay_beta")
+}
+STRATEGY = ("dinfer", "dinfer/decoding/parallel_strategy.py")
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_options_of_dinfer_s_own_decoders_are_refused_by_name(adapter: Any, name: str):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        make_decoder(adapter, CachedToy(), **{name: 0.5})
+
+
+@pytest.mark.parametrize("known", [pytest.param(SHARED | REFUSED, marks=needs_installed(*STRATEGY))])
+def test_installed_options_are_classified(known: set[str]):
+    found = parameters(*STRATEGY, suffix="Decoder", method="__init__")
+    assert found - {"kwargs"} == known
+    assert parameters(*STRATEGY, suffix="Decoder", method="decode") == {
+        *("logits", "block_start", "block_end", "x", "iter_threshold")
+    }
 
 
 @pytest.mark.parametrize("policy", ["klass", "confidence", "pard"])

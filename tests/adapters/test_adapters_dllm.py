@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_toy import load, sources, stub
+from engine_toy import fields, load, needs_installed, sources, stub
 from torch import Tensor
 from toy_model import EOS, MASK, ToyModel
 
@@ -124,6 +124,57 @@ def test_options_of_dllm(adapter: Any):
     shifted = sampler.sample([[], [1]], max_new_tokens=8, block_size=4, right_shift_logits=True)
     expected = alone([1], gen_length=8, logit_shift=True)
     assert shifted.tolist() == [expected, expected], "an empty prompt becomes the token that begins text"
+
+
+#: Those of its ``MDLMSamplerConfig`` (commit ca17675) that are served, and others with a value that asks.
+MDLM = ("dllm", "dllm/core/samplers/mdlm.py", "MDLMSamplerConfig")
+SERVED = {"max_new_tokens", "max_length", "block_size", "temperature"} | {
+    *("suppress_tokens", "right_shift_logits", "return_dict")
+}
+REFUSED = {
+    **{"steps": 128, "remasking": "random", "stochastic_transfer": True, "cfg_scale": 1.5},
+    **{"cfg_keep_tokens": [5], "begin_suppress_tokens": [5], "anything": 1},
+}
+NOTHING = {
+    **{"steps": None, "remasking": "low_confidence", "stochastic_transfer": False, "cfg_scale": 0.0},
+    **{"cfg_keep_tokens": None, "begin_suppress_tokens": []},
+}
+
+
+@pytest.mark.parametrize("method", ["sample", "infill"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_options_of_dllm_that_are_not_served_are_refused_by_name(adapter: Any, name: str, method: str):
+    model = HFToy()
+    call = getattr(adapter.AttnSampler(model=model, tokenizer=TOKENIZER), method)
+    with pytest.raises(TypeError, match=f"{name}: expected .*, got "):
+        call([[5, MASK]], **{name: REFUSED[name]})
+    assert model.calls == []
+
+
+def test_options_of_dllm_that_ask_for_nothing(adapter: Any):
+    sampler = adapter.AttnSampler(model=HFToy(), tokenizer=TOKENIZER, scheduler=None)
+    options = {"max_new_tokens": 8, "block_size": 4}
+    assert torch.equal(sampler.sample(PROMPTS, **options, **NOTHING), sampler.sample(PROMPTS, **options))
+    assert {field.name for field in dataclasses.fields(adapter.AttnSamplerConfig)} >= SERVED
+
+
+def test_what_would_be_read_by_another_sampler(adapter: Any):
+    with pytest.raises(
+        ValueError, match="scheduler: expected None, as the policy takes its place, got a SimpleN"
+    ):
+        adapter.AttnSampler(model=HFToy(), tokenizer=TOKENIZER, scheduler=SimpleNamespace())
+    sampler = adapter.AttnSampler(model=HFToy(), tokenizer=TOKENIZER)
+    with pytest.raises(TypeError, match="config: expected an AttnSamplerConfig, got BaseSamplerConfig"):
+        sampler.sample(PROMPTS, sys.modules["dllm.core.samplers"].BaseSamplerConfig())
+    for name in ("max_new_tokens", "max_length"):
+        with pytest.raises(TypeError, match=f"infill: {name}: expected None, got 8"):
+            sampler.infill([[5, MASK]], **{name: 8})
+
+
+@pytest.mark.parametrize("known", [pytest.param(SERVED | set(NOTHING), marks=needs_installed(*MDLM[:2]))])
+def test_installed_options_are_classified(known: set[str]):
+    inherited = fields(*SOURCE, "BaseSamplerConfig")
+    assert {*inherited, *fields(*MDLM)} == known
 
 
 def test_signatures(adapter: Any):

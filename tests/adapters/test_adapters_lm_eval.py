@@ -28,6 +28,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
+from attn_sampler.adapters import lm_eval as adapter
 from attn_sampler.adapters.lm_eval import AttnSamplerLM, main
 
 
@@ -122,6 +123,89 @@ def test_options_of_the_request():
         )
     ], "the prompt keeps its end"
     assert make().tok_encode("<a") == [1, 4], "no second token that begins the text"
+
+
+#: What ``GenerationConfig`` can ask for beside a length and a temperature, each with a value that asks.
+ASKS = {
+    **{"top_k": 1, "top_p": 0.95, "min_p": 0.1, "top_h": 0.4, "typical_p": 0.5, "epsilon_cutoff": 1e-3},
+    **{"eta_cutoff": 1e-3, "repetition_penalty": 1.2, "encoder_repetition_penalty": 1.2, "num_beams": 4},
+    **{"no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 3, "length_penalty": 2.0},
+    **{"diversity_penalty": 0.5, "num_beam_groups": 2, "num_return_sequences": 2, "early_stopping": True},
+    **{"max_length": 20, "min_length": 5, "min_new_tokens": 5, "max_time": 1.0, "stop_strings": ["x"]},
+    **{
+        "bad_words_ids": [[4]],
+        "suppress_tokens": [4],
+        "begin_suppress_tokens": [4],
+        "force_words_ids": [[4]],
+    },
+    **{"sequence_bias": {(4,): -1.0}, "constraints": ["x"], "forced_bos_token_id": 4, "low_memory": True},
+    **{"forced_eos_token_id": 4, "exponential_decay_length_penalty": (3, 1.5), "guidance_scale": 1.5},
+    **{
+        "renormalize_logits": True,
+        "remove_invalid_values": True,
+        "token_healing": True,
+        "is_assistant": True,
+    },
+    **{"watermarking_config": {}, "penalty_alpha": 0.6, "dola_layers": "high", "use_mtp": True},
+    **{"bos_token_id": 4, "eos_token_id": 4, "pad_token_id": 4, "decoder_start_token_id": 4},
+    **{"num_assistant_tokens": 3, "num_assistant_tokens_schedule": "constant", "prompt_lookup_num_tokens": 3},
+    **{"assistant_confidence_threshold": 0.4, "assistant_early_exit": 2, "assistant_lookbehind": 10},
+    **{"assistant_ensemble_weight": 0.5, "speculation_type": "x", "target_lookbehind": 10},
+    **{
+        "max_matching_ngram_size": 2,
+        "cache_implementation": "static",
+        "cache_config": {},
+        "max_cache_len": 9,
+    },
+    **{"prefill_chunk_size": 4, "compile_config": {}, "continuous_batching_config": {}},
+    **{"disable_compile": True, "return_dict_in_generate": True, "output_attentions": True},
+    **{"output_hidden_states": True, "output_scores": True, "output_logits": True},
+}
+SERVED = ("max_new_tokens", "do_sample", "temperature")
+DRAW = {"do_sample": True, "temperature": 3.0}
+
+
+def test_every_option_of_the_harness_and_of_transformers_is_classified():
+    """Its model for transformers hands all that a task asks for to ``model.generate``."""
+    transformers = pytest.importorskip("transformers", reason="the list is its GenerationConfig's")
+    names = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    assert names == {*ASKS, *SERVED, "use_cache", "transformers_version"}
+    own = lm_eval.models.utils.GenKwargs.__annotations__
+    assert set(own) - {"__extra_items__"} == set(adapter.GEN_KWARGS)
+
+
+@pytest.mark.parametrize("name", [*ASKS, "seed", "stop", "anything"])
+def test_options_that_are_not_served_are_refused_by_name(name: str):
+    lm, value = make(), ASKS.get(name, 7)
+    with pytest.raises(
+        ValueError, match=rf"serves until, .*; {name}: expected .*, got {re.escape(repr(value))} "
+    ):
+        lm.generate_until([ask("ab"), ask("ab", **DRAW, **{name: value})])
+    assert lm.model.calls == []
+
+
+def test_options_that_ask_for_nothing():
+    nothing = {name: value for name, values in adapter._NEUTRAL.items() for value in values}
+    expected = answer("hgf ab", temperature=3.0)
+    for options in (nothing, dict.fromkeys(ASKS), {"top_k": 0, "use_cache": True}):
+        assert make().generate_until([ask("hgf ab", **DRAW, **options)]) == [expected]
+    greedy = {"do_sample": False, "top_k": 1, "top_p": 0.5, "min_p": 0.5, "typical_p": 0.5}
+    assert make().generate_until([ask("hgf ab", **greedy)]) == [answer("hgf ab")] != [expected]
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_the_names_of_a_length(name: str):
+    assert make().generate_until([ask("ab", **{name: 4})]) == [answer("ab", 4)]
+
+
+def test_options_of_a_model_that_is_loaded(caplog: pytest.LogCaptureFixture):
+    for name in ("device", "dtype", "family", "attention", "trust_remote_code"):
+        with pytest.raises(ValueError, match=f"with a model that is loaded already, {name}: expected "):
+            make(**{name: "llada"})
+    make(device=None, dtype="auto", trust_remote_code=False, max_batch_size=None)
+    assert not caplog.text
+    make(max_batch_size=8)
+    assert "max_batch_size=8 is not read" in caplog.text
 
 
 class Table(torch.nn.Module):

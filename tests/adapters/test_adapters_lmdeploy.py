@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, load, sources, stub, toy
+from engine_toy import (
+    BLOCK,
+    FlatToy,
+    Request,
+    attend_blocks,
+    decode_whole,
+    fields,
+    load,
+    needs_installed,
+    sources,
+    stub,
+    toy,
+)
 from torch import Tensor, nn
 from toy_model import MASK
 
@@ -53,7 +65,14 @@ class Attention(nn.Module):
         self.layer = layer
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, k_cache: Any, v_cache: Any, attn_metadata: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k_cache: Any,
+        v_cache: Any,
+        attn_metadata: Any,
+        **_: Any,
     ) -> Tensor:
         if attn_metadata.is_decoding:
             return query.copy_(attend_blocks(query.clone(), key, value, attn_metadata.requests, self.layer))
@@ -189,6 +208,89 @@ def test_engine_without_a_strategy_is_left_alone(adapter: Any):
     processor, _ = engine(None)
     state = torch.zeros(BLOCK, dtype=torch.int64)
     assert processor(torch.zeros(BLOCK, 3), state, state, state) is state
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "unmasking_strategy",
+            "SEQUENTIAL",
+            "dllm_unmasking_strategy: expected 'low_confidence_dynamic', got",
+        ),
+        (
+            "unmasking_strategy",
+            "LOW_CONFIDENCE_STATIC",
+            "dllm_unmasking_strategy: .*, got 'low_confidence_st",
+        ),
+        ("denoising_steps", 2, "dllm_denoising_steps: expected None, got 2"),
+        ("confidence_threshold", 0.9, r"dllm_confidence_threshold: expected 0\.85, got 0\.9"),
+    ],
+)
+def test_ways_of_unmasking_of_the_engine_are_refused(adapter: Any, field: str, value: Any, message: str):
+    config, plain = dllm_config(), dllm_config()
+    setattr(config, field, UnmaskingStrategy[value] if isinstance(value, str) else value)
+    processor = sys.modules["lmdeploy.pytorch.strategies.dllm.unmasking"].UnmaskingProcessor
+    adapter.install()
+    with pytest.raises(ValueError, match=message):
+        processor(dllm_config=config)
+    processor(plain)
+    config.unmasking_strategy = None
+    processor(config)  # unmasks nothing
+    adapter.uninstall()
+    processor(dllm_config=config)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *({"alibi": True}, {"logit_softcapping": 30.0}, {"learnable_sink": True}),
+        *({"sliding_window": BLOCK - 1}, {"sliding_window": (64, 0)}),
+    ],
+)
+def test_kinds_of_attention_that_are_not_served(adapter: Any, kind: dict[str, Any]):
+    unmasking, model = adapter.install(), build_patched_model()
+    plain = {"alibi": False, "logit_softcapping": -1, "learnable_sink": False, "sliding_window": 4096}
+    vars(model.attention[1].impl).update(plain)
+    unmasking.watch(model)
+    vars(model.attention[1].impl).update(kind)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(kind))}: attention with it is not served"):
+        unmasking.watch(model)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "nsa_indices", "anything"])
+def test_what_a_call_of_an_attention_brings_along(adapter: Any, name: str):
+    adapter.install()
+    _, model = engine()
+    metadata = SimpleNamespace(is_decoding=False, q_seqlens=torch.tensor([BLOCK]))
+    q, k = torch.randn(BLOCK, 4, 8), torch.randn(BLOCK, 2, 8)
+    call = {"k_scales_zeros": torch.zeros(1), "v_scales_zeros": None, "inplace": True, "s_aux": None}
+    model.attention[0](q, k, k, None, None, metadata, **call)
+    with pytest.raises(NotImplementedError, match=f"{name}: attention with it is not served, got a Tensor"):
+        model.attention[0](q, k, k, None, None, metadata, **(call | {name: torch.zeros(4)}))
+
+
+#: What a request may ask for, and LMDeploy does itself: before the policy, to its logits and tokens ...
+BEFORE = (
+    *("do_sample", "temperature", "top_p", "top_k", "min_p", "random_seed", "repetition_penalty"),
+    *("repetition_ngram_size", "repetition_ngram_threshold", "bad_words", "bad_token_ids", "min_new_tokens"),
+    *("ignore_eos", "response_format", "logits_processors"),
+)
+#: ... and around it.
+AROUND = (
+    *("n", "max_new_tokens", "stop_words", "stop_token_ids", "include_stop_str_in_output", "logprobs"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "output_logits", "output_last_hidden_state"),
+    *("return_ppl", "with_cache", "preserve_cache", "migration_request", "return_routed_experts"),
+    "logprob_start_len",
+)
+GENERATION = ("lmdeploy", "lmdeploy/messages.py", "GenerationConfig")
+ENGINE = ("lmdeploy", "lmdeploy/pytorch/config.py", "DLLMConfig")
+
+
+@pytest.mark.parametrize("known", [pytest.param({*BEFORE, *AROUND}, marks=needs_installed(*GENERATION[:2]))])
+def test_installed_options_are_classified(known: set[str]):
+    assert set(fields(*GENERATION)) == known
+    assert fields(*ENGINE) == list(vars(dllm_config()))
 
 
 def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):

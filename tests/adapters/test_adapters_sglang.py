@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from engine_toy import BLOCK, FlatToy, Request, attend, decode_whole, load, sources, stub, toy
+from engine_toy import (
+    BLOCK,
+    FlatToy,
+    Request,
+    attend,
+    decode_whole,
+    fields,
+    load,
+    needs_installed,
+    request_class,
+    sources,
+    stub,
+    toy,
+)
 from torch import Tensor, nn
 from toy_model import MASK
 
@@ -277,6 +290,101 @@ def test_policies_without_attention_watch_nothing(adapter: Any):
     served = serve(adapter.algorithm()(config), runner, 1)
     assert served == [decode_whole(toy(), prompt, 1, policy="confidence") for prompt in PROMPTS]
     assert not any(layer._forward_hooks for layer in runner.model.attention)
+
+
+#: SGLang 0.5.23's ``SamplingParams``: what it applies around a block's decoding, and the rest's defaults.
+PARAMS = ("sglang", "sglang/srt/sampling/sampling_params.py", "SamplingParams")
+APPLIED = {
+    **{"max_new_tokens": 128, "n": 1, "ignore_eos": False, "stop": None, "stop_token_ids": None},
+    **{"stop_regex": None, "no_stop_trim": False, "skip_special_tokens": True, "custom_params": None},
+    **{"spaces_between_special_tokens": True, "stream_interval": None, "ebnf_full_assistant": False},
+    **{"stop_strs": None, "stop_regex_strs": None, "stop_str_max_len": 0, "stop_regex_max_len": 0},
+    "is_normalized": False,
+}
+REFUSED = {
+    **{"temperature": 1.0, "top_p": 1.0, "top_k": 1 << 30, "min_p": 0.0, "frequency_penalty": 0.0},
+    **{"presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0, "beam_width": None},
+    **{"json_schema": None, "regex": None, "ebnf": None, "structural_tag": None, "logit_bias": None},
+    **{"sampling_seed": None, "watermark": None},
+}
+SamplingParams = request_class(APPLIED | REFUSED)
+over_stand_ins = pytest.mark.parametrize("adapter", ["stand-in"], indirect=True)
+
+
+def refusal(adapter: Any, config: dict[str, Any], request: dict[str, Any], **asked: Any) -> str | None:
+    req = SimpleNamespace(sampling_params=SamplingParams(**asked), dllm_config=DllmConfig(config), **request)
+    return adapter.algorithm().validate_request(req)
+
+
+@over_stand_ins
+@pytest.mark.parametrize("name", [*APPLIED, *REFUSED])
+def test_what_a_request_asks_for_is_applied_or_refused_by_name(adapter: Any, name: str):
+    value = {"temperature": 0.5, "top_k": 20}.get(name, "asked")
+    for config in ({}, {"temperature": 0.7}):
+        assert refusal(adapter, config, {}, **{name: (APPLIED | REFUSED)[name]}) is None
+        text = refusal(adapter, config, {}, **{name: value})
+        if name in APPLIED or (name == "sampling_seed" and not config):
+            assert text is None
+        else:
+            assert text is not None
+            assert f"{name}: expected {REFUSED[name]!r}" in text
+            assert f"got {value!r}" in text
+
+
+def test_what_a_request_asks_for_beside_its_parameters(adapter: Any):
+    plain = dict.fromkeys(("return_logprob", "return_hidden_states", "return_sampling_mask"), False)
+    plain["custom_logit_processor"] = None
+    assert refusal(adapter, {}, plain) is None
+    for name in plain:
+        assert f"{name}: expected None, got 'x'" in (refusal(adapter, {}, plain | {name: "x"}) or "")
+
+
+def test_a_temperature_of_its_own(adapter: Any):
+    """SGLang turns 0 into top_k=1, and asks for it itself when it warms up."""
+    greedy = {"top_k": 1, "top_p": 0.5, "min_p": 0.2}
+    assert refusal(adapter, {}, {}, **greedy) is None
+    assert refusal(adapter, {"temperature": 0.7}, {}, temperature=0.7) is None
+    with pytest.warns(UserWarning, match="a request's temperature of 0 is not served beside the file's"):
+        assert refusal(adapter, {"temperature": 0.7}, {}, **greedy) is None
+
+
+@pytest.mark.parametrize("known", [pytest.param(APPLIED | REFUSED, marks=needs_installed(*PARAMS[:2]))])
+def test_installed_parameters_are_classified(known: dict[str, Any]):
+    assert set(fields(*PARAMS)) == set(known)
+
+
+@over_stand_ins
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *({"logit_cap": 50.0}, {"sliding_window_size": BLOCK - 1}, {"is_cross_attention": True}),
+        *({"use_irope": True}, {"xai_temperature_len": 1024}, {"pos_encoding_mode": "ALIBI"}),
+        {"attn_type": SimpleNamespace(value="decoder")},
+    ],
+)
+def test_kinds_of_attention_that_are_not_served(adapter: Any, kind: dict[str, Any]):
+    config = DllmConfig({})
+    runner = ModelRunner(config)
+    plain = {"logit_cap": 0.0, "sliding_window_size": -1, "pos_encoding_mode": "NONE", "use_irope": False}
+    plain |= {"attn_type": SimpleNamespace(value="encoder_only"), "xai_temperature_len": -1}
+    vars(runner.model.attention[1]).update(plain)
+    adapter.watch(runner.model, BLOCK, {})
+    runner = ModelRunner(config)
+    vars(runner.model.attention[1]).update(plain | kind)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(kind))}: attention with it is not served"):
+        adapter.watch(runner.model, BLOCK, {})
+
+
+def test_attention_sinks_are_refused(adapter: Any, monkeypatch: pytest.MonkeyPatch):
+    config = DllmConfig({})
+    runner = ModelRunner(config)
+    adapter.watch(runner.model, BLOCK, {})
+    monkeypatch.setattr(RadixAttention, "forward", lambda self, q, k, v, forward_batch, **_: q)
+    layer, batch = runner.model.attention[0], make_batch([Request([])])
+    q, k = torch.zeros(BLOCK, 32), torch.zeros(BLOCK, 16)
+    layer(q, k, k, batch, save_kv_cache=False)
+    with pytest.raises(NotImplementedError, match="sinks: attention with it is not served, got a Tensor"):
+        layer(q, k, k, batch, sinks=torch.zeros(4))
 
 
 def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):

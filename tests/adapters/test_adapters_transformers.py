@@ -406,7 +406,9 @@ def test_diffusion_gemma_accepts_by_attention(
     assert max(counts) > 1
 
 
-@pytest.mark.parametrize("options", [{"threshold": "mean"}, {"fallback": "score"}, {"mode": "sequential"}])
+@pytest.mark.parametrize(
+    "options", [{"threshold": "mean"}, {"fallback": "score"}, {"mode": "sequential", "tau": 0.9}]
+)
 def test_diffusion_gemma_follows_the_policy(options: dict[str, str]) -> None:
     from attn_sampler.adapters.diffusion_gemma import CanvasSampler
 
@@ -414,7 +416,7 @@ def test_diffusion_gemma_follows_the_policy(options: dict[str, str]) -> None:
     p = torch.tensor([[0.9, 0.2, 0.8, 0.1, 0.3], [0.3, 0.2, 0.4, 0.1, 0.35]])
     logits = torch.stack([p, 1 - p], dim=-1).log()  # the token drawn is 0
     drawn, canvas = torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
-    policy = AttnSampler(tau=0.5, **options)
+    policy = AttnSampler(**{"tau": 0.5, **options})
     sampler = CanvasSampler(policy, 5, 2)
     sampler.capture = types.SimpleNamespace(scores=scores)  # type: ignore[assignment]
     got = sampler.accept_canvas(canvas, drawn, logits, 0)
@@ -436,6 +438,24 @@ def test_diffusion_gemma_refuses_other_policies() -> None:
 def test_diffusion_gemma_refuses_static_caches() -> None:
     with pytest.raises(NotImplementedError, match="Attn-Sampler needs the dynamic cache, got 'static'"):
         diffusion_gemma("sdpa").generate(TOKENS, max_new_tokens=8, cache_implementation="static")
+
+
+def test_diffusion_gemma_refuses_an_entropy_bound_of_a_call() -> None:
+    from transformers.models.diffusion_gemma import generation_diffusion_gemma as generation
+
+    config, bound = generation.DiffusionGemmaGenerationConfig, generation.EntropyBoundSamplerConfig
+    assert {name for name in vars(config()) if name[0] != "_"} - {"sampler_config"} == {
+        *("max_new_tokens", "max_length", "max_denoising_steps", "t_min", "t_max", "stability_threshold"),
+        *("confidence_threshold", "cache_implementation", "cache_config", "disable_compile"),
+        *("bos_token_id", "pad_token_id", "eos_token_id", "return_dict_in_generate", "transformers_version"),
+    }, "what is served by the model itself"
+    model = diffusion_gemma("sdpa")
+    model.generation_config = config(sampler_config=bound(entropy_bound=0.3))
+    options = {"max_new_tokens": 8, "max_denoising_steps": 1}
+    for own in ({}, {"sampler_config": bound(entropy_bound=0.3)}, {"sampler_config": None}):
+        model.generate(TOKENS, **options, **own)
+    with pytest.raises(ValueError, match=r"sampler_config: expected the checkpoint's, .*entropy_bound=0\.5"):
+        model.generate(TOKENS, **options, sampler_config=bound(entropy_bound=0.5))
 
 
 def test_diffusion_gemma_leaves_nothing_open_after_an_exception() -> None:

@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_toy import BLOCK, FlatToy, Request, attend_blocks, decode_whole, needs_installed, stub, toy
+from engine_toy import (
+    BLOCK,
+    FlatToy,
+    Request,
+    attend_blocks,
+    decode_whole,
+    fields,
+    needs_installed,
+    request_class,
+    stub,
+    toy,
+)
 from torch import Tensor, nn
 from toy_model import MASK
 
@@ -54,6 +65,7 @@ class DiffusionSampler:
         max_denoise_iters: int,
         slot_width: int,
     ) -> None:
+        self._base_sampler = base_sampler
         self.model_state, self._mask_id, self._draft_size = model_state, mask_token_id, draft_size
         self._threshold = threshold
         self._remask_fn = batched_remask
@@ -290,6 +302,99 @@ def test_scores_that_are_nan_end_with_an_error(adapter: Any):
         RuntimeError, match=r"nothing could be committed in sequences \[0\]: the attention scores are NaN"
     ):
         remask(torch.randn(1, BLOCK, MASK + 1), torch.full((1, BLOCK), MASK), MASK, 0.9)
+
+
+#: vLLM's ``SamplingParams`` (00388f6): what it applies around a block's decoding, and the rest's defaults.
+PARAMS = ("vllm", "vllm/sampling_params.py", "SamplingParams")
+APPLIED = {
+    **{"n": 1, "max_tokens": 16, "ignore_eos": False, "stop": None, "stop_token_ids": None},
+    **{"include_stop_str_in_output": False, "repetition_detection": None, "skip_reading_prefix_cache": None},
+    **{"prompt_logprobs": None, "prompt_logprob_token_ids": None, "prompt_logprob_start": None},
+    **{"flat_logprobs": False, "detokenize": True, "skip_special_tokens": True, "output_kind": 0},
+    **{"spaces_between_special_tokens": True, "stream_interval": None, "skip_clone": False},
+    **{"output_text_buffer_length": 0, "routed_experts_prompt_start": 0, "_eos_token_id": None},
+    **{"_all_stop_token_ids": (), "_bad_words_token_ids": None},
+}
+IGNORED = {
+    **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None, "min_tokens": 0},
+    **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logprobs": None},
+    **{"logprob_token_ids": None, "structured_outputs": None, "logit_bias": None, "bad_words": None},
+    **{"allowed_token_ids": None, "extra_args": None, "thinking_token_budget": None},
+    "trace_decode_token_ids": None,
+}
+SamplingParams = request_class(APPLIED | IGNORED)
+
+
+@pytest.mark.parametrize("name", [*APPLIED, *IGNORED])
+def test_what_a_request_asks_for_is_applied_or_warned_of(
+    adapter: Any, name: str, recwarn: pytest.WarningsRecorder
+):
+    """A request is added to the sampler, which has the base sampler's method."""
+    added = []
+    sampler = start(adapter, make_model(), {"temperature": 0.5})
+    sampler._base_sampler = SimpleNamespace(add_request=lambda *request: added.append(request))
+    requests = [SamplingParams(), SamplingParams(**{name: "asked"}), SamplingParams(**{name: "again"})]
+    requests.append(SamplingParams(temperature=0.5))
+    for request in requests:
+        sampler.add_request(3, 7, request)
+    assert added == [(3, 7, request) for request in requests]
+    texts = [str(warning.message) for warning in recwarn]
+    if name in APPLIED:
+        assert texts == []
+    else:
+        (text,) = texts
+        assert f"{name}: expected {IGNORED[name]!r}" in text
+        assert "got 'asked'" in text
+
+
+def test_requests_that_ask_for_nothing(adapter: Any, recwarn: pytest.WarningsRecorder):
+    remask = adapter.Remask(MASK, BLOCK)
+    remask.check_request(SamplingParams(temperature=0.0, seed=5))  # as decided as without
+    warmup = SamplingParams(top_p=0.9, seed=5)
+    SamplingParams.for_sampler_warmup = staticmethod(lambda: warmup)
+    remask.check_request(warmup)
+    del SamplingParams.for_sampler_warmup
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("known", [pytest.param(APPLIED | IGNORED, marks=needs_installed(*PARAMS[:2]))])
+def test_installed_parameters_are_classified(known: dict[str, Any]):
+    assert set(fields(*PARAMS)) == set(known)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *({"alibi_slopes": [0.5] * 4}, {"logits_soft_cap": 30.0}, {"sinks": torch.zeros(4)}),
+        *({"sliding_window": (BLOCK - 1, BLOCK - 1)}, {"sliding_window": (64, 0)}),
+    ],
+)
+def test_kinds_of_attention_that_are_not_served(adapter: Any, kind: dict[str, Any]):
+    model = make_model()
+    plain = {"alibi_slopes": None, "logits_soft_cap": 0, "sinks": None, "sliding_window": (64, 64)}
+    vars(model.attention[1].impl).update(plain)
+    adapter.Remask(MASK, BLOCK).watch(model)
+    vars(model.attention[1].impl).update(kind)
+    with pytest.raises(NotImplementedError, match=f"{next(iter(kind))}: attention with it is not served"):
+        adapter.Remask(MASK, BLOCK).watch(model)
+
+
+@pytest.mark.parametrize(
+    "config", [{"commit_confidence_threshold": 0.5}, {"denoise_steps": 8}, {"num_transfer": 2}, {"other": 1}]
+)
+def test_the_default_policy_s_options_are_refused(adapter: Any, config: dict[str, Any]):
+    remask = adapter.Remask(MASK, BLOCK, policy="confidence")
+    arguments = {"input_draft": (MASK,) * BLOCK, "logits": torch.randn(BLOCK, MASK + 1)}
+    plain = {"mask_token_id": MASK, "denoise_step_index": 3, "grammar_extra_transfer": 0}
+    assert remask.apply(**arguments, remasking_config=plain).committed_token_ids == ()
+    with pytest.raises(ValueError, match=f"remasking_config: {next(iter(config))}: expected None, got "):
+        remask.apply(**arguments, remasking_config=config)
+
+
+def test_the_plugin_s_own_threshold_is_refused(adapter: Any):
+    sampler = DiffusionSampler(None, None, torch.device("cpu"), MASK, BLOCK, 0.7, 64, BLOCK)
+    with pytest.raises(ValueError, match=r"dllm-plugin's threshold: expected 0\.9, got 0\.7: the policy has"):
+        adapter._use(sampler, adapter.Remask(MASK, BLOCK))
 
 
 def test_switched_off(adapter: Any):

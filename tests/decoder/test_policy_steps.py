@@ -109,7 +109,8 @@ def layers(rows: int, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
 @pytest.mark.parametrize("mode", ["parallel", "sequential", "mean"])
 def test_attn_sampler_step_is_the_general_step(mode: str) -> None:
     """decode_step in one call, and column scores, confidence and selection one by one."""
-    policy = AttnSampler(tau=0.5, threshold=mode) if mode == "mean" else AttnSampler(mode=mode, tau=0.5)
+    options = {"mean": {"tau": 0.5, "threshold": "mean"}, "parallel": {"tau": 0.5}}
+    policy = AttnSampler(**options.get(mode, {"mode": mode}))
     logits = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1)) * 3
     masked = torch.rand(2, 6, generator=torch.Generator().manual_seed(2)) > 0.3
     for temperature in (0.0, 0.8):
@@ -228,6 +229,12 @@ def test_registry_names() -> None:
     assert make_policy(policy) is policy
 
 
+@pytest.mark.parametrize("options", [{"tau": 0.5}, {"fallback": "score"}])
+def test_the_sequential_rule_warns_of_what_it_does_not_read(options: dict) -> None:
+    with pytest.warns(UserWarning, match="tau, fallback: the sequential rule reads neither"):
+        AttnSampler(mode="sequential", **options)
+
+
 def test_register(registry: dict) -> None:
     register_policy("by-score", ByScore)
     register_policy("mine", "by-score")
@@ -252,6 +259,8 @@ def test_register(registry: dict) -> None:
         (PARD, {}, TypeError, "policy: expected a name or a Policy, got the class PARD"),
         ("random", {"tau": 0.5}, TypeError, "policy 'random': .*'tau'"),
         ("attn-sequential", {"mode": "parallel"}, TypeError, "policy 'attn-sequential': .*'mode'"),
+        ("attn-sequential", {"tau": 0.9}, TypeError, "policy 'attn-sequential': .*'tau'"),
+        ("attn-sequential", {"fallback": "score"}, TypeError, "policy 'attn-sequential': .*'fallback'"),
         (PARD(), {"tau": 0.5}, TypeError, r"policy: options \['tau'\] go with a name"),
         ("attn", {"tau": 1.5}, ValueError, r"tau: expected a number in \[0, 1\], got 1.5"),
         ("attn", {"tau": "high"}, TypeError, "tau: "),

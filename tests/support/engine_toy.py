@@ -8,6 +8,7 @@ call the adapter are loaded among the stand-ins, and the same tests run over the
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -63,6 +64,36 @@ def needs_installed(distribution: str, path: str) -> Any:
 def sources(distribution: str, path: str) -> list[Any]:
     """Over what to run an adapter's tests."""
     return ["stand-in", pytest.param("installed", marks=needs_installed(distribution, path))]
+
+
+def fields(distribution: str, path: str, name: str) -> list[str]:
+    """The annotated fields of a class in an installed engine's source file."""
+    file = installed(distribution, path)
+    assert file is not None
+    classes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)]
+    body = next(node.body for node in classes if node.name == name)
+    return [node.target.id for node in body if isinstance(node, ast.AnnAssign)]  # type: ignore[union-attr]
+
+
+def parameters(distribution: str, path: str, *, suffix: str, method: str) -> set[str]:
+    """What a method takes in those classes of an installed engine's source file whose names end so."""
+    file = installed(distribution, path)
+    assert file is not None
+    classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    found = set()
+    for node in (node for each in classes if each.name.endswith(suffix) for node in each.body):
+        if isinstance(node, ast.FunctionDef) and node.name == method:
+            found |= {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} - {"self"}
+    return found
+
+
+def request_class(fields: dict[str, Any]) -> type:
+    """A class with these fields and defaults, which are told as msgspec's are."""
+
+    def init(self: Any, **given: Any) -> None:
+        vars(self).update(fields | given)
+
+    return type("SamplingParams", (), {"__struct_fields__": tuple(fields), "__init__": init})
 
 
 def load(monkeypatch: pytest.MonkeyPatch, name: str, distribution: str, path: str) -> ModuleType:
