@@ -1,0 +1,316 @@
+"""Whatever a user types or has in a file, the commands answer with a result or with one line, and no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from attn_sampler.bundled.model import TinyMaskedLM, TinyMaskedLMConfig, save_weights
+from attn_sampler.cli import main
+from attn_sampler.evaluate import Results
+from attn_sampler.problem_sets import EvaluatedModel, bundled_problems
+
+VOCAB, MASK = 11, 10
+CONFIG = TinyMaskedLMConfig(VOCAB, MASK, hidden_size=8, num_layers=2, num_heads=2, ffn_size=8)
+
+NUMBERS = ["nan", "inf", "-inf", "-1", "1e-300", "1e999", "1.5", "0x10", "", " ", "9" * 5000, "0,5", "high"]
+INTEGERS = ["0", "-1", "1.0", "nan", str(2**31 + 1), str(2**63), str(-(2**70)), "9" * 5000, "", "1 2", "ten", "٣"]
+NAMES = ["", " ", "none-such", "a\nb", "../x", "x" * 5000, "%s{0}", "-", "é", "\udcff", "attn:", "[bold]"]
+DEVICES = ["cuda:99", "cuda:-1", "cpu:1", "meta", "mps", "hpu", "lazy", "ideep", "privateuseone", *NAMES]
+LAYERS = ["0,4", "-5", "99", str(2**70), "0,", "first", "1:2", "", "0;1", "9" * 5000]
+RULES = [
+    *("attn:layers=99", "attn:layers=-99", f"attn:layers={2**70}", "attn:layers=3:1", f"attn:layers=-{2**70}:"),
+    *("attn:layers=0+", "attn:layers=1:2:3", "attn:layers=", "attn:tau=nan", "attn:tau", "attn:=", "attn:=1", ":"),
+    *("attn:tau=0.5,tau=0.6", "attn:mode=both", "attn-sequential:mode=parallel", "attn:rows=masked", "attn:rows=x"),
+    *(f"adas:count={2**70}", "adas:count=-1", "adas:count=true", "adas:strength=inf", "adas:strength=none"),
+    *(f"klass:history={2**70}", f"klass:kl={2**70}", f"factor:factor={2**70}", "factor:factor=" + "9" * 400),
+    *("eb:gamma=nan", f"eb:gamma={2**70}", "random:seed=1", "dawn:tau_low=2", "dapd:tau_min=nan", "clad:tau=x"),
+    *("confidence:metric=entropy", "attn:diagonal=none", "attn:softmax_scope=1", "attn:query_rows=none", "attn,tau=1"),
+    *(f"dapd:tau_max={2**70}", f"dawn:tau_sink={2**70}", f"adas:strength={2**70}", "attn:self=1", "attn:policy=1"),
+]
+VALUES: list[Any] = [None, True, False, -1, 0, 1, 12, 2**31, 2**63, 2**70, 10**400, 0.5, 1e300, -0.0]
+VALUES += [float("nan"), float("inf"), -float("inf"), "", "x", "\ud800", "1" * 3000, [], {}, [[]], [None], {"a": 1}]
+
+
+class Draw(NamedTuple):
+    """A command and what a message about it may name."""
+
+    words: list[str]
+    names: list[str]
+    out: Path | None = None
+
+
+def toy() -> EvaluatedModel:
+    torch.manual_seed(0)
+    return EvaluatedModel(TinyMaskedLM(CONFIG).eval(), MASK)
+
+
+def not_a_model() -> dict[str, int]:
+    return {}
+
+
+def needs_an_argument(name: str) -> str:
+    return name
+
+
+number = 3
+
+
+# Files, wrong in any way.
+
+
+def mutated(value: Any, rng: random.Random) -> Any:
+    """The value with something else at one of its places, or something missing or more."""
+    if not isinstance(value, (list, dict)) or not value or rng.random() < 0.15:
+        return rng.choice(VALUES)
+    copy = list(value) if isinstance(value, list) else dict(value)
+    key = rng.choice(range(len(copy)) if isinstance(copy, list) else list(copy))
+    change = rng.random()
+    if change < 0.1:
+        del copy[key]
+    elif change < 0.2:
+        copy = [*copy, rng.choice(VALUES)] if isinstance(copy, list) else {**copy, "more": rng.choice(VALUES)}
+    else:
+        copy[key] = mutated(copy[key], rng)
+    return copy
+
+
+def hostile_text(value: Any, rng: random.Random) -> bytes:
+    """A JSON document like this one, and wrong."""
+    text = json.dumps(mutated(value, rng)).encode()
+    kind = rng.random()
+    if kind < 0.6:
+        return text
+    good = json.dumps(value).encode()
+    cut = rng.randrange(len(good))
+    deep = rng.choice([b"[", b'{"a":', b"[[", b'{"tasks":'])
+    return rng.choice(
+        [
+            b"",
+            b"\xef\xbb\xbf" + good,
+            b"\xff\xfe" + good.decode().encode("utf-16-le"),
+            good[:cut],
+            good[:cut] + bytes([rng.randrange(256)]) + good[cut + 1 :],
+            good + good,
+            good.replace(b"{", b'{"tasks": 1, ', 1),
+            good.replace(b": ", b": {}, ", 1) if rng.random() < 0.5 else good.replace(b'"', b"'"),
+            deep * 100_000,
+            deep * 900 + good,
+            b'{"prompt": ' + b"9" * 5000 + b"}",
+            rng.randbytes(50),
+            b"\0" * 100,
+        ]
+    )
+
+
+def hostile_weights(path: Path, rng: random.Random) -> None:
+    """A safetensors file of the bundled format, broken."""
+    import dataclasses
+
+    from safetensors.torch import load_file, save_file
+
+    model = TinyMaskedLM(CONFIG)
+    if rng.random() < 0.2:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(rng.choice([float("nan"), float("inf"), 0.0, 60000.0]))
+    save_weights(model, path)
+    config = dataclasses.asdict(CONFIG)
+    kind = rng.random()
+    if kind < 0.4:
+        tensors = load_file(path)
+        text = hostile_text(config, rng).decode("utf-8", "replace")
+        if rng.random() < 0.3:
+            size = rng.choice([2**20, 2**31 - 1, 2**40])
+            config[rng.choice(["vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size"])] = size
+            text = json.dumps(config)
+        save_file(tensors, path, metadata={"config": text})
+    elif kind < 0.6:
+        tensors = load_file(path)
+        name = rng.choice(list(tensors))
+        other = rng.choice([None, torch.zeros(0), torch.zeros(3, 5), torch.zeros(1, dtype=torch.int64)])
+        tensors.pop(name) if other is None else tensors.update({name: other})
+        tensors |= {"more": torch.zeros(1)} if rng.random() < 0.3 else {}
+        save_file(tensors, path, metadata={"config": json.dumps(config)})
+    else:
+        content = bytearray(path.read_bytes())
+        for _ in range(rng.randint(1, 3)):
+            content[rng.randrange(min(len(content), 900))] = rng.randrange(256)
+        path.write_bytes(content[: rng.choice([0, 7, 8, 100, len(content) - 1, len(content)])])
+
+
+def place(folder: Path, rng: random.Random) -> str:
+    """Somewhere that nothing should be written to or read from."""
+    return rng.choice(["/dev/full", "/dev/zero", str(folder), "/no/such/file", "", "x" * 300, "/dev/null/x", "\udcff"])
+
+
+RECORDS = [{"prompt": [1, 2, MASK, MASK], "answer": [3, 4]}, {"prompt": [5], "answer": [6]}]
+RESULTS = {
+    "tasks": {
+        "addition": {
+            "problems": 2,
+            "fingerprint": bundled_problems("addition", 2).fingerprint,
+            "model": "addition",
+            "rules": {"confidence": {"right": [1, 0], "passes": [3, 4]}, "attn:tau=1": {"right": [], "passes": []}},
+            "orders": {"confidence": {"nats": [-0.5, -1.25], "passes": [3, 4]}},
+        }
+    },
+    "summary": [],
+}
+
+
+# Commands, wrong in one or two places.
+
+
+def draw_demo(folder: Path, rng: random.Random) -> Draw:
+    words = ["demo", "--task", "addition", "--policy", "confidence", "attn", "--problems", "1"]
+    options: dict[str, list[str]] = {
+        "--task": NAMES,
+        "--policy": NAMES,
+        "--tau": NUMBERS,
+        "--problems": ["501", *INTEGERS],
+        "--temperature": NUMBERS,
+        "--seed": INTEGERS,
+        "--layers": LAYERS,
+        "--backend": ["cuda", "triton", *NAMES],
+        "--threads": ["1025", *INTEGERS],
+        "--trace": [place(folder, rng)],
+        "--svg": [place(folder, rng)],
+    }
+    return with_options(words, options, rng)
+
+
+def with_options(words: list[str], options: dict[str, list[str]], rng: random.Random, out: Path | None = None) -> Draw:
+    chosen = rng.sample(list(options), rng.choice([1, 1, 1, 2]))
+    given = [word for name in chosen for word in (name, rng.choice(options[name]))]
+    if rng.random() < 0.05:
+        given.append(rng.choice(["--none", "word", "--", "-h", "--version"]))
+    return Draw(words + given, [*chosen, *given, *map(repr, given), "arguments", "rule", "cannot load"], out)
+
+
+def draw_eval(folder: Path, rng: random.Random) -> Draw:
+    words = ["eval", "--rule", "confidence", "--problems", "2"]
+    out, task, weights = folder / "out.json", folder / "task.jsonl", folder / "weights.safetensors"
+    names = [str(out), str(task), str(weights), "weights.safetensors", "test_cli_fuzz", "task,", "prompt_ids"]
+    results = json.loads(json.dumps(RESULTS))
+    if rng.random() < 0.5:
+        words += ["--task", "addition"]
+    else:
+        task.write_text("\n".join(map(json.dumps, RECORDS)))
+        words += ["--task-file", str(task), "--model"]
+        words.append(rng.choice(["test_cli_fuzz:toy", str(weights)]))
+        save_weights(toy().model, weights)  # type: ignore[arg-type]
+    options: dict[str, list[str]] = {
+        "--task": NAMES,
+        "--model": [*NAMES, "os:", ":", ".:x", ".json:x", "test_cli_fuzz:" + rng.choice(MEMBERS), "hub:", "hub:/", "hub:a b"],
+        "--adapter": NAMES,
+        "--rule": [*RULES, *NAMES],
+        "--baseline": [*RULES, *NAMES],
+        "--tau": NUMBERS,
+        "--problems": INTEGERS,
+        "--split": NAMES,
+        "--block-length": INTEGERS,
+        "--batch": INTEGERS,
+        "--device": DEVICES,
+        "--threads": ["1025", *INTEGERS],
+        "--time-limit": [*NUMBERS, "0"],
+        "--out": [place(folder, rng), str(task), str(weights)],
+        "--table": [place(folder, rng), str(out), str(task), str(weights)],
+        "--plot": [place(folder, rng), str(out), str(folder / "plot.xyz")],
+        "--task-file": [place(folder, rng)],
+    }
+    hostile = rng.random()
+    if hostile < 0.25:
+        out.write_bytes(hostile_text(results, rng))
+        return Draw([*words, "--out", str(out)], names, out)
+    if hostile < 0.4 and "--task-file" in words:
+        lines = [json.dumps(RECORDS[0]).encode(), hostile_text(RECORDS[1], rng)]
+        task.write_bytes(b"\n".join(lines))
+        return Draw([*words, "--out", str(out)], names, out)
+    if hostile < 0.55 and "--task-file" in words:
+        hostile_weights(weights, rng)
+        model = rng.choice([str(weights), str(folder)])
+        return Draw([*words, "--model", model, "--rule", "attn", "--out", str(out)], [*names, "position"], out)
+    if rng.random() < 0.5:
+        out.write_text(json.dumps(results))
+    drawn = with_options([*words, "--out", str(out)], options, rng, out)
+    return drawn._replace(names=[*drawn.names, *names])
+
+
+MEMBERS = ["toy", "none", "not_a_model", "needs_an_argument", "number", "pytest", "toy.x", ""]
+
+
+def draw_info(folder: Path, rng: random.Random) -> Draw:
+    return Draw([rng.choice(["info", "", "x", "--", "-1"]), *rng.sample(["--json", "--x", "word"], 1)], ["arguments", "command"])
+
+
+def run(words: list[str]) -> tuple[int, str]:
+    """The exit status and stderr of a command, in this process."""
+    err = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            status = stop.code
+    return status, err.getvalue()
+
+
+def judge(drawn: Draw) -> None:
+    before = drawn.out.read_bytes() if drawn.out is not None and drawn.out.exists() else None
+    status, told = run(drawn.words)
+    assert status in (0, 1, 2), status
+    assert "Traceback" not in told
+    if status == 0:
+        return
+    lines = [line for line in told.splitlines() if "is called query_rows now" not in line]
+    assert len(lines) == 1, told
+    assert lines[0].startswith("attn-sampler"), told
+    assert any(name.lstrip("-") in lines[0] for name in drawn.names if name.strip("- ")), told
+    if drawn.out is not None:
+        after = drawn.out.read_bytes() if drawn.out.exists() else None
+        assert after == before or (status == 1 and Results(drawn.out).cells), told
+
+
+VERBS: dict[str, Callable[[Path, random.Random], Draw]] = {"demo": draw_demo, "eval": draw_eval, "info": draw_info}
+
+
+def check_draws(seed: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    for index in range(count):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        (verb,) = rng.choices(list(VERBS), [3, 8, 1])
+        drawn = VERBS[verb](folder, rng)
+        try:
+            judge(drawn)
+        except BaseException as error:
+            error.add_note(f"draw {index} of seed {seed}: {drawn.words}")
+            raise
+        assert not list(folder.glob(".*.part")), drawn.words
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_mistake_is_told_in_one_line(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_draws(seed, 15, tmp_path, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10, 310))
+def test_many_mistakes_are_told_in_one_line(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_draws(seed, 15, tmp_path, monkeypatch)
