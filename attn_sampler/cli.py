@@ -172,7 +172,7 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PATH", help="a folder, or an id on the hub")
-    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="decoded together")
+    parser.add_argument("--prompt", type=command_line.text, required=True, nargs="+", metavar="TEXT", help="decoded together")
     parser.add_argument(
         "--policy", choices=sorted(POLICIES), metavar="NAME", default="attn", help="the rule (default: attn)"
     )

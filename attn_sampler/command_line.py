@@ -164,9 +164,21 @@ def input_file(text: str) -> Path:
 
 def output_file(text: str) -> Path:
     """A file to write, which may exist."""
-    if not text or os.path.isdir(text) or not os.path.isdir(os.path.dirname(text) or "."):
+    folder, is_special = os.path.dirname(text) or ".", os.path.exists(text) and not os.path.isfile(text)
+    if not text or os.path.isdir(text) or not os.path.isdir(folder):
         raise argparse.ArgumentTypeError(f"expected a file in a directory that exists, got {text!r}")
+    if len(os.fsencode(os.path.basename(text))) > os.pathconf(folder, "PC_NAME_MAX"):
+        raise argparse.ArgumentTypeError(f"expected a name that the file system takes, got {text!r}")
+    if not os.access(text if is_special else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, got {text!r}")
     return Path(text)
+
+
+def text(given: str) -> str:
+    """Text, and not bytes that are no UTF-8."""
+    if any("\ud800" <= letter <= "\udfff" for letter in given):
+        raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {given!r}")
+    return given
 
 
 def check_distinct(files: Mapping[str, Path | None]) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,10 @@ RULES = [
     *(f"dapd:tau_max={2**70}", f"dawn:tau_sink={2**70}", f"adas:strength={2**70}", "attn:self=1", "attn:policy=1"),
 ]
 VALUES: list[Any] = [None, True, False, -1, 0, 1, 12, 2**31, 2**63, 2**70, 10**400, 0.5, 1e300, -0.0]
-VALUES += [float("nan"), float("inf"), -float("inf"), "", "x", "\ud800", "1" * 3000, [], {}, [[]], [None], {"a": 1}]
+SMALL = [value for value in VALUES if value is None or value <= 12]  # what transformers would count to
+WORSE = [float("nan"), float("inf"), -float("inf"), "", "x", "\ud800", "1" * 3000, [], {}, [[]], [None], {"a": 1}]
+SMALL += WORSE
+VALUES += WORSE
 
 
 class Draw(NamedTuple):
@@ -73,25 +77,25 @@ number = 3
 # Files, wrong in any way.
 
 
-def mutated(value: Any, rng: random.Random) -> Any:
+def mutated(value: Any, rng: random.Random, values: list[Any]) -> Any:
     """The value with something else at one of its places, or something missing or more."""
     if not isinstance(value, (list, dict)) or not value or rng.random() < 0.15:
-        return rng.choice(VALUES)
+        return rng.choice(values)
     copy = list(value) if isinstance(value, list) else dict(value)
     key = rng.choice(range(len(copy)) if isinstance(copy, list) else list(copy))
     change = rng.random()
     if change < 0.1:
         del copy[key]
     elif change < 0.2:
-        copy = [*copy, rng.choice(VALUES)] if isinstance(copy, list) else {**copy, "more": rng.choice(VALUES)}
+        copy = [*copy, rng.choice(values)] if isinstance(copy, list) else {**copy, "more": rng.choice(values)}
     else:
-        copy[key] = mutated(copy[key], rng)
+        copy[key] = mutated(copy[key], rng, values)
     return copy
 
 
-def hostile_text(value: Any, rng: random.Random) -> bytes:
+def hostile_text(value: Any, rng: random.Random, values: list[Any] = VALUES) -> bytes:
     """A JSON document like this one, and wrong."""
-    text = json.dumps(mutated(value, rng)).encode()
+    text = json.dumps(mutated(value, rng, values)).encode()
     kind = rng.random()
     if kind < 0.6:
         return text
@@ -254,6 +258,63 @@ def draw_eval(folder: Path, rng: random.Random) -> Draw:
 MEMBERS = ["toy", "none", "not_a_model", "needs_an_argument", "number", "pytest", "toy.x", ""]
 
 
+def make_checkpoint(folder: Path) -> None:
+    """A Llama of random weights with a tokenizer of words, saved by transformers."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[UNK]", "[PAD]", "[EOS]", *(f"w{i}" for i in range(12)), "[MASK]"]
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def draw_generate(folder: Path, rng: random.Random) -> Draw:
+    model = folder / "model"
+    shutil.copytree(CHECKPOINT[0], model)
+    words = ["generate", "--model", str(model), "--prompt", "w1 w2", "w3", "--adapter", "bidirectional"]
+    words += ["--gen-length", "4", "--device", "cpu"]
+    options: dict[str, list[str]] = {
+        "--model": [place(folder, rng), str(model / "config.json")],
+        "--prompt": NAMES,
+        "--policy": NAMES,
+        "--tau": NUMBERS,
+        "--gen-length": [str(2**21), *INTEGERS],
+        "--block-length": INTEGERS,
+        "--cache": NAMES,
+        "--layers": LAYERS,
+        "--temperature": NUMBERS,
+        "--seed": INTEGERS,
+        "--backend": ["cuda", "triton", *NAMES],
+        "--trace": [place(folder, rng), str(model / "config.json"), str(model)],
+        "--device": DEVICES,
+        "--dtype": NAMES,
+        "--adapter": ["llada", "dream", "sdar", "fast-dllm-v2", "llada2", *NAMES],
+        "--attention": ["eager", "attn_sampler_fa2", "attn_sampler_flex", "flash_attention_2", "paged|sdpa", *NAMES],
+        "--mask-token-id": ["15", "16", "3", *INTEGERS],
+    }
+    if rng.random() < 0.5:
+        drawn = with_options(words, options, rng)
+        return drawn._replace(names=[*drawn.names, "prompt_ids", "layers", "flash_attn", "cache", "block_length"])
+    path = rng.choice(sorted(model.iterdir()))
+    content = bytearray(path.read_bytes())
+    if path.suffix == ".json" and rng.random() < 0.8:
+        path.write_bytes(hostile_text(json.loads(content), rng, SMALL))
+    else:
+        for _ in range(rng.randint(1, 3)):
+            content[rng.randrange(min(len(content), 900))] = rng.randrange(256)
+        path.write_bytes(content[: rng.choice([0, 7, 8, 100, len(content) - 1, len(content)])])
+        if rng.random() < 0.1:
+            path.unlink()
+    return Draw([*words, "--policy", "attn"], [str(model), path.name, "position", "layers", "prompt", "token"])
+
+
 def draw_info(folder: Path, rng: random.Random) -> Draw:
     return Draw([rng.choice(["info", "", "x", "--", "-1"]), *rng.sample(["--json", "--x", "word"], 1)], ["arguments", "command"])
 
@@ -286,7 +347,9 @@ def judge(drawn: Draw) -> None:
         assert after == before or (status == 1 and Results(drawn.out).cells), told
 
 
-VERBS: dict[str, Callable[[Path, random.Random], Draw]] = {"demo": draw_demo, "eval": draw_eval, "info": draw_info}
+CHECKPOINT: list[Path] = []
+WEIGHTS = [3, 8, 1, 0]
+VERBS: dict[str, Callable[[Path, random.Random], Draw]] = {"demo": draw_demo, "eval": draw_eval, "info": draw_info, "generate": draw_generate}
 
 
 def check_draws(seed: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +358,7 @@ def check_draws(seed: int, count: int, tmp_path: Path, monkeypatch: pytest.Monke
         folder = tmp_path / str(index)
         folder.mkdir()
         monkeypatch.chdir(folder)
-        (verb,) = rng.choices(list(VERBS), [3, 8, 1])
+        (verb,) = rng.choices(list(VERBS), WEIGHTS)
         drawn = VERBS[verb](folder, rng)
         try:
             judge(drawn)
