@@ -69,7 +69,9 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         "and those on attention maps)",
     )
     parser.add_argument(
-        "--tau", type=command_line.unit_interval, help="confidence threshold of the rules that read one (default: 0.9)"
+        "--tau",
+        type=command_line.unit_interval,
+        help="confidence threshold of the rules that read one (default: 0.9)",
     )
     parser.add_argument(
         "--problems",
@@ -79,9 +81,14 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"held-out problems for each task, 1 to {_MAX_PROBLEMS} (default: {_DEFAULT_PROBLEMS})",
     )
     parser.add_argument(
-        "--temperature", type=command_line.temperature, default=0.0, help="0 takes the most probable token (default)"
+        "--temperature",
+        type=command_line.temperature,
+        default=0.0,
+        help="0 takes the most probable token (default)",
     )
-    parser.add_argument("--seed", type=command_line.seed, default=0, help="of the problems and of sampling (default: 0)")
+    parser.add_argument(
+        "--seed", type=command_line.seed, default=0, help="of the problems and of sampling (default: 0)"
+    )
     parser.add_argument(
         "--layers",
         type=command_line.layers,
@@ -106,7 +113,10 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         help="write every commit as JSON; with several tasks or rules, one FILE-TASK-RULE.json for each",
     )
     parser.add_argument(
-        "--svg", type=command_line.output_file, metavar="FILE", help="write the drawn orders of commitment as a picture"
+        "--svg",
+        type=command_line.output_file,
+        metavar="FILE",
+        help="write the drawn orders of commitment as a picture",
     )
 
 
@@ -172,13 +182,21 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PATH", help="a folder, or an id on the hub")
-    parser.add_argument("--prompt", type=command_line.text, required=True, nargs="+", metavar="TEXT", help="decoded together")
+    parser.add_argument(
+        "--prompt", type=command_line.text, required=True, nargs="+", metavar="TEXT", help="decoded together"
+    )
     parser.add_argument(
         "--policy", choices=sorted(POLICIES), metavar="NAME", default="attn", help="the rule (default: attn)"
     )
-    parser.add_argument("--tau", type=command_line.unit_interval, help="confidence threshold of rules that read one")
     parser.add_argument(
-        "--gen-length", type=command_line.integer(1, _MAX_GEN_LENGTH), default=128, metavar="N", help="tokens to append (default: 128)"
+        "--tau", type=command_line.unit_interval, help="confidence threshold of rules that read one"
+    )
+    parser.add_argument(
+        "--gen-length",
+        type=command_line.integer(1, _MAX_GEN_LENGTH),
+        default=128,
+        metavar="N",
+        help="tokens to append (default: 128)",
     )
     parser.add_argument(
         "--block-length",
@@ -188,14 +206,22 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cache", choices=CACHES, default="none", help="of keys and values (default: none)")
     parser.add_argument(
-        "--layers", type=command_line.layers, default="all", help="whose attention counts, as in demo (default: all)"
+        "--layers",
+        type=command_line.layers,
+        default="all",
+        help="whose attention counts, as in demo (default: all)",
     )
     parser.add_argument(
-        "--temperature", type=command_line.temperature, default=0.0, help="0 takes the most probable token (default)"
+        "--temperature",
+        type=command_line.temperature,
+        default=0.0,
+        help="0 takes the most probable token (default)",
     )
     parser.add_argument("--seed", type=command_line.seed, default=0, help="of sampling (default: 0)")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
-    parser.add_argument("--trace", type=command_line.output_file, metavar="FILE", help="write every commit as JSON")
+    parser.add_argument(
+        "--trace", type=command_line.output_file, metavar="FILE", help="write every commit as JSON"
+    )
     parser.add_argument("--no-chat", dest="chat", action="store_false", help="leave out the chat template")
     parser.add_argument("--device", help="default: cuda where there is one, or else cpu")
     parser.add_argument(

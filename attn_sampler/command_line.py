@@ -1,7 +1,7 @@
 """What the commands have in common: the kinds of their arguments, and how a mistake in them is told.
 
-A mistake of the user is one line on stderr and an exit status; what is left to Python, with its traceback, is a
-fault of the program.
+A mistake of the user is one line on stderr and an exit status; what is left to Python, with its traceback, is
+a fault of the program.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 def guarded(run: Callable[[], int]) -> int:
     """The exit status of a command: that of ``run``, or what became of it.
 
-    1 where a file could not be read or written or there was not enough memory, which is said in a line; 1 too,
+    1 where a file could not be read or written or there was not enough memory, which is said in a line; 1,
     in silence, where nothing reads the output any more; 130 where the user interrupted.
     """
     try:
@@ -45,21 +45,21 @@ def guarded(run: Callable[[], int]) -> int:
         _abandon_stdout()
     except OSError as error:
         _abandon_stdout()
+        error.filename = error.filename or "standard output"
         fail(error)
-    except MemoryError as error:
-        fail(f"not enough memory: {error}" if str(error) else "not enough memory")
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
             raise
-        fail(f"not enough memory: {str(error).splitlines()[0]}")
+        fail(error)
     except KeyboardInterrupt:
         return 130
     return 1
 
 
-def fail(error: object) -> int:
+def fail(error: Exception) -> int:
     """Tell in a line what went wrong; the exit status 1."""
-    print(f"attn-sampler: {one_line(error)}", file=sys.stderr)
+    what = "not enough memory: " if _is_out_of_memory(error) else ""
+    print(f"attn-sampler: {what}{one_line(error)}", file=sys.stderr)
     return 1
 
 
@@ -68,10 +68,12 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is how torch says that it could not allocate."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how Python, or torch, says that it could not allocate."""
     words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
-    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in words)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+    )
 
 
 @contextlib.contextmanager

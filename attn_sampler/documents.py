@@ -38,17 +38,19 @@ def read_text(path: str | Path) -> str:
 
     Raises
     ------
-    OSError, ValueError
-        Naming the file: it cannot be read, is a device or is no text.
+    OSError
+        It cannot be read.
+    ValueError
+        It is a device or is no text.
     """
     with open(path, encoding="utf-8-sig") as file:
         mode = os.fstat(file.fileno()).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # some devices have no end
-            raise ValueError(f"{path}: expected a file, got a device")
+            raise ValueError("expected a file, got a device")
         try:
             return file.read()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected text in UTF-8: {error.reason}") from None
+            raise ValueError(f"expected text in UTF-8: {error.reason}") from None
 
 
 def parse_json(text: str) -> Any:
@@ -77,8 +79,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_shape(value: Any, shape: Any, place: str = "the document") -> None:
     """Raise ValueError, naming the place, where a JSON value is not of this shape.
 
-    A shape is a ``Kind``; ``[shape]``, a list of such values; or ``{"key": shape, "other?": shape}``, an object
-    with a key that may be missing. The key ``...`` gives the shape of all other keys' values.
+    A shape is a ``Kind``; ``[shape]``, a list of such values; or ``{"key": shape, "other?": shape}``, an
+    object with a key that may be missing. The key ``...`` gives the shape of all other keys' values.
     """
     if isinstance(shape, Kind):
         if not shape.accepts(value):

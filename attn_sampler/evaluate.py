@@ -22,10 +22,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import os
-import re
 import sys
 import time
 import warnings
@@ -38,7 +36,6 @@ from torch import Tensor
 
 from attn_sampler import checks, command_line, documents
 from attn_sampler.adapters.models import FAMILIES
-from attn_sampler.documents import ANYTHING, COUNT, NUMBER, TEXT, Kind
 from attn_sampler.errors import DecodingError
 from attn_sampler.generate import Generation, generate
 from attn_sampler.policy import Policy, StepState
@@ -53,90 +50,8 @@ from attn_sampler.problem_sets import (
 )
 from attn_sampler.reference import StepResult
 from attn_sampler.report import markdown, plot_frontier, summarise
-from attn_sampler.rules import BASELINE, RULES, SWITCHES, Rule, current, expand, spelled
-
-
-_ONE_OR_ZERO = Kind("1 or 0", lambda x: type(x) is int and x in (0, 1))
-#: A log-likelihood, of a token that the model rules out too.
-_NATS = Kind("a number that is no NaN", lambda x: NUMBER.accepts(x) or x == -math.inf)
-_SHAPE = {
-    "tasks": {
-        ...: {
-            "problems": COUNT,
-            "fingerprint?": TEXT,
-            "model?": TEXT,
-            "rules": {...: {"right": [_ONE_OR_ZERO], "passes": [COUNT], ...: [_ONE_OR_ZERO]}},
-            "orders": {...: {"nats": [_NATS], "passes": [COUNT]}},
-        }
-    },
-    "summary?": ANYTHING,
-}
-
-
-class Results:
-    """What has been decoded so far, by task and rule, kept in a JSON file.
-
-    ``cells[task]["rules"][label]`` holds what ``decode`` gives for the first so many problems, ``["orders"]``
-    what ``order_log_likelihood`` does.
-    """
-
-    def __init__(self, path: Path | None = None, baseline: str = BASELINE) -> None:
-        self.path = path
-        self.baseline = spelled(baseline)  # the rule with which the summary compares
-        self.cells: dict[str, Any] = {}
-        if path is not None and path.exists():
-            try:
-                self.cells = _read_cells(path)
-            except ValueError as error:
-                raise ValueError(f"{path}: holds no results of an evaluation: {error}") from None
-
-    def of(self, problems: ProblemSet, model: str) -> dict[str, Any]:
-        """The cells of these problems decoded by this model.
-
-        Raises
-        ------
-        ValueError
-            The file holds results of other problems or of another model under this name.
-        """
-        identity = {"problems": len(problems), "fingerprint": problems.fingerprint, "model": model}
-        cell = self.cells.setdefault(problems.name, {**identity, "rules": {}, "orders": {}})
-        if any(cell.get(key) != value for key, value in identity.items()):
-            raise ValueError(
-                f"{self.path}: holds results of {problems.name} on other problems or with another model; "
-                "name another file"
-            )
-        return cell
-
-    def save(self, with_summary: bool = False) -> None:
-        """Write the file, all of it or nothing."""
-        if self.path is None:
-            return
-        content: dict[str, Any] = {"tasks": self.cells}
-        if with_summary:
-            content["summary"] = summarise(self.cells, self.baseline)
-        text = json.dumps(content, indent=1)
-        text = re.sub(r"\[\s+([-\d][^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-        documents.write(self.path, text + "\n")
-
-
-def _read_cells(path: Path) -> dict[str, Any]:
-    """The cells of a file that ``Results.save`` wrote, rules as they are written now."""
-    content = documents.parse_json(documents.read_text(path))
-    documents.check_shape(content, _SHAPE)
-    for name, cell in content["tasks"].items():
-        for kind in ("rules", "orders"):
-            held = {spelled(label): values for label, values in cell[kind].items()}
-            if len(held) < len(cell[kind]):
-                raise ValueError(f"task {name!r}: one of its {kind} is there by its old name too")
-            for label, values in held.items():
-                counts = {len(value) for value in values.values()}
-                if len(counts) > 1 or max(counts) > cell["problems"]:
-                    raise ValueError(
-                        f"task {name!r}, {kind} {label!r}: expected as many values of each measure, at most "
-                        f"{cell['problems']}, got {sorted(counts)}"
-                    )
-            cell[kind] = held
-    return content["tasks"]
+from attn_sampler.results import Results
+from attn_sampler.rules import BASELINE, RULES, SWITCHES, Rule, current, expand
 
 
 class _Revealing(Policy):
@@ -262,8 +177,8 @@ def evaluate(
                         raise DecodingError(f"{problems.name} by {rule.label}: {error}") from error
                     if done and done.keys() != values.keys():
                         raise ValueError(
-                            f"{results.path}: holds {', '.join(done)} of {problems.name} by {rule.label}, and not "
-                            f"{', '.join(values)}; name another file"
+                            f"{results.path}: holds {', '.join(done)} of {problems.name} by {rule.label}, "
+                            f"not {', '.join(values)}; name another file"
                         )
                     done = {key: [*done.get(key, ()), *value] for key, value in values.items()}
                     cell[kind][rule.label] = done
@@ -327,7 +242,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TAU",
         help="run rules with a threshold at each of these",
     )
-    parser.add_argument("--problems", type=command_line.positive, default=500, metavar="N", help="of each task (default: 500)")
+    parser.add_argument(
+        "--problems", type=command_line.positive, default=500, metavar="N", help="of each task (default: 500)"
+    )
     parser.add_argument(
         "--split",
         choices=SPLITS,
@@ -340,13 +257,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add the log-likelihood (nats) of the true answer, revealed in each rule's order",
     )
     parser.add_argument(
-        "--block-length", type=command_line.positive, default=32, metavar="N", help="for --task-file (default: 32)"
+        "--block-length",
+        type=command_line.positive,
+        default=32,
+        metavar="N",
+        help="for --task-file (default: 32)",
     )
     parser.add_argument(
-        "--batch", type=command_line.positive, default=100, metavar="N", help="problems decoded together (default: 100)"
+        "--batch",
+        type=command_line.positive,
+        default=100,
+        metavar="N",
+        help="problems decoded together (default: 100)",
     )
     parser.add_argument("--device", default="cpu", help="of the model (default: cpu)")
-    parser.add_argument("--threads", type=command_line.threads, default=1, metavar="N", help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--threads", type=command_line.threads, default=1, metavar="N", help="CPU threads (default: 1)"
+    )
     parser.add_argument(
         "--time-limit",
         type=command_line.seconds,
@@ -355,10 +282,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin no batch after that; a rerun with the same --out goes on",
     )
     parser.add_argument(
-        "--out", type=command_line.output_file, metavar="FILE", help="results as JSON, read first where it exists"
+        "--out",
+        type=command_line.output_file,
+        metavar="FILE",
+        help="results as JSON, read first where it exists",
     )
-    parser.add_argument("--table", type=command_line.output_file, metavar="FILE", help="write the table there, not to the screen")
-    parser.add_argument("--plot", type=command_line.output_file, metavar="FILE", help="accuracy against passes, as a picture")
+    parser.add_argument(
+        "--table",
+        type=command_line.output_file,
+        metavar="FILE",
+        help="write the table there, not to the screen",
+    )
+    parser.add_argument(
+        "--plot", type=command_line.output_file, metavar="FILE", help="accuracy against passes, as a picture"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -392,8 +329,8 @@ def run(options: argparse.Namespace) -> int:
     )
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar_options = {"console": console, "transient": True, "disable": not console.is_terminal}
-    with command_line.cpu_threads(options.threads), Progress(*columns, **bar_options) as progress:
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with command_line.cpu_threads(options.threads), progress:
         bar = progress.add_task("", total=total, completed=done)
         left = evaluate(
             work,

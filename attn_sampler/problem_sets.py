@@ -129,13 +129,13 @@ class ProblemSet:
             largest = int(torch.cat([prompt, answer]).max())
             if largest >= size:
                 raise ValueError(
-                    f"{self.name}, problem {number}: expected token ids below {size}, the model's vocabulary, "
-                    f"got {largest}"
+                    f"{self.name}, problem {number}: expected token ids below {size}, the model's "
+                    f"vocabulary, got {largest}"
                 )
             if (blanks := int((prompt == model.mask_token_id).sum())) != len(answer):
                 raise ValueError(
-                    f"{self.name}, problem {number}: expected the model's mask token, {model.mask_token_id}, at "
-                    f"the {len(answer)} blanks, got it at {blanks} positions"
+                    f"{self.name}, problem {number}: expected the model's mask token, "
+                    f"{model.mask_token_id}, at the {len(answer)} blanks, got it at {blanks} positions"
                 )
 
     @property
@@ -195,7 +195,11 @@ def read_problems(
     """
     prompts: list[Tensor] = []
     answers: list[Tensor] = []
-    for number, line in enumerate(documents.read_text(path).split("\n"), start=1):
+    try:
+        lines = documents.read_text(path).split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if count is not None and len(prompts) == count:
             break
         if not line.strip():

@@ -105,7 +105,9 @@ class DecodeTrace:
         """Raise ValueError where a commit or the padding is outside the prompts."""
         lengths = [len(row) for row in self.prompt]
         if self.padding and len(self.padding) != len(lengths):
-            raise ValueError(f"padding: expected one for each of {len(lengths)} prompts, got {len(self.padding)}")
+            raise ValueError(
+                f"padding: expected one for each of {len(lengths)} prompts, got {len(self.padding)}"
+            )
         for padding, length in zip(self.padding, lengths, strict=False):
             if padding > length:
                 raise ValueError(f"padding: expected at most the {length} positions, got {padding}")

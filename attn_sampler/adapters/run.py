@@ -115,7 +115,9 @@ def load(
         model = auto_class.from_pretrained(path, dtype=dtype, **given, **code).eval()
     except LoadError:
         raise
-    except Exception as error:  # what transformers makes of broken files is of many types, Exception itself too
+    except (
+        Exception
+    ) as error:  # what transformers makes of broken files is of many types, Exception itself too
         raise LoadError(f"cannot load {path}: {_reason(error)}") from error
     model.to(device)
     if family == "bidirectional":
@@ -132,7 +134,9 @@ def load(
             with torch.no_grad():
                 adapter(torch.tensor([[mask_token_id]], device=device))
         except (AttributeError, TypeError) as error:
-            raise LoadError(f"{path}: cannot be called as those of --adapter {family}: {_reason(error)}") from error
+            raise LoadError(
+                f"{path}: cannot be called as those of --adapter {family}: {_reason(error)}"
+            ) from error
     return Checkpoint(adapter, tokenizer, options)
 
 

@@ -53,7 +53,9 @@ class TinyMaskedLMConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, whole = getattr(self, field.name), field.type == "int"
-            positive = isinstance(value, int if whole else (int, float)) and 0 < value < (1 << 31 if whole else 1e9)
+            positive = isinstance(value, int if whole else (int, float)) and 0 < value < (
+                1 << 31 if whole else 1e9
+            )
             if not positive and field.name != "mask_token_id":
                 raise ValueError(
                     f"{field.name}: expected a positive {'integer' if whole else 'number'}, got {value!r}"
@@ -239,8 +241,8 @@ def load_weights(path: str | Path) -> TinyMaskedLM:
     Raises
     ------
     ValueError
-        The file is no safetensors file, has no ``config`` entry in its metadata, or a wrong one, or holds other
-        tensors than go with it.
+        The file is no safetensors file, has no ``config`` entry in its metadata or a wrong one, or holds
+        tensors that do not go with it.
     """
     from safetensors import SafetensorError, safe_open
 

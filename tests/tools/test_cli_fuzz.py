@@ -1,4 +1,4 @@
-"""Whatever a user types or has in a file, the commands answer with a result or with one line, and no traceback."""
+"""Whatever a user types or has in a file, a command answers with a result or one line, and no traceback."""
 
 from __future__ import annotations
 
@@ -13,41 +13,86 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hostile_files import CONFIG, MASK, SMALL, hostile_text, hostile_weights, make_checkpoint, place
 
-from attn_sampler.bundled.model import TinyMaskedLM, TinyMaskedLMConfig, save_weights
+from attn_sampler.bundled.model import TinyMaskedLM, save_weights
 from attn_sampler.cli import main
 from attn_sampler.evaluate import Results
 from attn_sampler.problem_sets import EvaluatedModel, bundled_problems
 
-VOCAB, MASK = 11, 10
-CONFIG = TinyMaskedLMConfig(VOCAB, MASK, hidden_size=8, num_layers=2, num_heads=2, ffn_size=8)
-
 NUMBERS = ["nan", "inf", "-inf", "-1", "1e-300", "1e999", "1.5", "0x10", "", " ", "9" * 5000, "0,5", "high"]
-INTEGERS = ["0", "-1", "1.0", "nan", str(2**31 + 1), str(2**63), str(-(2**70)), "9" * 5000, "", "1 2", "ten", "٣"]
+INTEGERS = [
+    "0",
+    "-1",
+    "1.0",
+    "nan",
+    str(2**31 + 1),
+    str(2**63),
+    str(-(2**70)),
+    "9" * 5000,
+    "",
+    "1 2",
+    "ten",
+    "٣",
+]
 NAMES = ["", " ", "none-such", "a\nb", "../x", "x" * 5000, "%s{0}", "-", "é", "\udcff", "attn:", "[bold]"]
 DEVICES = ["cuda:99", "cuda:-1", "cpu:1", "meta", "mps", "hpu", "lazy", "ideep", "privateuseone", *NAMES]
 LAYERS = ["0,4", "-5", "99", str(2**70), "0,", "first", "1:2", "", "0;1", "9" * 5000]
 RULES = [
-    *("attn:layers=99", "attn:layers=-99", f"attn:layers={2**70}", "attn:layers=3:1", f"attn:layers=-{2**70}:"),
-    *("attn:layers=0+", "attn:layers=1:2:3", "attn:layers=", "attn:tau=nan", "attn:tau", "attn:=", "attn:=1", ":"),
-    *("attn:tau=0.5,tau=0.6", "attn:mode=both", "attn-sequential:mode=parallel", "attn:rows=masked", "attn:rows=x"),
+    *(
+        "attn:layers=99",
+        "attn:layers=-99",
+        f"attn:layers={2**70}",
+        "attn:layers=3:1",
+        f"attn:layers=-{2**70}:",
+    ),
+    *(
+        "attn:layers=0+",
+        "attn:layers=1:2:3",
+        "attn:layers=",
+        "attn:tau=nan",
+        "attn:tau",
+        "attn:=",
+        "attn:=1",
+        ":",
+    ),
+    *(
+        "attn:tau=0.5,tau=0.6",
+        "attn:mode=both",
+        "attn-sequential:mode=parallel",
+        "attn:rows=masked",
+        "attn:rows=x",
+    ),
     *(f"adas:count={2**70}", "adas:count=-1", "adas:count=true", "adas:strength=inf", "adas:strength=none"),
     *(f"klass:history={2**70}", f"klass:kl={2**70}", f"factor:factor={2**70}", "factor:factor=" + "9" * 400),
-    *("eb:gamma=nan", f"eb:gamma={2**70}", "random:seed=1", "dawn:tau_low=2", "dapd:tau_min=nan", "clad:tau=x"),
-    *("confidence:metric=entropy", "attn:diagonal=none", "attn:softmax_scope=1", "attn:query_rows=none", "attn,tau=1"),
-    *(f"dapd:tau_max={2**70}", f"dawn:tau_sink={2**70}", f"adas:strength={2**70}", "attn:self=1", "attn:policy=1"),
+    *(
+        "eb:gamma=nan",
+        f"eb:gamma={2**70}",
+        "random:seed=1",
+        "dawn:tau_low=2",
+        "dapd:tau_min=nan",
+        "clad:tau=x",
+    ),
+    *(
+        "confidence:metric=entropy",
+        "attn:diagonal=none",
+        "attn:softmax_scope=1",
+        "attn:query_rows=none",
+        "attn,tau=1",
+    ),
+    *(
+        f"dapd:tau_max={2**70}",
+        f"dawn:tau_sink={2**70}",
+        f"adas:strength={2**70}",
+        "attn:self=1",
+        "attn:policy=1",
+    ),
 ]
-VALUES: list[Any] = [None, True, False, -1, 0, 1, 12, 2**31, 2**63, 2**70, 10**400, 0.5, 1e300, -0.0]
-SMALL = [value for value in VALUES if value is None or value <= 12]  # what transformers would count to
-WORSE = [float("nan"), float("inf"), -float("inf"), "", "x", "\ud800", "1" * 3000, [], {}, [[]], [None], {"a": 1}]
-SMALL += WORSE
-VALUES += WORSE
 
 
 class Draw(NamedTuple):
@@ -74,94 +119,6 @@ def needs_an_argument(name: str) -> str:
 number = 3
 
 
-# Files, wrong in any way.
-
-
-def mutated(value: Any, rng: random.Random, values: list[Any]) -> Any:
-    """The value with something else at one of its places, or something missing or more."""
-    if not isinstance(value, (list, dict)) or not value or rng.random() < 0.15:
-        return rng.choice(values)
-    copy = list(value) if isinstance(value, list) else dict(value)
-    key = rng.choice(range(len(copy)) if isinstance(copy, list) else list(copy))
-    change = rng.random()
-    if change < 0.1:
-        del copy[key]
-    elif change < 0.2:
-        copy = [*copy, rng.choice(values)] if isinstance(copy, list) else {**copy, "more": rng.choice(values)}
-    else:
-        copy[key] = mutated(copy[key], rng, values)
-    return copy
-
-
-def hostile_text(value: Any, rng: random.Random, values: list[Any] = VALUES) -> bytes:
-    """A JSON document like this one, and wrong."""
-    text = json.dumps(mutated(value, rng, values)).encode()
-    kind = rng.random()
-    if kind < 0.6:
-        return text
-    good = json.dumps(value).encode()
-    cut = rng.randrange(len(good))
-    deep = rng.choice([b"[", b'{"a":', b"[[", b'{"tasks":'])
-    return rng.choice(
-        [
-            b"",
-            b"\xef\xbb\xbf" + good,
-            b"\xff\xfe" + good.decode().encode("utf-16-le"),
-            good[:cut],
-            good[:cut] + bytes([rng.randrange(256)]) + good[cut + 1 :],
-            good + good,
-            good.replace(b"{", b'{"tasks": 1, ', 1),
-            good.replace(b": ", b": {}, ", 1) if rng.random() < 0.5 else good.replace(b'"', b"'"),
-            deep * 100_000,
-            deep * 900 + good,
-            b'{"prompt": ' + b"9" * 5000 + b"}",
-            rng.randbytes(50),
-            b"\0" * 100,
-        ]
-    )
-
-
-def hostile_weights(path: Path, rng: random.Random) -> None:
-    """A safetensors file of the bundled format, broken."""
-    import dataclasses
-
-    from safetensors.torch import load_file, save_file
-
-    model = TinyMaskedLM(CONFIG)
-    if rng.random() < 0.2:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(rng.choice([float("nan"), float("inf"), 0.0, 60000.0]))
-    save_weights(model, path)
-    config = dataclasses.asdict(CONFIG)
-    kind = rng.random()
-    if kind < 0.4:
-        tensors = load_file(path)
-        text = hostile_text(config, rng).decode("utf-8", "replace")
-        if rng.random() < 0.3:
-            size = rng.choice([2**20, 2**31 - 1, 2**40])
-            config[rng.choice(["vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size"])] = size
-            text = json.dumps(config)
-        save_file(tensors, path, metadata={"config": text})
-    elif kind < 0.6:
-        tensors = load_file(path)
-        name = rng.choice(list(tensors))
-        other = rng.choice([None, torch.zeros(0), torch.zeros(3, 5), torch.zeros(1, dtype=torch.int64)])
-        tensors.pop(name) if other is None else tensors.update({name: other})
-        tensors |= {"more": torch.zeros(1)} if rng.random() < 0.3 else {}
-        save_file(tensors, path, metadata={"config": json.dumps(config)})
-    else:
-        content = bytearray(path.read_bytes())
-        for _ in range(rng.randint(1, 3)):
-            content[rng.randrange(min(len(content), 900))] = rng.randrange(256)
-        path.write_bytes(content[: rng.choice([0, 7, 8, 100, len(content) - 1, len(content)])])
-
-
-def place(folder: Path, rng: random.Random) -> str:
-    """Somewhere that nothing should be written to or read from."""
-    return rng.choice(["/dev/full", "/dev/zero", str(folder), "/no/such/file", "", "x" * 300, "/dev/null/x", "\udcff"])
-
-
 RECORDS = [{"prompt": [1, 2, MASK, MASK], "answer": [3, 4]}, {"prompt": [5], "answer": [6]}]
 RESULTS = {
     "tasks": {
@@ -169,7 +126,10 @@ RESULTS = {
             "problems": 2,
             "fingerprint": bundled_problems("addition", 2).fingerprint,
             "model": "addition",
-            "rules": {"confidence": {"right": [1, 0], "passes": [3, 4]}, "attn:tau=1": {"right": [], "passes": []}},
+            "rules": {
+                "confidence": {"right": [1, 0], "passes": [3, 4]},
+                "attn:tau=1": {"right": [], "passes": []},
+            },
             "orders": {"confidence": {"nats": [-0.5, -1.25], "passes": [3, 4]}},
         }
     },
@@ -198,7 +158,9 @@ def draw_demo(folder: Path, rng: random.Random) -> Draw:
     return with_options(words, options, rng)
 
 
-def with_options(words: list[str], options: dict[str, list[str]], rng: random.Random, out: Path | None = None) -> Draw:
+def with_options(
+    words: list[str], options: dict[str, list[str]], rng: random.Random, out: Path | None = None
+) -> Draw:
     chosen = rng.sample(list(options), rng.choice([1, 1, 1, 2]))
     given = [word for name in chosen for word in (name, rng.choice(options[name]))]
     if rng.random() < 0.05:
@@ -208,6 +170,7 @@ def with_options(words: list[str], options: dict[str, list[str]], rng: random.Ra
 
 def draw_eval(folder: Path, rng: random.Random) -> Draw:
     words = ["eval", "--rule", "confidence", "--problems", "2"]
+    words += rng.choice([[], [], ["--order-log-likelihood"], ["--table", str(folder / "table.md")]])
     out, task, weights = folder / "out.json", folder / "task.jsonl", folder / "weights.safetensors"
     names = [str(out), str(task), str(weights), "weights.safetensors", "test_cli_fuzz", "task,", "prompt_ids"]
     results = json.loads(json.dumps(RESULTS))
@@ -220,7 +183,17 @@ def draw_eval(folder: Path, rng: random.Random) -> Draw:
         save_weights(toy().model, weights)  # type: ignore[arg-type]
     options: dict[str, list[str]] = {
         "--task": NAMES,
-        "--model": [*NAMES, "os:", ":", ".:x", ".json:x", "test_cli_fuzz:" + rng.choice(MEMBERS), "hub:", "hub:/", "hub:a b"],
+        "--model": [
+            *NAMES,
+            "os:",
+            ":",
+            ".:x",
+            ".json:x",
+            "test_cli_fuzz:" + rng.choice(MEMBERS),
+            "hub:",
+            "hub:/",
+            "hub:a b",
+        ],
         "--adapter": NAMES,
         "--rule": [*RULES, *NAMES],
         "--baseline": [*RULES, *NAMES],
@@ -248,7 +221,9 @@ def draw_eval(folder: Path, rng: random.Random) -> Draw:
     if hostile < 0.55 and "--task-file" in words:
         hostile_weights(weights, rng)
         model = rng.choice([str(weights), str(folder)])
-        return Draw([*words, "--model", model, "--rule", "attn", "--out", str(out)], [*names, "position"], out)
+        return Draw(
+            [*words, "--model", model, "--rule", "attn", "--out", str(out)], [*names, "position"], out
+        )
     if rng.random() < 0.5:
         out.write_text(json.dumps(results))
     drawn = with_options([*words, "--out", str(out)], options, rng, out)
@@ -258,26 +233,8 @@ def draw_eval(folder: Path, rng: random.Random) -> Draw:
 MEMBERS = ["toy", "none", "not_a_model", "needs_an_argument", "number", "pytest", "toy.x", ""]
 
 
-def make_checkpoint(folder: Path) -> None:
-    """A Llama of random weights with a tokenizer of words, saved by transformers."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["[UNK]", "[PAD]", "[EOS]", *(f"w{i}" for i in range(12)), "[MASK]"]
-    config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]", "mask_token": "[MASK]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-
-
 def draw_generate(folder: Path, rng: random.Random) -> Draw:
     model = folder / "model"
-    shutil.copytree(CHECKPOINT[0], model)
     words = ["generate", "--model", str(model), "--prompt", "w1 w2", "w3", "--adapter", "bidirectional"]
     words += ["--gen-length", "4", "--device", "cpu"]
     options: dict[str, list[str]] = {
@@ -296,12 +253,21 @@ def draw_generate(folder: Path, rng: random.Random) -> Draw:
         "--device": DEVICES,
         "--dtype": NAMES,
         "--adapter": ["llada", "dream", "sdar", "fast-dllm-v2", "llada2", *NAMES],
-        "--attention": ["eager", "attn_sampler_fa2", "attn_sampler_flex", "flash_attention_2", "paged|sdpa", *NAMES],
+        "--attention": [
+            "eager",
+            "attn_sampler_fa2",
+            "attn_sampler_flex",
+            "flash_attention_2",
+            "paged|sdpa",
+            *NAMES,
+        ],
         "--mask-token-id": ["15", "16", "3", *INTEGERS],
     }
     if rng.random() < 0.5:
         drawn = with_options(words, options, rng)
-        return drawn._replace(names=[*drawn.names, "prompt_ids", "layers", "flash_attn", "cache", "block_length"])
+        return drawn._replace(
+            names=[*drawn.names, "prompt_ids", "layers", "flash_attn", "cache", "block_length"]
+        )
     path = rng.choice(sorted(model.iterdir()))
     content = bytearray(path.read_bytes())
     if path.suffix == ".json" and rng.random() < 0.8:
@@ -312,21 +278,25 @@ def draw_generate(folder: Path, rng: random.Random) -> Draw:
         path.write_bytes(content[: rng.choice([0, 7, 8, 100, len(content) - 1, len(content)])])
         if rng.random() < 0.1:
             path.unlink()
-    return Draw([*words, "--policy", "attn"], [str(model), path.name, "position", "layers", "prompt", "token"])
+    return Draw(
+        [*words, "--policy", "attn"], [str(model), path.name, "position", "layers", "prompt", "token"]
+    )
 
 
 def draw_info(folder: Path, rng: random.Random) -> Draw:
-    return Draw([rng.choice(["info", "", "x", "--", "-1"]), *rng.sample(["--json", "--x", "word"], 1)], ["arguments", "command"])
+    return Draw(
+        [rng.choice(["info", "", "x", "--", "-1"]), *rng.sample(["--json", "--x", "word"], 1)],
+        ["arguments", "command"],
+    )
 
 
-def run(words: list[str]) -> tuple[int, str]:
+def run(words: list[str]) -> tuple[Any, str]:
     """The exit status and stderr of a command, in this process."""
     err = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
         try:
             status = main(words)
         except SystemExit as stop:
-            assert isinstance(stop.code, int)
             status = stop.code
     return status, err.getvalue()
 
@@ -347,19 +317,19 @@ def judge(drawn: Draw) -> None:
         assert after == before or (status == 1 and Results(drawn.out).cells), told
 
 
-CHECKPOINT: list[Path] = []
-WEIGHTS = [3, 8, 1, 0]
-VERBS: dict[str, Callable[[Path, random.Random], Draw]] = {"demo": draw_demo, "eval": draw_eval, "info": draw_info, "generate": draw_generate}
-
-
-def check_draws(seed: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_draws(seed: int, checkpoint: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rng = random.Random(seed)
-    for index in range(count):
+    for index in range(15):
         folder = tmp_path / str(index)
         folder.mkdir()
         monkeypatch.chdir(folder)
-        (verb,) = rng.choices(list(VERBS), WEIGHTS)
-        drawn = VERBS[verb](folder, rng)
+        (draw,) = rng.choices([draw_demo, draw_eval, draw_info, draw_generate], [3, 8, 1, 3])
+        if draw is draw_generate:
+            if checkpoint is None:
+                continue
+            shutil.copytree(checkpoint, folder / "model")
+        drawn = draw(folder, rng)
         try:
             judge(drawn)
         except BaseException as error:
@@ -368,12 +338,84 @@ def check_draws(seed: int, count: int, tmp_path: Path, monkeypatch: pytest.Monke
         assert not list(folder.glob(".*.part")), drawn.words
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """None where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(folder)
+    return folder
+
+
 @pytest.mark.parametrize("seed", range(10))
-def test_a_mistake_is_told_in_one_line(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_draws(seed, 15, tmp_path, monkeypatch)
+def test_a_mistake_is_told_in_one_line(
+    seed: int, checkpoint: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_draws(seed, checkpoint, tmp_path, monkeypatch)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(10, 310))
-def test_many_mistakes_are_told_in_one_line(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_draws(seed, 15, tmp_path, monkeypatch)
+def test_many_mistakes_are_told_in_one_line(
+    seed: int, checkpoint: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_draws(seed, checkpoint, tmp_path, monkeypatch)
+
+
+# As a process.
+
+
+def start(words: list[str], **options: Any) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "attn_sampler", *words], stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is full")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["info"], "attn-sampler: [Errno 28] No space left on device: 'standard output'\n"),
+        (
+            [*["demo", "--task", "addition", "--policy", "pard", "--problems", "1", "--trace", "/dev/full"]],
+            "attn-sampler: [Errno 28] No space left on device: '/dev/full'\n",
+        ),
+    ],
+)
+def test_a_full_disk(words: list[str], told: str) -> None:
+    with open("/dev/full" if words == ["info"] else os.devnull, "w") as output:
+        process = start(words, stdout=output)
+        assert process.communicate(timeout=120)[1] == told
+    assert process.returncode == 1
+
+
+def test_output_that_nobody_reads() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(["info", "--json"], stdout=writer)
+    os.close(writer)
+    assert process.communicate(timeout=120)[1] == ""
+    assert process.returncode == 1
+
+
+def test_an_interrupt_keeps_what_was_decoded(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    words = ["eval", "--task", "addition", "addition-first", "addition-second", "--batch", "1", "--out"]
+    process = start([*words, str(out)], stdout=subprocess.DEVNULL)
+    while not out.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120)[1] == ""
+    assert process.returncode == 130
+    assert Results(out).cells["addition"]["rules"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_an_old_name_in_a_rule_is_said_to_be_old() -> None:
+    words = ["eval", "--task", "addition", "--problems", "1", "--rule", "attn:rows=masked"]
+    process = start(words, stdout=subprocess.PIPE)
+    output, told = process.communicate(timeout=120)
+    assert told == "attn-sampler: rule 'attn:rows=masked': rows is called query_rows now\n"
+    assert "`attn:query_rows=masked`" in output
+    assert process.returncode == 0
