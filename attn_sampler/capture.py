@@ -23,6 +23,7 @@ from attn_sampler.attention_calls import is_capturing as is_capturing
 from attn_sampler.attention_calls import report_attention as report_attention
 from attn_sampler.attention_masks import Visible, read_mask, table
 from attn_sampler.backends import BACKEND_CHOICES
+from attn_sampler.errors import DecodingError
 from attn_sampler.functional import attention_map, column_scores
 from attn_sampler.options import REDUCTIONS
 
@@ -254,7 +255,7 @@ class AttentionCapture(TorchFunctionMode):
     def _chosen_records(self) -> list[_Record]:
         """The records that count and are not reduced yet."""
         if self.num_calls == 0:
-            raise RuntimeError(
+            raise DecodingError(
                 "AttentionCapture saw no call of torch.nn.functional.scaled_dot_product_attention: the "
                 "model may use nn.MultiheadAttention, flash-attn, a fused custom operator or attention "
                 "written out by hand (attn_implementation='eager' in transformers), or no forward pass ran "
@@ -262,7 +263,7 @@ class AttentionCapture(TorchFunctionMode):
             )
         chosen = chosen_layers(self._selection, self.num_calls)
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_calls:
-            raise RuntimeError(
+            raise DecodingError(
                 f"layers: {self._selection} does not fit the {self.num_calls} attention calls of the model"
             )
         for index in sorted(chosen & self._failures.keys()):

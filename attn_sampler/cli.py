@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from attn_sampler import __version__, collect_env, evaluate
+from attn_sampler import __version__, collect_env, command_line, evaluate
 from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
 from attn_sampler.caching import CACHES
+from attn_sampler.errors import DecodingError
 from attn_sampler.sampler import POLICIES, make_policy
 
 _MAX_PROBLEMS = 500  # as many sudoku puzzles are packaged
 _DEFAULT_PROBLEMS = 100
+_MAX_GEN_LENGTH = 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0; 1 where a file could not be read or written, or a model not be loaded or decoded;
         130 where the user interrupted. Bad arguments exit with status 2.
     """
-    parser = argparse.ArgumentParser(
+    return command_line.guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = command_line.Parser(
         prog="attn-sampler", description="Attention-guided decoding of masked-diffusion language models."
     )
     parser.add_argument("--version", action="version", version=f"attn-sampler {__version__}")
@@ -50,15 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "info":
         return collect_env.run(options)
-    try:
-        if options.command == "eval":
-            return _eval(evaluation, options)
-        return _generate(generate, options) if options.command == "generate" else _demo(demo, options)
-    except OSError as error:
-        print(f"attn-sampler: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if options.command == "eval":
+        return _eval(evaluation, options)
+    return _generate(generate, options) if options.command == "generate" else _demo(demo, options)
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,22 +69,29 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         "and those on attention maps)",
     )
     parser.add_argument(
-        "--tau", type=_unit_interval, help="confidence threshold of the rules that read one (default: 0.9)"
+        "--tau",
+        type=command_line.unit_interval,
+        help="confidence threshold of the rules that read one (default: 0.9)",
     )
     parser.add_argument(
         "--problems",
-        type=_problems,
+        type=command_line.integer(1, _MAX_PROBLEMS),
         default=_DEFAULT_PROBLEMS,
         metavar="N",
         help=f"held-out problems for each task, 1 to {_MAX_PROBLEMS} (default: {_DEFAULT_PROBLEMS})",
     )
     parser.add_argument(
-        "--temperature", type=_non_negative, default=0.0, help="0 takes the most probable token (default)"
+        "--temperature",
+        type=command_line.temperature,
+        default=0.0,
+        help="0 takes the most probable token (default)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of the problems and of sampling (default: 0)")
+    parser.add_argument(
+        "--seed", type=command_line.seed, default=0, help="of the problems and of sampling (default: 0)"
+    )
     parser.add_argument(
         "--layers",
-        type=_layers,
+        type=command_line.layers,
         default="all",
         help="whose attention counts: all (default), last, or indices such as 0,1,-1",
     )
@@ -96,7 +100,7 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=_threads,
+        type=command_line.threads,
         default=1,
         metavar="N",
         help="CPU threads (default: 1, for models this small)",
@@ -104,12 +108,15 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-live", dest="live", action="store_false", help="no animation")
     parser.add_argument(
         "--trace",
-        type=_writable,
+        type=command_line.output_file,
         metavar="FILE",
         help="write every commit as JSON; with several tasks or rules, one FILE-TASK-RULE.json for each",
     )
     parser.add_argument(
-        "--svg", type=_writable, metavar="FILE", help="write the drawn orders of commitment as a picture"
+        "--svg",
+        type=command_line.output_file,
+        metavar="FILE",
+        help="write the drawn orders of commitment as a picture",
     )
 
 
@@ -118,9 +125,8 @@ def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
     try:
         return evaluate.run(options)
-    except LoadError as error:
-        print(f"attn-sampler: {error}", file=sys.stderr)
-        return 1
+    except (LoadError, DecodingError) as error:
+        return command_line.fail(error)
     except ValueError as error:
         parser.error(str(error))
 
@@ -143,14 +149,14 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             if not -depth <= layer < depth:
                 parser.error(f"argument --layers: the models have layers 0 to {depth - 1}, got {layer}")
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without the middle dot gets "?"
+    try:
+        command_line.check_distinct({"--trace": options.trace, "--svg": options.svg})
+    except ValueError as error:
+        parser.error(str(error))
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 100))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
+    with command_line.cpu_threads(options.threads):
         runs = run_demo(
             console,
             tasks=tasks,
@@ -164,8 +170,6 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             live=options.live,
             svg=options.svg,
         )
-    finally:
-        torch.set_num_threads(threads)
     if options.trace is not None:
         for run in runs:
             path = options.trace
@@ -178,30 +182,46 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PATH", help="a folder, or an id on the hub")
-    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="decoded together")
+    parser.add_argument(
+        "--prompt", type=command_line.text, required=True, nargs="+", metavar="TEXT", help="decoded together"
+    )
     parser.add_argument(
         "--policy", choices=sorted(POLICIES), metavar="NAME", default="attn", help="the rule (default: attn)"
     )
-    parser.add_argument("--tau", type=_unit_interval, help="confidence threshold of rules that read one")
     parser.add_argument(
-        "--gen-length", type=_positive, default=128, metavar="N", help="tokens to append (default: 128)"
+        "--tau", type=command_line.unit_interval, help="confidence threshold of rules that read one"
+    )
+    parser.add_argument(
+        "--gen-length",
+        type=command_line.integer(1, _MAX_GEN_LENGTH),
+        default=128,
+        metavar="N",
+        help="tokens to append (default: 128)",
     )
     parser.add_argument(
         "--block-length",
-        type=_positive,
+        type=command_line.positive,
         metavar="N",
         help="positions decoded together (default: the model's)",
     )
     parser.add_argument("--cache", choices=CACHES, default="none", help="of keys and values (default: none)")
     parser.add_argument(
-        "--layers", type=_layers, default="all", help="whose attention counts, as in demo (default: all)"
+        "--layers",
+        type=command_line.layers,
+        default="all",
+        help="whose attention counts, as in demo (default: all)",
     )
     parser.add_argument(
-        "--temperature", type=_non_negative, default=0.0, help="0 takes the most probable token (default)"
+        "--temperature",
+        type=command_line.temperature,
+        default=0.0,
+        help="0 takes the most probable token (default)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=command_line.seed, default=0, help="of sampling (default: 0)")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
-    parser.add_argument("--trace", type=_writable, metavar="FILE", help="write every commit as JSON")
+    parser.add_argument(
+        "--trace", type=command_line.output_file, metavar="FILE", help="write every commit as JSON"
+    )
     parser.add_argument("--no-chat", dest="chat", action="store_false", help="leave out the chat template")
     parser.add_argument("--device", help="default: cuda where there is one, or else cpu")
     parser.add_argument(
@@ -211,7 +231,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", choices=tuple(FAMILIES), help="how the model is called (default: by its model_type)"
     )
     parser.add_argument("--attention", metavar="NAME", help="attn_implementation of transformers")
-    parser.add_argument("--mask-token-id", type=_seed, metavar="ID", help="default: the model's")
+    parser.add_argument("--mask-token-id", type=command_line.seed, metavar="ID", help="default: the model's")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model, as most need"
     )
@@ -253,9 +273,8 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
             trace=options.trace is not None,
             progress=sys.stderr.isatty(),
         )
-    except (LoadError, ValueError, RuntimeError) as error:
-        print(f"attn-sampler: {error}", file=sys.stderr)
-        return 1
+    except (LoadError, ImportError, ValueError, RuntimeError) as error:
+        return command_line.fail(error)
     for text in texts:
         print(text)
     seconds = generation.forward_seconds + generation.sampling_seconds
@@ -268,63 +287,3 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         generation.trace.save(options.trace)
         print(f"wrote {options.trace}", file=sys.stderr)
     return 0
-
-
-def _unit_interval(text: str) -> float:
-    return _number(text, 0.0, 1.0, "a number in [0, 1]")
-
-
-def _non_negative(text: str) -> float:
-    return _number(text, 0.0, sys.float_info.max, "a finite number >= 0")
-
-
-def _number(text: str, low: float, high: float, accepted: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}")
-    return value
-
-
-def _problems(text: str) -> int:
-    return _integer(text, 1, _MAX_PROBLEMS)
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1, 2**31)
-
-
-def _threads(text: str) -> int:
-    return _integer(text, 1, 1024)
-
-
-def _seed(text: str) -> int:
-    return _integer(text, 0, 2**62)
-
-
-def _integer(text: str, low: int, high: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}, got {text!r}")
-    return value
-
-
-def _layers(text: str) -> str | tuple[int, ...]:
-    if text == "all":
-        return text
-    try:
-        return (-1,) if text == "last" else tuple(int(index) for index in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected all, last or indices such as 0,1, got {text!r}") from None
-
-
-def _writable(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"expected a file in a directory that exists, got {text!r}")
-    return path

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from attn_sampler import command_line
 from attn_sampler._version import __version__
 from attn_sampler.backends import BACKENDS, extension, unavailable
 
@@ -113,11 +114,11 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``python -m attn_sampler.collect_env``."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="python -m attn_sampler.collect_env", description="Print versions and backends, with reasons."
     )
     add_arguments(parser)
-    return run(parser.parse_args(arguments))
+    return command_line.guarded(lambda: run(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from attn_sampler import documents
 from attn_sampler._version import __version__
 from attn_sampler.backends import choose_backend
 from attn_sampler.bundled import load_model, load_task
@@ -314,4 +315,4 @@ def _save_svg(path: Path, drawings: Sequence[RenderableType]) -> None:
     console.print(drawing)
     picture = console.export_svg(title="attn-sampler demo")
     # Self-contained: rich links a font from the network, and any monospaced one does.
-    path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
+    documents.write(path, re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL))

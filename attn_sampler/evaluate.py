@@ -22,12 +22,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import os
-import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_sampler import checks
+from attn_sampler import checks, command_line, documents
 from attn_sampler.adapters.models import FAMILIES
+from attn_sampler.errors import DecodingError
 from attn_sampler.generate import Generation, generate
 from attn_sampler.policy import Policy, StepState
 from attn_sampler.problem_sets import (
@@ -50,58 +50,8 @@ from attn_sampler.problem_sets import (
 )
 from attn_sampler.reference import StepResult
 from attn_sampler.report import markdown, plot_frontier, summarise
-from attn_sampler.rules import BASELINE, RULES, SWITCHES, Rule, expand, spelled
-
-
-class Results:
-    """What has been decoded so far, by task and rule, kept in a JSON file.
-
-    ``cells[task]["rules"][label]`` holds what ``decode`` gives for the first so many problems, ``["orders"]``
-    what ``order_log_likelihood`` does.
-    """
-
-    def __init__(self, path: Path | None = None, baseline: str = BASELINE) -> None:
-        self.path = path
-        self.baseline = spelled(baseline)  # the rule with which the summary compares
-        self.cells: dict[str, Any] = {}
-        if path is not None and path.exists():
-            try:
-                self.cells = json.loads(path.read_text(encoding="utf-8"))["tasks"]
-                for cell in self.cells.values():
-                    for kind in ("rules", "orders"):
-                        cell[kind] = {spelled(label): held for label, held in cell[kind].items()}
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: holds no results of an evaluation: {error!r}") from None
-
-    def of(self, problems: ProblemSet, model: str) -> dict[str, Any]:
-        """The cells of these problems decoded by this model.
-
-        Raises
-        ------
-        ValueError
-            The file holds results of other problems or of another model under this name.
-        """
-        identity = {"problems": len(problems), "fingerprint": problems.fingerprint, "model": model}
-        cell = self.cells.setdefault(problems.name, {**identity, "rules": {}, "orders": {}})
-        if any(cell[key] != value for key, value in identity.items()):
-            raise ValueError(
-                f"{self.path}: holds results of {problems.name} on other problems or with another model; "
-                "name another file"
-            )
-        return cell
-
-    def save(self, with_summary: bool = False) -> None:
-        """Write the file, all of it or nothing."""
-        if self.path is None:
-            return
-        content: dict[str, Any] = {"tasks": self.cells}
-        if with_summary:
-            content["summary"] = summarise(self.cells, self.baseline)
-        text = json.dumps(content, indent=1)
-        text = re.sub(r"\[\s+([-\d][^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-        scratch = self.path.with_name(self.path.name + ".part")
-        scratch.write_text(text + "\n", encoding="utf-8")
-        os.replace(scratch, self.path)
+from attn_sampler.results import Results
+from attn_sampler.rules import BASELINE, RULES, SWITCHES, Rule, current, expand
 
 
 class _Revealing(Policy):
@@ -221,7 +171,15 @@ def evaluate(
                     if time.monotonic() - began > time_limit:
                         left += len(problems) - first
                         break
-                    values = run(problems, indices, model, rule)
+                    try:
+                        values = run(problems, indices, model, rule)
+                    except DecodingError as error:
+                        raise DecodingError(f"{problems.name} by {rule.label}: {error}") from error
+                    if done and done.keys() != values.keys():
+                        raise ValueError(
+                            f"{results.path}: holds {', '.join(done)} of {problems.name} by {rule.label}, "
+                            f"not {', '.join(values)}; name another file"
+                        )
                     done = {key: [*done.get(key, ()), *value] for key, value in values.items()}
                     cell[kind][rule.label] = done
                     results.save()
@@ -243,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--task-file",
-        type=Path,
+        type=command_line.input_file,
         metavar="FILE",
         help='problems of your own instead, one a line: {"prompt": "2 + 2 =", "answer": " 4"}, as text or as '
         "lists of token ids",
@@ -279,12 +237,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tau",
         nargs="+",
-        type=float,
+        type=command_line.unit_interval,
         default=[],
         metavar="TAU",
         help="run rules with a threshold at each of these",
     )
-    parser.add_argument("--problems", type=int, default=500, metavar="N", help="of each task (default: 500)")
+    parser.add_argument(
+        "--problems", type=command_line.positive, default=500, metavar="N", help="of each task (default: 500)"
+    )
     parser.add_argument(
         "--split",
         choices=SPLITS,
@@ -297,25 +257,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add the log-likelihood (nats) of the true answer, revealed in each rule's order",
     )
     parser.add_argument(
-        "--block-length", type=int, default=32, metavar="N", help="for --task-file (default: 32)"
+        "--block-length",
+        type=command_line.positive,
+        default=32,
+        metavar="N",
+        help="for --task-file (default: 32)",
     )
     parser.add_argument(
-        "--batch", type=int, default=100, metavar="N", help="problems decoded together (default: 100)"
+        "--batch",
+        type=command_line.positive,
+        default=100,
+        metavar="N",
+        help="problems decoded together (default: 100)",
     )
     parser.add_argument("--device", default="cpu", help="of the model (default: cpu)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--threads", type=command_line.threads, default=1, metavar="N", help="CPU threads (default: 1)"
+    )
     parser.add_argument(
         "--time-limit",
-        type=float,
+        type=command_line.seconds,
         default=math.inf,
         metavar="SECONDS",
         help="begin no batch after that; a rerun with the same --out goes on",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="results as JSON, read first where it exists"
+        "--out",
+        type=command_line.output_file,
+        metavar="FILE",
+        help="results as JSON, read first where it exists",
     )
-    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table there, not to the screen")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="accuracy against passes, as a picture")
+    parser.add_argument(
+        "--table",
+        type=command_line.output_file,
+        metavar="FILE",
+        help="write the table there, not to the screen",
+    )
+    parser.add_argument(
+        "--plot", type=command_line.output_file, metavar="FILE", help="accuracy against passes, as a picture"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -329,17 +309,12 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    for name in ("problems", "block_length", "batch", "threads"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
     checks.device("--device", options.device)
-    for name in ("out", "table", "plot"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name}: expected a file in a folder that exists, got {path}")
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[plot]'")
-    rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
+    files = {f"--{name}": getattr(options, name) for name in ("out", "table", "plot")}
+    command_line.check_distinct({"--task-file": options.task_file, "--model": _file(options.model), **files})
+    if options.plot is not None:
+        _check_plot(options.plot)
+    rules = _rules(options)
     results = Results(options.out, options.baseline)
     labels = {rule.label for rule in rules}.union(*(cell["rules"] for cell in results.cells.values()))
     if results.baseline not in {BASELINE, *labels}:
@@ -349,15 +324,13 @@ def run(options: argparse.Namespace) -> int:
     work = list(_work(options))
     total = len(rules) * sum(len(problems) for problems, *_ in work) * (1 + options.order_log_likelihood)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
+    done = sum(
+        _held(results.of(problems, name), rules, options.order_log_likelihood) for problems, _, name in work
+    )
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        done = sum(
-            _held(results.of(problems, name), rules, options.order_log_likelihood)
-            for problems, _, name in work
-        )
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with command_line.cpu_threads(options.threads), progress:
         bar = progress.add_task("", total=total, completed=done)
         left = evaluate(
             work,
@@ -370,18 +343,44 @@ def run(options: argparse.Namespace) -> int:
                 bar, description=f"{task} {rule}", advance=count
             ),
         )
-    torch.set_num_threads(threads)
     rows = summarise(results.cells, results.baseline)
     table = markdown(rows, results.baseline)
     if options.table is None:
         print(table)
     else:
-        options.table.write_text(table, encoding="utf-8")
+        documents.write(options.table, table)
     if options.plot is not None:
         plot_frontier(rows, options.plot)
     if left:
         print(f"{left} of {total} decodings are left: run again with the same --out", file=sys.stderr)
     return 0
+
+
+def _check_plot(path: Path) -> None:
+    """Raise ValueError where no picture of this name can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot: needs matplotlib: pip install 'attn_sampler[plot]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    accepted = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in accepted:
+        raise ValueError(f"--plot: expected a name that ends in one of {', '.join(accepted)}, got {path}")
+
+
+def _rules(options: argparse.Namespace) -> list[Rule]:
+    """The rules to decode by. What is to be said of how they are written is said."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DeprecationWarning)  # which Python shows to programmers alone
+        rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
+        options.baseline = current(options.baseline)
+    for warning in caught:
+        print(f"attn-sampler: {warning.message}", file=sys.stderr)
+    return rules
+
+
+def _file(spec: str | None) -> Path | None:
+    """The file that a model's name is, if it is one."""
+    return Path(spec) if spec is not None and os.path.isfile(spec) else None
 
 
 def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedModel, str]]:
@@ -390,13 +389,16 @@ def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedMo
             raise ValueError("--task-file: needs --model")
         model = _load(options.model, options)
         problems = read_problems(options.task_file, model, options.block_length, options.problems)
+        problems.check_model(model)
         called = f" as {options.adapter}" if options.adapter else ""  # other results than by its model_type
         yield problems, model, options.model + called
         return
-    for name in options.task:
+    for name in dict.fromkeys(options.task):
         spec = options.model or name.partition("-")[0]
         model = _load(spec, options)
-        yield bundled_problems(name, options.problems, options.split), model, spec
+        problems = bundled_problems(name, options.problems, options.split)
+        problems.check_model(model)
+        yield problems, model, spec
 
 
 def _load(spec: str, options: argparse.Namespace) -> EvaluatedModel:

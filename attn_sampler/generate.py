@@ -23,6 +23,8 @@ from attn_sampler.sampler import make_policy
 from attn_sampler.trace import Commit, DecodeTrace
 
 STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
+_INT64_END = 1 << 63
+_MAX_LENGTH = 1 << 40  # far beyond any model's; the memory is asked for next
 
 
 @dataclasses.dataclass
@@ -157,7 +159,7 @@ def generate(
     if not callable(model):
         raise TypeError(f"model: expected a callable, got {type(model).__name__}")
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
-    checks.integer("mask_token_id", mask_token_id, 0)
+    checks.integer("mask_token_id", mask_token_id, 0, _INT64_END)
     checks.integer("block_length", block_length, 1)
     check_temperature(temperature)
     checks.choice("query_rows", query_rows, QUERY_ROWS)
@@ -345,7 +347,7 @@ def _prompts(
     """Tokens [B, T], a copy, and which of them are not padding."""
     for name, token_id in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
         if token_id is not None:
-            checks.integer(name, token_id, 0)
+            checks.integer(name, token_id, 0, _INT64_END)
             if token_id == mask_token_id:
                 raise ValueError(f"{name}: expected another token than mask_token_id, got {token_id}")
     if isinstance(prompt_ids, Tensor):
@@ -398,7 +400,7 @@ def _check_alignment(visible: Tensor, causal_block: int, block_length: int) -> N
 
 def _append(tokens: Tensor, visible: Tensor, count: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """The prompts with ``count`` masked positions behind each."""
-    checks.integer("gen_length", count, 0)
+    checks.integer("gen_length", count, 0, _MAX_LENGTH)
     shape = (len(tokens), count)
     masked = tokens.new_full(shape, mask_token_id)
     return torch.cat([tokens, masked], dim=1), torch.cat([visible, visible.new_ones(shape)], dim=1)

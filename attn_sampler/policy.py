@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attn_sampler import checks
 from attn_sampler.capture import CapturedLayer
+from attn_sampler.errors import DecodingError
 from attn_sampler.functional import column_scores, token_confidence
 from attn_sampler.reference import StepResult
 
@@ -159,7 +160,7 @@ def check_progress(
 
     Raises
     ------
-    RuntimeError
+    DecodingError
         A selected position's logits are undefined, or none is selected in a row that has masked ones, so that
         decoding would not end.
     """
@@ -168,7 +169,7 @@ def check_progress(
     count, any_undefined, any_stuck = torch.stack([selected.sum(), undefined.any(), stuck.any()]).tolist()
     if any_undefined:
         row, column = undefined.nonzero()[0].tolist()
-        raise RuntimeError(
+        raise DecodingError(
             f"the model's logits at position {start + column} of sequence {int(sequence[row])} are undefined "
             "(NaN, +inf or all -inf), and the policy chose it"
         )
@@ -179,5 +180,5 @@ def check_progress(
             if scored
             else "the attention scores are NaN at every masked position"
         )
-        raise RuntimeError(f"nothing could be committed in sequences {sequence[stuck].tolist()}: {reason}")
+        raise DecodingError(f"nothing could be committed in sequences {sequence[stuck].tolist()}: {reason}")
     return count

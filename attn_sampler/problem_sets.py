@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_sampler import documents
 from attn_sampler.bundled import load_model as load_bundled_model
 from attn_sampler.bundled import load_task
 from attn_sampler.bundled.model import load_weights
@@ -34,6 +37,13 @@ class EvaluatedModel:
     tokenizer: Any = None  # with ``encode(text, add_special_tokens=False)``, for problems given as text
     #: Further keywords of ``generate``, such as ``logit_shift``; a ``block_length`` here comes before others.
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many tokens there are; None where the model's config does not say."""
+        model = getattr(self.model, "model", self.model)  # of an adapter
+        size = getattr(getattr(model, "config", None), "vocab_size", None)
+        return size if isinstance(size, int) else None
 
 
 def load_model(
@@ -72,7 +82,7 @@ def load_model(
         model = load_weights(files[0]).to(device)
         return EvaluatedModel(model, model.mask_token_id)
     prefix, colon, rest = spec.partition(":")
-    if not colon:
+    if not colon or not rest:
         raise ValueError(
             f"model: expected a bundled task ({', '.join(BUNDLED)}), a .safetensors file, a folder with "
             f"one, hub:ID or module:function, got {spec!r}"
@@ -85,9 +95,11 @@ def load_model(
         )
         return EvaluatedModel(adapter, options.pop("mask_token_id"), tokenizer, options)
     try:
-        loaded = getattr(importlib.import_module(prefix), rest)()
-    except (ImportError, AttributeError) as error:
+        function = getattr(importlib.import_module(prefix), rest)
+        inspect.signature(function).bind()  # that it can be called; what it raises itself is its author's
+    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"model: {spec!r} cannot be loaded: {error}") from error
+    loaded = function()
     if not isinstance(loaded, EvaluatedModel):
         raise ValueError(f"model: {spec} must return an EvaluatedModel, got {type(loaded).__name__}")
     if isinstance(loaded.model, torch.nn.Module):
@@ -109,6 +121,22 @@ class ProblemSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def check_model(self, model: EvaluatedModel) -> None:
+        """Raise ValueError where the model does not know a token, or its mask token is at no blank."""
+        size = math.inf if model.vocab_size is None else model.vocab_size
+        for number, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True), start=1):
+            largest = int(torch.cat([prompt, answer]).max())
+            if largest >= size:
+                raise ValueError(
+                    f"{self.name}, problem {number}: expected token ids below {size}, the model's "
+                    f"vocabulary, got {largest}"
+                )
+            if (blanks := int((prompt == model.mask_token_id).sum())) != len(answer):
+                raise ValueError(
+                    f"{self.name}, problem {number}: expected the model's mask token, "
+                    f"{model.mask_token_id}, at the {len(answer)} blanks, got it at {blanks} positions"
+                )
 
     @property
     def fingerprint(self) -> str:
@@ -167,13 +195,17 @@ def read_problems(
     """
     prompts: list[Tensor] = []
     answers: list[Tensor] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = documents.read_text(path).split("\n")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if count is not None and len(prompts) == count:
             break
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = documents.parse_json(line)
             prompt, answer = (_token_ids(record[key], model) for key in ("prompt", "answer"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: expected prompt and answer: {error!r}") from None
@@ -189,7 +221,8 @@ def read_problems(
         answers.append(answer)
     if not prompts:
         raise ValueError(f"{path}: holds no problem")
-    return ProblemSet(path.stem, prompts, answers, block_length)
+    name = path.stem.encode("utf-8", "replace").decode()  # whatever bytes the file system holds
+    return ProblemSet(name, prompts, answers, block_length)
 
 
 def _token_ids(value: Any, model: EvaluatedModel) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from attn_sampler import checks
 from attn_sampler.capture import AttentionCapture
 from attn_sampler.demo import default_tau
+from attn_sampler.documents import shown
 from attn_sampler.options import QUERY_ROWS
 from attn_sampler.policy import Policy
 from attn_sampler.sampler import make_policy
@@ -55,27 +56,31 @@ class Rule:
         ValueError
             The policy or an option is unknown, or a value is not accepted.
         """
-        given, text = text, spelled(text)
-        if text != given:
-            warnings.warn(f"rule {given!r}: rows is called query_rows now", DeprecationWarning, stacklevel=2)
+        text = current(text)
+        try:
+            return cls._of(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"rule {shown(text)}: {error}") from None
+
+    @classmethod
+    def _of(cls, text: str) -> Rule:
         policy, _, rest = text.partition(":")
         options: dict[str, Any] = {}
         attention: dict[str, Any] = {}
         for pair in filter(None, rest.split(",")):
             name, equals, value = pair.partition("=")
             if not equals:
-                raise ValueError(f"rule {text!r}: expected policy:option=value,..., got {pair!r}")
+                raise ValueError(f"expected policy:option=value,..., got {pair!r}")
+            if name in options or name in attention:
+                raise ValueError(f"expected each option once, got {name} twice")
             if name in _ATTENTION_OPTIONS:
                 attention[name] = _layers(value) if name == "layers" else _literal(value)
             else:
                 options[name] = _literal(value)
-        try:
-            make_policy(policy, **options)
-            capture = {name: value for name, value in attention.items() if name != "query_rows"}
-            AttentionCapture(**capture)
-            checks.choice("query_rows", attention.get("query_rows", "all"), QUERY_ROWS)
-        except TypeError as error:
-            raise ValueError(f"rule {text!r}: {error}") from None
+        make_policy(policy, **options)
+        capture = {name: value for name, value in attention.items() if name != "query_rows"}
+        AttentionCapture(**capture)
+        checks.choice("query_rows", attention.get("query_rows", "all"), QUERY_ROWS)
         return cls(text, policy, options, attention)
 
     def make(self) -> Policy:
@@ -86,6 +91,14 @@ class Rule:
 def spelled(text: str) -> str:
     """A rule as it is written now: ``rows`` was the name of ``query_rows``."""
     return re.sub("(?<=[:,])rows=", "query_rows=", text)
+
+
+def current(text: str) -> str:
+    """The same, with a warning where it is written in the old way."""
+    result = spelled(text)
+    if result != text:
+        warnings.warn(f"rule {text!r}: rows is called query_rows now", DeprecationWarning, stacklevel=3)
+    return result
 
 
 def expand(texts: Iterable[str], taus: Sequence[float] = ()) -> list[Rule]:
@@ -102,12 +115,15 @@ def expand(texts: Iterable[str], taus: Sequence[float] = ()) -> list[Rule]:
 
 
 def _literal(text: str) -> Any:
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False, "none": None}.get(text, text)
+    try:
+        if abs(value := int(text)) < 1 << 63:  # what torch takes; larger ones may be meant as floats
+            return value
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return {"true": True, "false": False, "none": None}.get(text, text)
 
 
 def _layers(text: str) -> str | slice | list[int]:

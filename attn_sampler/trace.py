@@ -9,10 +9,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from attn_sampler import documents
+from attn_sampler.documents import COUNT, OPTIONAL_NUMBER, TEXT, Kind
+
 if TYPE_CHECKING:
     from rich.text import Text
 
 _FORMAT = 1
+_COMMIT = {
+    **dict.fromkeys(("sequence", "step", "position", "token"), COUNT),
+    **dict.fromkeys(("score", "confidence"), OPTIONAL_NUMBER),
+}
+_SHAPE = {
+    "format": Kind(f"{_FORMAT}", lambda x: type(x) is int and x == _FORMAT),
+    "prompt": [[COUNT]],
+    "mask_token_id": COUNT,
+    "policy": TEXT,
+    "commits": [_COMMIT],
+    "padding?": [COUNT],
+}
 
 
 class Commit(NamedTuple):
@@ -65,7 +80,7 @@ class DecodeTrace:
             for commit in self.commits
         ]
         text = json.dumps({"format": _FORMAT, **data}, allow_nan=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        documents.write(path, text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> DecodeTrace:
@@ -77,13 +92,28 @@ class DecodeTrace:
             The file is no decode trace, or one of another format.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data.pop("format") != _FORMAT:
-                raise ValueError(f"expected format {_FORMAT}")
+            data = documents.parse_json(documents.read_text(path))
+            documents.check_shape(data, _SHAPE)
             data["commits"] = [_read_commit(**commit) for commit in data["commits"]]
-            return cls(**data)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            trace = cls(**{name: value for name, value in data.items() if name != "format"})
+            trace._check_places()
+            return trace
+        except ValueError as error:
             raise ValueError(f"path: {path} is not a decode trace ({error})") from error
+
+    def _check_places(self) -> None:
+        """Raise ValueError where a commit or the padding is outside the prompts."""
+        lengths = [len(row) for row in self.prompt]
+        if self.padding and len(self.padding) != len(lengths):
+            raise ValueError(
+                f"padding: expected one for each of {len(lengths)} prompts, got {len(self.padding)}"
+            )
+        for padding, length in zip(self.padding, lengths, strict=False):
+            if padding > length:
+                raise ValueError(f"padding: expected at most the {length} positions, got {padding}")
+        for commit in self.commits:
+            if commit.sequence >= len(lengths) or commit.position >= lengths[commit.sequence]:
+                raise ValueError(f"commits: expected a position of the prompts, got {commit}")
 
     def render(
         self,

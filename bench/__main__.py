@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from attn_sampler import checks, command_line
 from attn_sampler.backends import BACKENDS
 
 from . import harness, report
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--dtype", choices=_DTYPES, default="bfloat16")
     shared.add_argument("--output", type=Path, default=report.RESULTS, metavar="FOLDER")
     shared.add_argument("--quick", action="store_true", help="few rows and samples, under two minutes")
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -47,35 +48,56 @@ def _parser() -> argparse.ArgumentParser:
         "--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"of {' '.join(CASES)}"
     )
     kernels.add_argument("--backends", nargs="+", choices=BACKENDS, default=harness.default_backends())
-    kernels.add_argument("--threads", type=int, nargs="+", default=thread_counts(), help="of the CPU")
-    kernels.add_argument("--seconds", type=float, default=math.inf, help="start no row after so long")
+    kernels.add_argument(
+        "--threads", type=command_line.threads, nargs="+", default=thread_counts(), help="of the CPU"
+    )
+    kernels.add_argument(
+        "--seconds", type=command_line.seconds, default=math.inf, help="start no row after so long"
+    )
     steps = commands.add_parser("end-to-end", parents=[shared], help="whole decoding steps of a model")
     steps.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
     compare = commands.add_parser("compare", help="two result files")
-    compare.add_argument("old", type=Path)
-    compare.add_argument("new", type=Path)
-    compare.add_argument("--threshold", type=float, default=1.15, help="times the old median (default 1.15)")
+    compare.add_argument("old", type=command_line.input_file)
+    compare.add_argument("new", type=command_line.input_file)
+    compare.add_argument(
+        "--threshold",
+        type=command_line.non_negative,
+        default=1.15,
+        help="times the old median (default 1.15)",
+    )
     commands.add_parser("report", help="write RESULTS.md")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text. The exit status."""
+    return command_line.guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "kernels")
     options = parser.parse_args(given)
     if options.command == "compare":
-        return _compare(options.old, options.new, options.threshold)
+        try:
+            before, after = map(report.read, (options.old, options.new))
+        except ValueError as error:
+            parser.error(str(error))
+        return _compare(before, after, options.threshold)
     if options.command == "report":
         print(f"written: {report.write_results_page()}")
         return 0
     shown = [word for word in given if word != "kernels"]
     command = " ".join(["python -m bench", *shown])
     if options.command == "end-to-end":
+        try:
+            checks.device("argument --device", options.device)
+        except ValueError as error:
+            parser.error(str(error))
         return _end_to_end(options, command)
     return _kernels(options, command)
 
@@ -191,8 +213,7 @@ def _write(options: argparse.Namespace, results: dict[str, Any], suffix: str) ->
     return path
 
 
-def _compare(old: Path, new: Path, threshold: float) -> int:
-    before, after = (json.loads(path.read_text()) for path in (old, new))
+def _compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> int:
     machines = [r["environment"]["machine"] for r in (before, after)]
     if machines[0] != machines[1]:
         print(f"different machines: {machines[0]}; {machines[1]}")

@@ -17,15 +17,15 @@ that torch.compile makes of the model over a run.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import json
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import attn_sampler
-from attn_sampler import Generation, Policy, StepState, decode_step, generate
+from attn_sampler import Generation, Policy, StepState, command_line, decode_step, generate
 from attn_sampler.backends import extension
 
 MASK = 0
@@ -170,20 +170,27 @@ def measure(runs: dict[str, Callable[..., Generation]], repeats: int) -> dict[st
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.capture", description="What guidance costs a step."
-    )
+    return command_line.guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = command_line.Parser(prog="python -m bench.capture", description="What guidance costs a step.")
     for name, default in (
         *(("width", 256), ("heads", 8), ("layers", 6), ("vocab", 8192), ("batch", 1), ("threads", 1)),
         *(("prompt-length", 480), ("gen-length", 32), ("block-length", 32), ("repeats", 4)),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
+        kind = command_line.threads if name == "threads" else command_line.integer(1, 2**20)
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"default: {default}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="time the model under torch.compile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.width % (2 * options.heads):
+        parser.error(f"argument --width: expected a multiple of twice the heads, got {options.width}")
+    if options.vocab < 3:
+        parser.error(f"argument --vocab: expected the mask token and two more, got {options.vocab}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = Model(options.vocab, options.width, options.heads, options.layers)
@@ -232,7 +239,8 @@ def main() -> None:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": machine, "results": figures}, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

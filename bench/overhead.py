@@ -14,11 +14,11 @@ Of Triton's calls there are the last two: up to the launch, which is left out, w
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -26,7 +26,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from attn_sampler import attention_map, column_scores, decode_step, ops, select_tokens, token_confidence
+from attn_sampler import (
+    attention_map,
+    checks,
+    column_scores,
+    command_line,
+    decode_step,
+    ops,
+    select_tokens,
+    token_confidence,
+)
 from attn_sampler.backends import BACKENDS, REGISTRY, extension, unavailable
 
 _CALLS = 10  # for each sample
@@ -96,15 +105,21 @@ def split_us(call: Callable[[], Any], backend: str, seconds: float) -> dict[str,
     return us
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.overhead", description="Time the way to the kernels."
-    )
+    return command_line.guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = command_line.Parser(prog="python -m bench.overhead", description="Time the way to the kernels.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", choices=BACKENDS, help="default: the device's own")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each figure")
-    options = parser.parse_args()
+    parser.add_argument("--seconds", type=command_line.seconds, default=0.5, help="for each figure")
+    options = parser.parse_args(arguments)
+    try:
+        checks.device("argument --device", options.device)
+    except ValueError as error:
+        parser.error(str(error))
     backend = options.backend or options.device
     if (reason := unavailable(backend)) is not None:
         parser.error(reason)
@@ -122,7 +137,8 @@ def main() -> None:
             table.add_row(function, str(layers or ""), *(f"{value:.1f}" for value in us.values()))
     Console(width=None if Console().is_terminal else 120).print(table)
     print(f"backend={backend} device={options.device} torch={torch.__version__}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attn_sampler import documents
+from attn_sampler.documents import ANYTHING, NUMBER, TEXT, Kind
+
 from .cases import CASES
 from .harness import ROOT, digest
 
@@ -24,6 +27,38 @@ _SHARES = ("columns", "block_scope", "confidence", "sampled", "step")
 _SHARE_PLOT = "share_of_floor.png"
 
 Cell = dict[str, Any]
+
+
+def _is_figure(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("ours"), bool):
+        return False
+    times = [value.get(name) for name in ("median_ms", "q1_ms", "q3_ms")]
+    return "median_ms" not in value or all(NUMBER.accepts(x) and x > 0 for x in times)
+
+
+#: Of a result file, what two of them are compared by.
+_SHAPE: dict[Any, Any] = {
+    "environment": {"machine": TEXT, ...: ANYTHING},
+    "cells": [
+        {
+            **dict.fromkeys(("case", "row", "device", "dtype"), TEXT),
+            "threads": Kind("an integer or null", lambda x: x is None or type(x) is int),
+            "figures?": {...: Kind("a figure, or the reason why there is none", _is_figure)},
+            ...: ANYTHING,
+        }
+    ],
+    ...: ANYTHING,
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file; ValueError where it is none."""
+    try:
+        content = documents.parse_json(documents.read_text(path))
+        documents.check_shape(content, _SHAPE)
+    except ValueError as error:
+        raise ValueError(f"{path} is no result file: {error}") from None
+    return content
 
 
 def folder_of(machine: str, results: Path = RESULTS) -> Path:

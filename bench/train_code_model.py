@@ -35,6 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attn_sampler import checks, command_line, documents
+from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.bundled.model import TinyMaskedLM, TinyMaskedLMConfig, load_weights, save_weights
 from attn_sampler.bundled.train import Recipe, make_optimizers, masked_loss
 from attn_sampler.evaluate import BASELINE, RULES, Results, evaluate, expand
@@ -200,18 +202,39 @@ def train(data: Tensor, size: Size, seconds: float, device: str, seed: int = 0) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m bench.train_code_model")
+    return command_line.guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = command_line.Parser(prog="python -m bench.train_code_model")
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of training (default: 300)")
-    parser.add_argument("--eval-seconds", type=float, default=120.0, help="of decoding (default: 120)")
-    parser.add_argument("--problems", type=int, default=300)
-    parser.add_argument("--max-files", type=int, default=4000, help="read no more (default: 4000)")
-    parser.add_argument("--backend", default="auto", help="of the sampling step (default: auto)")
+    parser.add_argument(
+        "--seconds", type=command_line.seconds, default=300.0, help="of training (default: 300)"
+    )
+    parser.add_argument(
+        "--eval-seconds", type=command_line.seconds, default=120.0, help="of decoding (default: 120)"
+    )
+    parser.add_argument("--problems", type=command_line.positive, default=300)
+    parser.add_argument(
+        "--max-files", type=command_line.positive, default=4000, help="read no more (default: 4000)"
+    )
+    parser.add_argument(
+        "--backend", choices=BACKEND_CHOICES, default="auto", help="of the sampling step (default: auto)"
+    )
     parser.add_argument("--rule", nargs="+", default=list(RULES), help="(default: every policy)")
-    parser.add_argument("--tau", nargs="+", type=float, default=[0.7, 0.9, 0.95])
+    parser.add_argument("--tau", nargs="+", type=command_line.unit_interval, default=[0.7, 0.9, 0.95])
     parser.add_argument("--out", type=Path, required=True, help="folder of weights and results")
     options = parser.parse_args(arguments)
+    try:
+        return _train_and_evaluate(parser, options)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _train_and_evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Raises ValueError where an option is wrong, or a file in ``--out``."""
+    checks.device("argument --device", options.device)
     if options.device != "cpu":
         torch.set_float32_matmul_precision("high")
     size = SIZES[options.size]
@@ -223,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     weights, pieces = options.out / "code.safetensors", options.out / "pieces.json"
     if weights.exists() and pieces.exists():
-        tokenizer = Tokenizer(json.loads(pieces.read_text(encoding="utf-8")))
+        known = documents.parse_json(documents.read_text(pieces))
+        documents.check_shape(known, [documents.TEXT], str(pieces))
+        tokenizer = Tokenizer(known)
     else:
         tokenizer = Tokenizer.fit(training, size.vocab_size)
         data = torch.tensor(tokenizer.encode("\n".join(training)), dtype=torch.int32)

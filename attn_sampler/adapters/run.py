@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +98,7 @@ def load(
     code = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **code)
+        named = family is not None
         family = find_family(config) if family is None else family
         if family is None:
             raise LoadError(
@@ -111,7 +113,11 @@ def load(
         given = {} if attention is None else {"attn_implementation": attention}
         auto_class = getattr(transformers, FAMILIES[family].auto_class)
         model = auto_class.from_pretrained(path, dtype=dtype, **given, **code).eval()
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except LoadError:
+        raise
+    except (
+        Exception
+    ) as error:  # what transformers makes of broken files is of many types, Exception itself too
         raise LoadError(f"cannot load {path}: {_reason(error)}") from error
     model.to(device)
     if family == "bidirectional":
@@ -122,6 +128,15 @@ def load(
     options["mask_token_id"] = mask_token_id
     if not _has(tokenizer, options.get("eos_token_id")):
         options["eos_token_id"] = getattr(tokenizer, "eos_token_id", None)
+    _check_vocabulary(config, filter(None, [mask_token_id, options["eos_token_id"]]))
+    if named:
+        try:
+            with torch.no_grad():
+                adapter(torch.tensor([[mask_token_id]], device=device))
+        except (AttributeError, TypeError) as error:
+            raise LoadError(
+                f"{path}: cannot be called as those of --adapter {family}: {_reason(error)}"
+            ) from error
     return Checkpoint(adapter, tokenizer, options)
 
 
@@ -143,13 +158,17 @@ def decode(
     """
     tokenizer = checkpoint.tokenizer
     ids = []
-    for prompt in prompts:
-        if chat and getattr(tokenizer, "chat_template", None):
-            message = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-            ids.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        else:
-            ids.append(tokenizer(prompt)["input_ids"])
+    try:
+        for prompt in prompts:
+            if chat and getattr(tokenizer, "chat_template", None):
+                message = [{"role": "user", "content": prompt}]
+                prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+                ids.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            else:
+                ids.append(tokenizer(prompt)["input_ids"])
+    except Exception as error:  # of any type, as the template and the tokenizer come with the checkpoint
+        raise LoadError(f"the prompt cannot be encoded: {_reason(error)}") from error
+    _check_vocabulary(checkpoint.adapter.model.config, itertools.chain(*ids))
     given = {name: value for name, value in options.items() if value is not None}
     generation = generate(checkpoint.adapter, ids, **{**checkpoint.options, **given})
     length = max(map(len, ids))
@@ -161,6 +180,13 @@ def _reason(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "its code comes with the checkpoint; --trust-remote-code runs it"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _check_vocabulary(config: Any, token_ids: Iterable[int]) -> None:
+    """Raise LoadError where the tokenizer gives a token that the model does not know."""
+    vocab_size, largest = getattr(config, "vocab_size", None), max(token_ids, default=0)
+    if isinstance(vocab_size, int) and largest >= vocab_size:
+        raise LoadError(f"token {largest} of the tokenizer is outside the model's vocabulary of {vocab_size}")
 
 
 def _mask_token(path: str, given: int | None, config: Any, tokenizer: Any, family: Family) -> int:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from attn_sampler.documents import parse_json, shown
 
 __all__ = ["TinyMaskedLM", "TinyMaskedLMConfig", "load_weights", "save_weights"]
 
@@ -49,9 +51,18 @@ class TinyMaskedLMConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mask_token_id < self.vocab_size:
+        for field in dataclasses.fields(self):
+            value, whole = getattr(self, field.name), field.type == "int"
+            positive = isinstance(value, int if whole else (int, float)) and 0 < value < (
+                1 << 31 if whole else 1e9
+            )
+            if not positive and field.name != "mask_token_id":
+                raise ValueError(
+                    f"{field.name}: expected a positive {'integer' if whole else 'number'}, got {value!r}"
+                )
+        if not isinstance(self.mask_token_id, int) or not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
-                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}"
+                f"mask_token_id {self.mask_token_id!r} is outside the vocabulary of {self.vocab_size}"
             )
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
@@ -230,15 +241,49 @@ def load_weights(path: str | Path) -> TinyMaskedLM:
     Raises
     ------
     ValueError
-        If the file has no ``config`` entry in its metadata.
+        The file is no safetensors file, has no ``config`` entry in its metadata or a wrong one, or holds
+        tensors that do not go with it.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "config" not in metadata:
-            raise ValueError(f"{path} holds no 'config' metadata: not written by save_weights")
-        model = TinyMaskedLM(TinyMaskedLMConfig(**json.loads(metadata["config"])))
-        names = file.keys()
-        model.load_state_dict({name: file.get_tensor(name).float() for name in names})
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "config" not in metadata:
+                raise ValueError(f"{path} holds no 'config' metadata: not written by save_weights")
+            names = file.keys()
+            try:
+                config = _read_config(metadata["config"])
+                _check_shapes(config, {name: file.get_slice(name).get_shape() for name in names})
+            except ValueError as error:
+                raise ValueError(f"{path} does not fit its config: {error}") from None
+            model = TinyMaskedLM(config)
+            model.load_state_dict({name: file.get_tensor(name).float() for name in names})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
     return model.eval()
+
+
+def _read_config(text: str) -> TinyMaskedLMConfig:
+    values = parse_json(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object, got {shown(values)}")
+    try:
+        return TinyMaskedLMConfig(**values)
+    except TypeError as error:  # a name that is missing or not known
+        raise ValueError(str(error)) from None
+
+
+def _check_shapes(config: TinyMaskedLMConfig, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError where these are not the model's tensors, before memory is taken for them."""
+    if config.num_layers > len(shapes):
+        raise ValueError(f"num_layers {config.num_layers}, but there are {len(shapes)} tensors")
+    try:
+        with torch.device("meta"):
+            model = TinyMaskedLM(config)
+    except RuntimeError as error:  # sizes whose product is beyond int64
+        raise ValueError(str(error).splitlines()[0]) from None
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if (wanted := expected.get(name)) != (given := shapes.get(name)):
+            raise ValueError(f"{name}: expected {wanted or 'nothing'}, got {given or 'nothing'}")

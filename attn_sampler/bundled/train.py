@@ -12,11 +12,10 @@ by AdamW; the learning rate warms up, stays, and decays linearly. Training needs
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attn_sampler import command_line
 from attn_sampler.generate import generate
 
 from . import TASKS, load_task
@@ -214,25 +214,33 @@ def _report_scores(model: TinyMaskedLM, task: Task, n: int, seed: int) -> None:
         print(f"{task.name}, held out{title}: {evaluate(model, task, prompt)}", flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(
+    return command_line.guarded(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = command_line.Parser(
         prog="python -m attn_sampler.bundled.train", description="Train or evaluate a bundled model."
     )
     parser.add_argument("task", choices=TASKS)
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--out", type=Path, help="train, and write float16 safetensors here")
-    action.add_argument("--evaluate", type=Path, metavar="FILE", help="score this file's model")
-    parser.add_argument("--steps", type=int, help="updates (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the problems (default: 0)")
+    action.add_argument(
+        "--out", type=command_line.output_file, help="train, and write float16 safetensors here"
+    )
+    action.add_argument(
+        "--evaluate", type=command_line.input_file, metavar="FILE", help="score this file's model"
+    )
+    parser.add_argument("--steps", type=command_line.positive, help="updates (default: the recipe's)")
+    parser.add_argument(
+        "--seed", type=command_line.seed, default=0, help="of training and of the problems (default: 0)"
+    )
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--threads", type=command_line.threads, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--problems", type=int, default=500, help="how many to score (default: 500)")
     options = parser.parse_args(arguments)
     if not 1 <= options.problems <= SUDOKU_PUZZLES_COUNT:
         parser.error(f"argument --problems: expected 1 to {SUDOKU_PUZZLES_COUNT}, got {options.problems}")
-    if options.out is not None and not options.out.parent.is_dir():
-        parser.error(f"argument --out: expected a file in a directory that exists, got {options.out}")
     torch.set_num_threads(options.threads)
     task = load_task(options.task)
     if options.out is not None:
@@ -256,8 +264,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = train(task, recipe, compile_model=options.compile, report=report)
         save_weights(model, options.out, {"task": task.name, "recipe": str(dataclasses.asdict(recipe))})
     # From the file in both cases: the score is that of the rounded weights.
-    _report_scores(load_weights(options.evaluate or options.out), task, options.problems, options.seed)
+    try:
+        model = load_weights(options.evaluate or options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    if model.config.vocab_size != task.vocab_size:
+        parser.error(f"argument --evaluate: expected a model of {task.name}, got {options.evaluate}")
+    _report_scores(model, task, options.problems, options.seed)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -464,9 +464,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: P
     ("words", "message"),
     [
         (["--rule", "nobody"], "policy: expected one of"),
-        (["--problems", "0"], "--problems: expected at least 1, got 0"),
+        (["--problems", "0"], "argument --problems: expected an integer from 1 to 2147483648, got '0'"),
         (["--problems", "501"], "n must be 0 to 500"),
-        (["--out", "/no/such/folder/x.json"], "--out: expected a file in a folder that exists"),
+        (["--out", "/no/such/folder/x.json"], "argument --out: expected a file in a directory that"),
         (["--task-file", "x.jsonl"], "--task-file: needs --model"),
         (["--model", "nowhere"], "model: expected a bundled task"),
         (["--rule", "pard", "--baseline", "prad"], "--baseline: expected one of the rules (pard), got prad"),
