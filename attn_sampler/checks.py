@@ -165,6 +165,15 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
     return value  # type: ignore[return-value]
 
 
+def pair(name: str, value: object, what: str, low: int, high: int) -> None:
+    """A tuple of two integers in [low, high), which ``what`` names."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        shown = f"{len(value)} of them" if isinstance(value, tuple) else type(value).__name__
+        raise TypeError(f"{name}: expected a tuple {what} of integers, got {shown}")
+    for item in value:
+        integer(name, item, low, high)
+
+
 def writable(name: str, value: Tensor) -> None:
     """A tensor that can be updated in place."""
     if not value.is_contiguous():

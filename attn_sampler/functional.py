@@ -49,6 +49,7 @@ def column_scores(
     k_descale: Tensor | None = None,  # [B, Hkv]
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
     key_mask: Tensor | None = None,  # [B, N]
     query_mask: Tensor | None = None,  # [B, M]
     query_start: int | None = None,
@@ -85,6 +86,9 @@ def column_scores(
         Default ``D ** -0.5``.
     causal
         Row i sees keys up to its own position, ``query_start + i``.
+    window_size
+        ``(left, right)``: row i sees keys from ``query_start + i - left`` up to ``query_start + i + right``; -1
+        is without limit. With causal, keys after its own stay unseen whatever right is. Default: all keys.
     key_mask, query_mask
         Boolean ``[B, N]`` and ``[B, M]``; True takes part. Masked keys and rows contribute exactly 0,
         whatever they hold, NaN included.
@@ -119,7 +123,7 @@ def column_scores(
     """
     layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, per_head, out is not None)
-    options = (bounds(columns), None, query_start, *how)
+    options = (bounds(columns), None, query_start, *how, window_size)
     return _attend(ops.column_scores, layer, masks, options, out, backend)
 
 
@@ -135,6 +139,7 @@ def attention_map(
     k_descale: Tensor | None = None,  # [B, Hkv]
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
     key_mask: Tensor | None = None,  # [B, N]
     query_mask: Tensor | None = None,  # [B, M]
     query_start: int | None = None,
@@ -169,7 +174,7 @@ def attention_map(
     """
     layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, "sum", per_head, out is not None)
-    options = (bounds(columns), bounds(rows), query_start, *how)
+    options = (bounds(columns), bounds(rows), query_start, *how, window_size)
     return _attend(ops.attention_map, layer, masks, options, out, backend)
 
 
@@ -324,6 +329,7 @@ def decode_step(
     lse_base: str = "e",
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
     key_mask: Tensor | None = None,  # [B, N]
     query_mask: Tensor | None = None,  # [B, M]
     query_start: int | None = None,
@@ -366,7 +372,8 @@ def decode_step(
     columns
         The block's key positions in ``k``. Default: the same as ``block``. They differ where the keys given
         are not aligned with ``tokens`` (a slice of them, a packed cache).
-    lse_base, softmax_scale, causal, key_mask, query_mask, query_start, softmax_scope, diagonal, reduction
+    lse_base, softmax_scale, causal, window_size, key_mask, query_mask, query_start, softmax_scope, diagonal,
+    reduction
         As in ``column_scores``; heads and layers are added up.
     backend
         As in ``column_scores``.
@@ -394,7 +401,7 @@ def decode_step(
     # Where the scores are made, there is nothing left to mask.
     masks = (key_mask, query_mask) if scores is None else (None, None)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, False, False)
-    attention = (bounds(columns), None, query_start, *how)
+    attention = (bounds(columns), None, query_start, *how, window_size)
     sampling, selection = (metric, temperature, seed, None, 0), (rule, fallback, tau)
     place = (bounds(block), mask_token_id, query_rows)
     one_given = (layers is None) != (scores is None)

@@ -107,6 +107,7 @@ class Attention(NamedTuple):
     reduction: str  # of column_scores
     per_head: bool
     accumulate: bool  # add to the output
+    window_size: tuple[int, int] = (-1, -1)  # keys before and after a row's own; -1: all
 
     def check(self) -> None:
         """The options that stand by themselves."""
@@ -120,6 +121,7 @@ class Attention(NamedTuple):
             checks.number("softmax_scale", scale, _SCALES, lambda x: -MAX_SCALE <= x <= MAX_SCALE)
         if self.query_start is not None:
             checks.integer("query_start", self.query_start, -MAX_POSITION, MAX_POSITION)
+        checks.pair("window_size", self.window_size, "(left, right)", -1, MAX_POSITION)
 
     def checked(self, layer: Layer, reads_rows: bool) -> "Attention":
         """Resolved for q and k, which are checked here too."""
@@ -348,6 +350,7 @@ _ARGUMENTS = {
     Tensor | None: "Tensor? {}",
     slice | Span: "SymInt {0}_start, SymInt {0}_stop",
     slice | Span | None: "SymInt {0}_start, SymInt {0}_stop",
+    tuple[int, int]: "SymInt {0}_left, SymInt {0}_right",
     int: "SymInt {}",
     int | None: "SymInt? {}",
     int | Tensor | None: "SymInt {0}, Tensor? {0}s",
@@ -387,6 +390,8 @@ def unflat(record: type[Record], values: Iterator[Any]) -> Record:
     for name, kind in record.__annotations__.items():
         if kind in (slice | Span, slice | Span | None):
             fields.append(Span(next(values), next(values)))
+        elif kind == tuple[int, int]:
+            fields.append((next(values), next(values)))
         elif name == "seed":
             seed, seeds = next(values), next(values)
             fields.append(seed if seeds is None else seeds)

@@ -54,6 +54,7 @@ def attention(
     k_descale: Tensor | None = None,  # [B, Hkv], of quantised k
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),  # keys before and after a row's own; -1: all
     key_mask: Tensor | None = None,  # [B, N] bool
     query_mask: Tensor | None = None,  # [B, M] bool
     bias: Tensor | None = None,  # [B, Hq | 1, M, N], a mask, or added to the logits; -inf masks
@@ -72,6 +73,11 @@ def attention(
     sees = torch.ones(batch, 1, n_rows, n_keys, dtype=torch.bool, device=q.device)
     if causal:
         sees = sees & (key <= row)
+    left, right = window_size
+    if left >= 0:
+        sees = sees & (row - key <= left)
+    if right >= 0:
+        sees = sees & (key - row <= right)
     if key_mask is not None:
         sees = sees & key_mask[:, None, None, :]
     if query_mask is not None:

@@ -129,7 +129,7 @@ attn_sampler_masks masks_of(py::handle source, Views &view) {
 attn_sampler_attention_params attention_params(py::handle source, const attn_sampler_tensor &q,
                                                const attn_sampler_tensor &k,
                                                py::handle otherwise = py::none()) {
-    const Record fields(source, 11);
+    const Record fields(source, 12), window(fields[11], 2);
     attn_sampler_attention_params params{};
     params.columns = span(fields[0].is_none() ? otherwise : fields[0], k.shape[2]);
     params.rows = span(fields[1], q.shape[2]);
@@ -143,6 +143,8 @@ attn_sampler_attention_params attention_params(py::handle source, const attn_sam
     params.reduction = choice(fields[8], {"sum", "mean", "max"});
     params.per_head = flag(fields[9]);
     params.accumulate = flag(fields[10]);
+    params.window_left = integer(window[0]);
+    params.window_right = integer(window[1]);
     return params;
 }
 

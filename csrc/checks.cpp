@@ -141,6 +141,11 @@ void check_descale(const char *name, const Tensor *descale, const AttentionProbl
     check_optional(name, descale, ATTN_SAMPLER_FLOAT32, {p.batch, p.kv_heads});
 }
 
+void check_window(const char *name, int64_t keys) {
+    if (keys < -1 || keys >= ATTN_SAMPLER_MAX_POSITION)
+        throw Error(kInvalid, "%s: expected -1, or 0 to 2^62 - 1, got %" PRId64, name, keys);
+}
+
 /* The options that stand by themselves. */
 void check_attention_params(const attn_sampler_attention_params &params) {
     check_choice("params.lse_base", params.lse_base, 2);
@@ -156,6 +161,8 @@ void check_attention_params(const attn_sampler_attention_params &params) {
     if (params.query_start < -ATTN_SAMPLER_MAX_POSITION || params.query_start >= ATTN_SAMPLER_MAX_POSITION)
         throw Error(kInvalid, "params.query_start: expected at most 2^62 in size, got %" PRId64,
                     params.query_start);
+    check_window("params.window_left", params.window_left);
+    check_window("params.window_right", params.window_right);
 }
 
 /* Everything of an attention problem but its output. */

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "arithmetic.h"
 #include "attn_sampler.h"
 #include "attn_sampler_random.h" /* ATTN_SAMPLER_HD */
 
@@ -37,6 +38,25 @@ struct AttentionProblem {
     attn_sampler_attention_params params;
     View<float, 4> out; /* batch, head (0 without), row (0 without), column */
     int num_threads;
+};
+
+/* The keys that a row may see by where it stands: from `left` before its position to `right` after it. A side
+ * without limit has one that no key is beyond. Positions are counted from `query_start` on: rows that are far
+ * from all keys are moved next to them, with what they see, so that all sums are small. */
+struct Window {
+    int64_t query_start, left, right;
+    bool limited; /* at a side at least */
+
+    explicit Window(const AttentionProblem &p)
+        : query_start(clamp(p.params.query_start, -p.n_rows, p.n_keys)), left(query_start + p.n_rows),
+          right(p.n_keys - query_start),
+          limited(p.params.causal != 0 || p.params.window_left >= 0 || p.params.window_right >= 0) {
+        const int64_t moved = query_start - p.params.query_start;
+        if (p.params.window_left >= 0)
+            left = clamp(p.params.window_left + moved, -1, left);
+        if (p.params.causal != 0 || p.params.window_right >= 0)
+            right = clamp((p.params.causal != 0 ? 0 : p.params.window_right) - moved, -1, right);
+    }
 };
 
 struct ConfidenceProblem {

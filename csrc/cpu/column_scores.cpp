@@ -17,18 +17,18 @@ inline VecF max_or_nan(VecF a, VecF b) { return ((a > b) | (a != a)) ? a : b; }
 /* The rows that may see a key, for the mean. */
 int64_t rows_seeing(const Plan &plan, int64_t b, int64_t key) {
     const attn_sampler_attention_params &params = plan.p.params;
-    const int64_t own = key - params.query_start; /* the row that stands at the key */
-    const int64_t first = params.causal ? max_of(plan.row_start, own) : plan.row_start;
+    const int64_t own = key - plan.window.query_start; /* the row that stands at the key */
+    const int64_t first = max_of(plan.row_start, own - plan.window.right);
+    const int64_t stop = min_of(plan.row_stop, own + plan.window.left + 1);
     if (!plan.key_counts(b, key))
         return 0;
-    int64_t count = max_of(plan.row_stop - first, 0);
+    int64_t count = max_of(stop - first, 0);
     if (plan.p.query_mask.data != nullptr) {
         count = 0;
-        for (int64_t m = first; m < plan.row_stop; ++m)
+        for (int64_t m = first; m < stop; ++m)
             count += plan.row_counts(b, m);
     }
-    const bool own_is_dropped =
-        !params.diagonal && own >= first && own < plan.row_stop && plan.row_counts(b, own);
+    const bool own_is_dropped = !params.diagonal && own >= first && own < stop && plan.row_counts(b, own);
     return count - own_is_dropped;
 }
 
@@ -116,13 +116,12 @@ struct SoftmaxTask {
         Softmax<Words> softmax(plan, b, hkv, s);
         first = softmax.take_rows(first, last, lanes, false);
         const int width = softmax.width;
-        int64_t seen = n_keys;
-        while (p.params.causal && seen > 0 && s.keys[seen - 1] > softmax.furthest)
-            --seen;
-        if (softmax.n == 0 || seen == 0)
+        const int64_t unseen = first_key_from(softmax.nearest, n_keys) / kTile * kTile; /* in whole blocks */
+        const int64_t seen = first_key_from(softmax.furthest + 1, n_keys);
+        if (softmax.n == 0 || seen <= unseen)
             return first;
 
-        for (int64_t i = 0; i < seen; i += kTile) {
+        for (int64_t i = unseen; i < seen; i += kTile) {
             const int64_t count = min_of(kTile, seen - i);
             const bool next_head = i + count == seen && first == last && hkv + 1 < p.kv_heads;
             const void *const next = next_head ? plan.key(b, hkv + 1, s.keys[0]) : nullptr;
@@ -130,7 +129,7 @@ struct SoftmaxTask {
             memcpy(factors_of(i), softmax.top, sizeof(softmax.top));
         }
         /* From exponentials relative to the largest logit up to their block to weights. */
-        for (int64_t i = 0; i < seen; i += kTile)
+        for (int64_t i = unseen; i < seen; i += kTile)
             for (int j = 0; j < width; j += kLanes) {
                 const VecF top = load<VecF>(factors_of(i) + j), sum = load<VecF>(softmax.sum + j);
                 const VecF shift = shift_of(load<VecF>(softmax.top + j));
@@ -145,15 +144,15 @@ struct SoftmaxTask {
         };
         const auto selected = [&](int64_t i, int j) {
             const int32_t key = s.keys[i];
-            const VecI at = load<VecI>(softmax.position + j);
+            const VecI from = load<VecI>(softmax.first + j), to = load<VecI>(softmax.last + j);
             const VecI padding = lane_index() + j >= static_cast<int32_t>(softmax.n);
-            const VecI unseen = p.params.causal ? at < key : VecI{};
-            const VecI dropped = p.params.diagonal ? VecI{} : at == key;
-            return (unseen | dropped | padding) ? VecF{} : weight(i, j);
+            const VecI beyond = plan.window.limited ? (from > key) | (to < key) : VecI{};
+            const VecI dropped = p.params.diagonal ? VecI{} : load<VecI>(softmax.own + j) == key;
+            return (beyond | dropped | padding) ? VecF{} : weight(i, j);
         };
-        const int64_t from = first_key_from(p.params.columns.start, seen);
+        const int64_t from = max_of(first_key_from(p.params.columns.start, seen), unseen);
         const int64_t to = first_key_from(p.params.columns.stop, seen);
-        if (p.params.causal || !p.params.diagonal || softmax.n < width)
+        if (plan.window.limited || !p.params.diagonal || softmax.n < width)
             add_columns(from, to, width, selected, total);
         else
             add_columns(from, to, width, weight, total);

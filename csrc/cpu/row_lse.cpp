@@ -17,8 +17,8 @@ void partial_lse(const Plan &plan, int64_t b, int64_t hkv, int64_t first, int64_
                  int64_t key_stop, const Scratch &s, Partial &result) {
     Softmax<Words> softmax(plan, b, hkv, s);
     softmax.take_rows(first, last, kTile, true);
-    if (plan.p.params.causal)
-        key_stop = min_of(key_stop, static_cast<int64_t>(softmax.furthest) + 1);
+    key = max_of(key, softmax.nearest);
+    key_stop = min_of(key_stop, softmax.furthest + 1);
     while (key < key_stop) {
         int32_t keys[kTile];
         int64_t count = 0;

@@ -59,38 +59,42 @@ struct Softmax {
     const bool keeps_products; /* the largest product is the largest logit */
     int64_t n = 0;             /* rows */
     int width = 0;
-    int32_t position[kTile]; /* of the rows; -1 in the lanes beyond */
-    int32_t furthest = -1;   /* of them */
-    float top[kTile];        /* the largest logit of each row so far, in units */
-    float sum[kTile];        /* of the exponentials relative to it */
+    int32_t first[kTile], last[kTile],
+        own[kTile];                 /* keys, as in Sight; own is -1 in the lanes beyond the rows */
+    int64_t nearest, furthest = -1; /* keys that one of them may see */
+    float top[kTile];               /* the largest logit of each row so far, in units */
+    float sum[kTile];               /* of the exponentials relative to it */
 
     Softmax(const Plan &p, int64_t b_, int64_t hkv_, const Scratch &scratch)
         : plan(p), b(b_), hkv(hkv_), s(scratch), kept(p.scale(b, hkv)),
-          keeps_products(!p.p.params.causal && kept.factor == 1.0f) {
+          keeps_products(!p.window.limited && kept.factor == 1.0f), nearest(p.p.n_keys) {
         for (int i = 0; i < kTile; ++i) {
-            position[i] = -1;
+            first[i] = last[i] = own[i] = -1;
             top[i] = -kInf;
             sum[i] = 0.0f;
         }
     }
 
-    /* Takes rows of the list from `first` on, all of them or those that count, until `last` or as many as
+    /* Takes rows of the list from `row` on, all of them or those that count, until `stop` or as many as
      * `lanes`; returns where others start. */
-    int64_t take_rows(int64_t first, int64_t last, int64_t lanes, bool all) {
+    int64_t take_rows(int64_t row, int64_t stop, int64_t lanes, bool all) {
         const void *address[kTile] = {};
-        for (; first < last && n < lanes; ++first) {
-            const int64_t m = plan.row_start + first % plan.rows();
+        for (; row < stop && n < lanes; ++row) {
+            const int64_t m = plan.row_start + row % plan.rows();
             if (!all && !plan.row_counts(b, m))
                 continue;
-            address[n] = plan.query(b, hkv * plan.group + first / plan.rows(), m);
-            position[n] = plan.position(m, 0);
-            furthest = position[n] > furthest ? position[n] : furthest;
-            ++n;
+            address[n] = plan.query(b, hkv * plan.group + row / plan.rows(), m);
+            const Sight at = plan.sight(m, 0);
+            nearest = min_of(nearest, at.first);
+            furthest = max_of(furthest, at.last);
+            first[n] = at.first;
+            last[n] = at.last;
+            own[n++] = at.own;
         }
         width = static_cast<int>(round_up(n, kLanes));
         if (n > 0)
             pack<Words>(s, address, n, width);
-        return first;
+        return row;
     }
 
     /* Takes in up to kTile keys, before those at `next`. Leaves the exponentials, 0 where a row does not see
@@ -104,7 +108,7 @@ struct Softmax {
         multiply<Words>(s, address, count, next, width, x, keeps_products ? top : nullptr);
         for (int j = 0; j < width; j += kLanes) {
             if (!keeps_products)
-                scale_logits(keys, count, load<VecI>(position + j), x + j, top + j);
+                scale_logits(keys, count, j, x + j, top + j);
             const VecF shift = shift_of(load<VecF>(top + j));
             const VecF earlier = load<VecF>(sum + j) * exp2_vec(load<VecF>(before + j) - shift, kept.unit);
             VecF total{}; /* of this block: long sums lose precision */
@@ -118,12 +122,13 @@ struct Softmax {
     }
 
   private:
-    void scale_logits(const int32_t *keys, int64_t count, VecI at, float *x, float *largest) const {
+    void scale_logits(const int32_t *keys, int64_t count, int j, float *x, float *largest) const {
+        const VecI from = load<VecI>(first + j), to = load<VecI>(last + j);
         VecF m = load<VecF>(largest);
         for (int64_t i = 0; i < count; ++i) {
             VecF logit = load<VecF>(x + i * width) * kept.factor;
-            if (plan.p.params.causal)
-                logit = at >= keys[i] ? logit : splat(-kInf);
+            if (plan.window.limited)
+                logit = ((from <= keys[i]) & (to >= keys[i])) ? logit : splat(-kInf);
             store(x + i * width, logit);
             m = larger(logit, m);
         }

@@ -25,22 +25,28 @@ namespace {
 
 constexpr int64_t kTasks = 64; /* as many as this keep a large machine busy */
 
+/* Lanes, or keys, of a row: the first and the last that its window holds, and the one at which it stands. */
+struct Sight {
+    int32_t first, last, own;
+};
+
 /* What the kernels share of one problem. */
 struct Plan {
     const AttentionProblem &p;
+    Window window;
     int64_t group;               /* query heads of a key head */
     int64_t row_start, row_stop; /* rows that can count */
     int64_t key_start, key_stop; /* keys of the softmax */
     const double *lse;           /* computed base-2 log-sum-exp, [B, Hq, M]; null where it is given */
 
     explicit Plan(const AttentionProblem &problem)
-        : p(problem), group(problem.heads / problem.kv_heads), row_start(0), row_stop(problem.n_rows),
-          key_start(0), key_stop(problem.n_keys), lse(nullptr) {
+        : p(problem), window(problem), group(problem.heads / problem.kv_heads), row_start(0),
+          row_stop(problem.n_rows), key_start(0), key_stop(problem.n_keys), lse(nullptr) {
         if (p.params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK) {
             key_start = p.params.columns.start;
             key_stop = p.params.columns.stop;
-            row_start = clamp(key_start - p.params.query_start, 0, p.n_rows);
-            row_stop = clamp(key_stop - p.params.query_start, row_start, p.n_rows);
+            row_start = clamp(key_start - window.query_start, 0, p.n_rows);
+            row_stop = clamp(key_stop - window.query_start, row_start, p.n_rows);
         }
     }
 
@@ -70,9 +76,11 @@ struct Plan {
             scale *= static_cast<double>(element(p.k_descale, b, hkv));
         return static_cast<float>(scale);
     }
-    /* Where row m stands, counted from key `origin`; bounded, so that it fits the lanes. */
-    int32_t position(int64_t m, int64_t origin) const {
-        return static_cast<int32_t>(clamp(p.params.query_start - origin + m, -1, 1 << 30));
+    /* Of row m, counted from key `origin`; bounded, so that it fits the lanes. */
+    Sight sight(int64_t m, int64_t origin) const {
+        const int64_t at = window.query_start - origin + m;
+        const auto lane = [](int64_t i) { return static_cast<int32_t>(clamp(i, -1, 1 << 30)); };
+        return {lane(at - window.left), lane(at + window.right), lane(at)};
     }
 
   private:
@@ -128,7 +136,7 @@ struct Columns {
 struct RowTile {
     const void *address[kTile] = {};
     float lse_high[kTile], lse_low[kTile]; /* base 2; the sum of both has the precision of a double */
-    int32_t position[kTile];               /* lane at which the row stands */
+    Sight sight[kTile];
     int64_t row[kTile];
     int n = 0;
     const void *next = nullptr; /* where other rows are, if not after these */
@@ -145,17 +153,18 @@ struct RowTile {
             p.softmax_lse.data + b * p.softmax_lse.stride[0] + h * p.softmax_lse.stride[1];
         const int64_t given_step = p.softmax_lse.stride[2];
         const double given_unit = p.params.lse_base == ATTN_SAMPLER_LSE_BASE_2 ? 1.0 : kLog2e;
-        const bool causal = p.params.causal != 0, masked = p.query_mask.data != nullptr;
+        const bool masked = p.query_mask.data != nullptr;
         for (; m < stop && n < kTile; ++m, q += step) {
-            const int32_t at = plan.position(m, columns.first);
+            const Sight at = plan.sight(m, columns.first);
+            const bool sees = at.first < columns.n && at.last >= 0;
             const double lse =
                 computed != nullptr ? computed[m] : static_cast<double>(given[m * given_step]) * given_unit;
-            if ((masked && !plan.row_counts(b, m)) || (causal && at < 0) || lse == -static_cast<double>(kInf))
+            if ((masked && !plan.row_counts(b, m)) || !sees || lse == -static_cast<double>(kInf))
                 continue;
             address[n] = q;
             lse_high[n] = static_cast<float>(lse);
             lse_low[n] = std::isfinite(lse_high[n]) ? static_cast<float>(lse - lse_high[n]) : 0.0f;
-            position[n] = at;
+            sight[n] = at;
             row[n++] = m;
         }
         return m;
@@ -168,8 +177,8 @@ class Weights {
     template <typename Words>
     Weights(const Plan &plan, const Columns &columns, const RowTile &rows, const Scratch &s, Words)
         : columns_(columns), rows_(rows), product_(s.product), scale_(plan.scale(columns.b, columns.kv_head)),
-          causal_(plan.p.params.causal != 0), diagonal_(plan.p.params.diagonal != 0),
-          select_(!columns.all_count || columns.n < columns.width || causal_ || !diagonal_) {
+          limited_(plan.window.limited), diagonal_(plan.p.params.diagonal != 0),
+          select_(!columns.all_count || columns.n < columns.width || limited_ || !diagonal_) {
         multiply<Words>(s, rows.address, rows.n, rows.next, columns.width, s.product);
     }
 
@@ -185,10 +194,10 @@ class Weights {
         const VecI lane = lane_index() + v * kLanes;
         for (int r = 0; r < rows_.n; ++r) {
             VecI keep = columns_.counts[v];
-            if (causal_)
-                keep &= lane <= rows_.position[r];
+            if (limited_)
+                keep &= (lane >= rows_.sight[r].first) & (lane <= rows_.sight[r].last);
             if (!diagonal_)
-                keep &= lane != rows_.position[r];
+                keep &= lane != rows_.sight[r].own;
             use(r, keep ? weights(r, v) : VecF{});
         }
     }
@@ -204,7 +213,7 @@ class Weights {
     const RowTile &rows_;
     const float *const product_;
     const float scale_;
-    const bool causal_, diagonal_, select_;
+    const bool limited_, diagonal_, select_;
 };
 
 inline void write(float *out, double value, bool accumulate) {

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
         for (int r = 0; r < 2; ++r) {
             const int row = own_row + 8 * r, m = args.first_row + row;
             if (row < args.rows && m >= 0 && m < a.rows)
-                rows.row[r].find(a, 0, b, head, m, first_column, true);
+                rows.row[r].find(a, 0, b, head, m, first_column, kMapColumns, true);
             else
                 rows.row[r].clear();
         }

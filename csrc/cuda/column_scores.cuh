@@ -37,12 +37,14 @@ __device__ inline int rows_seeing(const AttentionArgs &a, int b, int column, int
         return 0;
     /* The row that stands at the column, where there is one. */
     const int64_t own = a.column_start + column - a.query_start;
-    const int first =
-        a.causal ? static_cast<int>(min(max(own, int64_t{0}), static_cast<int64_t>(a.rows))) : 0;
+    const auto bounded = [&](int64_t m) {
+        return static_cast<int>(min(max(m, int64_t{0}), int64_t{a.rows}));
+    };
+    const int first = bounded(own - a.right), stop = bounded(own + a.left + 1);
     int count = 0;
     if (a.query_mask.data == nullptr && a.row_tokens.data == nullptr)
-        return lane > 0 ? 0 : a.rows - first - (!a.diagonal && own >= first && own < a.rows);
-    for (int m = first + lane; m < a.rows; m += lanes)
+        return lane > 0 ? 0 : max(stop - first, 0) - (!a.diagonal && own >= first && own < stop);
+    for (int m = first + lane; m < stop; m += lanes)
         count += row_counts(a, b, m) && (a.diagonal || m != own);
     return count;
 }
@@ -85,7 +87,7 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
                           r * 8 + threadIdx.x % 32 / 4;
             if (own_list < n_lists && f < s.rows_per_list)
                 rows.row[r].find(a, layer, b, in_layer * s.heads_per_list + f / a.rows, f % a.rows,
-                                 first_column, true);
+                                 first_column, kColumns, true);
             else
                 rows.row[r].clear();
         }

@@ -32,12 +32,13 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
     check_extent("q: sequences times heads", p.batch * p.heads, kMaxPositions);
     check_extent("q: rows times heads", p.n_rows * p.heads, kMaxPositions);
     AttentionArgs a{};
+    const Window window(p);
     int64_t row_start = 0, row_stop = p.n_rows, key_start = 0, key_stop = p.n_keys;
     if (params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK) {
         key_start = params.columns.start;
         key_stop = params.columns.stop;
-        row_start = clamp(key_start - params.query_start, 0, p.n_rows);
-        row_stop = clamp(key_stop - params.query_start, row_start, p.n_rows);
+        row_start = clamp(key_start - window.query_start, 0, p.n_rows);
+        row_stop = clamp(key_stop - window.query_start, row_start, p.n_rows);
     }
     const int64_t size = element_size(p.dtype);
     const int64_t q_shape[] = {p.batch, p.heads, p.n_rows}, k_shape[] = {p.batch, p.kv_heads, p.n_keys};
@@ -53,7 +54,7 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
     }
     a.key_mask = p.key_mask;
     a.query_mask = p.query_mask;
-    a.query_start = params.query_start + row_start;
+    a.query_start = window.query_start + row_start;
     a.key_start = key_start;
     a.column_start = params.columns.start;
     a.layers = static_cast<int32_t>(num_layers);
@@ -67,7 +68,8 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
     a.keys = static_cast<int32_t>(key_stop - key_start);
     a.columns = static_cast<int32_t>(params.columns.stop - params.columns.start);
     a.scale = static_cast<float>(params.softmax_scale * kLog2e);
-    a.causal = params.causal != 0;
+    a.left = static_cast<int32_t>(window.left);
+    a.right = static_cast<int32_t>(window.right);
     a.diagonal = params.diagonal != 0;
     a.lse_is_base2 = params.lse_base == ATTN_SAMPLER_LSE_BASE_2;
     return a;

@@ -54,22 +54,24 @@ __device__ void row_lse_block(const LseArgs &args) {
     for (int r = 0; r < 2; ++r) {
         const int f = first_row + warp * kWarpRows + r * 8 + threadIdx.x % 32 / 4;
         if (f < n_rows)
-            rows.row[r].find(a, layer, b, kv_head * a.group + f / a.rows, f % a.rows, a.key_start, false);
+            rows.row[r].find(a, layer, b, kv_head * a.group + f / a.rows, f % a.rows, a.key_start, a.keys,
+                             false);
         else
             rows.row[r].clear();
     }
     rows.load(a);
     const float scale = logit_scale<T>(a, layer, b, kv_head);
 
-    int keys = a.keys;
-    if (a.causal) { /* as far as the block's last row sees */
-        const int last_row = min(first_row + kBlockRows, n_rows) - 1;
-        const int furthest = first_row / a.rows == last_row / a.rows ? last_row % a.rows : a.rows - 1;
-        keys =
-            static_cast<int>(min(max(a.query_start + furthest + 1 - a.key_start, int64_t{0}), int64_t{keys}));
-    }
-    const int first_tile = split * args.tiles_per_split;
-    const int last_tile = min(first_tile + args.tiles_per_split, (keys + kColumns - 1) / kColumns);
+    /* From what the block's first row sees to what its last one does. */
+    const int last_row = min(first_row + kBlockRows, n_rows) - 1;
+    const bool in_one_head = first_row / a.rows == last_row / a.rows;
+    const int64_t position = a.query_start - a.key_start; /* of row 0 */
+    const int64_t from = position + (in_one_head ? first_row % a.rows : 0) - a.left;
+    const int64_t to = position + (in_one_head ? last_row % a.rows : a.rows - 1) + a.right + 1;
+    const int first_key = static_cast<int>(max(from, int64_t{0}));
+    const int keys = static_cast<int>(min(max(to, int64_t{0}), int64_t{a.keys}));
+    const int first_tile = max(split * args.tiles_per_split, first_key / kColumns);
+    const int last_tile = min((split + 1) * args.tiles_per_split, (keys + kColumns - 1) / kColumns);
 
     uint4 *const stages = reinterpret_cast<uint4 *>(dynamic_shared() + sizeof(Shared));
     const int stage_vectors = chunks<T>(a) * kColumns * 4;
@@ -96,6 +98,8 @@ __device__ void row_lse_block(const LseArgs &args) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 float max = state[r].max;
+                const int first_seen = rows.row[r].position - a.left,
+                          last_seen = rows.row[r].position + a.right;
 #pragma unroll
                 for (int j = 0; j < kTiles; ++j)
 #pragma unroll
@@ -103,7 +107,7 @@ __device__ void row_lse_block(const LseArgs &args) {
                         const int column = first + 8 * j + 2 * (threadIdx.x % 4) + i;
                         const bool visible = decltype(sees_all)::value ||
                                              (rows.row[r].q != nullptr && (seen >> (2 * j + i) & 1) != 0 &&
-                                              (!a.causal || column <= rows.row[r].position));
+                                              column >= first_seen && column <= last_seen);
                         float &logit = x[j][2 * r + i];
                         logit = visible ? logit * scale : -infinity();
                         max = fmaxf(max, logit);

@@ -54,8 +54,9 @@ struct AttentionArgs {
     int64_t query_start, key_start, column_start; /* key positions of row 0, softmax key 0 and column 0 */
     int32_t layers, batch, heads, kv_heads, group, headdim;
     int32_t row_start, rows, keys, columns;
-    float scale; /* to base-2 logits, but for the descales */
-    bool causal, diagonal, lse_is_base2;
+    int32_t left, right; /* a row sees keys from so far before its position to so far after it: see Window */
+    float scale;         /* to base-2 logits, but for the descales */
+    bool diagonal, lse_is_base2;
     bool aligned; /* every row starts on 16 bytes and is a multiple of them long */
 };
 
@@ -123,7 +124,7 @@ template <typename T>
 struct Row {
     const T *q;
     float2 lse;       /* as it is in memory: one number, or a sum of two */
-    int32_t position; /* counted from the tile's first key, bounded so that it fits */
+    int32_t position; /* counted from the tile's first key */
 
     __device__ void clear() {
         q = nullptr;
@@ -131,17 +132,15 @@ struct Row {
         position = -1;
     }
 
-    /* Row m of a head, for a tile whose first key stands at `origin`. */
-    __device__ void find(const AttentionArgs &a, int layer, int b, int head, int m, int64_t origin,
+    /* Row m of a head, for a tile of `width` keys from `origin` on. */
+    __device__ void find(const AttentionArgs &a, int layer, int b, int head, int m, int64_t origin, int width,
                          bool with_lse) {
         clear();
         if (!row_counts(a, b, m))
             return;
-        const int64_t from_origin = a.query_start + m - origin;
-        position = static_cast<int32_t>(from_origin < -1        ? -1
-                                        : from_origin > 1 << 30 ? 1 << 30
-                                                                : from_origin);
-        if (a.causal && position < 0)
+        position =
+            static_cast<int32_t>(a.query_start + m - origin); /* a Window keeps it and its ends small */
+        if (position + a.right < 0 || position - a.left >= width)
             return;
         const int64_t row = static_cast<int64_t>(a.row_start) + m;
         q = a.q.at<const T>(layer, b, head, row);
@@ -280,7 +279,8 @@ class WarpTile {
         bool all = seen == ~0u >> (32 - 2 * kTiles);
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-            all &= row[r].q != nullptr && (!a.causal || row[r].position >= first + 8 * kTiles - 1);
+            all &= row[r].q != nullptr && row[r].position - a.left <= first &&
+                   row[r].position + a.right >= first + 8 * kTiles - 1;
         return __any_sync(kAllLanes, !all) == 0;
     }
 
@@ -309,7 +309,8 @@ class WarpTile {
             const float2 lse = row[r].base2_lse(a);
             /* A row that saw nothing has no weight, whatever else it holds. */
             const bool counts = row[r].q != nullptr && lse.x + lse.y != -infinity();
-            const int last_seen = !counts ? -1 : (a.causal ? row[r].position : 8 * kTiles) - first;
+            const int first_seen = row[r].position - a.left - first;
+            const int last_seen = counts ? row[r].position + a.right - first : -1;
             const int dropped = (a.diagonal ? -1 : row[r].position) - first;
 #pragma unroll
             for (int j = 0; j < kTiles; ++j)
@@ -317,8 +318,8 @@ class WarpTile {
                 for (int i = 0; i < 2; ++i) {
                     const float weight = exp2_fast(fmaf(x[j][2 * r + i], scale, -lse.x) - lse.y);
                     const int column = 8 * j + i; /* from the lane's first */
-                    const bool visible = kAll || (((seen >> (2 * j + i) & 1) != 0) & (column <= last_seen) &
-                                                  (column != dropped));
+                    const bool visible = kAll || (((seen >> (2 * j + i) & 1) != 0) & (column >= first_seen) &
+                                                  (column <= last_seen) & (column != dropped));
                     x[j][2 * r + i] = visible ? weight : 0.0f;
                 }
         }

@@ -92,7 +92,12 @@ int main(void) {
         .block = block,
         .mask_token_id = MASK,
         .query_rows = ATTN_SAMPLER_QUERY_ROWS_ALL,
-        .attention = {.columns = block, .query_start = N - M, .softmax_scale = 1.0 / sqrt(D), .diagonal = 1},
+        .attention = {.columns = block,
+                      .query_start = N - M,
+                      .softmax_scale = 1.0 / sqrt(D),
+                      .diagonal = 1,
+                      .window_left = -1,
+                      .window_right = -1},
         .sampling = {.metric = ATTN_SAMPLER_METRIC_PROBABILITY, .temperature = 0.0},
         .selection = {ATTN_SAMPLER_RULE_PARALLEL, ATTN_SAMPLER_FALLBACK_CONFIDENCE, 0.9},
     };

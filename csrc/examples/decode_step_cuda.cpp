@@ -102,6 +102,7 @@ int main() {
     params.attention.columns = {kKeys - kBlock, kKeys};
     params.attention.query_start = kKeys - kRows;
     params.attention.diagonal = 1;
+    params.attention.window_left = params.attention.window_right = -1;
     params.selection = {ATTN_SAMPLER_RULE_PARALLEL, ATTN_SAMPLER_FALLBACK_CONFIDENCE, 0.5};
 
     /* The same call for either device. */

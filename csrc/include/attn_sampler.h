@@ -156,7 +156,8 @@ typedef struct attn_sampler_masks {
  * k hold are the real values divided by it.
  *
  * Row i stands at key position query_start + i. It may see key j if key_mask[b,j] (or no key_mask),
- * query_mask[b,i] (or no query_mask), and, where causal, j <= query_start + i. In block scope a row
+ * query_mask[b,i] (or no query_mask), j is in the row's window, -window_left <= j - (query_start + i) <=
+ * window_right with no limit at a side of -1, and, where causal, j <= query_start + i. In block scope a row
  * counts only if its position lies in the columns, and it sees the keys of the columns alone.
  * Without a given softmax_lse, lse is computed over the visible keys. A row that sees nothing, or whose
  * lse is -inf, contributes exactly 0, whatever its q, k and lse hold; masked entries are never NaN.
@@ -174,6 +175,8 @@ typedef struct attn_sampler_attention_params {
     int32_t reduction;         /* attn_sampler_reduction; column_scores only */
     int32_t per_head;          /* 1 keeps the heads apart, 0 adds them up */
     int32_t accumulate;        /* 1 adds to out, 0 overwrites it */
+    int64_t window_left;       /* keys before a row's own that it may see, or -1: all of them */
+    int64_t window_right;      /* and after it; both below ATTN_SAMPLER_MAX_POSITION */
 } attn_sampler_attention_params;
 
 /* out[b,(h),c] (+)= reduce over rows i of A[b,h,i,columns.start + c], added up over heads unless per_head.

@@ -148,6 +148,8 @@ void attention_problem(int index) {
     params.diagonal = rng() % 3 != 0;
     params.reduction = static_cast<int32_t>(rng() % 3);
     params.per_head = rng() % 2 != 0;
+    params.window_left = pick({-1, -1, 0, 7, 50});
+    params.window_right = pick({-1, -1, 0, 7, 50});
     const int64_t columns = stop - start;
     auto run = [&](auto function, std::vector<int64_t> shape) {
         Array cpu(ATTN_SAMPLER_FLOAT32, shape), cuda(ATTN_SAMPLER_FLOAT32, shape);
@@ -208,6 +210,7 @@ void failing_launch() {
     attn_sampler_decode_step_params params{};
     params.block = params.attention.columns = {0, rows};
     params.attention.softmax_scale = 1.0;
+    params.attention.window_left = params.attention.window_right = -1;
     Array cpu(ATTN_SAMPLER_FLOAT32, {1, rows}), cuda(ATTN_SAMPLER_FLOAT32, {1, rows});
     on_both(
         [&](Array &scores, attn_sampler_exec &exec) {
