@@ -87,8 +87,8 @@ def column_scores(
     causal
         Row i sees keys up to its own position, ``query_start + i``.
     window_size
-        ``(left, right)``: row i sees keys from ``query_start + i - left`` up to ``query_start + i + right``; -1
-        is without limit. With causal, keys after its own stay unseen whatever right is. Default: all keys.
+        ``(left, right)``: row i sees keys from ``query_start + i - left`` up to ``query_start + i + right``,
+        without limit at a side of -1. With causal, none after its own, whatever right is. Default: all keys.
     key_mask, query_mask
         Boolean ``[B, N]`` and ``[B, M]``; True takes part. Masked keys and rows contribute exactly 0,
         whatever they hold, NaN included.

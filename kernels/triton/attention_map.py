@@ -15,6 +15,7 @@ from . import launch
 from .row_lse import OF_TILE, row_lse
 from .tile import (
     Matrix,
+    Window,
     cut_columns,
     gather,
     is_last,
@@ -41,7 +42,7 @@ class Out(NamedTuple):
 class Options(NamedTuple):
     """Compile-time options."""
 
-    causal: bool
+    limited: bool  # to windows
     diagonal: bool
     block_scope: bool
     per_head: bool
@@ -56,6 +57,8 @@ class Options(NamedTuple):
         "row_stop",
         "column_start",
         "query_start",
+        "left",
+        "right",
         "head_splits",
         "heads_per_split",
         "row_tiles",
@@ -75,6 +78,8 @@ def attention_map_kernel(
     row_stop,
     column_start,
     query_start,
+    left,
+    right,
     head_splits,
     heads_per_split,
     row_tiles,
@@ -109,7 +114,7 @@ def attention_map_kernel(
     row_ok = is_set(query_mask, b, row, in_range)
     if OPTIONS.block_scope:
         row_ok = row_ok & (position >= column_start) & (position < column_start + n_columns)
-    sees = visible(row_ok, position, key_ok, key, OPTIONS.causal)
+    sees = visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited)
 
     q, k = layers.q, layers.k
     q_rows = q.data[0] + b * q.stride_b[0] + row.to(tl.int64) * q.stride_r[0]
@@ -163,6 +168,7 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
         return
     problem = gather([layer], options.softmax_scale)
     device, rows, columns = problem.device, options.rows, options.columns
+    window = Window.of(problem, options)
     n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
     cut = cut_columns("attention_map", problem, options, n_rows)
     lse = OF_TILE
@@ -195,12 +201,14 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
             "row_stop": rows.stop,
             "column_start": columns.start,
             "query_start": options.query_start,
+            "left": window.left,
+            "right": window.right,
             "head_splits": head_splits,
             "heads_per_split": heads_per_split,
             "row_tiles": row_tiles,
             "column_tiles": column_tiles,
             "OPTIONS": Options(
-                options.causal,
+                window.limited,
                 options.diagonal,
                 options.softmax_scope == "block",
                 options.per_head,

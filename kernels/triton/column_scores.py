@@ -26,6 +26,7 @@ from .tile import (
     Cut,
     Matrix,
     Problem,
+    Window,
     cut_columns,
     gather,
     is_last,
@@ -52,7 +53,7 @@ class Out(NamedTuple):
 class Options(NamedTuple):
     """Compile-time options."""
 
-    causal: bool
+    limited: bool  # to windows
     diagonal: bool
     reduction: str
     per_head: bool
@@ -72,6 +73,8 @@ class Options(NamedTuple):
         "row_stop",
         "column_start",
         "query_start",
+        "left",
+        "right",
         "n_layers",
         "head_splits",
         "packs_per_split",
@@ -97,6 +100,8 @@ def column_scores_kernel(
     row_stop,
     column_start,
     query_start,
+    left,
+    right,
     n_layers,
     head_splits,
     packs_per_split,
@@ -147,14 +152,15 @@ def column_scores_kernel(
     key_ok = is_set(key_mask, b, key, column_ok)
 
     # The packed rows of this split: whole tiles, so that a split is never shared.
-    first_row = row_start
-    if OPTIONS.causal:  # rows before the first column see nothing of the tile
-        first_row = tl.maximum(row_start, column_start + tile * BLOCK_N - query_start)
-        first_row = tl.minimum(first_row, row_stop).to(tl.int32)
-    row_tiles = ((row_stop - first_row) * PACK + BLOCK_M - 1) // BLOCK_M
+    first_row, last_row = row_start, row_stop
+    if OPTIONS.limited:  # other rows see nothing of the tile
+        own = column_start + tile * BLOCK_N - query_start  # the row that stands at the first column
+        first_row = tl.minimum(tl.maximum(row_start, own - right), row_stop).to(tl.int32)
+        last_row = tl.maximum(tl.minimum(row_stop, own + BLOCK_N + left), first_row).to(tl.int32)
+    row_tiles = ((last_row - first_row) * PACK + BLOCK_M - 1) // BLOCK_M
     tiles_per_split = (row_tiles + ROW_SPLITS - 1) // ROW_SPLITS
     first_r = first_row * PACK + row_split * tiles_per_split * BLOCK_M
-    last_r = tl.minimum(first_r + tiles_per_split * BLOCK_M, row_stop * PACK)
+    last_r = tl.minimum(first_r + tiles_per_split * BLOCK_M, last_row * PACK)
 
     q_base = of_layer(layers.q.data, layer) + b * of_layer(layers.q.stride_b, layer)
     q_h = of_layer(layers.q.stride_h, layer)
@@ -196,7 +202,7 @@ def column_scores_kernel(
                 at = block_start + (query_start - column_start) + row
                 offset = b * tokens.stride_b + at.to(tl.int64) * tokens.stride_n
                 row_ok = row_ok & (tl.load(tokens.data + offset, mask=in_range, other=0) == mask_token_id)
-            sees = visible(row_ok, position, key_ok, key, OPTIONS.causal)
+            sees = visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited)
             if lse is None:
                 weights = weights_tile(logits, logits, sees, True)
             else:
@@ -371,7 +377,7 @@ def reduce_columns(
     In a ``step`` that has a commit, the kernel also finishes it; ``counters`` are zero then, one for each
     tile and one for each row of the batch.
     """
-    device, rows = problem.device, plan.rows
+    device, rows, window = problem.device, plan.rows, Window.of(problem, options)
     n_columns = options.columns.stop - options.columns.start
     lse = OF_TILE if plan.cut.of_tile else row_lse(problem, softmax_lse, masks.key_mask, options, rows)
     splits = len(problem.layers.q.data) * plan.head_splits * plan.row_splits
@@ -400,13 +406,15 @@ def reduce_columns(
             "row_stop": rows.stop,
             "column_start": options.columns.start,
             "query_start": options.query_start,
+            "left": window.left,
+            "right": window.right,
             "n_layers": len(problem.layers.q.data),
             "head_splits": plan.head_splits,
             "packs_per_split": plan.packs_per_split,
             "tiles": plan.tiles,
             **step,
             "OPTIONS": Options(
-                options.causal,
+                window.limited,
                 options.diagonal,
                 options.reduction,
                 options.per_head,

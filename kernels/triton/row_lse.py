@@ -21,6 +21,7 @@ from .tile import (
     Lse,
     Matrix,
     Problem,
+    Window,
     fitting,
     is_set,
     load_block,
@@ -39,7 +40,7 @@ _INF = tl.constexpr(float("inf"))
 class Options(NamedTuple):
     """Compile-time options."""
 
-    causal: bool
+    limited: bool  # to windows
     splits: int
     pack: int
 
@@ -52,6 +53,8 @@ class Options(NamedTuple):
         "key_start",
         "key_stop",
         "query_start",
+        "left",
+        "right",
         "packs",
     ]
 )
@@ -68,6 +71,8 @@ def row_lse_kernel(
     key_start,
     key_stop,
     query_start,
+    left,
+    right,
     packs,
     OPTIONS: tl.constexpr,
     TILE: tl.constexpr,
@@ -119,9 +124,11 @@ def row_lse_kernel(
         span = (span + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         first = key_start + split * span
         last = tl.minimum(first + span, key_stop)
-        if OPTIONS.causal:  # nothing is visible beyond the last row of the tile
-            last_row = tl.minimum((row_start * PACK + row_tile * BLOCK_M + BLOCK_M - 1) // PACK, row_stop - 1)
-            last = tl.maximum(tl.minimum(last, query_start + last_row + 1), key_start).to(tl.int32)
+        if OPTIONS.limited:  # the tile's first row sees nothing before, its last one nothing beyond
+            first_r = row_start * PACK + row_tile * BLOCK_M
+            last_row = tl.minimum((first_r + BLOCK_M - 1) // PACK, row_stop - 1)
+            last = tl.maximum(tl.minimum(last, query_start + last_row + right + 1), key_start).to(tl.int32)
+            first = tl.minimum(tl.maximum(first, query_start + first_r // PACK - left), last).to(tl.int32)
         m = tl.full([BLOCK_M], -_INF, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in range(first, last, BLOCK_N):
@@ -130,7 +137,9 @@ def row_lse_kernel(
             k = load_block(k_base + key.to(tl.int64) * k_n, key_ok, k_d, TILE)
             logits = logits_tile(q, k, scale, TILE)
             key_ok = is_set(key_mask, b, key, key_ok)
-            logits = tl.where(visible(row_ok, position, key_ok, key, OPTIONS.causal), logits, -_INF)
+            logits = tl.where(
+                visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited), logits, -_INF
+            )
             new_m = tl.maximum(m, tl.max(logits, 1))
             shift = safe_max(new_m)
             total = total * tl.exp2(m - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
@@ -174,7 +183,7 @@ def _computed(
 ) -> RowLse:
     device, pack = problem.device, problem.group
     n_layers = len(problem.layers.q.data)
-    n_keys = keys.stop - keys.start
+    n_keys, window = keys.stop - keys.start, Window.of(problem, options)
     n_rows = (rows.stop - rows.start) * pack
     shape_class = launch.attention_class(n_rows, problem.headdim, problem.element_size)
     parameters = launch.config("row_lse", shape_class, device)
@@ -203,8 +212,10 @@ def _computed(
                 "key_start": keys.start,
                 "key_stop": keys.stop,
                 "query_start": options.query_start,
+                "left": window.left,
+                "right": window.right,
                 "packs": packs,
-                "OPTIONS": Options(options.causal, splits, pack),
+                "OPTIONS": Options(window.limited, splits, pack),
                 "TILE": tile_of(problem, block_m, block_n),
             },
             parameters,

@@ -180,11 +180,15 @@ def _descaled(scale, descale, layer, b, kv_head):
 
 
 @triton.jit
-def visible(row_ok, position, key_ok, key, CAUSAL: tl.constexpr):
-    """Which rows see which keys [block_m, block_n]."""
+def visible(row_ok, position, key_ok, key, left, right, LIMITED: tl.constexpr):
+    """Which rows see which keys [block_m, block_n]; all, but where LIMITED to windows."""
     sees = row_ok[:, None] & key_ok[None, :]
-    if CAUSAL:
-        sees = sees & (key[None, :] <= position[:, None])
+    if LIMITED:
+        sees = (
+            sees
+            & (key[None, :] >= (position - left)[:, None])
+            & (key[None, :] <= (position + right)[:, None])
+        )
     return sees
 
 
@@ -245,6 +249,30 @@ class Problem(NamedTuple):
     headdim: int
     element_size: int
     device: torch.device
+
+
+class Window(NamedTuple):
+    """The keys that a row sees, from ``left`` before its position to ``right`` after it.
+
+    A side without limit has one that no key is beyond, and no limit is further than that: sums of positions stay
+    as small as the positions.
+    """
+
+    left: int
+    right: int
+    limited: bool  # at a side at least
+
+    @classmethod
+    def of(cls, problem: Problem, options: Attention) -> Window:
+        (left, right), start = options.window_size, options.query_start
+        right = 0 if options.causal else right
+        assert start is not None
+        to_first, to_last = max(start + problem.n_rows, 0), max(problem.n_keys - start, 0)
+        return cls(
+            to_first if left < 0 else min(left, to_first),
+            to_last if right < 0 else min(right, to_last),
+            max(left, right) >= 0,
+        )
 
 
 class Cut(NamedTuple):
