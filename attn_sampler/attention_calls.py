@@ -17,7 +17,7 @@ from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
-from attn_sampler.attention_masks import read_mask, table
+from attn_sampler.attention_masks import read_mask
 
 
 class _LogSumExpTap(TorchDispatchMode):
@@ -242,8 +242,8 @@ def compiled_attention(
     options |= {"scale": scale, "enable_gqa": enable_gqa}
     if isinstance(attn_mask, CausalBias):  # as what PyTorch makes of it
         visible = read_mask(attn_mask, False, 1, 1, 1)
-        is_causal = visible.causal_offset == 0
-        attn_mask = None if is_causal else table(visible, query.shape[2], key.shape[2], query.device)
+        is_causal = visible.band[1] == 0
+        attn_mask = None if is_causal else visible.table(query.shape[2], key.shape[2], query.device)
         options |= {"is_causal": is_causal}
     if not all(x is None or _is_plain(x) for x in (query, key, value, attn_mask)):
         return _observed_outside(query, key, value, attn_mask, **options)

@@ -21,13 +21,14 @@ from attn_sampler import checks, reference
 from attn_sampler.attention_calls import Call, compiled_attention, observe, open_captures
 from attn_sampler.attention_calls import is_capturing as is_capturing
 from attn_sampler.attention_calls import report_attention as report_attention
-from attn_sampler.attention_masks import Visible, read_mask, table
+from attn_sampler.attention_masks import Visible, read_mask
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.errors import DecodingError
 from attn_sampler.functional import attention_map, column_scores
 from attn_sampler.options import REDUCTIONS
 
 _ATTENTION = F.scaled_dot_product_attention
+_EVERYWHERE = (-1, -1)
 
 
 class CapturedLayer(NamedTuple):
@@ -74,8 +75,8 @@ class AttentionCapture(TorchFunctionMode):
     Entering the context forgets the last forward pass, so one object serves a whole decoding run;
     ``columns``, ``query_mask`` and ``query_start`` may be assigned in between. Contexts nest, and are
     thread-local, as all ``TorchFunctionMode``s are. A model under ``torch.compile`` is served without a graph
-    break and without recompilation from step to step, without gradients; but ``Tensor.unflatten``, which
-    torch cannot trace under a ``TorchFunctionMode``, breaks its graph.
+    break and without recompilation from step to step; but ``Tensor.unflatten``, which torch cannot trace
+    under a ``TorchFunctionMode``, and attention of tensor subclasses break its graph.
 
     With ``keep`` or negative ``layers``, what is set aside refers to the model's own queries and mask, and to
     its keys where all columns are taken. None of these may be overwritten before the scores are read: a
@@ -89,13 +90,13 @@ class AttentionCapture(TorchFunctionMode):
 
     ``nn.MultiheadAttention``, ``flex_attention``, other libraries' kernels and attention written out by hand
     are not seen, unless they call ``report_attention``. Masks are handed to the kernels where they hide keys
-    from all rows ([B, 1, 1, N], or expanded from it), are causal (``is_causal``, PyTorch's ``CausalBias``, or
-    a table that is), or both: as booleans, or as zeros beside -inf or the lowest finite value. Any other mask
-    or bias is served by plain PyTorch over the candidate columns, and cannot be kept. To know them apart,
-    float masks and tables are read on the host, once for all layers that share one (in inference mode and in
-    compiled models, once a layer). A row that is hidden everywhere contributes 0; one that has only biases of
-    the lowest value, or others far from 0, what PyTorch makes of it: equal shares. Dropout is not applied to
-    the scores.
+    from all rows ([B, 1, 1, N], or expanded from it), all but a band about each row (``is_causal``, PyTorch's
+    ``CausalBias``, a table that is causal or a sliding window), or both: as booleans, or as zeros beside -inf
+    or the lowest finite value. Any other mask or bias is served by plain PyTorch over the candidate columns,
+    and cannot be kept. To know them apart, float masks and tables are read on the host, once for all layers
+    that share one (in inference mode and in compiled models, once a layer). A row that is hidden everywhere
+    contributes 0; one that has only biases of the lowest value, or others far from 0, what PyTorch makes of
+    it: equal shares. Dropout is not applied to the scores.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class AttentionCapture(TorchFunctionMode):
             "columns": slice(0, first.k.shape[2]),
             "query_start": first.query_start,
             "softmax_scale": first.softmax_scale,
-            "causal": first.causal,
+            **first.limits,
             "key_mask": first.key_mask,
             "query_mask": self.query_mask,
             **self._options,
@@ -294,23 +295,21 @@ class AttentionCapture(TorchFunctionMode):
         if self.query_start is not None:
             start = self.query_start
         visible = self._visible(call)
-        key_mask, bias, causal = visible.key_mask, visible.bias, visible.causal_offset is not None
-        if (
-            causal and visible.causal_offset != start
-        ):  # the kernels' causal mask moves with the rows' positions
-            bias = table(visible, n_rows, n_keys, q.device).expand(batch, -1, -1, -1)
-            key_mask, causal = None, False
+        key_mask, bias, window = visible.key_mask, visible.bias, visible.window_size(start)
+        if window is None:  # the kernels' bands move with the rows' positions, which these are not about
+            bias = visible.table(n_rows, n_keys, q.device).expand(batch, -1, -1, -1)
+            key_mask, window = None, _EVERYWHERE
         if visible.shifted:
             if call.is_reported:
                 raise NotImplementedError(
                     "its bias moves a row by more than a float32 softmax_lse can tell (to or beyond 1024)"
                 )
-            record = _Record(q, k, None, start, None, bias, False, scale, slice(lo, hi))
+            record = _Record(q, k, None, start, None, bias, window, scale, slice(lo, hi))
         else:
             key_mask = None if key_mask is None else key_mask[:, lo:hi]
             bias = None if bias is None else bias[..., lo:hi]
             k = k[:, :, lo:hi]
-            record = _Record(q, k, call.softmax_lse, start - lo, key_mask, bias, causal, scale, None)
+            record = _Record(q, k, call.softmax_lse, start - lo, key_mask, bias, window, scale, None)
         if not (self.keep or self._lookback):
             self._sum = self._reduce(record, self._sum)
             return
@@ -373,7 +372,7 @@ class AttentionCapture(TorchFunctionMode):
         backed, plain = reading
         with torch.autocast(record.q.device.type, enabled=False):  # scores are float32 to the end
             if record.bias is None:
-                options |= {"causal": record.causal, "key_mask": record.key_mask, "backend": self._backend}
+                options |= {"key_mask": record.key_mask, **record.limits, "backend": self._backend}
                 return backed(record.q, record.k, out=total, **options)
             if record.columns is None:
                 values = plain(record.q, record.k, bias=record.bias, **options).to(torch.float32)
@@ -397,16 +396,21 @@ class _Record(NamedTuple):
     query_start: int  # column (may be negative or beyond C), or key with all keys, at which row 0 stands
     key_mask: Tensor | None  # [B, C] bool
     bias: Tensor | None  # [B, Hq | 1, M, C | N], boolean or added to the logits
-    causal: bool
+    window_size: tuple[int, int]
     softmax_scale: float | None
     columns: slice | None  # the candidates among all keys; None where there are no others
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        left, right = self.window_size
+        return {"causal": right == 0, "window_size": (left, right or -1)}
 
     @property
     def geometry(self) -> tuple:
         """What layers that are reduced in one call have in common."""
         batch, _, n_rows, headdim = self.q.shape
         shape = (batch, n_rows, headdim, self.k.shape[2], self.q.dtype)
-        return (*shape, self.key_mask is None, self.query_start, self.causal, self.softmax_scale)
+        return (*shape, self.key_mask is None, self.query_start, self.window_size, self.softmax_scale)
 
 
 def _reducible_in_one_call(records: Sequence[_Record]) -> bool:
