@@ -292,7 +292,9 @@ def select_tokens(
     direct = ops.direct(backend, masked)
     if direct is not None:
         selected = _attempted(masked.new_empty, masked.shape)
-        if selected is not None and direct.attempt("select_tokens", selected, scores, confidence, masked, given):
+        if selected is not None and direct.attempt(
+            "select_tokens", selected, scores, confidence, masked, given
+        ):
             return selected
     checks.choice("backend", backend, BACKEND_CHOICES)
     options = Selection(*given).checked()

@@ -20,6 +20,7 @@ from attn_sampler import checks
 from attn_sampler.checks import Span
 
 MAX_ELEMENTS = 1 << 40  # of a tensor: its products with what is kept for each are far from the end of int64
+MAX_ROWS = 1 << 32  # of the queries of all heads and sequences: a view of few elements can have any number
 MAX_KEYS = (1 << 30) - 1  # the kernels count keys, and the positions of a block, in 32 bits
 MAX_HEADDIM = 512  # of the GPU kernels: a tile of keys has to fit the shared memory
 MAX_VOCAB = 1 << 34  # the sampling stream counts groups of 4 tokens in 32 bits
@@ -65,6 +66,7 @@ class Layer(NamedTuple):
             )
         checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, kv_heads, n_keys, headdim))
         checks.size(f"{prefix}q", q.shape, MAX_ELEMENTS)
+        checks.size(f"{prefix}q", q.shape[:3], MAX_ROWS, "query rows [B, Hq, M]")
         checks.size(f"{prefix}k", k.shape, MAX_ELEMENTS)
         if softmax_lse is not None:
             if softmax_scope == "block":
@@ -311,7 +313,10 @@ def _alike(x: object, y: Tensor | None) -> bool:
 def check_logits_size(logits: Tensor) -> None:
     """Of [B, C, V]: so many that the sampling stream can count them."""
     checks.size("logits", logits.shape, MAX_ELEMENTS)
-    for what, length, limit in (("positions C", logits.shape[1], MAX_KEYS), ("tokens V", logits.shape[2], MAX_VOCAB)):
+    for what, length, limit in (
+        ("positions C", logits.shape[1], MAX_KEYS),
+        ("tokens V", logits.shape[2], MAX_VOCAB),
+    ):
         if length > limit:
             raise ValueError(f"logits: expected at most {limit} {what}, got {length}")
 

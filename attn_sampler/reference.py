@@ -89,7 +89,10 @@ def attention(
 
     q, k = _dequantised(q, q_descale), _dequantised(k, k_descale)
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    logits = scale * (q @ k.transpose(-1, -2))
+    products = q @ k.transpose(-1, -2)
+    if softmax_lse is None:
+        products = products - _large(products, scale, sees)
+    logits = scale * products
     if bias is not None and bias.dtype != torch.bool:
         logits = logits + bias
     logits = logits.masked_fill(~sees, -_INF)
@@ -104,6 +107,14 @@ def attention(
         sees = sees & (key != row)
     weights = weights.masked_fill(~sees, 0.0)
     return weights[..., lo:hi], sees[..., lo:hi]
+
+
+def _large(products: Tensor, scale: float, sees: Tensor) -> Tensor:
+    """The product of each row's largest logit [B, Hq, M, 1] where that logit is so large that nothing can be
+    added to it, or infinite, and the product is not; else 0. The softmax is the same without it."""
+    sign = -1.0 if scale < 0.0 else 1.0
+    top = sign * (sign * products).masked_fill(~sees, -_INF).amax(dim=-1, keepdim=True)
+    return top.masked_fill(~top.isfinite() | ((scale * top).abs() < 2.0**32), 0.0)
 
 
 def column_scores(

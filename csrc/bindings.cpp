@@ -359,6 +359,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cuda_unavailable", [] { return attn_sampler_cuda_unavailable(); });
     py::dict limits;
     limits["MAX_ELEMENTS"] = ATTN_SAMPLER_MAX_ELEMENTS;
+    limits["MAX_ROWS"] = ATTN_SAMPLER_MAX_ROWS;
     limits["MAX_KEYS"] = ATTN_SAMPLER_MAX_KEYS;
     limits["MAX_HEADDIM"] = ATTN_SAMPLER_MAX_HEADDIM;
     limits["MAX_VOCAB"] = ATTN_SAMPLER_MAX_VOCAB;

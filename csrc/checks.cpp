@@ -192,6 +192,10 @@ AttentionProblem check_attention(const attn_sampler_layer &layer, const attn_sam
         throw Error(kInvalid,
                     "k: expected a number of heads that divides the %" PRId64 " heads of q, got %" PRId64,
                     p.heads, p.kv_heads);
+    const int64_t rows = std::max<int64_t>(p.batch, 1) * std::max<int64_t>(p.n_rows, 1) * p.heads;
+    if (rows > ATTN_SAMPLER_MAX_ROWS)
+        throw Error(kInvalid, "q: expected at most 2^32 query rows of all heads and sequences, got %" PRId64,
+                    rows);
     if (p.n_keys > ATTN_SAMPLER_MAX_KEYS)
         throw Error(ATTN_SAMPLER_UNSUPPORTED, "k: expected fewer than 2^30 keys, got %" PRId64, p.n_keys);
     check_optional("softmax_lse", layer.softmax_lse, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, p.n_rows});

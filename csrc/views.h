@@ -43,17 +43,20 @@ uint64_t word_at(const void *address, size_t word) {
 }
 
 /* Finds these places by samples: tensor, address of its implementation, the word in it. Each word of the
- * object, then of the implementation, is tried until one is right for all. */
+ * object, then of the implementation, is tried until one is right for all. False, and they have to be asked,
+ * where none is, or there are no samples. */
 bool find_flags(const std::vector<std::tuple<py::object, uint64_t, uint64_t>> &samples, uint64_t bits) {
+    flags = {};
+    if (samples.empty())
+        return false;
     constexpr size_t kWords = 24; /* of an implementation, at the most */
-    const auto size = static_cast<size_t>(Py_TYPE(std::get<0>(samples.at(0)).ptr())->tp_basicsize);
+    const auto size = static_cast<size_t>(Py_TYPE(std::get<0>(samples[0]).ptr())->tp_basicsize);
     const auto first = [&](size_t from, size_t stop, auto is_right) {
         while (from < stop &&
                !std::all_of(samples.begin(), samples.end(), [&](auto &x) { return is_right(x, from); }))
             ++from;
         return from < stop ? from : 0;
     };
-    flags = {};
     const size_t object = first(sizeof(PyObject) / 8, size / 8, [](auto &x, size_t word) {
         return word_at(std::get<0>(x).ptr(), word) == std::get<1>(x);
     });

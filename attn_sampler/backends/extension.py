@@ -35,10 +35,14 @@ READS_TENSORS = UNAVAILABLE is None and _C.read_tensors_of(Tensor)
 
 
 def _find_flags() -> bool:
-    """Show the extension where a tensor says that it is negated, or zeros without memory; False: it has to ask."""
+    """Show the extension where a tensor says that it is negated, or zeros without memory; False: it has to
+    ask."""
     plain = torch.zeros(1)
-    samples = [plain, torch._neg_view(plain), torch._efficientzerotensor(1)]
-    words = [torch._C._dispatch_keys(x).raw_repr() for x in samples]
+    try:
+        samples = [plain, torch._neg_view(plain), torch._efficientzerotensor(1)]
+        words = [torch._C._dispatch_keys(x).raw_repr() for x in samples]
+    except AttributeError:  # another torch keeps them elsewhere
+        return False
     bits = (words[1] | words[2]) & ~words[0]
     return _C.find_flags([(x, x._cdata, word) for x, word in zip(samples, words, strict=True)], bits)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +27,27 @@ def _plain(function: Callable[..., None]) -> Callable[..., None]:
             function(self, out, *arguments)
 
     return run
+
+
+def _check_memory(name: str, held: str, like: Tensor, *sizes: int) -> None:
+    """Refuse what this machine cannot hold a few of: torch might take all of its memory before it fails."""
+    needed = 3 * math.prod(sizes) * (8 if like.dtype == torch.float64 else 4)
+    if like.is_cpu and needed > _physical_memory():
+        raise MemoryError(
+            f"{name}: the reference holds all of {held} = {list(sizes)} a few times over, "
+            f"{needed / 2**30:.3g} GiB, and this machine has {_physical_memory() / 2**30:.3g}"
+        )
+
+
+@functools.cache
+def _physical_memory() -> int:
+    """In bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _check_attention(layer: Layer, prefix: str = "") -> None:
+    q, k = layer[:2]
+    _check_memory(f"{prefix}q", "[B, Hq, M, N]", q, *q.shape[:3], k.shape[2])
 
 
 def _keywords(masks: Masks, options: Attention, *without: str) -> dict[str, Any]:
@@ -51,16 +74,19 @@ class Reference(Backend):
 
     @_plain
     def column_scores(self, out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
+        _check_attention(layer)
         keywords = _keywords(masks, options, "rows", "accumulate")
         _store(out, reference.column_scores(**layer._asdict(), **keywords), options.accumulate)
 
     @_plain
     def attention_map(self, out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
+        _check_attention(layer)
         keywords = _keywords(masks, options, "reduction", "accumulate")
         _store(out, reference.attention_map(**layer._asdict(), **keywords), options.accumulate)
 
     @_plain
     def token_confidence(self, out: tuple[Tensor, Tensor], logits: Tensor, options: Sampling) -> None:
+        _check_memory("logits", "[B, C, V]", logits, *logits.shape)
         _copy(out, reference.token_confidence(logits, **options._asdict()))
 
     @_plain
@@ -73,6 +99,9 @@ class Reference(Backend):
     def decode_step(
         self, out: StepResult, logits: Tensor, layers: list[Layer], masks: Masks, options: Step
     ) -> None:
+        for index, layer in enumerate(layers):
+            _check_attention(layer, f"layers[{index}] ")
+        _check_memory("logits", "[B, C, V]", logits, *logits.shape)
         given = {"layers": layers} if layers else {"scores": out.scores}
         result = reference.decode_step(
             out.tokens,

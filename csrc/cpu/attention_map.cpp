@@ -15,10 +15,10 @@ bool attention_map_of(const AttentionProblem &p) {
     const bool partial_sums = splits > 1 && !p.params.per_head;
     const int64_t totals = partial_sums ? units * splits : p.num_threads;
     const Workspace work(p.num_threads, Scratch::bytes(p.headdim),
-                         lse_count(p) * 8 + totals * kTile * kTile * 4);
+                         lse_count(p) * static_cast<int64_t>(sizeof(RowLse)) + totals * kTile * kTile * 4);
     if (!work || !compute_lse(plan, work.shared()))
         return false;
-    float *const partial = reinterpret_cast<float *>(static_cast<double *>(work.shared()) + lse_count(p));
+    float *const partial = static_cast<float *>(after_lse(p, work.shared()));
 
     auto write_tile = [&](const Columns &columns, int64_t unit, int64_t h, const float *total) {
         const int64_t row0 = unit / column_tiles % row_tiles * kTile;

@@ -313,10 +313,11 @@ bool column_scores_of(const AttentionProblem &p) {
         return true;
     }
     const Cut cut(plan, kTile, kRowsPerUnit);
-    const Workspace work(p.num_threads, Scratch::bytes(p.headdim), (lse_count(p) + cut.totals(p)) * 8);
+    const Workspace work(p.num_threads, Scratch::bytes(p.headdim),
+                         lse_count(p) * static_cast<int64_t>(sizeof(RowLse)) + cut.totals(p) * 8);
     if (!work || !compute_lse(plan, work.shared()))
         return false;
-    double *const total = static_cast<double *>(work.shared()) + lse_count(p);
+    double *const total = static_cast<double *>(after_lse(p, work.shared()));
     reduce_columns(plan, cut, total, [&](int64_t b, int64_t tile, int worker) {
         return ScoreTask<Words>(plan, b, tile, plan.scratch(work.of_worker(worker)));
     });

@@ -33,7 +33,7 @@ void partial_lse(const Plan &plan, int64_t b, int64_t hkv, int64_t first, int64_
 }
 
 /* The log-sum-exp of row i of a tile from its splits. */
-double merge(const Partial *partial, int64_t splits, int64_t i, double unit) {
+RowLse merge(const Partial *partial, int64_t splits, int64_t i, double unit) {
     float maximum = -kInf;
     for (int64_t split = 0; split < splits; ++split)
         maximum = partial[split].maximum[i] > maximum ? partial[split].maximum[i] : maximum;
@@ -46,11 +46,11 @@ double merge(const Partial *partial, int64_t splits, int64_t i, double unit) {
         if (part != 0.0f) /* else nothing was seen, and its shift means nothing */
             sum += std::exp2((part_shift - shift) * unit) * static_cast<double>(part);
     }
-    return shift * unit + std::log2(sum);
+    return {std::log2(sum), static_cast<float>(shift)};
 }
 
 template <typename Words>
-bool row_lse_of(const AttentionProblem &p, double *lse) {
+bool row_lse_of(const AttentionProblem &p, RowLse *lse) {
     const Plan plan(p);
     const int64_t list = plan.group * plan.rows(), keys = plan.key_stop - plan.key_start;
     const int64_t tiles = ceil_div(list, kTile), units = p.batch * p.kv_heads * tiles;
@@ -89,7 +89,7 @@ bool row_lse_of(const AttentionProblem &p, double *lse) {
 
 namespace ATTN_SAMPLER_ISA {
 
-bool row_lse(const AttentionProblem &p, double *lse) {
+bool row_lse(const AttentionProblem &p, RowLse *lse) {
     return in_pairs(p) ? row_lse_of<PairWords>(p, lse) : row_lse_of<FloatWords>(p, lse);
 }
 

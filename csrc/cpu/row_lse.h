@@ -7,8 +7,8 @@
 namespace attn_sampler {
 namespace ATTN_SAMPLER_ISA {
 
-/* The base-2 log-sum-exp of every row that can count, into lse [B, Hq, M]; false where memory ran out. */
-bool row_lse(const AttentionProblem &p, double *lse);
+/* That of every row that can count, into lse [B, Hq, M]; false where memory ran out. */
+bool row_lse(const AttentionProblem &p, RowLse *lse);
 
 } // namespace ATTN_SAMPLER_ISA
 
@@ -19,12 +19,17 @@ inline int64_t lse_count(const AttentionProblem &p) {
     return p.softmax_lse.data == nullptr ? p.batch * p.heads * p.n_rows : 0;
 }
 
+/* Where the memory behind them starts. */
+inline void *after_lse(const AttentionProblem &p, void *memory) {
+    return static_cast<RowLse *>(memory) + lse_count(p);
+}
+
 /* Computes as many into the front of a kernel's memory, for the plan to read; false where memory ran out. */
 inline bool compute_lse(Plan &plan, void *memory) {
     if (lse_count(plan.p) == 0)
         return true;
-    plan.lse = static_cast<double *>(memory);
-    return ATTN_SAMPLER_ISA::row_lse(plan.p, static_cast<double *>(memory));
+    plan.lse = static_cast<RowLse *>(memory);
+    return ATTN_SAMPLER_ISA::row_lse(plan.p, static_cast<RowLse *>(memory));
 }
 
 /* What to subtract from logits whose maximum this is: never inf - inf, and far above what is not +inf beside
@@ -33,20 +38,6 @@ inline VecF shift_of(VecF top) {
     const VecF finite = splat(__FLT_MAX__);
     return top > finite ? finite : top < -finite ? VecF{} : top;
 }
-
-/* How logits are kept: as products or, where the scale is negative, their opposites. No rounding, so that
- * weights of large logits agree with the log-sum-exp. Only a scale too small for that is multiplied in. */
-struct LogitUnits {
-    float factor; /* of a product, to be kept: 1, -1 or the scale */
-    float unit;   /* of what is kept, in base-2 logits */
-
-    explicit LogitUnits(float scale) : factor(scale), unit(1.0f) {
-        if (std::fabs(scale) > 0x1p-100f) {
-            factor = scale > 0.0f ? 1.0f : -1.0f;
-            unit = std::fabs(scale);
-        }
-    }
-};
 
 /* The softmax of up to kTile of a key head's rows, which stand across the lanes, over keys that come block by
  * block. Row f of the key head's list is row f % rows of query head f / rows of the group. */

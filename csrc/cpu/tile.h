@@ -30,6 +30,27 @@ struct Sight {
     int32_t first, last, own;
 };
 
+/* How logits are kept: as products or, where the scale is negative, their opposites. No rounding, so that
+ * weights of large logits agree with the log-sum-exp. Only a scale too small for that is multiplied in. */
+struct LogitUnits {
+    float factor; /* of a product, to be kept: 1, -1 or the scale */
+    float unit;   /* of what is kept, in base-2 logits */
+
+    explicit LogitUnits(float scale) : factor(scale), unit(1.0f) {
+        if (std::fabs(scale) > 0x1p-100f) {
+            factor = scale > 0.0f ? 1.0f : -1.0f;
+            unit = std::fabs(scale);
+        }
+    }
+};
+
+/* A row's log-sum-exp in base 2: `top` in units (LogitUnits) and `rest`, as their sum does not always tell:
+ * it may be so large that the rest is lost in it, or beyond float32. */
+struct RowLse {
+    double rest;
+    float top;
+};
+
 /* What the kernels share of one problem. */
 struct Plan {
     const AttentionProblem &p;
@@ -37,7 +58,7 @@ struct Plan {
     int64_t group;               /* query heads of a key head */
     int64_t row_start, row_stop; /* rows that can count */
     int64_t key_start, key_stop; /* keys of the softmax */
-    const double *lse;           /* computed base-2 log-sum-exp, [B, Hq, M]; null where it is given */
+    const RowLse *lse;           /* computed, [B, Hq, M]; null where it is given */
 
     explicit Plan(const AttentionProblem &problem)
         : p(problem), window(problem), group(problem.heads / problem.kv_heads), row_start(0),
@@ -132,10 +153,15 @@ struct Columns {
     }
 };
 
+/* From here on a difference of two logits in their last place leaves the lower one no weight. */
+constexpr double kOnlyTopCounts = 0x1p32;
+
 /* Up to kTile rows that count, gathered. */
 struct RowTile {
     const void *address[kTile] = {};
     float lse_high[kTile], lse_low[kTile]; /* base 2; the sum of both has the precision of a double */
+    bool any_only_top = false;             /* whether the largest logits of a row share all of its weight */
+    float top[kTile], top_weight[kTile];   /* then: of those in units, and of each; else 0 */
     Sight sight[kTile];
     int64_t row[kTile];
     int n = 0;
@@ -147,8 +173,9 @@ struct RowTile {
         const AttentionProblem &p = plan.p;
         const int64_t b = columns.b, step = p.q.stride[2] * element_size(p.dtype);
         const char *q = static_cast<const char *>(plan.query(b, h, m));
-        const double *const computed =
+        const RowLse *const computed =
             plan.lse == nullptr ? nullptr : plan.lse + (b * p.heads + h) * p.n_rows;
+        const double unit = LogitUnits(plan.scale(b, h / plan.group)).unit;
         const float *const given =
             p.softmax_lse.data + b * p.softmax_lse.stride[0] + h * p.softmax_lse.stride[1];
         const int64_t given_step = p.softmax_lse.stride[2];
@@ -157,13 +184,19 @@ struct RowTile {
         for (; m < stop && n < kTile; ++m, q += step) {
             const Sight at = plan.sight(m, columns.first);
             const bool sees = at.first < columns.n && at.last >= 0;
-            const double lse =
-                computed != nullptr ? computed[m] : static_cast<double>(given[m * given_step]) * given_unit;
+            const double lse = computed != nullptr
+                                   ? static_cast<double>(computed[m].top) * unit + computed[m].rest
+                                   : static_cast<double>(given[m * given_step]) * given_unit;
             if ((masked && !plan.row_counts(b, m)) || !sees || lse == -static_cast<double>(kInf))
                 continue;
             address[n] = q;
             lse_high[n] = static_cast<float>(lse);
             lse_low[n] = std::isfinite(lse_high[n]) ? static_cast<float>(lse - lse_high[n]) : 0.0f;
+            const bool only_top =
+                computed != nullptr && std::fabs(lse) >= kOnlyTopCounts && std::isfinite(lse);
+            top[n] = only_top ? computed[m].top : 0.0f;
+            top_weight[n] = only_top ? static_cast<float>(std::exp2(-computed[m].rest)) : 0.0f;
+            any_only_top = any_only_top || only_top;
             sight[n] = at;
             row[n++] = m;
         }
@@ -178,7 +211,8 @@ class Weights {
     Weights(const Plan &plan, const Columns &columns, const RowTile &rows, const Scratch &s, Words)
         : columns_(columns), rows_(rows), product_(s.product), scale_(plan.scale(columns.b, columns.kv_head)),
           limited_(plan.window.limited), diagonal_(plan.p.params.diagonal != 0),
-          select_(!columns.all_count || columns.n < columns.width || limited_ || !diagonal_) {
+          select_(!columns.all_count || columns.n < columns.width || limited_ || !diagonal_ ||
+                  rows.any_only_top) {
         multiply<Words>(s, rows.address, rows.n, rows.next, columns.width, s.product);
     }
 
@@ -198,11 +232,15 @@ class Weights {
                 keep &= (lane >= rows_.sight[r].first) & (lane <= rows_.sight[r].last);
             if (!diagonal_)
                 keep &= lane != rows_.sight[r].own;
-            use(r, keep ? weights(r, v) : VecF{});
+            use(r, keep ? rows_.top_weight[r] > 0.0f ? top_weights(r, v) : weights(r, v) : VecF{});
         }
     }
 
   private:
+    VecF top_weights(int r, int v) const {
+        const VecF kept = load<VecF>(product_ + r * columns_.width + v * kLanes) * LogitUnits(scale_).factor;
+        return kept >= rows_.top[r] ? splat(rows_.top_weight[r]) : VecF{};
+    }
     VecF weights(int r, int v) const {
         const VecF x = load<VecF>(product_ + r * columns_.width + v * kLanes);
         const VecF above = exact_multiply_add(x, splat(scale_), splat(-rows_.lse_high[r]));

@@ -126,6 +126,7 @@ int64_t attention_map(const AttentionProblem &p, const attn_sampler_exec &exec) 
         args.bins = p.params.per_head ? a.heads : 1;
         args.accumulate = p.params.accumulate != 0;
         const int64_t tiles = static_cast<int64_t>(a.batch) * args.row_tiles * args.column_tiles * args.bins;
+        check_extent("q: blocks of a launch", tiles, INT32_MAX);
         args.members =
             static_cast<int32_t>(clamp(launcher.target_blocks(2, 0) / tiles, 1, args.bins > 1 ? 1 : a.heads));
         if (args.members > 1) {

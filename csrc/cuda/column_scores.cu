@@ -31,6 +31,7 @@ ScoreArgs score_args(const AttentionProblem &p, const AttentionArgs &attention, 
     s.heads_per_list = heads_apart ? 1 : a.group;
     s.lists = a.heads / s.heads_per_list;
     s.rows_per_list = a.rows * s.heads_per_list;
+    check_extent("layers: layers times heads", static_cast<int64_t>(a.layers) * s.lists, kMaxPositions);
     s.bins = heads_apart ? a.layers * s.lists : 1;
     int64_t keys_bytes = 0;
     dispatch_type(p.dtype, [&](auto type) { keys_bytes = tile_bytes<decltype(type)>(a, columns); });
@@ -45,7 +46,10 @@ ScoreArgs score_args(const AttentionProblem &p, const AttentionArgs &attention, 
     if (steps > INT32_MAX)
         throw Error(ATTN_SAMPLER_UNSUPPORTED, "q: too many rows for one launch");
     s.steps = static_cast<int32_t>(steps);
+    check_extent("q: sequences times layers times heads", static_cast<int64_t>(a.batch) * s.bins,
+                 kMaxPositions);
     const int64_t outputs = static_cast<int64_t>(a.batch) * s.tiles * s.bins;
+    check_extent("q: blocks of a launch", outputs, INT32_MAX);
     /* As few blocks as finish together. The maxima of heads are added up: one block for each. */
     const int64_t busy = launcher.target_blocks(
         resident_blocks(static_cast<int>(columns), static_cast<int>(element_size(p.dtype))),

@@ -74,6 +74,7 @@ int64_t decode_step(const StepProblem &p, const attn_sampler_exec &exec) {
     return run(exec, [&](Launcher &launcher) {
         StepArgs args{};
         args.confidence = confidence_args(p.predict, launcher);
+        check_extent("logits: blocks of a launch", confidence_blocks(args.confidence), INT32_MAX);
         args.confidence_blocks = static_cast<int32_t>(confidence_blocks(args.confidence));
         SelectArgs &select = args.select;
         select = select_args(p.select);
@@ -82,10 +83,11 @@ int64_t decode_step(const StepProblem &p, const attn_sampler_exec &exec) {
         select.mask_token_id = p.mask_token_id;
         select.arrived = launcher.counters(select.batch);
         /* The parts of a sequence's step: the confidence of each position, and each launch's tiles. */
-        select.parts = static_cast<uint32_t>(select.columns);
+        int64_t parts = select.columns;
         for (int64_t first = 0; first < p.num_layers; first = end_of_group(first))
-            select.parts += static_cast<uint32_t>(
-                ceil_div(select.columns, tile_columns(select.columns, p.layers[first].dtype)));
+            parts += ceil_div(select.columns, tile_columns(select.columns, p.layers[first].dtype));
+        check_extent("layers: parts of a step", parts, INT32_MAX);
+        select.parts = static_cast<uint32_t>(parts);
         if (p.num_layers == 0)
             launch_confidence("decode_step", args.confidence, select, launcher);
         for (int64_t first = 0, end; first < p.num_layers; first = end) {

@@ -16,23 +16,24 @@ struct LseArgs {
     int32_t splits, tiles_per_split;
 };
 
-/* Maximum and sum of 2^(x - maximum) of a part of a row; a maximum that is not finite counts as 0 there. */
+/* Maximum and sum of 2^((x - maximum) unit) of a part of a row; a maximum that is not finite counts as 0
+ * there. */
 struct PartialLse {
     float max, sum;
 
     __device__ float shift() const { return is_finite(max) ? max : 0.0f; }
-    __device__ void raise(float higher) {
+    __device__ void raise(float higher, float unit) {
         const float before = shift();
         max = higher;
         if (sum != 0.0f)
-            sum *= exp2_fast(before - shift());
+            sum *= exp2_fast((before - shift()) * unit);
     }
 };
 
-__device__ inline PartialLse merge(PartialLse x, PartialLse y) {
+__device__ inline PartialLse merge(PartialLse x, PartialLse y, float unit) {
     const float higher = fmaxf(x.max, y.max);
-    x.raise(higher);
-    y.raise(higher);
+    x.raise(higher, unit);
+    y.raise(higher, unit);
     x.sum += y.sum;
     return x;
 }
@@ -60,7 +61,7 @@ __device__ void row_lse_block(const LseArgs &args) {
             rows.row[r].clear();
     }
     rows.load(a);
-    const float scale = logit_scale<T>(a, layer, b, kv_head);
+    const LogitUnits units = product_units(logit_scale<T>(a, layer, b, kv_head));
 
     /* From what the block's first row sees to what its last one does. */
     const int last_row = min(first_row + kBlockRows, n_rows) - 1;
@@ -109,17 +110,17 @@ __device__ void row_lse_block(const LseArgs &args) {
                                              (rows.row[r].q != nullptr && (seen >> (2 * j + i) & 1) != 0 &&
                                               column >= first_seen && column <= last_seen);
                         float &logit = x[j][2 * r + i];
-                        logit = visible ? logit * scale : -infinity();
+                        logit = visible ? logit * units.factor : -infinity();
                         max = fmaxf(max, logit);
                     }
                 if (max > state[r].max)
-                    state[r].raise(max);
+                    state[r].raise(max, units.unit);
                 const float shift = state[r].shift();
 #pragma unroll
                 for (int j = 0; j < kTiles; ++j)
 #pragma unroll
                     for (int i = 0; i < 2; ++i)
-                        state[r].sum += exp2_fast(x[j][2 * r + i] - shift);
+                        state[r].sum += exp2_fast((x[j][2 * r + i] - shift) * units.unit);
             }
         };
         if (rows.sees_all(a, seen, first))
@@ -134,8 +135,10 @@ __device__ void row_lse_block(const LseArgs &args) {
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
         for (int distance = 1; distance < 4; distance *= 2)
-            state[r] = merge(state[r], PartialLse{__shfl_xor_sync(kAllLanes, state[r].max, distance),
-                                                  __shfl_xor_sync(kAllLanes, state[r].sum, distance)});
+            state[r] = merge(state[r],
+                             PartialLse{__shfl_xor_sync(kAllLanes, state[r].max, distance),
+                                        __shfl_xor_sync(kAllLanes, state[r].sum, distance)},
+                             units.unit);
         if (threadIdx.x % 4 == 0)
             of_row[warp * kWarpRows + r * 8 + threadIdx.x % 32 / 4] = state[r];
     }
@@ -153,7 +156,7 @@ __device__ void row_lse_block(const LseArgs &args) {
         result = {-infinity(), 0.0f};
         for (int i = 0; own < kBlockRows && i < args.splits; ++i) {
             const float2 part = __ldcg(partial + i * kBlockRows);
-            result = merge(result, PartialLse{part.x, part.y});
+            result = merge(result, PartialLse{part.x, part.y}, units.unit);
         }
     }
     const int f = first_row + own;

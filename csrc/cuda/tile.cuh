@@ -47,7 +47,7 @@ struct AttentionArgs {
     Layers<const void, 3> q, k;
     Layers<const float, 3> softmax_lse;          /* null where computed_lse is read */
     Layers<const float, 2> q_descale, k_descale; /* of Float8 only; may be null */
-    float2 *computed_lse;                        /* [layers, B, Hq, rows], base 2; the sum of both parts */
+    float2 *computed_lse; /* [layers, B, Hq, rows], in product_units; what is left, base 2 */
     View<const uint8_t, 2> key_mask, query_mask; /* may be null */
     View<const int64_t, 2> row_tokens;           /* null, or rows count only where this is mask_token_id */
     int64_t mask_token_id;
@@ -118,12 +118,32 @@ __device__ inline float logit_scale(const AttentionArgs &a, int layer, int b, in
     return scale;
 }
 
+/* How a product becomes what 2 is raised to: (product * factor - first) * unit - second, the last two being
+ * of the row's log-sum-exp. */
+struct LogitUnits {
+    float factor, unit;
+};
+
+/* Of a log-sum-exp computed here, whose first part is a product, or its opposite where the scale is negative:
+ * no rounding, and no logit beyond float32, comes between a weight and that. Only a scale too small for it is
+ * multiplied in. */
+__device__ inline LogitUnits product_units(float scale) {
+    if (fabsf(scale) <= 0x1p-100f)
+        return {scale, 1.0f};
+    return {scale < 0.0f ? -1.0f : 1.0f, fabsf(scale)};
+}
+
+/* Of the log-sum-exp that is read: a given one is a sum of two parts in base 2. */
+__device__ inline LogitUnits logit_units(const AttentionArgs &a, float scale) {
+    return a.computed_lse != nullptr ? product_units(scale) : LogitUnits{scale, 1.0f};
+}
+
 /* A row that counts, or one whose address is null. Nothing here waits for its log-sum-exp, so that its
  * elements are asked for at the same time. */
 template <typename T>
 struct Row {
     const T *q;
-    float2 lse;       /* as it is in memory: one number, or a sum of two */
+    float2 lse;       /* as it is in memory: one number, or two */
     int32_t position; /* counted from the tile's first key */
 
     __device__ void clear() {
@@ -152,8 +172,8 @@ struct Row {
             lse.x = *a.softmax_lse.at(layer, b, head, row);
     }
 
-    /* The log-sum-exp in base 2, in two parts. */
-    __device__ float2 base2_lse(const AttentionArgs &a) const {
+    /* The log-sum-exp in two parts, as LogitUnits has them. */
+    __device__ float2 lse_parts(const AttentionArgs &a) const {
         if (a.computed_lse != nullptr || a.lse_is_base2)
             return lse;
         const float high = lse.x * kLog2eHigh;
@@ -265,10 +285,11 @@ class WarpTile {
     /* Turns logits into weights: exactly 0 where a row does not see a column or drops it. Bit 2 j + i of
      * `seen` says that column 8 j + 2 t + i exists and is not masked. */
     __device__ void weigh(const AttentionArgs &a, float scale, uint32_t seen, float (&x)[kTiles][4]) const {
+        const LogitUnits units = logit_units(a, scale);
         if (sees_all(a, seen) && counts_all(a))
-            weigh_rows<true>(a, scale, seen, x);
+            weigh_rows<true>(a, units, seen, x);
         else
-            weigh_rows<false>(a, scale, seen, x);
+            weigh_rows<false>(a, units, seen, x);
     }
 
     /* Whether all 16 rows see all columns, so that nothing need be asked of each; said of wide tiles only,
@@ -293,7 +314,7 @@ class WarpTile {
         bool all = true;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float2 lse = row[r].base2_lse(a);
+            const float2 lse = row[r].lse_parts(a);
             const int position = a.diagonal ? -1 : row[r].position;
             all &= lse.x + lse.y != -infinity() && (position < 0 || position >= 8 * kTiles);
         }
@@ -301,12 +322,12 @@ class WarpTile {
     }
 
     template <bool kAll>
-    __device__ void weigh_rows(const AttentionArgs &a, float scale, uint32_t seen,
+    __device__ void weigh_rows(const AttentionArgs &a, LogitUnits units, uint32_t seen,
                                float (&x)[kTiles][4]) const {
         const int first = 2 * (threadIdx.x % 4); /* column of this lane */
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const float2 lse = row[r].base2_lse(a);
+            const float2 lse = row[r].lse_parts(a);
             /* A row that saw nothing has no weight, whatever else it holds. */
             const bool counts = row[r].q != nullptr && lse.x + lse.y != -infinity();
             const int first_seen = row[r].position - a.left - first;
@@ -316,7 +337,8 @@ class WarpTile {
             for (int j = 0; j < kTiles; ++j)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const float weight = exp2_fast(fmaf(x[j][2 * r + i], scale, -lse.x) - lse.y);
+                    const float relative = fmaf(x[j][2 * r + i], units.factor, -lse.x);
+                    const float weight = exp2_fast(fmaf(relative, units.unit, -lse.y));
                     const int column = 8 * j + i; /* from the lane's first */
                     const bool visible = kAll || (((seen >> (2 * j + i) & 1) != 0) & (column >= first_seen) &
                                                   (column <= last_seen) & (column != dropped));

@@ -27,6 +27,7 @@
 /* The largest values that are taken. */
 #define ATTN_SAMPLER_MAX_HEADDIM 512 /* on CUDA: a tile of keys fits the shared memory of every GPU */
 #define ATTN_SAMPLER_MAX_ELEMENTS (INT64_C(1) << 40) /* of a tensor, a size of 0 counting as 1 */
+#define ATTN_SAMPLER_MAX_ROWS (INT64_C(1) << 32)     /* of the queries of all heads and sequences */
 #define ATTN_SAMPLER_MAX_KEYS                                                                                \
     ((INT64_C(1) << 30) - 1) /* the kernels count keys, and positions of a block, in 32 bits */
 #define ATTN_SAMPLER_MAX_VOCAB (INT64_C(1) << 34)    /* the sampling stream counts groups of 4 in 32 bits */

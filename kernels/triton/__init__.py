@@ -44,6 +44,9 @@ def refuses(op: str, tensors: Sequence[Tensor]) -> str | None:
             return "it needs a GPU of compute capability 8.0 or later"
         if tensor.dim() == 4 and tensor.shape[3] > MAX_HEADDIM:
             return f"it serves head dimensions up to {MAX_HEADDIM}, and this one is {tensor.shape[3]}"
+        positions = tensor.shape[-2] * (tensor.shape[1] if tensor.dim() == 4 else 1)
+        if positions > launch.MAX_POSITIONS:
+            return f"it serves up to 2^29 positions times heads, and these are {positions}"
     layers = sum(tensor.dim() == 4 for tensor in tensors) // 2
     if op == "decode_step" and layers > MAX_LAYERS:
         return f"it serves up to {MAX_LAYERS} layers in a step, and these are {layers}"

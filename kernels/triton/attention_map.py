@@ -23,7 +23,9 @@ from .tile import (
     load_block,
     load_lse,
     logit_scale,
+    logit_units,
     logits_tile,
+    near,
     visible,
     weights_tile,
 )
@@ -123,17 +125,17 @@ def attention_map_kernel(
     for index in range(first_head, last_head):
         head = tl.cast(index, tl.int64)
         kv_head = head // layers.groups[0]
-        scale = logit_scale(layers, 0, b, kv_head)
+        factor, unit = logit_units(logit_scale(layers, 0, b, kv_head))
         q_block = load_block(q_rows + head * q.stride_h[0], in_range, q.stride_d[0], TILE)
         k_block = load_block(k_rows + kv_head * k.stride_h[0], column_ok, k.stride_d[0], TILE)
-        logits = logits_tile(q_block, k_block, scale, TILE)
+        logits = logits_tile(q_block, k_block, factor, TILE)
         if lse is None:
-            acc += weights_tile(logits, logits, sees, True)
+            acc += weights_tile(logits, logits, logits, unit, sees, True)
         else:
             lse_rows = lse.data[0] + b * lse.stride_b[0] + head * lse.stride_h[0]
             lse_rows += row.to(tl.int64) * lse.stride_m[0]
-            lse_of_rows = load_lse(lse_rows, in_range, lse.scale, OPTIONS.lse_splits)
-            acc += weights_tile(logits, lse_of_rows, sees, False)
+            top, rest = load_lse(lse_rows, in_range, lse.scale, unit, OPTIONS.lse_splits)
+            acc += weights_tile(logits, top, rest, unit, sees, False)
     if not OPTIONS.diagonal:
         acc = tl.where(key[None, :] != position[:, None], acc, 0.0)
 
@@ -200,7 +202,7 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
             "row_start": rows.start,
             "row_stop": rows.stop,
             "column_start": columns.start,
-            "query_start": options.query_start,
+            "query_start": near(options.query_start),
             "left": window.left,
             "right": window.right,
             "head_splits": head_splits,

@@ -34,7 +34,9 @@ from .tile import (
     load_block,
     load_lse,
     logit_scale,
+    logit_units,
     logits_tile,
+    near,
     of_layer,
     visible,
     weights_tile,
@@ -183,7 +185,7 @@ def column_scores_kernel(
     for pack in range(first_pack, last_pack):
         head = pack * PACK
         kv_head = (head // heads_per_key).to(tl.int64)
-        scale = logit_scale(layers, layer, b, kv_head)
+        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head))
         k = load_block(k_base + kv_head * k_h + k_offset, column_ok, k_d, TILE)
         if REDUCTION == "max":
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -196,7 +198,7 @@ def column_scores_kernel(
             position = query_start + row
             row_head = (head + r % PACK).to(tl.int64)
             q = load_block(q_base + row_head * q_h + row.to(tl.int64) * q_m, in_range, q_d, TILE)
-            logits = logits_tile(q, k, scale, TILE)
+            logits = logits_tile(q, k, factor, TILE)
             row_ok = is_set(query_mask, b, row, in_range)
             if OPTIONS.masked_rows:
                 at = block_start + (query_start - column_start) + row
@@ -204,11 +206,11 @@ def column_scores_kernel(
                 row_ok = row_ok & (tl.load(tokens.data + offset, mask=in_range, other=0) == mask_token_id)
             sees = visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited)
             if lse is None:
-                weights = weights_tile(logits, logits, sees, True)
+                weights = weights_tile(logits, logits, logits, unit, sees, True)
             else:
                 lse_rows = lse_base + row_head * lse_h + row.to(tl.int64) * lse_m
-                row_lse = load_lse(lse_rows, in_range, lse.scale, OPTIONS.lse_splits)
-                weights = weights_tile(logits, row_lse, sees, False)
+                top, rest = load_lse(lse_rows, in_range, lse.scale, unit, OPTIONS.lse_splits)
+                weights = weights_tile(logits, top, rest, unit, sees, False)
             if not OPTIONS.diagonal:
                 sees = sees & (key[None, :] != position[:, None])
                 weights = tl.where(sees, weights, 0.0)
@@ -405,7 +407,7 @@ def reduce_columns(
             "row_start": rows.start,
             "row_stop": rows.stop,
             "column_start": options.columns.start,
-            "query_start": options.query_start,
+            "query_start": near(options.query_start),
             "left": window.left,
             "right": window.right,
             "n_layers": len(problem.layers.q.data),

@@ -18,6 +18,10 @@ from torch import Tensor
 #: True where kernels are interpreted on CPU tensors (TRITON_INTERPRET=1 when triton was imported).
 INTERPRET: bool = triton.knobs.runtime.interpret
 
+#: Rows of all heads, keys, and positions: the kernels compute with sums of two in 32 bits.
+MAX_POSITIONS = 1 << 29
+_MAX_PROGRAMS = (1 << 31) - 1
+
 # The interpreter runs programs one after the other: few of them, but more than one of everything.
 _INTERPRETER_PROCESSORS = 4
 
@@ -142,6 +146,10 @@ def launch(
     fuse_multiply_add: bool = True,
 ) -> None:
     """Start ``programs`` programs of a kernel on the device's current stream."""
+    if programs > _MAX_PROGRAMS:
+        raise ValueError(
+            f"backend: a launch takes at most {_MAX_PROGRAMS} programs, and these are {programs}"
+        )
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         kernel[(programs,)](

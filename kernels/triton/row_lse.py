@@ -26,7 +26,9 @@ from .tile import (
     is_set,
     load_block,
     logit_scale,
+    logit_units,
     logits_tile,
+    near,
     of_layer,
     safe_max,
     shared_strides,
@@ -77,7 +79,8 @@ def row_lse_kernel(
     OPTIONS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """lse[layer, b, head, row, split] of a tile of packed rows over one split of the keys.
+    """lse[layer, b, head, row, 0 and 1, split] of a tile of packed rows over one split of the keys, as
+    load_lse has it.
 
     Program: (((layer * B + b) * packs + pack) * row tiles + row tile) * SPLITS + split.
     """
@@ -115,7 +118,7 @@ def row_lse_kernel(
             + b * of_layer(layers.k.stride_b, layer)
             + kv_head * of_layer(layers.k.stride_h, layer)
         )
-        scale = logit_scale(layers, layer, b, kv_head)
+        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head))
         k_n = of_layer(layers.k.stride_r, layer)
         k_d = of_layer(layers.k.stride_d, layer)
         q = load_block(q_rows, row_ok, q_d, TILE)
@@ -135,17 +138,19 @@ def row_lse_kernel(
             key = start + tl.arange(0, BLOCK_N)
             key_ok = key < last
             k = load_block(k_base + key.to(tl.int64) * k_n, key_ok, k_d, TILE)
-            logits = logits_tile(q, k, scale, TILE)
+            logits = logits_tile(q, k, factor, TILE)
             key_ok = is_set(key_mask, b, key, key_ok)
             logits = tl.where(
                 visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited), logits, -_INF
             )
             new_m = tl.maximum(m, tl.max(logits, 1))
             shift = safe_max(new_m)
-            total = total * tl.exp2(m - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+            total = total * tl.exp2((m - shift) * unit) + tl.sum(tl.exp2((logits - shift[:, None]) * unit), 1)
             m = new_m
-        out = lse + layer.to(tl.int64) * stride_layer + (head + r % PACK + b * n_heads) * n_rows * SPLITS
-        tl.store(out + row.to(tl.int64) * SPLITS + split, safe_max(m) + tl.log2(total), mask=row_ok)
+        out = lse + layer.to(tl.int64) * stride_layer + (head + r % PACK + b * n_heads) * n_rows * 2 * SPLITS
+        out += row.to(tl.int64) * 2 * SPLITS + split
+        tl.store(out, m, mask=row_ok)
+        tl.store(out + SPLITS, tl.log2(total), mask=row_ok)
 
 
 class RowLse(NamedTuple):
@@ -153,10 +158,10 @@ class RowLse(NamedTuple):
 
     operand: Lse | None  # None: it is that of the tile itself
     stride_layer: int  # of what lies in one tensor for all layers
-    splits: int
+    splits: int  # 0: it was given
 
 
-OF_TILE = RowLse(None, 0, 1)
+OF_TILE = RowLse(None, 0, 0)
 
 
 def row_lse(
@@ -169,7 +174,7 @@ def row_lse(
     """The row log-sum-exp of all layers, as it was given or launched here for a range of rows."""
     if softmax_lse[0] is not None:
         scale = LOG2E if options.lse_base == "e" else 1.0
-        return RowLse(Lse(tuple(softmax_lse), *shared_strides(softmax_lse), scale), 0, 1)
+        return RowLse(Lse(tuple(softmax_lse), *shared_strides(softmax_lse), scale), 0, 0)
     keys = options.columns if options.softmax_scope == "block" else Span(0, problem.n_keys)
     return _computed(problem, key_mask, options, rows, keys)
 
@@ -194,7 +199,7 @@ def _computed(
     splits = 1
     while splits < 32 and 2 * splits * block_n < n_keys and programs * splits < 2 * launch.processors(device):
         splits *= 2
-    lse = launch.workspace(device, n_layers, problem.batch, problem.heads, problem.n_rows, splits)
+    lse = launch.workspace(device, n_layers, problem.batch, problem.heads, problem.n_rows, 2, splits)
     if programs > 0:
         launch.launch(
             row_lse_kernel,
@@ -211,7 +216,7 @@ def _computed(
                 "row_stop": rows.stop,
                 "key_start": keys.start,
                 "key_stop": keys.stop,
-                "query_start": options.query_start,
+                "query_start": near(options.query_start),
                 "left": window.left,
                 "right": window.right,
                 "packs": packs,

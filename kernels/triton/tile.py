@@ -154,14 +154,14 @@ def load_block(pointers, ok, stride_d, TILE: tl.constexpr):
 
 
 @triton.jit
-def logits_tile(q, k, scale, TILE: tl.constexpr):
-    """Scaled logits to base 2 [block_m, block_n] of two blocks."""
+def logits_tile(q, k, factor, TILE: tl.constexpr):
+    """Logits in units [block_m, block_n] of two blocks."""
     acc = tl.dot(q.chunk, tl.trans(k.chunk), input_precision="ieee")
     for chunk in tl.static_range(1, (TILE.headdim + TILE.block_d - 1) // TILE.block_d):
         q_chunk = _load_chunk(q.pointers, q.ok, q.stride_d, chunk, TILE)
         k_chunk = _load_chunk(k.pointers, k.ok, k.stride_d, chunk, TILE)
         acc = tl.dot(q_chunk, tl.trans(k_chunk), acc, input_precision="ieee")
-    return acc * scale
+    return acc * factor
 
 
 @triton.jit
@@ -177,6 +177,19 @@ def _descaled(scale, descale, layer, b, kv_head):
         at = b * of_layer(descale.stride_b, layer) + kv_head * of_layer(descale.stride_h, layer)
         scale = scale * tl.load(of_layer(descale.data, layer) + at)
     return scale
+
+
+@triton.jit
+def logit_units(scale):
+    """How logits are kept: the factor of a product, 1 or -1, and the unit of what is kept, in logits to base
+    2.
+
+    No rounding, and no logit beyond float32, comes between a weight and the log-sum-exp then. Only a scale
+    too small for that is multiplied in.
+    """
+    is_small = tl.abs(scale) <= 2.0**-100
+    factor = tl.where(is_small, scale, tl.where(scale < 0.0, -1.0, 1.0))
+    return factor, tl.where(is_small, 1.0, tl.abs(scale))
 
 
 @triton.jit
@@ -199,29 +212,41 @@ def safe_max(m):
 
 
 @triton.jit
-def load_lse(pointers, ok, scale, SPLITS: tl.constexpr):
-    """Row log-sum-exp to base 2 [block_m], from SPLITS partial ones that lie side by side."""
-    if SPLITS == 1:
-        lse = tl.load(pointers, mask=ok, other=-_INF) * scale
+def load_lse(pointers, ok, scale, unit, SPLITS: tl.constexpr):
+    """Row log-sum-exp [block_m]: a logit in units, and what is to be added to base 2.
+
+    It is given and to be scaled, or, with SPLITS, computed in so many parts: their largest logits lie side
+    by side, then what is to be added to each.
+    """
+    if SPLITS == 0:
+        rest = tl.load(pointers, mask=ok, other=-_INF) * scale
+        top = tl.zeros_like(rest)
+    elif SPLITS == 1:
+        top = safe_max(tl.load(pointers, mask=ok, other=0.0))
+        rest = tl.load(pointers + 1, mask=ok, other=-_INF)
     else:
-        parts = tl.load(pointers[:, None] + tl.arange(0, SPLITS)[None, :], mask=ok[:, None], other=-_INF)
-        m = safe_max(tl.max(parts, 1))
-        lse = m + tl.log2(tl.sum(tl.exp2(parts - m[:, None]), 1))
-    return lse
+        parts = pointers[:, None] + tl.arange(0, SPLITS)[None, :]
+        tops = tl.load(parts, mask=ok[:, None], other=-_INF)
+        rests = tl.load(parts + SPLITS, mask=ok[:, None], other=-_INF)
+        top = safe_max(tl.max(tops, 1))
+        sums = tl.exp2((safe_max(tops) - top[:, None]) * unit + rests)
+        rest = tl.log2(tl.sum(tl.where(rests == -_INF, 0.0, sums), 1))
+    return top, rest
 
 
 @triton.jit
-def weights_tile(logits, lse, sees, LSE_OF_TILE: tl.constexpr):
-    """Attention weights [block_m, block_n], exactly 0 where a row sees nothing.
+def weights_tile(logits, top, rest, unit, sees, LSE_OF_TILE: tl.constexpr):
+    """Attention weights [block_m, block_n], exactly 0 where a row sees nothing, of logits in units.
 
-    With LSE_OF_TILE the tile holds all the keys of the softmax, and lse is not read.
+    The log-sum-exp is that of load_lse. With LSE_OF_TILE the tile holds all the keys of the softmax, and it
+    is not read.
     """
     if LSE_OF_TILE:
         seen = tl.where(sees, logits, -_INF)
-        m = safe_max(tl.max(seen, 1))
-        lse = m + tl.log2(tl.sum(tl.exp2(seen - m[:, None]), 1))
-    weights = tl.exp2(logits - lse[:, None])
-    return tl.where(sees & (lse != -_INF)[:, None], weights, 0.0)
+        top = safe_max(tl.max(seen, 1))
+        rest = tl.log2(tl.sum(tl.exp2((seen - top[:, None]) * unit), 1))
+    weights = tl.exp2((logits - top[:, None]) * unit - rest[:, None])
+    return tl.where(sees & (rest != -_INF)[:, None], weights, 0.0)
 
 
 @triton.jit
@@ -254,8 +279,8 @@ class Problem(NamedTuple):
 class Window(NamedTuple):
     """The keys that a row sees, from ``left`` before its position to ``right`` after it.
 
-    A side without limit has one that no key is beyond, and no limit is further than that: sums of positions stay
-    as small as the positions.
+    A side without limit has one that no key is beyond, and no limit is further than that: sums of positions
+    stay as small as the positions.
     """
 
     left: int
@@ -264,13 +289,13 @@ class Window(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, options: Attention) -> Window:
-        (left, right), start = options.window_size, options.query_start
-        right = 0 if options.causal else right
-        assert start is not None
+        assert options.query_start is not None
+        (left, right), start = options.window_size, near(options.query_start)
+        right, moved = 0 if options.causal else right, start - options.query_start
         to_first, to_last = max(start + problem.n_rows, 0), max(problem.n_keys - start, 0)
         return cls(
-            to_first if left < 0 else min(left, to_first),
-            to_last if right < 0 else min(right, to_last),
+            to_first if left < 0 else min(max(left + moved, -1), to_first),
+            to_last if right < 0 else min(max(right - moved, -1), to_last),
             max(left, right) >= 0,
         )
 
@@ -325,6 +350,12 @@ def _shared(values: Sequence[int]) -> tuple[int, ...]:
 def shared_strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """For each axis, one stride for all tensors where they agree, else one for each."""
     return [_shared(strides) for strides in zip(*(x.stride() for x in tensors), strict=True)]
+
+
+def near(query_start: int) -> int:
+    """A key position of query row 0 of which the kernels can compute in 32 bits: beyond these, no row is at
+    a key."""
+    return min(max(query_start, -launch.MAX_POSITIONS), launch.MAX_POSITIONS)
 
 
 def fitting(size: int, limit: int) -> int:

@@ -113,7 +113,7 @@ def emulated_amx(factory: pytest.TempPathFactory) -> Path:
 def _isa(isa: str) -> Place:
     return Place(
         "cpu",
-        dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP), ""),
+        dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP, LOGIT_RANGE), ""),
         {"ATTN_SAMPLER_CPU_ISA": isa},
         unavailable=lambda: _isa_unavailable(isa),
         left_out=lambda: _is_the_processors_own(isa),
@@ -161,6 +161,7 @@ WITH_WGMMA, WITHOUT_WGMMA = 0, 1  # devices
 COLUMN_SCORES, ATTENTION_MAP = "contract/test_column_scores.py", "contract/test_attention_map.py"
 TOKEN_CONFIDENCE, SELECT_TOKENS = "contract/test_token_confidence.py", "contract/test_select_tokens.py"
 DECODE_STEP, ERRORS = "contract/test_decode_step.py", "contract/test_errors.py"
+LOGIT_RANGE, OPERANDS = "contract/test_logit_range.py", "contract/test_operands.py"
 FUNCTIONS = (COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP)
 TABLE, AMX_EMULATOR = "backends/test_backends.py", "backends/test_amx_emulator.py"
 TRITON_KERNELS, TRITON_COMPILE = "backends/test_triton_kernels.py", "backends/test_triton_compile.py"
@@ -171,7 +172,7 @@ PLACES = {
     **{f"cpu@{isa}": _isa(isa) for isa in CPU_ISAS},
     "cpu@amx-emulated": Place(
         "cpu",
-        dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, AMX_EMULATOR), ""),
+        dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, LOGIT_RANGE, AMX_EMULATOR), ""),
         {"ATTN_SAMPLER_CPU_ISA": "amx"},
         unavailable=_emulator_unavailable,
         left_out=_has_amx,
@@ -181,7 +182,7 @@ PLACES = {
     "triton": _local("triton"),
     "triton@interpreter": Place(
         "triton",
-        dict.fromkeys((*FUNCTIONS, ERRORS, TABLE, TRITON_KERNELS), ""),
+        dict.fromkeys((*FUNCTIONS, LOGIT_RANGE, OPERANDS, ERRORS, TABLE, TRITON_KERNELS), ""),
         {"TRITON_INTERPRET": "1"},
         unavailable=_triton_unavailable,
         left_out=_triton_runs_here,
@@ -191,7 +192,8 @@ PLACES = {
     ),
     "cuda": _local("cuda"),
     "cuda@host": _cuda_host(
-        WITHOUT_WGMMA, dict.fromkeys((COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP), "")
+        WITHOUT_WGMMA,
+        dict.fromkeys((COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, LOGIT_RANGE), ""),
     ),
     "cuda@host-wgmma": _cuda_host(
         WITH_WGMMA,
@@ -199,6 +201,7 @@ PLACES = {
             COLUMN_SCORES: "random_problems|many_rows|visible_nan",
             ATTENTION_MAP: "",
             DECODE_STEP: "random_steps",
+            LOGIT_RANGE: "",
         },
     ),
 }
