@@ -316,7 +316,7 @@ def _prefix(passing: Tensor, order: Tensor, masked: Tensor) -> Tensor:
 POLICIES: dict[str, Callable[..., Policy] | str] = {
     "attn": AttnSampler,
     "attn-parallel": "attn",
-    "attn-sequential": lambda threshold="max": AttnSampler(mode="sequential", threshold=threshold),
+    "attn-sequential": lambda **options: AttnSampler(mode="sequential", **options),
     "attn-random": RandomScores,
     "random": RandomOrder,
     "left-to-right": LeftToRight,
