@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit status: 0; 1 where a file could not be read or written, or a model not be loaded or decoded;
-        130 where the user interrupted. Bad arguments exit with status 2.
+        The exit status: 0; 1 where a file could not be read or written, a model not be loaded or decoded, the
+        memory not suffice, or nothing reads the output any more; 130 where the user interrupted. Bad
+        arguments, and files that hold something else than they should, exit with status 2.
     """
     return command_line.guarded(lambda: _run(arguments))
 
@@ -153,6 +154,9 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         command_line.check_distinct({"--trace": options.trace, "--svg": options.svg})
     except ValueError as error:
         parser.error(str(error))
+    several = len(tasks) * len(policies) > 1
+    if several and options.trace is not None and options.trace.exists() and not options.trace.is_file():
+        parser.error(f"argument --trace: expected a name for several files, got {options.trace}")
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 100))
@@ -173,7 +177,7 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.trace is not None:
         for run in runs:
             path = options.trace
-            if len(runs) > 1:
+            if several:
                 path = path.with_name(f"{path.stem}-{run.task.name}-{run.policy}{path.suffix}")
             run.trace.save(path)
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -49,7 +49,7 @@ from attn_sampler.problem_sets import (
     read_problems,
 )
 from attn_sampler.reference import StepResult
-from attn_sampler.report import markdown, plot_frontier, summarise
+from attn_sampler.report import markdown, picture_path, plot_frontier, summarise
 from attn_sampler.results import Results
 from attn_sampler.rules import BASELINE, RULES, SWITCHES, Rule, current, expand
 
@@ -310,6 +310,8 @@ def run(options: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     checks.device("--device", options.device)
+    if options.plot is not None:
+        options.plot = picture_path(options.plot)
     files = {f"--{name}": getattr(options, name) for name in ("out", "table", "plot")}
     command_line.check_distinct({"--task-file": options.task_file, "--model": _file(options.model), **files})
     if options.plot is not None:

@@ -9,6 +9,7 @@ percentile bootstrap over problems (10,000 resamples, fixed seed).
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attn_sampler import documents
 from attn_sampler.bundled.tasks import Score
 
 if TYPE_CHECKING:
@@ -203,13 +205,22 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(ScalarFormatter())
         panel.xaxis.set_minor_formatter("")
-        panel.set(title=task, xlabel="forward passes per answer", ylabel="right, % (Wilson's 95 % interval)")
+        panel.set_title(task, parse_math=False)  # whatever its file is called
+        panel.set(xlabel="forward passes per answer", ylabel="right, % (Wilson's 95 % interval)")
         panel.grid(alpha=0.3, which="both")
     if rows:
         handles, labels = panels[0].get_legend_handles_labels()
         legend = dict(zip(labels, handles, strict=True))  # each policy once
         figure.legend(legend.values(), legend.keys(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=130)
+    picture, path = io.BytesIO(), picture_path(path)
+    figure.savefig(picture, dpi=130, format=path.suffix[1:] or "png")
+    documents.write(path, picture.getvalue())
+
+
+def picture_path(path: Path) -> Path:
+    """Where the picture called so is written: a name that says no format gets that of PNG."""
+    is_device = path.exists() and not path.is_file()
+    return path if path.suffix or is_device else path.with_name(f"{path.name}.png")
 
 
 def _without_tau(label: str) -> str:

@@ -254,3 +254,23 @@ def test_gpu_check_stays_within_nine_minutes(part, tmp_path):
     wrong = subprocess.run(["bash", script, tmp_path], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "usage: bench/gpu_check.sh FOLDER tests|bench" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"environment": {}}, "expected the key 'machine', which is missing"),
+        ({"cells": [1]}, r"expected an object, got 1"),
+        ({"cells": [cell(threads=[])]}, "expected an integer or null, got"),
+        ({"cells": [{**cell(), "figures": {"cpu": {"ours": True, "median_ms": 0.0}}}]}, "expected a figure"),
+    ],
+)
+def test_what_is_no_result_file_is_not_compared(change, message, tmp_path, capsys):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(results(cell(cpu=1.0))))
+    bad.write_text(json.dumps(results(cell(cpu=1.0)) | change))
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["compare", str(good), str(bad)])
+    assert re.search(rf"error: .*bad\.json is no result file: .*{message}", capsys.readouterr().err)
+    assert command.main(["compare", str(good), str(tmp_path / "missing.json")]) == 1
+    assert "No such file or directory" in capsys.readouterr().err
