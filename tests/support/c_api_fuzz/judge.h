@@ -26,87 +26,82 @@ std::vector<T> values(const attn_sampler_tensor *view, const Call &call) {
     return {};
 }
 
-void check_attention(const Call &c) {
-    const attn_sampler_attention_params &a = c.params.attention;
-    const bool is_step = c.function == kDecodeStep;
-    double most = static_cast<double>(c.rows);
-    for (int i = 0; i < c.num_layers; ++i)
-        most = c.layer[i].softmax_lse == nullptr ? most : HUGE_VAL;
-    if (!is_step &&
-        (a.per_head || c.function == kAttentionMap || a.reduction != ATTN_SAMPLER_REDUCTION_SUM)) {
-        const bool summed = c.function == kColumnScores && a.reduction == ATTN_SAMPLER_REDUCTION_SUM;
-        const auto heads = static_cast<double>(c.layer[0].q->shape[1]);
-        const double entries = summed ? static_cast<double>(c.layer[0].q->shape[2]) : 1.0;
-        most = std::min(most, (a.per_head ? 1.0 : heads) * entries) + (most == HUGE_VAL ? HUGE_VAL : 0.0);
-    }
+void check_attention(const Call &call) {
+    const attn_sampler_attention_params &a = call.params.attention;
+    const bool is_step = call.function == kDecodeStep;
+    const auto heads = static_cast<double>(call.layer[0].q->shape[1]);
+    const auto rows = static_cast<double>(call.layer[0].q->shape[2]);
+    const bool sums_rows = call.function == kColumnScores && a.reduction == ATTN_SAMPLER_REDUCTION_SUM;
+    double most =
+        is_step ? static_cast<double>(call.rows) : (a.per_head ? 1 : heads) * (sums_rows ? rows : 1);
+    for (int i = 0; i < call.num_layers; ++i) /* what is given need not be the logits' own */
+        most = call.layer[i].softmax_lse == nullptr ? most : HUGE_VAL;
     const double least = !is_step && a.accumulate ? 0.5 : 0.0;
-    for (const float x : values<float>(is_step ? c.scores : c.out, c))
-        require(!c.plain || (std::isfinite(x) && x >= least && x <= least + most * 1.0001 + 1e-5),
+    for (const float x : values<float>(is_step ? call.scores : call.out, call))
+        require(!call.plain || (std::isfinite(x) && x >= least && x <= least + most * 1.0001 + 1e-5),
                 "attention that cannot be");
 }
 
-void check_confidence(const Call &c) {
-    const attn_sampler_sampling_params &s = c.params.sampling;
-    const int64_t excluded = c.function == kDecodeStep ? c.params.mask_token_id : s.exclude_token_id;
-    for (const int64_t token : values<int64_t>(c.token_ids, c))
-        require(token >= 0 && token < c.vocab && token != excluded, "a token that cannot be");
-    const double entropy = std::log(static_cast<double>(c.vocab));
-    const double least = s.metric == ATTN_SAMPLER_METRIC_PROBABILITY ? 0.0
-                         : s.metric == ATTN_SAMPLER_METRIC_MARGIN    ? -1.0
-                                                                     : -entropy;
-    for (const float x : values<float>(c.confidence, c))
-        require(!c.plain ||
-                    (x >= least - 1e-4 && x <= (s.metric == ATTN_SAMPLER_METRIC_ENTROPY ? 0 : 1) + 1e-4),
-                "a confidence that cannot be");
+void check_confidence(const Call &call) {
+    const attn_sampler_sampling_params &s = call.params.sampling;
+    const int64_t excluded = call.function == kDecodeStep ? call.params.mask_token_id : s.exclude_token_id;
+    for (const int64_t token : values<int64_t>(call.token_ids, call))
+        require(token >= 0 && token < call.vocab && token != excluded, "a token that cannot be");
+    const bool is_entropy = s.metric == ATTN_SAMPLER_METRIC_ENTROPY; /* negated */
+    const double most = is_entropy ? 0.0 : 1.0;
+    const double least = is_entropy ? -std::log(static_cast<double>(call.vocab))
+                         : s.metric == ATTN_SAMPLER_METRIC_PROBABILITY ? 0.0
+                                                                       : -1.0;
+    for (const float x : values<float>(call.confidence, call))
+        require(!call.plain || (x >= least - 1e-4 && x <= most + 1e-4), "a confidence that cannot be");
 }
 
 /* The rule, as attn_sampler.h words it. */
-void check_selection(const Call &c, const std::vector<uint8_t> &masked) {
-    const std::vector<float> scores = values<float>(c.scores, c), confidence = values<float>(c.confidence, c);
-    const std::vector<uint8_t> selected = values<uint8_t>(c.selected, c);
-    const size_t columns = static_cast<size_t>(c.selected->shape[1]);
-    const bool parallel = c.params.selection.rule == ATTN_SAMPLER_RULE_PARALLEL;
-    const bool by_score = !parallel || c.params.selection.fallback == ATTN_SAMPLER_FALLBACK_SCORE;
+void check_selection(const Call &call, const std::vector<uint8_t> &masked) {
+    const attn_sampler_selection_params &s = call.params.selection;
+    const std::vector<float> scores = values<float>(call.scores, call);
+    const std::vector<float> confidence = values<float>(call.confidence, call);
+    const std::vector<uint8_t> selected = values<uint8_t>(call.selected, call);
+    const bool parallel = s.rule == ATTN_SAMPLER_RULE_PARALLEL;
+    const bool by_score = !parallel || s.fallback == ATTN_SAMPLER_FALLBACK_SCORE;
+    const auto is_high = [&](size_t i) { return confidence[i] >= static_cast<float>(s.tau); };
+    const auto rank = [&](size_t i) { return std::fmax(by_score ? scores[i] : confidence[i], -HUGE_VALF); };
+    std::vector<uint8_t> expected(selected.size());
+    const size_t columns = static_cast<size_t>(call.selected->shape[1]);
     for (size_t first = 0; first < selected.size(); first += columns) {
-        std::vector<uint8_t> expected(columns);
-        float theta = -HUGE_VALF, best = -HUGE_VALF;
-        size_t fallback = columns;
-        for (size_t c_ = 0; c_ < columns; ++c_) {
-            const size_t i = first + c_;
-            if (!masked[i])
-                continue;
-            if (!(confidence[i] >= static_cast<float>(c.params.selection.tau)))
+        float theta = -HUGE_VALF;
+        size_t fallback = SIZE_MAX;
+        for (size_t i = first; i < first + columns; ++i) {
+            if (masked[i] && !is_high(i))
                 theta = std::fmax(theta, scores[i]);
-            const float rank = std::fmax(by_score ? scores[i] : confidence[i], -HUGE_VALF);
-            if (!std::isnan(scores[i]) && (fallback == columns || rank > best)) {
-                fallback = c_;
-                best = rank;
-            }
+            if (masked[i] && !std::isnan(scores[i]) && (fallback == SIZE_MAX || rank(i) > rank(fallback)))
+                fallback = i;
         }
-        for (size_t i = 0; i < columns; ++i)
-            expected[i] = parallel && masked[first + i] && scores[first + i] > theta &&
-                          confidence[first + i] >= static_cast<float>(c.params.selection.tau);
-        if (std::count(expected.begin(), expected.end(), 1) == 0 && fallback < columns)
+        bool any = false;
+        for (size_t i = first; i < first + columns; ++i)
+            any = (expected[i] = parallel && masked[i] && is_high(i) && scores[i] > theta) || any;
+        if (!any && fallback != SIZE_MAX)
             expected[fallback] = 1;
-        require(std::equal(expected.begin(), expected.end(), selected.begin() + first), "a wrong selection");
     }
+    require(selected == expected, "a wrong selection");
 }
 
-void check_step(const Call &c, const std::vector<int64_t> &tokens) {
-    const std::vector<int64_t> now = values<int64_t>(c.tokens, c), ids = values<int64_t>(c.token_ids, c);
-    const std::vector<uint8_t> selected = values<uint8_t>(c.selected, c);
+void check_step(const Call &call, const std::vector<int64_t> &tokens) {
+    const std::vector<int64_t> now = values<int64_t>(call.tokens, call),
+                               ids = values<int64_t>(call.token_ids, call);
+    const std::vector<uint8_t> selected = values<uint8_t>(call.selected, call);
     std::vector<uint8_t> masked;
     std::vector<int64_t> expected = tokens;
-    const int64_t n_tokens = c.tokens->shape[1];
+    const int64_t n_tokens = call.tokens->shape[1];
     for (size_t i = 0; i < tokens.size(); ++i) {
         const int64_t position = static_cast<int64_t>(i) % n_tokens;
-        if (position < c.params.block.start || position >= c.params.block.stop)
+        if (position < call.params.block.start || position >= call.params.block.stop)
             continue;
         if (selected[masked.size()])
             expected[i] = ids[masked.size()];
-        masked.push_back(tokens[i] == c.params.mask_token_id);
+        masked.push_back(tokens[i] == call.params.mask_token_id);
     }
-    check_selection(c, masked);
+    check_selection(call, masked);
     require(now == expected, "wrong tokens");
 }
 
