@@ -1,43 +1,72 @@
-"""The C API from a small C program, built by CMake as a C++ engine would build it."""
+"""The C API from C and C++, built by CMake as a C++ engine would build it, and under the sanitizers."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from cmake_build import CPU_ISAS, build, tool
+from cmake_build import CPU_ISAS, build_once, tool
 
 import attn_sampler
 
+SANITIZERS = ["address,undefined", "thread"]
 
-@pytest.mark.parametrize("sanitizers", ["", "address,undefined", "thread"])
-def test_c_program_decodes_a_block(tmp_path: Path, sanitizers: str) -> None:
-    """On each instruction set that this processor has."""
-    build(
-        tmp_path,
-        *("-DATTN_SAMPLER_CUDA=0", "-DATTN_SAMPLER_WERROR=ON", f"-DATTN_SAMPLER_SANITIZE={sanitizers}"),
-        # What threads do is the same code for every one, and compiling it sanitized takes a minute.
-        f"-DATTN_SAMPLER_X86={'OFF' if sanitizers == 'thread' else 'ON'}",
-    )
-    ran = []
+
+def built(factory: pytest.TempPathFactory, sanitizers: str) -> Path:
+    """The folder of the build; of sanitized code, compilers warn of what is not there."""
+    warnings = f"-DATTN_SAMPLER_WERROR={'OFF' if sanitizers else 'ON'}"
+    options = "-DATTN_SAMPLER_CUDA=0", warnings, f"-DATTN_SAMPLER_SANITIZE={sanitizers}"
+    return build_once(factory, f"c_api_{sanitizers.replace(',', '_')}", *options)[0]
+
+
+def outputs(folder: Path, *command: str) -> dict[str, str]:
+    """What this command prints with each instruction set that this processor has."""
+    printed = {}
     for isa in CPU_ISAS:
         environment = {**os.environ, "ATTN_SAMPLER_CPU_ISA": isa}
-        command = [tool("ctest"), "--verbose"]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
         output = result.stdout + result.stderr
-        if "ATTN_SAMPLER_CPU_ISA: expected one of" in output:
-            continue
-        assert result.returncode == 0, output
+        if "ATTN_SAMPLER_CPU_ISA: expected one of" not in output:
+            assert result.returncode == 0, output
+            printed[isa] = output
+    assert "portable" in printed
+    return printed
+
+
+@pytest.mark.parametrize("sanitizers", ["", *SANITIZERS])
+def test_c_program_decodes_a_block(tmp_path_factory: pytest.TempPathFactory, sanitizers: str) -> None:
+    """On each instruction set; and, sanitized, random calls are answered as promised (support/c_api_fuzz)."""
+    folder = built(tmp_path_factory, sanitizers)
+    for isa, output in outputs(folder, tool("ctest"), "--verbose").items():
         assert "100% tests passed" in output
         assert f"attn_sampler {attn_sampler.__version__}, CPU kernels: {isa}" in output
         assert "refused: params.tau: expected a number in [0, 1], got 1.5" in output
-        ran.append(isa)
-    assert "portable" in ran
+        if sanitizers:
+            assert_fuzzed(output, isa, 3000)
     if not sanitizers:  # they export symbols of their own
         command = ["nm", "-D", "--defined-only", "libattn_sampler.so"]
-        listing = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
         names = listing.split()[2::3]
         assert names
         assert all(name.startswith("attn_sampler_") for name in names), names
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(10000, 100000, 10000))
+@pytest.mark.parametrize("sanitizers", SANITIZERS)
+def test_many_random_calls(tmp_path_factory: pytest.TempPathFactory, sanitizers: str, first: int) -> None:
+    folder = built(tmp_path_factory, sanitizers)
+    for isa, output in outputs(folder, "./c_api_fuzz", str(first), "10000").items():
+        assert_fuzzed(output, isa, 10000)
+
+
+def assert_fuzzed(output: str, isa: str, count: int) -> None:
+    """So many calls were judged; half of them were broken, of which nearly all are refused."""
+    found = re.search(rf"(\d+) valid calls, (\d+) refused, (\d+) broken without harm, on {isa}\n", output)
+    assert found is not None, output
+    valid, refused, harmless = map(int, found.groups())
+    assert valid == refused + harmless == count // 2
+    assert refused > 0.9 * valid

@@ -1,0 +1,143 @@
+/* What is promised of a valid call. */
+#ifndef ATTN_SAMPLER_TESTS_JUDGE_H_
+#define ATTN_SAMPLER_TESTS_JUDGE_H_
+
+#include "random_call.h"
+
+namespace {
+
+thread_local uint64_t this_seed;
+
+[[noreturn]] void fail(const std::string &what) {
+    fprintf(stderr, "%s\n", what.c_str());
+    abort();
+}
+
+void require(bool holds, const char *what) {
+    if (!holds)
+        fail(what);
+}
+
+template <typename T>
+std::vector<T> values(const attn_sampler_tensor *view, const Call &call) {
+    for (const Tensor &t : call.tensors)
+        if (&t.view == view)
+            return t.values<T>();
+    return {};
+}
+
+void check_attention(const Call &call) {
+    const attn_sampler_attention_params &a = call.params.attention;
+    const bool is_step = call.function == kDecodeStep;
+    const auto heads = static_cast<double>(call.layer[0].q->shape[1]);
+    const auto rows = static_cast<double>(call.layer[0].q->shape[2]);
+    const bool sums_rows = call.function == kColumnScores && a.reduction == ATTN_SAMPLER_REDUCTION_SUM;
+    double most =
+        is_step ? static_cast<double>(call.rows) : (a.per_head ? 1 : heads) * (sums_rows ? rows : 1);
+    for (int i = 0; i < call.num_layers; ++i) /* what is given need not be the logits' own */
+        most = call.layer[i].softmax_lse == nullptr ? most : HUGE_VAL;
+    const double least = !is_step && a.accumulate ? 0.5 : 0.0;
+    for (const float x : values<float>(is_step ? call.scores : call.out, call))
+        require(!call.plain || (std::isfinite(x) && x >= least && x <= least + most * 1.0001 + 1e-5),
+                "attention that cannot be");
+}
+
+void check_confidence(const Call &call) {
+    const attn_sampler_sampling_params &s = call.params.sampling;
+    const int64_t excluded = call.function == kDecodeStep ? call.params.mask_token_id : s.exclude_token_id;
+    for (const int64_t token : values<int64_t>(call.token_ids, call))
+        require(token >= 0 && token < call.vocab && token != excluded, "a token that cannot be");
+    const bool is_entropy = s.metric == ATTN_SAMPLER_METRIC_ENTROPY; /* negated */
+    const double most = is_entropy ? 0.0 : 1.0;
+    const double least = is_entropy ? -std::log(static_cast<double>(call.vocab))
+                         : s.metric == ATTN_SAMPLER_METRIC_PROBABILITY ? 0.0
+                                                                       : -1.0;
+    for (const float x : values<float>(call.confidence, call))
+        require(!call.plain || (x >= least - 1e-4 && x <= most + 1e-4), "a confidence that cannot be");
+}
+
+/* The rule, as attn_sampler.h words it. */
+void check_selection(const Call &call, const std::vector<uint8_t> &masked) {
+    const attn_sampler_selection_params &s = call.params.selection;
+    const std::vector<float> scores = values<float>(call.scores, call);
+    const std::vector<float> confidence = values<float>(call.confidence, call);
+    const std::vector<uint8_t> selected = values<uint8_t>(call.selected, call);
+    const bool parallel = s.rule == ATTN_SAMPLER_RULE_PARALLEL;
+    const bool by_score = !parallel || s.fallback == ATTN_SAMPLER_FALLBACK_SCORE;
+    const auto is_high = [&](size_t i) { return confidence[i] >= static_cast<float>(s.tau); };
+    const auto rank = [&](size_t i) { return std::fmax(by_score ? scores[i] : confidence[i], -HUGE_VALF); };
+    std::vector<uint8_t> expected(selected.size());
+    const size_t columns = static_cast<size_t>(call.selected->shape[1]);
+    for (size_t first = 0; first < selected.size(); first += columns) {
+        float theta = -HUGE_VALF;
+        size_t fallback = SIZE_MAX;
+        for (size_t i = first; i < first + columns; ++i) {
+            if (masked[i] && !is_high(i))
+                theta = std::fmax(theta, scores[i]);
+            if (masked[i] && !std::isnan(scores[i]) && (fallback == SIZE_MAX || rank(i) > rank(fallback)))
+                fallback = i;
+        }
+        bool any = false;
+        for (size_t i = first; i < first + columns; ++i)
+            any = (expected[i] = parallel && masked[i] && is_high(i) && scores[i] > theta) || any;
+        if (!any && fallback != SIZE_MAX)
+            expected[fallback] = 1;
+    }
+    require(selected == expected, "a wrong selection");
+}
+
+void check_step(const Call &call, const std::vector<int64_t> &tokens) {
+    const std::vector<int64_t> now = values<int64_t>(call.tokens, call),
+                               ids = values<int64_t>(call.token_ids, call);
+    const std::vector<uint8_t> selected = values<uint8_t>(call.selected, call);
+    std::vector<uint8_t> masked;
+    std::vector<int64_t> expected = tokens;
+    const int64_t n_tokens = call.tokens->shape[1];
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        const int64_t position = static_cast<int64_t>(i) % n_tokens;
+        if (position < call.params.block.start || position >= call.params.block.stop)
+            continue;
+        if (selected[masked.size()])
+            expected[i] = ids[masked.size()];
+        masked.push_back(tokens[i] == call.params.mask_token_id);
+    }
+    check_selection(call, masked);
+    require(now == expected, "wrong tokens");
+}
+
+/* Nothing but elements of outputs differs from what was there before. */
+void check_writes(const Call &call, const std::vector<std::vector<unsigned char>> &before) {
+    for (size_t i = 0; i < before.size(); ++i) {
+        const Tensor &t = call.tensors[i];
+        std::vector<unsigned char> expected = before[i];
+        if (t.role == Role::output)
+            t.each([&](const unsigned char *at) {
+                std::copy_n(at, element_size(t.view.dtype), expected.data() + (at - t.memory.get()));
+            });
+        require(std::equal(expected.begin(), expected.end(), t.memory.get()), "a write beside the outputs");
+    }
+}
+
+void check_valid(Call &call) {
+    const auto before = call.bytes();
+    const std::vector<int64_t> tokens = values<int64_t>(call.tokens, call);
+    if (call.run() != ATTN_SAMPLER_OK)
+        fail(std::string("a valid call was refused: ") + attn_sampler_last_error());
+    check_writes(call, before);
+    if (call.out != nullptr || (call.function == kDecodeStep && call.num_layers > 0))
+        check_attention(call);
+    if (call.token_ids != nullptr)
+        check_confidence(call);
+    if (call.function == kSelectTokens)
+        check_selection(call, values<uint8_t>(call.masked, call));
+    if (call.function == kDecodeStep)
+        check_step(call, tokens);
+    const auto after = call.bytes();
+    call.restore(before);
+    call.exec.num_threads = call.exec.num_threads % 3 + 1;
+    require(call.run() == ATTN_SAMPLER_OK && call.bytes() == after, "other bits with other threads");
+}
+
+} // namespace
+
+#endif /* ATTN_SAMPLER_TESTS_JUDGE_H_ */
