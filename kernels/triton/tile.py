@@ -254,8 +254,8 @@ class Problem(NamedTuple):
 class Window(NamedTuple):
     """The keys that a row sees, from ``left`` before its position to ``right`` after it.
 
-    A side without limit has one that no key is beyond, and no limit is further than that: sums of positions stay
-    as small as the positions.
+    A side without limit has one that no key is beyond, and no limit is further than that: sums of positions
+    stay as small as the positions.
     """
 
     left: int
