@@ -154,15 +154,15 @@ def column_scores_kernel(
     key_ok = is_set(key_mask, b, key, column_ok)
 
     # The packed rows of this split: whole tiles, so that a split is never shared.
-    first_row, last_row = row_start, row_stop
+    first_row, end_row = row_start, row_stop
     if OPTIONS.limited:  # other rows see nothing of the tile
         own = column_start + tile * BLOCK_N - query_start  # the row that stands at the first column
         first_row = tl.minimum(tl.maximum(row_start, own - right), row_stop).to(tl.int32)
-        last_row = tl.maximum(tl.minimum(row_stop, own + BLOCK_N + left), first_row).to(tl.int32)
-    row_tiles = ((last_row - first_row) * PACK + BLOCK_M - 1) // BLOCK_M
+        end_row = tl.maximum(tl.minimum(row_stop, own + BLOCK_N + left), first_row).to(tl.int32)
+    row_tiles = ((end_row - first_row) * PACK + BLOCK_M - 1) // BLOCK_M
     tiles_per_split = (row_tiles + ROW_SPLITS - 1) // ROW_SPLITS
     first_r = first_row * PACK + row_split * tiles_per_split * BLOCK_M
-    last_r = tl.minimum(first_r + tiles_per_split * BLOCK_M, last_row * PACK)
+    last_r = tl.minimum(first_r + tiles_per_split * BLOCK_M, end_row * PACK)
 
     q_base = of_layer(layers.q.data, layer) + b * of_layer(layers.q.stride_b, layer)
     q_h = of_layer(layers.q.stride_h, layer)

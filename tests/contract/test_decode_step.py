@@ -18,6 +18,7 @@ from problems import (
     boolean_mask,
     descale,
     normal,
+    random_window,
     row_lse,
     strided,
 )
@@ -90,6 +91,7 @@ def random_step(seed: int, device: torch.device, dtypes: Sequence[torch.dtype] =
         "diagonal": rng.random() < 0.7,
         "reduction": rng.choice(("sum", "mean", "max")),
         "softmax_scope": rng.choice(("sequence", "sequence", "block")),
+        "window_size": random_window(seed),
     }
     if rng.random() < 0.3:
         options |= {"temperature": 0.8, "seed": rng.choice((4, torch.arange(batch)))}
@@ -111,7 +113,8 @@ def random_step(seed: int, device: torch.device, dtypes: Sequence[torch.dtype] =
         if dtype == FLOAT8:
             scales = {name: descale(rng, batch, kv_heads) for name in scale_names}
         if with_lse:
-            lse = row_lse(q, k, causal=options["causal"], query_start=options["query_start"], **scales)
+            seen = {name: options[name] for name in ("causal", "window_size", "query_start")}
+            lse = row_lse(q, k, **seen, **scales)
             lse = lse / torch.log(torch.tensor(2.0)) if options["lse_base"] == "2" else lse
             lse = lse.to(device)
         layer = (strided(q, layout).to(device), strided(k, layout).to(device), lse)

@@ -90,6 +90,7 @@ def layers(index: int, **change: Any) -> list[tuple[Any, ...]]:
         ),
         ({"softmax_scope": "block"}, ValueError, "layers[0] softmax_lse", ["block"]),
         ({"causal": "yes"}, TypeError, "causal", ["True or False"]),
+        ({"window_size": (0, -2)}, ValueError, "window_size", ["integer in [-1,", "-2"]),
         ({"diagonal": 0}, TypeError, "diagonal", ["True or False"]),
         ({"reduction": "min"}, ValueError, "reduction", ["'min'"]),
         ({"key_mask": zeros(B, N)}, ValueError, "key_mask", ["bool"]),

@@ -113,7 +113,9 @@ def emulated_amx(factory: pytest.TempPathFactory) -> Path:
 def _isa(isa: str) -> Place:
     return Place(
         "cpu",
-        dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP, LOGIT_RANGE), ""),
+        dict.fromkeys(
+            (COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
+        ),
         {"ATTN_SAMPLER_CPU_ISA": isa},
         unavailable=lambda: _isa_unavailable(isa),
         left_out=lambda: _is_the_processors_own(isa),
@@ -162,7 +164,8 @@ COLUMN_SCORES, ATTENTION_MAP = "contract/test_column_scores.py", "contract/test_
 TOKEN_CONFIDENCE, SELECT_TOKENS = "contract/test_token_confidence.py", "contract/test_select_tokens.py"
 DECODE_STEP, ERRORS = "contract/test_decode_step.py", "contract/test_errors.py"
 LOGIT_RANGE, OPERANDS = "contract/test_logit_range.py", "contract/test_operands.py"
-FUNCTIONS = (COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP)
+WINDOWS = "contract/test_windows.py"
+FUNCTIONS = (COLUMN_SCORES, ATTENTION_MAP, WINDOWS, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP)
 TABLE, AMX_EMULATOR = "backends/test_backends.py", "backends/test_amx_emulator.py"
 TRITON_KERNELS, TRITON_COMPILE = "backends/test_triton_kernels.py", "backends/test_triton_compile.py"
 
@@ -193,13 +196,16 @@ PLACES = {
     "cuda": _local("cuda"),
     "cuda@host": _cuda_host(
         WITHOUT_WGMMA,
-        dict.fromkeys((COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, LOGIT_RANGE), ""),
+        dict.fromkeys(
+            (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
+        ),
     ),
     "cuda@host-wgmma": _cuda_host(
         WITH_WGMMA,
         {
             COLUMN_SCORES: "random_problems|many_rows|visible_nan",
             ATTENTION_MAP: "",
+            WINDOWS: "many_rows",
             DECODE_STEP: "random_steps",
             LOGIT_RANGE: "",
         },

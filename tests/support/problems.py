@@ -135,6 +135,7 @@ def random_attention(
 ) -> AttentionProblem:
     """A problem drawn from all layouts, sizes (of the keys: ``key_sizes`` if given), masks and options."""
     rng = random.Random(seed)
+    window = random_window(seed)
     batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 2), rng.choice(groups)
     n_rows, n_keys = rng.choice(sizes), rng.choice(key_sizes or sizes)
     headdim, dtype = rng.choice(headdims), rng.choice(dtypes)
@@ -152,6 +153,7 @@ def random_attention(
         "query_start": rng.choice((None, None, 0, -3, -200, n_keys - 2, n_keys + 5)),
         "key_mask": key_mask,
         "query_mask": query_mask,
+        "window_size": window,
     }
     if dtype == FLOAT8:
         scales = {name: descale(rng, batch, kv_heads) for name in ("q_descale", "k_descale")}
@@ -178,7 +180,17 @@ def random_attention(
     return AttentionProblem(strided(q, rng.choice(LAYOUTS)), strided(k, rng.choice(LAYOUTS)), options)
 
 
-_LSE_OPTIONS = ("q_descale", "k_descale", "causal", "softmax_scale", "query_start", "key_mask", "query_mask")
+def random_window(seed: int) -> tuple[int, int]:
+    """None, or one that ends at either side or both."""
+    rng = random.Random(f"window {seed}")  # of its own: it takes nothing from what else is drawn
+    left, right = (rng.choice((-1, 0, 1, rng.randint(2, 12), rng.randint(13, 90))) for _ in range(2))
+    return (left, right) if rng.random() < 0.4 else (-1, -1)
+
+
+_LSE_OPTIONS = (
+    *("q_descale", "k_descale", "causal", "window_size", "softmax_scale", "query_start"),
+    *("key_mask", "query_mask"),
+)
 
 
 def row_lse(q: Tensor, k: Tensor, **options: Any) -> Tensor:
@@ -193,6 +205,12 @@ def row_lse(q: Tensor, k: Tensor, **options: Any) -> Tensor:
     start = n_keys - n_rows if start is None else start
     if options.get("causal"):
         logits[..., torch.arange(n_keys)[None] > start + torch.arange(n_rows)[:, None]] = -torch.inf
+    after = torch.arange(n_keys)[None] - start - torch.arange(n_rows)[:, None]  # a row's own key
+    left, right = options.get("window_size", (-1, -1))
+    if left >= 0:
+        logits[..., after < -left] = -torch.inf
+    if right >= 0:
+        logits[..., after > right] = -torch.inf
     if options.get("key_mask") is not None:
         logits = logits.masked_fill(~options["key_mask"][:, None, None, :], -torch.inf)
     if options.get("query_mask") is not None:
