@@ -82,7 +82,6 @@ class Meeting {
         high_ = low_ + a_size + b_size - 2;
         add(b, b_size, 1);
         add(a, a_size, -1);
-        std::sort(steps_, steps_ + count_, [](const Step &x, const Step &y) { return x.bytes > y.bytes; });
         int64_t reach = 0, divisor = 0;
         for (int i = count_ - 1; i >= 0; --i) {
             steps_[i].others = reach;
@@ -102,15 +101,30 @@ class Meeting {
     /* The steps along one tensor's dimensions, forwards all of them: a backward one is taken back. */
     void add(const attn_sampler_tensor &t, int64_t size, int sign) {
         for (int i = 0; i < t.ndim; ++i) {
-            const int64_t times = t.shape[i] - 1, bytes = t.stride[i] * size * sign;
-            if (times == 0 || bytes == 0)
+            const int64_t times = t.shape[i] - 1;
+            if (times == 0 || t.stride[i] == 0)
                 continue;
+            const int64_t bytes = t.stride[i] * size * sign;
             if (bytes < 0) {
                 low_ -= bytes * times;
                 high_ -= bytes * times;
             }
-            steps_[count_++] = {bytes < 0 ? -bytes : bytes, times, 0, 0};
+            insert(bytes < 0 ? -bytes : bytes, times);
         }
+    }
+
+    /* The longest are the first, and equal ones together. */
+    void insert(int64_t bytes, int64_t times) {
+        int at = 0;
+        while (at < count_ && steps_[at].bytes > bytes)
+            ++at;
+        if (at < count_ && steps_[at].bytes == bytes) {
+            steps_[at].times += times;
+            return;
+        }
+        for (int i = count_++; i > at; --i)
+            steps_[i] = steps_[i - 1];
+        steps_[at] = {bytes, times, 0, 0};
     }
 
     /* Whether steps from the i-th on lead to somewhere in [low, high]. */
