@@ -378,7 +378,7 @@ def flat(record: tuple) -> list[Any]:
         if name == "seed":
             values += (0, value) if isinstance(value, Tensor) else (value, None)
         elif isinstance(value, tuple):
-            values += flat(value)
+            values += flat(value) if hasattr(value, "_fields") else value
         else:
             values.append(value)
     return values
