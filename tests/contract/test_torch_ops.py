@@ -447,6 +447,17 @@ def test_the_extension_refuses_what_it_must_not_write():
 
 
 @needs_extension
+@pytest.mark.parametrize(("window", "side"), [((-2, 0), "left"), ((0, 1 << 62), "right")])
+def test_the_extension_refuses_windows_without_meaning(window, side):
+    q, out = torch.ones(2, 1, 3, 8), torch.zeros(2, 3)
+    how = Attention(None, None, None, None, "e", False, "sequence", True, "sum", False, False, window)
+    arguments = map(extension._view, (out, Layer(q, q), Masks(), how))
+    with pytest.raises(extension._C.Refused, match=f"window_{side}: expected -1, or 0 to 2\\^62 - 1, got "):
+        extension._C.column_scores(*arguments, (0, 1, 0, 0, 0, 0))
+    assert not out.any()
+
+
+@needs_extension
 @pytest.mark.parametrize("start", [-1, (1 << 34) - 3])
 def test_the_extension_refuses_a_start_without_noise(start):
     outputs = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)
