@@ -126,7 +126,9 @@ def _read(out: Any, arguments: Sequence[Any]) -> Iterator[tuple[str, Tensor | No
             yield from zip(argument._fields, argument, strict=True)
         elif isinstance(argument, list):
             for index, layer in enumerate(argument):
-                yield from ((f"layers[{index}] {name}", x) for name, x in zip(Layer._fields, layer, strict=True))
+                yield from (
+                    (f"layers[{index}] {name}", x) for name, x in zip(Layer._fields, layer, strict=True)
+                )
             if not argument:
                 yield "scores", out.scores
         elif isinstance(argument, Tensor):

@@ -311,7 +311,10 @@ def _alike(x: object, y: Tensor | None) -> bool:
 def check_logits_size(logits: Tensor) -> None:
     """Of [B, C, V]: so many that the sampling stream can count them."""
     checks.size("logits", logits.shape, MAX_ELEMENTS)
-    for what, length, limit in (("positions C", logits.shape[1], MAX_KEYS), ("tokens V", logits.shape[2], MAX_VOCAB)):
+    for what, length, limit in (
+        ("positions C", logits.shape[1], MAX_KEYS),
+        ("tokens V", logits.shape[2], MAX_VOCAB),
+    ):
         if length > limit:
             raise ValueError(f"logits: expected at most {limit} {what}, got {length}")
 

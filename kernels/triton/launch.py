@@ -147,7 +147,9 @@ def launch(
 ) -> None:
     """Start ``programs`` programs of a kernel on the device's current stream."""
     if programs > _MAX_PROGRAMS:
-        raise ValueError(f"backend: a launch takes at most {_MAX_PROGRAMS} programs, and these are {programs}")
+        raise ValueError(
+            f"backend: a launch takes at most {_MAX_PROGRAMS} programs, and these are {programs}"
+        )
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         kernel[(programs,)](

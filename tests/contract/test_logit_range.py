@@ -53,7 +53,12 @@ def test_weights_are_by_value(backend, device, dtype, headdim, many, rows):
         k = vectors([*keys, *[0.0] * many], headdim, dtype, device)
         count = len(keys)
         expected = torch.tensor(weights, device=device)
-        options: dict = {"softmax_scale": scale, "columns": slice(0, count), "query_start": count, "backend": backend}
+        options: dict = {
+            "softmax_scale": scale,
+            "columns": slice(0, count),
+            "query_start": count,
+            "backend": backend,
+        }
         options["key_mask"] = (torch.arange(count + many, device=device) < count)[None]
         maps = [
             attention_map(q, k, **options),
@@ -87,7 +92,9 @@ def test_a_step_scores_by_value(backend, device):
             softmax_scale=scale,
             backend=backend,
         )
-        torch.testing.assert_close(step.scores[0], 2 * torch.tensor(weights, device=device), rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(
+            step.scores[0], 2 * torch.tensor(weights, device=device), rtol=1e-5, atol=0.0
+        )
 
 
 @pytest.mark.parametrize("function", [column_scores, attention_map])

@@ -62,10 +62,17 @@ def small_calls(device: torch.device) -> dict[str, Call]:
         "select": (select_tokens, scores),
         "step": (
             decode_step,
-            {"tokens": tokens, "logits": logits, "layers": [(q, k, lse), (k.repeat(1, 2, 1, 1)[:, :, :4], k, lse)]}
+            {
+                "tokens": tokens,
+                "logits": logits,
+                "layers": [(q, k, lse), (k.repeat(1, 2, 1, 1)[:, :, :4], k, lse)],
+            }
             | {**masks, **sampling, **where},
         ),
-        "step of scores": (decode_step, {"tokens": tokens, "logits": logits, "scores": random(2, 4), **where}),
+        "step of scores": (
+            decode_step,
+            {"tokens": tokens, "logits": logits, "scores": random(2, 4), **where},
+        ),
     }
 
 
@@ -104,7 +111,10 @@ def huge_calls(seed: int) -> dict[str, Call]:
         "k": (column_scores, {"q": few, "k": many, "columns": slice(0, 1), "reduction": "max"}),
         "rows": (attention_map, {"q": many, "k": few, "rows": slice(0, 1), **where}),
         "map": (attention_map, {"q": many, "k": many}),
-        "many rows": (column_scores, {"q": one.expand(1 << 16, 1, 1 << 17, 1), "k": one.expand(1 << 16, 1, 4, 1)}),
+        "many rows": (
+            column_scores,
+            {"q": one.expand(1 << 16, 1, 1 << 17, 1), "k": one.expand(1 << 16, 1, 4, 1)},
+        ),
         "float64": (column_scores, {"q": wide.expand(many.shape), "k": wide.expand(few.shape)}),
         "logits": (token_confidence, {"logits": logits, "temperature": 1.0, "seed": 3}),
         "vocabulary": (token_confidence, {"logits": one.float()[0].expand(1, 1, batch * heads * rows)}),
@@ -147,19 +157,33 @@ def test_strides_that_no_step_takes(backend, device):
     q, k = torch.rand(1, 1, 1, 8, device=device), torch.rand(1, 1, 5, 8, device=device)
     far = 1 << 61
     for function in (column_scores, attention_map):
-        wide = function(q.as_strided(q.shape, (far, far, far, 1)), k.as_strided(k.shape, (far, far, 8, 1)), backend=backend)
+        wide = function(
+            q.as_strided(q.shape, (far, far, far, 1)),
+            k.as_strided(k.shape, (far, far, 8, 1)),
+            backend=backend,
+        )
         assert torch.equal(wide, function(q, k, backend=backend))
     logits = torch.rand(1, 1, 9, device=device)
-    same = [token_confidence(x, backend=backend) for x in (logits, logits.as_strided(logits.shape, (far, far, 1)))]
+    same = [
+        token_confidence(x, backend=backend) for x in (logits, logits.as_strided(logits.shape, (far, far, 1)))
+    ]
     assert all(map(torch.equal, *same))
 
 
-@pytest.mark.parametrize("start", [-(1 << 61), -(1 << 31), -(1 << 31) + 2, -5, 3, (1 << 31) - 3, (1 << 32) - 2, 1 << 61])
+@pytest.mark.parametrize(
+    "start", [-(1 << 61), -(1 << 31), -(1 << 31) + 2, -5, 3, (1 << 31) - 3, (1 << 32) - 2, 1 << 61]
+)
 @pytest.mark.parametrize("function", [column_scores, attention_map])
 @pytest.mark.parametrize("scope", ["sequence", "block"])
 def test_rows_that_stand_anywhere(backend, device, function, scope, start):
     q, k = torch.rand(1, 1, 6, 8, device=device), torch.rand(1, 1, 9, 8, device=device)
-    options = {"columns": slice(2, 7), "causal": True, "diagonal": False, "softmax_scope": scope, "query_start": start}
+    options = {
+        "columns": slice(2, 7),
+        "causal": True,
+        "diagonal": False,
+        "softmax_scope": scope,
+        "query_start": start,
+    }
     expected = getattr(reference, function.__name__)(q, k, **options)
     torch.testing.assert_close(function(q, k, **options, backend=backend), expected)
 
@@ -174,7 +198,9 @@ def test_writes_are_counted(way, backend, device, name):
     before = written._version
     function(**arguments, backend=backend)
     assert written._version == before + 1
-    others = [x for x in torch.utils._pytree.tree_leaves(arguments) if isinstance(x, Tensor) and x is not written]
+    others = [
+        x for x in torch.utils._pytree.tree_leaves(arguments) if isinstance(x, Tensor) and x is not written
+    ]
     assert not any(x._version for x in others)
 
 
@@ -277,7 +303,9 @@ def test_outputs_in_the_memory_of_operands(way, backend, device, name):
         view = memory[: x.numel() * start].view(x.dtype).view(x.shape).copy_(x)
         over = memory[at : at + output.numel() * size].view(output.dtype).view(output.shape)
         before = memory.clone()
-        with pytest.raises(ValueError, match=f"^{WRITTEN[name]}: expected memory of its own, got some of that of "):
+        with pytest.raises(
+            ValueError, match=f"^{WRITTEN[name]}: expected memory of its own, got some of that of "
+        ):
             function(**{**put(view), WRITTEN[name]: over}, backend=backend)
         assert torch.equal(memory, before)
         # And right behind it, all is well.
@@ -297,7 +325,8 @@ def test_interleaved_views(backend, device):
     lse += 3.0
     options = {"per_head": True, "backend": backend}
     assert torch.equal(
-        column_scores(q, k, softmax_lse=lse, out=out, **options), column_scores(q, k, softmax_lse=lse.clone(), **options)
+        column_scores(q, k, softmax_lse=lse, out=out, **options),
+        column_scores(q, k, softmax_lse=lse.clone(), **options),
     )
     assert (lse == 3.0).all()
 
@@ -316,7 +345,9 @@ def test_whether_views_meet():
             views.append(x.as_strided(shape, strides, rng.randint(0, 60)))
         bytes_of = [
             {
-                x.data_ptr() + x.element_size() * sum(i * s for i, s in zip(at, x.stride(), strict=True)) + byte
+                x.data_ptr()
+                + x.element_size() * sum(i * s for i, s in zip(at, x.stride(), strict=True))
+                + byte
                 for at in itertools.product(*map(range, x.shape))
                 for byte in range(x.element_size())
             }
@@ -331,7 +362,9 @@ def test_whether_views_meet():
 # --- Integers.
 
 
-@pytest.mark.parametrize("value", [1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, 1 << 64, 1 << 70, 1 << 20000], ids=int.bit_length)
+@pytest.mark.parametrize(
+    "value", [1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, 1 << 64, 1 << 70, 1 << 20000], ids=int.bit_length
+)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_integers_of_any_size(way, backend, device, value, sign):
     calls, n = small_calls(device), sign * value
