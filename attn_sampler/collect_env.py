@@ -29,7 +29,8 @@ def collect_env() -> dict[str, Any]:
         ``attn_sampler``, ``python``, ``platform``, ``torch``, ``torch_cuda`` (the CUDA version that torch was
         built with) and ``triton``: versions, None where absent. ``cpu``: ``{"isa", "cores",
         "torch_threads"}``, the instruction set as torch sees it. ``extension``: ``{"installed", "reason",
-        "cpu_isa"}``, the compiled part and the instruction set that it runs with. ``gpus``: for each
+        "cpu_isa", "cpu_amx_refusal"}``, the compiled part, the instruction set that it runs with, and why an AMX
+        unit of this processor does not serve (None where it does, or there is none). ``gpus``: for each
         ``{"name", "compute_capability", "memory_gib"}``. ``backends``: for each name
         ``{"available", "reason"}``.
     """
@@ -61,6 +62,7 @@ def collect_env() -> dict[str, Any]:
             "installed": installed,
             "reason": extension.UNAVAILABLE or "",
             "cpu_isa": extension.cpu_isa() if installed else None,
+            "cpu_amx_refusal": extension.cpu_amx_refusal() if installed else None,
         },
         "gpus": gpus,
         "backends": {
@@ -84,13 +86,21 @@ def format_env(env: dict[str, Any]) -> str:
         ("triton", env["triton"] or "not installed"),
         ("cpu", f"{cpu['isa']}, {cpu['cores']} cores, {cpu['torch_threads']} torch threads"),
         ("gpu", "; ".join(gpus) or "none that torch can use"),
-        ("extension", f"runs {extension['cpu_isa']}" if extension["installed"] else extension["reason"]),
+        ("extension", _kernels(extension) if extension["installed"] else extension["reason"]),
     ]
     lines = [f"{name:<13} {value}" for name, value in rows]
     lines.append("backends")
     for name, state in env["backends"].items():
         lines.append(f"  {name:<11} {'on' if state['available'] else 'off: ' + state['reason']}")
     return "\n".join(lines)
+
+
+def _kernels(extension: dict[str, Any]) -> str:
+    """What the CPU kernels run with, and what is to be known of it."""
+    isa, refusal = extension["cpu_isa"], extension.get("cpu_amx_refusal")
+    if isa == "amx":
+        return "runs amx, to which bfloat16 numbers below 2^-126 are 0"
+    return f"runs {isa}" + (f", without this processor's AMX: {refusal}" if refusal else "")
 
 
 def _version(distribution: str) -> str | None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_sampler import checks, ops
+from attn_sampler import checks, ops, outputs
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.options import (
     MAX_ELEMENTS,
@@ -229,14 +229,14 @@ def token_confidence(
     given = (metric, temperature, seed, exclude_token_id, vocab_start)
     direct = ops.direct(backend, logits)
     if direct is not None and logits.dim() == 3:
-        outputs = _attempted(_predictions, logits)
-        if outputs is not None and direct.attempt("token_confidence", outputs, logits, given):
-            return outputs
+        result = outputs.attempted(outputs.predictions, logits)
+        if result is not None and direct.attempt("token_confidence", result, logits, given):
+            return result
     checks.choice("backend", backend, BACKEND_CHOICES)
     options = Sampling(*given).checked(logits)
-    outputs = _made(_predictions, logits)
-    ops.token_confidence(backend, outputs, logits, options)
-    return outputs
+    result = outputs.made(outputs.predictions, logits)
+    ops.token_confidence(backend, result, logits, options)
+    return result
 
 
 def select_tokens(
@@ -291,7 +291,7 @@ def select_tokens(
     given = (rule, fallback, tau)
     direct = ops.direct(backend, masked)
     if direct is not None:
-        selected = _attempted(masked.new_empty, masked.shape)
+        selected = outputs.attempted(masked.new_empty, masked.shape)
         if selected is not None and direct.attempt(
             "select_tokens", selected, scores, confidence, masked, given
         ):
@@ -307,7 +307,7 @@ def select_tokens(
         raise ValueError(f"confidence: expected the dtype of scores, {scores.dtype}, got {confidence.dtype}")
     checks.tensor("masked", masked, "[B, C]", (torch.bool,), like=scores)
     checks.shape("masked", masked, "[B, C]", scores.shape)
-    selected = _made(masked.new_empty, masked.shape)
+    selected = outputs.made(masked.new_empty, masked.shape)
     ops.select_tokens(backend, selected, scores, confidence, masked, options)
     return selected
 
@@ -409,7 +409,7 @@ def decode_step(
     one_given = (layers is None) != (scores is None)
     direct = ops.direct(backend, tokens)
     if direct is not None and ops.is_plain(logits) and logits.dim() == 3 and one_given:
-        result = _attempted(_step_result, tokens, logits, scores)
+        result = outputs.attempted(outputs.step_result, tokens, logits, scores)
         arguments = (result, logits, layers, masks, (*place, attention, sampling, selection))
         plain = result is not None and not result.scores.requires_grad
         if plain and direct.attempt("decode_step", *arguments):
@@ -422,12 +422,12 @@ def decode_step(
     if not one_given:
         raise TypeError(f"layers, scores: expected one of them, got {'none' if scores is None else 'both'}")
     if scores is not None:
-        _check_output("scores", scores, tokens, "[B, C]", logits.shape[:2])
+        outputs.check_output("scores", scores, tokens, "[B, C]", logits.shape[:2])
     else:
         records = check_layers(layers, tokens, softmax_scope)  # type: ignore[arg-type]
         Masks(*masks).check(*records[0][:2])
         options = options.placed(Attention(*attention), records[0], tokens)
-    result = _made(_step_result, tokens, logits, scores)
+    result = outputs.made(outputs.step_result, tokens, logits, scores)
     ops.decode_step(backend, result, logits, records, Masks(*masks), options)
     return result
 
@@ -440,8 +440,8 @@ def _attend(
     direct = ops.direct(backend, q)
     if direct is not None and ops.is_plain(k) and q.dim() == k.dim() == 4:
         if out is None:
-            rows = (_count(how[1], q.shape[2]),) if is_map else ()
-            result = _attempted(_attended, q, how[9], *rows, _count(how[0], k.shape[2]))
+            rows = (outputs.count(how[1], q.shape[2]),) if is_map else ()
+            result = outputs.attempted(outputs.attended, q, how[9], *rows, outputs.count(how[0], k.shape[2]))
             plain = result is not None
         else:
             result, plain = out, type(out) is Tensor and not out.requires_grad
@@ -456,65 +456,10 @@ def _attend(
     spans: tuple[Any, ...] = (options.rows, options.columns) if is_map else (options.columns,)
     sizes = [x.stop - x.start for x in spans]
     checks.size("out", (*q.shape[: 2 if options.per_head else 1], *sizes), MAX_ELEMENTS)
-    result = _made(_attended, q, options.per_head, *sizes)
+    result = outputs.made(outputs.attended, q, options.per_head, *sizes)
     if out is not None:
         axes = f"[B{', Hq' if options.per_head else ''}{', R' if is_map else ''}, C]"
-        _check_output("out", out, q, axes, result.shape)
+        outputs.check_output("out", out, q, axes, result.shape)
         result = out
     function(backend, result, layer, masks, options)
     return result
-
-
-def _count(span: Any, length: int) -> int:
-    """How many positions a slice takes. The extension asks whether it is one, and inside the length."""
-    if span is None:
-        return length
-    try:
-        return len(range(*span.indices(length)))
-    except (AttributeError, TypeError):
-        return 0
-
-
-def _attempted(new: Callable[..., Any], *arguments: Any) -> Any:
-    """New results; None where torch cannot make them: whether they may be so large is to be checked first."""
-    try:
-        return new(*arguments)
-    except RuntimeError:
-        return None
-
-
-def _made(new: Callable[..., Any], *arguments: Any) -> Any:
-    """New results of checked sizes."""
-    if torch.compiler.is_compiling():
-        return new(*arguments)
-    try:
-        return new(*arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # on the CPU torch has no other name for it
-        raise MemoryError(f"out: there is no memory for the result ({error})") from None
-
-
-def _attended(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
-    """A new float32 [B, C] or [B, R, C] or, per head, [B, Hq, C] or [B, Hq, R, C]."""
-    # What per_head has to be is for the extension to ask: anything may be given.
-    return q.new_empty(*q.shape[: 2 if per_head is True else 1], *sizes, dtype=torch.float32)
-
-
-def _predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """New token_ids and confidence [B, C]."""
-    confidence = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
-    return torch.empty_like(confidence, dtype=torch.int64), confidence
-
-
-def _step_result(tokens: Tensor, logits: Tensor, scores: Tensor | None) -> StepResult:
-    """The step's tensors: those given, and new ones."""
-    token_ids, confidence = _predictions(logits)
-    given = torch.empty_like(confidence) if scores is None else scores
-    return StepResult(tokens, token_ids, confidence, given, torch.empty_like(confidence, dtype=torch.bool))
-
-
-def _check_output(name: str, out: Any, like: Tensor, axes: str, shape: Sequence[int]) -> None:
-    checks.tensor(name, out, axes, (torch.float32,), like=like)
-    checks.shape(name, out, axes, shape)
-    checks.writable(name, out)

@@ -111,6 +111,8 @@ const char *attn_sampler_version(void) { return ATTN_SAMPLER_VERSION; }
 
 const char *attn_sampler_cpu_isa(void) { return cpu_isa(); }
 
+const char *attn_sampler_cpu_amx_refusal(void) { return cpu_amx_refusal(); }
+
 const char *attn_sampler_cpu_unavailable(void) { return kCpuDevice.unavailable(); }
 
 const char *attn_sampler_cuda_unavailable(void) { return kCudaDevice.unavailable(); }

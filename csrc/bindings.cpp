@@ -355,6 +355,7 @@ PYBIND11_MODULE(_C, m) {
         throw py::error_already_set();
     m.def("version", [] { return attn_sampler_version(); });
     m.def("cpu_isa", [] { return attn_sampler_cpu_isa(); });
+    m.def("cpu_amx_refusal", [] { return attn_sampler_cpu_amx_refusal(); });
     m.def("cpu_unavailable", [] { return attn_sampler_cpu_unavailable(); });
     m.def("cuda_unavailable", [] { return attn_sampler_cuda_unavailable(); });
     py::dict limits;

@@ -69,6 +69,11 @@ def cpu_isa() -> str:
     return _C.cpu_isa()
 
 
+def cpu_amx_refusal() -> str | None:
+    """Why the processor's AMX unit does not serve; None where it does, or there is none."""
+    return _C.cpu_amx_refusal()
+
+
 class Extension(Backend):
     """The kernels of one device, up to a head dimension."""
 

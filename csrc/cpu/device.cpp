@@ -1,3 +1,4 @@
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
@@ -36,21 +37,45 @@ const CpuKernels kKernels[] = {
 #undef ISA
 
 #if defined(ATTN_SAMPLER_X86)
-/* Whether the processor has AMX tiles for bfloat16 and the kernel lets this process use them, or
- * tests/support/amx_emulator.cpp is linked in. */
+/* Whether the processor has AMX tiles for bfloat16, or tests/support/amx_emulator.cpp is linked in. */
 bool has_amx() {
 #if defined(ATTN_SAMPLER_EMULATE_AMX)
     return true;
 #else
     unsigned a = 0, b = 0, c = 0, d = 0;
     const unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & amx_bf16) == 0 || (d & amx_tile) == 0)
-        return false;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & amx_bf16) != 0 && (d & amx_tile) != 0;
+#endif
+}
+
+/* Asks the operating system for the tiles' registers, 8 KiB more to be saved for each signal; 0, or why not.
+ */
+int request_amx() {
+#if defined(ATTN_SAMPLER_EMULATE_AMX)
+    /* As the test says that the system answers. */
+    const char *const answer = std::getenv("ATTN_SAMPLER_EMULATED_AMX_ERROR");
+    return answer == nullptr ? 0 : std::atoi(answer);
+#else
     constexpr long kRequestPermission = 0x1023, kTileData = 18; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno;
 #endif
 }
 #endif
+
+/* Why an AMX unit that is there does not serve; empty where there is none, or it does. */
+const std::string &amx_refusal() {
+    static const std::string reason = []() -> std::string {
+#if defined(ATTN_SAMPLER_X86)
+        const int error = has_amx() ? request_amx() : 0;
+        if (error == ENOSPC)
+            return "the signal stack of a thread of this program (sigaltstack) has no room for its registers";
+        if (error != 0)
+            return std::string("the operating system refuses its registers: ") + std::strerror(error);
+#endif
+        return "";
+    }();
+    return reason;
+}
 
 /* Whether the processor and the operating system run an instruction set. */
 bool runs(const std::string &isa) {
@@ -62,7 +87,7 @@ bool runs(const std::string &isa) {
     unsigned a = 0, b = 0, c = 0, d = 0;
     const bool bf16 = avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 5) != 0;
     if (isa == "amx")
-        return bf16 && has_amx();
+        return bf16 && has_amx() && amx_refusal().empty();
     if (isa == "avx512_bf16")
         return bf16;
     if (isa == "avx512")
@@ -111,6 +136,8 @@ int64_t run(const Problem &problem, const attn_sampler_exec &) {
 const CpuKernels &cpu_kernels() { return *choice().kernels; }
 
 const char *cpu_isa() { return cpu_kernels().isa; }
+
+const char *cpu_amx_refusal() { return amx_refusal().empty() ? nullptr : amx_refusal().c_str(); }
 
 const Device kCpuDevice = {
     unavailable,

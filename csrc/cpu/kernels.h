@@ -20,6 +20,9 @@ const CpuKernels &cpu_kernels();
 /* Its name. */
 const char *cpu_isa();
 
+/* Why an AMX unit that is there does not serve, or null. */
+const char *cpu_amx_refusal();
+
 /* What is the same on every instruction set, as device.h has it. */
 namespace cpu {
 int64_t select_tokens(const SelectProblem &, const attn_sampler_exec &);

@@ -293,6 +293,12 @@ ATTN_SAMPLER_API const char *attn_sampler_version(void);
  * "portable". The environment variable ATTN_SAMPLER_CPU_ISA, read once, asks for one by its name. */
 ATTN_SAMPLER_API const char *attn_sampler_cpu_isa(void);
 
+/* NULL, or why the processor's AMX unit does not serve, and other kernels give their own bits: Linux keeps it
+ * from a program of which a thread has a small signal stack (sigaltstack) when the CPU kernels are first
+ * asked for. Where it serves, bfloat16 numbers below 2^-126 in magnitude count as 0, as the unit has it;
+ * elsewhere they are what they are. */
+ATTN_SAMPLER_API const char *attn_sampler_cpu_amx_refusal(void);
+
 /* NULL, or why the CPU kernels cannot run: ATTN_SAMPLER_CPU_ISA asks for what is not there. */
 ATTN_SAMPLER_API const char *attn_sampler_cpu_unavailable(void);
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_sampler import attention_map, column_scores, token_confidence
-from attn_sampler.backends import unavailable
+from attn_sampler import attention_map, collect_env, column_scores, token_confidence
+from attn_sampler.backends import extension, unavailable
 
 pytestmark = pytest.mark.skipif(unavailable("cpu") is not None, reason=str(unavailable("cpu")))
 
@@ -111,6 +111,34 @@ def test_weights_of_large_logits_agree_with_their_sum(function, scale: float, ca
     expected = function(q.double(), k.double(), backend="reference", **options)
     scores = function(q, k, backend="cpu", **options)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("isa", "refusal", "line"),
+    [
+        ("avx2", None, "runs avx2"),
+        ("amx", None, "runs amx, to which bfloat16 numbers below 2^-126 are 0"),
+        ("avx512_bf16", "it says why", "runs avx512_bf16, without this processor's AMX: it says why"),
+    ],
+)
+def test_the_report_tells_of_amx(isa: str, refusal: str | None, line: str) -> None:
+    env = collect_env.collect_env()
+    assert env["extension"]["cpu_isa"] == extension.cpu_isa()
+    assert env["extension"]["cpu_amx_refusal"] == extension.cpu_amx_refusal()
+    env["extension"] |= {"cpu_isa": isa, "cpu_amx_refusal": refusal}
+    assert f"extension     {line}" in collect_env.format_env(env).splitlines()
+
+
+def test_bfloat16_subnormals_count() -> None:
+    """On the instruction sets of this place; not on the AMX unit, as is documented."""
+    if extension.cpu_isa() == "amx":
+        pytest.skip("to the AMX unit they are 0")
+    small = torch.full((1, 1, 40, 32), 2.0**-130, dtype=torch.bfloat16)
+    big = torch.zeros(1, 1, 40, 32, dtype=torch.bfloat16)
+    big[0, 0, 1] = 2.0**120
+    expected = attention_map(small, big, backend="reference", softmax_scale=256.0)
+    torch.testing.assert_close(attention_map(small, big, backend="cpu", softmax_scale=256.0), expected)
+    assert expected[0, 0, 1] > 0.5
 
 
 def test_unknown_isa_is_refused_by_name() -> None:

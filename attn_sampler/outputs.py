@@ -1,0 +1,67 @@
+"""The tensors that the public functions write: new ones, and what is refused of those that a user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_sampler import checks
+from attn_sampler.reference import StepResult
+
+
+def count(span: Any, length: int) -> int:
+    """How many positions a slice takes. The extension asks whether it is one, and inside the length."""
+    if span is None:
+        return length
+    try:
+        return len(range(*span.indices(length)))
+    except (AttributeError, TypeError):
+        return 0
+
+
+def attempted(new: Callable[..., Any], *arguments: Any) -> Any:
+    """New results; None where torch cannot make them: whether they may be so large is to be checked first."""
+    try:
+        return new(*arguments)
+    except RuntimeError:
+        return None
+
+
+def made(new: Callable[..., Any], *arguments: Any) -> Any:
+    """New results of checked sizes."""
+    if torch.compiler.is_compiling():
+        return new(*arguments)
+    try:
+        return new(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # on the CPU torch has no other name for it
+        raise MemoryError(f"out: there is no memory for the result ({str(error).splitlines()[0]})") from None
+
+
+def attended(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
+    """A new float32 [B, C] or [B, R, C] or, per head, [B, Hq, C] or [B, Hq, R, C]."""
+    # What per_head has to be is for the extension to ask: anything may be given.
+    return q.new_empty(*q.shape[: 2 if per_head is True else 1], *sizes, dtype=torch.float32)
+
+
+def predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """New token_ids and confidence [B, C]."""
+    confidence = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
+    return torch.empty_like(confidence, dtype=torch.int64), confidence
+
+
+def step_result(tokens: Tensor, logits: Tensor, scores: Tensor | None) -> StepResult:
+    """The step's tensors: those given, and new ones."""
+    token_ids, confidence = predictions(logits)
+    given = torch.empty_like(confidence) if scores is None else scores
+    return StepResult(tokens, token_ids, confidence, given, torch.empty_like(confidence, dtype=torch.bool))
+
+
+def check_output(name: str, out: Any, like: Tensor, axes: str, shape: Sequence[int]) -> None:
+    checks.tensor(name, out, axes, (torch.float32,), like=like)
+    checks.shape(name, out, axes, shape)
+    checks.writable(name, out)
