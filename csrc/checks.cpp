@@ -15,6 +15,7 @@ namespace {
 using Tensor = attn_sampler_tensor;
 
 constexpr attn_sampler_status kInvalid = ATTN_SAMPLER_INVALID_ARGUMENT;
+constexpr int64_t kMaxLayers = 1 << 20;
 constexpr int64_t kNone = -1; /* the size of a dimension that a tensor does not have */
 
 const char *dtype_name(int dtype) {
@@ -408,6 +409,8 @@ StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const 
     check_choice("params.query_rows", params.query_rows, 2);
     if (num_layers < 0 || (num_layers > 0 && layers == nullptr))
         throw Error(kInvalid, "layers: expected an address and a count >= 0");
+    if (num_layers > kMaxLayers)
+        throw Error(kInvalid, "layers: expected at most %" PRId64 ", got %" PRId64, kMaxLayers, num_layers);
 
     attn_sampler_attention_params attention = params.attention;
     attention.per_head = 0;

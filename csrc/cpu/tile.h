@@ -101,6 +101,8 @@ struct Plan {
     Sight sight(int64_t m, int64_t origin) const {
         const int64_t at = window.query_start - origin + m;
         const auto lane = [](int64_t i) { return static_cast<int32_t>(clamp(i, -1, 1 << 30)); };
+        if (!window.limited)
+            return {-1, 1 << 30, lane(at)};
         return {lane(at - window.left), lane(at + window.right), lane(at)};
     }
 
@@ -161,7 +163,7 @@ struct RowTile {
     const void *address[kTile] = {};
     float lse_high[kTile], lse_low[kTile]; /* base 2; the sum of both has the precision of a double */
     bool any_only_top = false;             /* whether the largest logits of a row share all of its weight */
-    float top[kTile], top_weight[kTile];   /* then: of those in units, and of each; else 0 */
+    float top[kTile], top_weight[kTile];   /* then: of those in units, and of each, or 0 */
     Sight sight[kTile];
     int64_t row[kTile];
     int n = 0;
@@ -192,11 +194,12 @@ struct RowTile {
             address[n] = q;
             lse_high[n] = static_cast<float>(lse);
             lse_low[n] = std::isfinite(lse_high[n]) ? static_cast<float>(lse - lse_high[n]) : 0.0f;
-            const bool only_top =
-                computed != nullptr && std::fabs(lse) >= kOnlyTopCounts && std::isfinite(lse);
-            top[n] = only_top ? computed[m].top : 0.0f;
-            top_weight[n] = only_top ? static_cast<float>(std::exp2(-computed[m].rest)) : 0.0f;
-            any_only_top = any_only_top || only_top;
+            if (computed != nullptr) {
+                const bool only_top = std::fabs(lse) >= kOnlyTopCounts && std::isfinite(lse);
+                top[n] = computed[m].top;
+                top_weight[n] = only_top ? static_cast<float>(std::exp2(-computed[m].rest)) : 0.0f;
+                any_only_top = any_only_top || only_top;
+            }
             sight[n] = at;
             row[n++] = m;
         }
@@ -232,7 +235,10 @@ class Weights {
                 keep &= (lane >= rows_.sight[r].first) & (lane <= rows_.sight[r].last);
             if (!diagonal_)
                 keep &= lane != rows_.sight[r].own;
-            use(r, keep ? rows_.top_weight[r] > 0.0f ? top_weights(r, v) : weights(r, v) : VecF{});
+            if (rows_.any_only_top && rows_.top_weight[r] > 0.0f)
+                use(r, keep ? top_weights(r, v) : VecF{});
+            else
+                use(r, keep ? weights(r, v) : VecF{});
         }
     }
 

@@ -201,7 +201,7 @@ Broken break_step(Call &call) {
     case 2:
         return break_choice(random, p.query_rows, "params.query_rows", 2);
     case 3:
-        call.num_layers = random.pick<int64_t>({-1, INT64_MIN});
+        call.num_layers = random.pick<int64_t>({-1, INT64_MIN, (1 << 20) + 1, INT64_MAX});
         return {"layers", true};
     case 4: {
         const bool counts = p.query_rows == ATTN_SAMPLER_QUERY_ROWS_MASKED && call.num_layers > 0;
