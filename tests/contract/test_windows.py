@@ -102,3 +102,15 @@ def test_keys_that_no_row_sees_are_not_looked_at(backend, device):
     for options in ({"columns": slice(1990, 2012)}, {}):
         scores = judge("column_scores", backend, problem, **options)
         assert scores.sum().item() == pytest.approx(10.0)
+
+
+def test_compiled(backend, device):
+    """As one graph, for any window."""
+    q, k = normal(0, 1, 2, 5, 16).to(device), normal(1, 1, 1, 9, 16).to(device)
+
+    def scores(left: int, right: int) -> Tensor:
+        return 2.0 * column_scores(q, k, window_size=(left, right), backend=backend)
+
+    compiled = torch.compile(scores, fullgraph=True, backend="aot_eager")
+    for window in ((-1, -1), (2, 1), (0, 3), (4, -1)):
+        assert torch.equal(compiled(*window), scores(*window))
