@@ -95,13 +95,13 @@ def optional(
 def choice(name: str, value: object, accepted: Sequence[str]) -> None:
     """One of a few words."""
     if not isinstance(value, str) or value not in accepted:
-        raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {_shown(value, repr)}")
+        raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {_shown(value, quoted=True)}")
 
 
 def flag(name: str, value: object) -> None:
     """True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {_shown(value, repr)}")
+        raise TypeError(f"{name}: expected True or False, got {_shown(value, quoted=True)}")
 
 
 class Span(NamedTuple):
@@ -244,11 +244,11 @@ def _meet(a: Tensor, b: Tensor) -> bool:
     return found(sorted(steps, reverse=True), low, high)
 
 
-def _shown(value: object, form: Callable[[object], str] = str) -> str:
+def _shown(value: object, quoted: bool = False) -> str:
     if isinstance(value, int) and abs(value) > sys.float_info.max:  # Python may refuse to print it
         return f"an integer of {value.bit_length()} bits"
     try:
-        return form(value)
+        return f"{value!r}" if quoted else f"{value}"
     except ValueError:  # as it does where one is part of the value
         return f"a {type(value).__name__} of large integers"
 

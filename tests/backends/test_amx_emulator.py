@@ -36,7 +36,11 @@ def test_instructions(tmp_path_factory: pytest.TempPathFactory) -> None:
     ("error", "isa", "reason"),
     [
         (0, "amx", "None"),
-        (errno.ENOSPC, "avx512_bf16", "the signal stack of a thread of this program "),
+        (
+            errno.ENOSPC,
+            "avx512_bf16",
+            "the signal stack of a thread of this program (sigaltstack) has no room",
+        ),
         (errno.EPERM, "avx512_bf16", "the operating system refuses its registers: Operation not permitted"),
     ],
 )
