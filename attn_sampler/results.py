@@ -20,7 +20,7 @@ _NATS = Kind("a number that is no NaN", lambda x: NUMBER.accepts(x) or x == -mat
 _SHAPE = {
     "tasks": {
         ...: {
-            "problems": COUNT,
+            "problems": Kind("an integer >= 1", lambda x: COUNT.accepts(x) and x > 0),
             "fingerprint?": TEXT,
             "model?": TEXT,
             "rules": {...: {"right": [_ONE_OR_ZERO], "passes": [COUNT], ...: [_ONE_OR_ZERO]}},
@@ -28,6 +28,11 @@ _SHAPE = {
         }
     },
     "summary?": ANYTHING,
+}
+#: What a row of the summary holds beside the measures.
+_NOT_MEASURES = {
+    *("task", "rule", "problems", "measures", "difference", "p_value", "passes_difference"),
+    *("nats", "nats_difference", "order_passes"),
 }
 
 
@@ -87,6 +92,8 @@ def _read_cells(path: Path) -> dict[str, Any]:
             if len(held) < len(cell[kind]):
                 raise ValueError(f"task {name!r}: one of its {kind} is there by its old name too")
             for label, values in held.items():
+                if kind == "rules" and (taken := _NOT_MEASURES & values.keys()):
+                    raise ValueError(f"task {name!r}, rules {label!r}: got a measure called {min(taken)}")
                 counts = {len(value) for value in values.values()}
                 if len(counts) > 1 or max(counts) > cell["problems"]:
                     raise ValueError(

@@ -115,9 +115,7 @@ def load(
         model = auto_class.from_pretrained(path, dtype=dtype, **given, **code).eval()
     except LoadError:
         raise
-    except (
-        Exception
-    ) as error:  # what transformers makes of broken files is of many types, Exception itself too
+    except Exception as error:  # of any type: tokenizers, for one, raises Exception itself at a broken file
         raise LoadError(f"cannot load {path}: {_reason(error)}") from error
     model.to(device)
     if family == "bidirectional":
@@ -129,7 +127,7 @@ def load(
     if not _has(tokenizer, options.get("eos_token_id")):
         options["eos_token_id"] = getattr(tokenizer, "eos_token_id", None)
     _check_vocabulary(config, filter(None, [mask_token_id, options["eos_token_id"]]))
-    if named:
+    if named:  # by the user, who may be wrong: one token tells
         try:
             with torch.no_grad():
                 adapter(torch.tensor([[mask_token_id]], device=device))

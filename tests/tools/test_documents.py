@@ -136,6 +136,7 @@ def test_a_trace_at_odds_with_itself(change: dict[str, Any], message: str, tmp_p
         ({"a": {"right": [1] * 3, "passes": [1] * 3}}, r"at most 2, got \[3\]"),
         ({"a": {"right": [2], "passes": [1]}}, "expected 1 or 0, got 2"),
         ({"a": {"passes": [1]}}, "expected the key 'right'"),
+        ({"a": {"right": [1], "passes": [1], "task": [1]}}, "rules 'a': got a measure called task"),
         (
             {f"attn:{name}=all": {"right": [], "passes": []} for name in ("rows", "query_rows")},
             "task 'toy': one of its rules is there by its old name too",
