@@ -59,7 +59,10 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["attn_sampler", "attn_sampler.adapters", "attn_sampler.bundled", "attn_sampler.kernels"],
+    packages=[
+        "attn_sampler",
+        *(f"attn_sampler.{name}" for name in ("adapters", "backends", "bundled", "kernels")),
+    ],
     package_dir={"attn_sampler.kernels": "kernels/triton"},
     package_data={"attn_sampler": ["py.typed"], "attn_sampler.bundled": ["*.safetensors", "*.md", "*.txt"]},
     ext_modules=[Extension("attn_sampler._C", sources=[])],

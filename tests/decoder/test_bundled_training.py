@@ -65,7 +65,10 @@ def test_training_command_writes_what_it_scores(tmp_path: Path, capsys: pytest.C
     ("arguments", "message"),
     [
         (["--evaluate", "x", "--problems", "0"], "argument --problems: expected 1 to 500, got 0"),
-        (["--out", "no/such/x"], "argument --out: expected a file in a directory that exists, got no/such/x"),
+        (
+            ["--out", "no/such/x"],
+            "argument --out: expected a file in a directory that exists, got 'no/such/x'",
+        ),
         ([], "one of the arguments --out --evaluate is required"),
     ],
 )
