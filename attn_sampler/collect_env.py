@@ -28,8 +28,8 @@ def collect_env() -> dict[str, Any]:
         ``attn_sampler``, ``python``, ``platform``, ``torch``, ``torch_cuda`` (the CUDA version that torch was
         built with) and ``triton``: versions, None where absent. ``cpu``: ``{"isa", "cores",
         "torch_threads"}``, the instruction set as torch sees it. ``extension``: ``{"installed", "reason",
-        "cpu_isa", "cpu_amx_refusal"}``, the compiled part, the instruction set that it runs with, and why an AMX
-        unit of this processor does not serve (None where it does, or there is none). ``gpus``: for each
+        "cpu_isa", "cpu_amx_refusal"}``, the compiled part, the instruction set that it runs with, and why an
+        AMX unit of this processor does not serve (None where it does, or there is none). ``gpus``: for each
         ``{"name", "compute_capability", "memory_gib"}``. ``backends``: for each name
         ``{"available", "reason"}``.
     """

@@ -15,7 +15,7 @@ All functions work on the tensors' device without synchronising with the host, a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch

@@ -103,8 +103,8 @@ def attention(
 
 
 def _large(products: Tensor, scale: float, sees: Tensor) -> Tensor:
-    """The product of each row's largest logit [B, Hq, M, 1] where that logit is so large that nothing can be added to
-    it, or infinite, and the product is not; else 0. The softmax is the same without it."""
+    """The product of each row's largest logit [B, Hq, M, 1] where that logit is so large that nothing can be
+    added to it, or infinite, and the product is not; else 0. The softmax is the same without it."""
     sign = -1.0 if scale < 0.0 else 1.0
     top = sign * (sign * products).masked_fill(~sees, -_INF).amax(dim=-1, keepdim=True)
     return top.masked_fill(~top.isfinite() | ((scale * top).abs() < 2.0**32), 0.0)

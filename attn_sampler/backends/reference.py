@@ -34,8 +34,8 @@ def _check_memory(name: str, held: str, like: Tensor, *sizes: int) -> None:
     needed = 3 * math.prod(sizes) * (8 if like.dtype == torch.float64 else 4)
     if like.is_cpu and needed > _physical_memory():
         raise MemoryError(
-            f"{name}: the reference holds all of {held} = {list(sizes)} a few times over, {needed / 2**30:.3g} GiB, "
-            f"and this machine has {_physical_memory() / 2**30:.3g}"
+            f"{name}: the reference holds all of {held} = {list(sizes)} a few times over, "
+            f"{needed / 2**30:.3g} GiB, and this machine has {_physical_memory() / 2**30:.3g}"
         )
 
 

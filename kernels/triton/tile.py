@@ -181,10 +181,10 @@ def _descaled(scale, descale, layer, b, kv_head):
 
 @triton.jit
 def logit_units(scale):
-    """How logits are kept: the factor of a product, 1 or -1, and the unit of what is kept, in logits to base 2.
+    """How logits are kept: the factor of a product, 1 or -1, and the unit of what is kept, to base 2.
 
-    No rounding, and no logit beyond float32, comes between a weight and the log-sum-exp then. Only a scale too small
-    for that is multiplied in.
+    No rounding, and no logit beyond float32, comes between a weight and the log-sum-exp then. Only a scale
+    too small for that is multiplied in.
     """
     is_small = tl.abs(scale) <= 2.0**-100
     factor = tl.where(is_small, scale, tl.where(scale < 0.0, -1.0, 1.0))
@@ -210,8 +210,8 @@ def safe_max(m):
 def load_lse(pointers, ok, scale, unit, SPLITS: tl.constexpr):
     """Row log-sum-exp [block_m]: a logit in units, and what is to be added to base 2.
 
-    It is given and to be scaled, or, with SPLITS, computed in so many parts: their largest logits lie side by side,
-    then what is to be added to each.
+    It is given and to be scaled, or, with SPLITS, computed in so many parts: their largest logits lie side by
+    side, then what is to be added to each.
     """
     if SPLITS == 0:
         rest = tl.load(pointers, mask=ok, other=-_INF) * scale
@@ -233,8 +233,8 @@ def load_lse(pointers, ok, scale, unit, SPLITS: tl.constexpr):
 def weights_tile(logits, top, rest, unit, sees, LSE_OF_TILE: tl.constexpr):
     """Attention weights [block_m, block_n], exactly 0 where a row sees nothing, of logits in units.
 
-    The log-sum-exp is that of load_lse. With LSE_OF_TILE the tile holds all the keys of the softmax, and it is not
-    read.
+    The log-sum-exp is that of load_lse. With LSE_OF_TILE the tile holds all the keys of the softmax, and it
+    is not read.
     """
     if LSE_OF_TILE:
         seen = tl.where(sees, logits, -_INF)
@@ -324,7 +324,7 @@ def shared_strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def near(query_start: int) -> int:
-    """A key position of query row 0 of which the kernels can compute in 32 bits: beyond these, no row is at a key."""
+    """query_start such that the kernels can compute in 32 bits: beyond, no row is at a key either."""
     return min(max(query_start, -launch.MAX_POSITIONS), launch.MAX_POSITIONS)
 
 
