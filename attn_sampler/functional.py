@@ -115,7 +115,7 @@ def column_scores(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument. Nothing has been written then. (A tensor has up to 2^40 elements, expanded or not.)
+        Naming the argument. Nothing has been written then. (A tensor may have up to 2^40 elements.)
     MemoryError
         There is no memory for the result or on the way to it.
     BackendUnavailableError

@@ -16,7 +16,7 @@ from attn_sampler import checks
 from attn_sampler.backends import choose_backend
 from attn_sampler.caching import ForwardPasses
 from attn_sampler.capture import AttentionCapture
-from attn_sampler.options import QUERY_ROWS, check_temperature, renamed, signed_seed
+from attn_sampler.options import MAX_KEYS, MAX_VOCAB, QUERY_ROWS, check_temperature, renamed, signed_seed
 from attn_sampler.policy import Policy, check_progress
 from attn_sampler.reference import StepResult, masked_rows
 from attn_sampler.sampler import make_policy
@@ -157,7 +157,7 @@ def generate(
     if not callable(model):
         raise TypeError(f"model: expected a callable, got {type(model).__name__}")
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
-    checks.integer("mask_token_id", mask_token_id, 0)
+    checks.integer("mask_token_id", mask_token_id, 0, MAX_VOCAB)
     checks.integer("block_length", block_length, 1)
     check_temperature(temperature)
     checks.choice("query_rows", query_rows, QUERY_ROWS)
@@ -345,7 +345,7 @@ def _prompts(
     """Tokens [B, T], a copy, and which of them are not padding."""
     for name, token_id in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
         if token_id is not None:
-            checks.integer(name, token_id, 0)
+            checks.integer(name, token_id, 0, MAX_VOCAB)
             if token_id == mask_token_id:
                 raise ValueError(f"{name}: expected another token than mask_token_id, got {token_id}")
     if isinstance(prompt_ids, Tensor):
@@ -398,7 +398,7 @@ def _check_alignment(visible: Tensor, causal_block: int, block_length: int) -> N
 
 def _append(tokens: Tensor, visible: Tensor, count: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
     """The prompts with ``count`` masked positions behind each."""
-    checks.integer("gen_length", count, 0)
+    checks.integer("gen_length", count, 0, MAX_KEYS)
     shape = (len(tokens), count)
     masked = tokens.new_full(shape, mask_token_id)
     return torch.cat([tokens, masked], dim=1), torch.cat([visible, visible.new_ones(shape)], dim=1)
