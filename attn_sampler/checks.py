@@ -60,8 +60,8 @@ def shape(name: str, value: Tensor, axes: str, expected: Sequence[int]) -> None:
 
 
 def size(name: str, sizes: Sequence[int], limit: int, what: str = "elements") -> None:
-    """No more elements than the limit, a size of 0 counting as 1. Expanded views can have any number, so
-    that the products with what is kept for each would be beyond 64 bits, or all patience."""
+    """No more elements than the limit, a size of 0 counting as 1. Expanded views can have any number, so that
+    the products with what is kept for each would be beyond 64 bits, or all patience."""
     if not torch.compiler.is_compiling() and math.prod(max(n, 1) for n in sizes) > limit:
         raise ValueError(f"{name}: expected at most 2^{limit.bit_length() - 1} {what}, got {list(sizes)}")
 
@@ -206,8 +206,8 @@ def _meet(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have a byte in common. Twin of csrc/memory.h.
 
     Their differences in address are sums of steps, each taken a bounded number of times: one that is too
-    small to part two elements is searched for from the longest step on. Where that takes long, as no views
-    of one array do, the answer is yes.
+    small to part two elements is searched for from the longest step on. Where that takes long, as no views of
+    one array do, the answer is yes.
     """
     apart = a.data_ptr() - b.data_ptr()
     steps: dict[int, int] = {}  # bytes: how often at the most; backward ones are taken back

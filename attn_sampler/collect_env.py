@@ -31,8 +31,8 @@ def collect_env() -> dict[str, Any]:
         "torch_threads"}``, the instruction set as torch sees it. ``extension``: ``{"installed", "reason",
         "cpu_isa", "cpu_amx_refusal"}``, the compiled part, the instruction set that it runs with, and why an
         AMX unit of this processor does not serve (None where it does, or there is none). ``gpus``: for each
-        ``{"name", "compute_capability", "memory_gib"}``. ``backends``: for each name ``{"available",
-        "reason"}``.
+        ``{"name", "compute_capability", "memory_gib"}``. ``backends``: for each name
+        ``{"available", "reason"}``.
     """
     installed = extension.UNAVAILABLE is None
     gpus = []

@@ -34,6 +34,7 @@ from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.checks import Span
 from attn_sampler.functional import column_scores, select_tokens
 from attn_sampler.options import (
+    MAX_VOCAB,
     QUERY_ROWS,
     Attention,
     Sampling,
@@ -235,7 +236,7 @@ class _Shard:
         backend: str,
     ) -> None:
         checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
-        checks.integer("vocab_size", vocab_size, 1 if exclude_token_id is None else 2)
+        checks.integer("vocab_size", vocab_size, 1 if exclude_token_id is None else 2, MAX_VOCAB + 1)
         checks.integer("vocab_start", vocab_start, 0, vocab_size + 1)
         checks.choice("backend", backend, BACKEND_CHOICES)
         self.logits = logits[..., : vocab_size - vocab_start]

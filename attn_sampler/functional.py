@@ -83,7 +83,8 @@ def column_scores(
         ``scale.expand(B, Hkv)``): the real queries of head h are ``q * q_descale[:, h // (Hq // Hkv)]``, the
         real keys of key head h ``k * k_descale[:, h]``. Finite; not read on the host. Default: 1.
     softmax_scale
-        Default ``D ** -0.5``.
+        Default ``D ** -0.5``. A dot product of q and k is a float32; what the scale makes of it need not be:
+        unless softmax_lse is given, weights are those of the differences, however large the logits.
     causal
         Row i sees keys up to its own position, ``query_start + i``.
     window_size
@@ -104,7 +105,8 @@ def column_scores(
     per_head
         True keeps the heads apart; else they are added up.
     out
-        Float32 result to add into, so that layers add up in one buffer. Default: a new tensor.
+        Float32 result to add into, so that layers add up in one buffer. It shares no memory with what is
+        read, and autograd knows that it is written. Default: a new tensor.
     backend
         ``"auto"`` or a name of ``attn_sampler.backends.BACKENDS``, which runs or raises.
 
@@ -117,7 +119,9 @@ def column_scores(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument. Nothing has been written then.
+        Naming the argument. Nothing has been written then. (A tensor may have up to 2^40 elements.)
+    MemoryError
+        There is no memory for the result or on the way to it.
     BackendUnavailableError
         The backend asked for cannot run this problem.
     """
@@ -350,7 +354,7 @@ def decode_step(
     Parameters
     ----------
     tokens
-        int64 ``[B, T]``; **updated in place**.
+        int64 ``[B, T]``; **updated in place**, as autograd knows. They share no memory with what is read.
     logits
         ``[B, C, V]``: the predictions for the C positions of the block, already shifted for models
         that predict position j from row j - 1. The mask token is never predicted.

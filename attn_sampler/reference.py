@@ -1,7 +1,8 @@
 """The specification, as plain PyTorch: every backend is tested against this file.
 
 It materialises whatever it needs, on any device and for any floating dtype. Arithmetic is float64 for
-float64 inputs and float32 for all others, and so are the results. Nothing is validated here;
+float64 inputs and float32 for all others, and so are the results; dot products are, and scaled they may be
+of any size where the log-sum-exp is computed. Nothing is validated here;
 ``attn_sampler.functional`` does that.
 
 Shapes: B sequences, Hq query heads, Hkv key heads, M query rows, N keys, D head dimension, C candidate

@@ -35,8 +35,7 @@ READS_TENSORS = UNAVAILABLE is None and _C.read_tensors_of(Tensor)
 
 
 def _find_flags() -> bool:
-    """Show the extension where a tensor says that it is negated, or zeros without memory; False: it has to
-    ask."""
+    """Show the extension where a tensor says that it is negated, or zeros without memory; else it asks."""
     plain = torch.zeros(1)
     try:
         samples = [plain, torch._neg_view(plain), torch._efficientzerotensor(1)]

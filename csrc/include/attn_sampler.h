@@ -160,9 +160,11 @@ typedef struct attn_sampler_masks {
  * query_mask[b,i] (or no query_mask), j is in the row's window, -window_left <= j - (query_start + i) <=
  * window_right with no limit at a side of -1, and, where causal, j <= query_start + i. In block scope a row
  * counts only if its position lies in the columns, and it sees the keys of the columns alone.
- * Without a given softmax_lse, lse is computed over the visible keys. A row that sees nothing, or whose
- * lse is -inf, contributes exactly 0, whatever its q, k and lse hold; masked entries are never NaN.
- * Without `diagonal`, the entry whose key position is the row's own is left out after the softmax.
+ * Without a given softmax_lse, lse is computed over the visible keys. The dot product is a float32; scaled it
+ * may be of any size then: the weights are those of the differences, also of logits beyond float32. A row
+ * that sees nothing, or whose lse is -inf, contributes exactly 0, whatever its q, k and lse hold; masked
+ * entries are never NaN. Without `diagonal`, the entry whose key position is the row's own is left out after
+ * the softmax.
  */
 typedef struct attn_sampler_attention_params {
     attn_sampler_span columns; /* key positions, 0 <= start < stop <= N */

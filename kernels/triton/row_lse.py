@@ -79,8 +79,7 @@ def row_lse_kernel(
     OPTIONS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """lse[layer, b, head, row, 0 and 1, split] of a tile of packed rows over one split of the keys, as
-    load_lse has it.
+    """lse[layer, b, head, row, 0 and 1, split] of a tile of packed rows over a split of the keys.
 
     Program: (((layer * B + b) * packs + pack) * row tiles + row tile) * SPLITS + split.
     """

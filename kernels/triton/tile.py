@@ -181,8 +181,7 @@ def _descaled(scale, descale, layer, b, kv_head):
 
 @triton.jit
 def logit_units(scale):
-    """How logits are kept: the factor of a product, 1 or -1, and the unit of what is kept, in logits to base
-    2.
+    """How logits are kept: the factor of a product, 1 or -1, and the unit of what is kept, to base 2.
 
     No rounding, and no logit beyond float32, comes between a weight and the log-sum-exp then. Only a scale
     too small for that is multiplied in.
@@ -215,8 +214,8 @@ def safe_max(m):
 def load_lse(pointers, ok, scale, unit, SPLITS: tl.constexpr):
     """Row log-sum-exp [block_m]: a logit in units, and what is to be added to base 2.
 
-    It is given and to be scaled, or, with SPLITS, computed in so many parts: their largest logits lie side
-    by side, then what is to be added to each.
+    It is given and to be scaled, or, with SPLITS, computed in so many parts: their largest logits lie side by
+    side, then what is to be added to each.
     """
     if SPLITS == 0:
         rest = tl.load(pointers, mask=ok, other=-_INF) * scale
@@ -353,8 +352,7 @@ def shared_strides(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def near(query_start: int) -> int:
-    """A key position of query row 0 of which the kernels can compute in 32 bits: beyond these, no row is at
-    a key."""
+    """query_start such that the kernels can compute in 32 bits: beyond, no row is at a key either."""
     return min(max(query_start, -launch.MAX_POSITIONS), launch.MAX_POSITIONS)
 
 

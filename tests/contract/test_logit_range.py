@@ -100,8 +100,7 @@ def test_a_step_scores_by_value(backend, device):
 
 @pytest.mark.parametrize("function", [column_scores, attention_map])
 def test_what_is_not_finite_stays_so(backend, device, function):
-    """Beside logits beyond float32: an infinite product takes all the weight that is left, a NaN makes the
-    row NaN."""
+    """Beside logits beyond float32: an infinite product makes the rest 0, a NaN makes the row NaN."""
     q = vectors([1.0], 16, torch.float32, device)
     for keys, expected in (
         ([4.0, -math.inf, 8.0], [0.0, 0.0, 1.0]),

