@@ -183,8 +183,9 @@ struct RowTile {
         const int64_t given_step = p.softmax_lse.stride[2];
         const double given_unit = p.params.lse_base == ATTN_SAMPLER_LSE_BASE_2 ? 1.0 : kLog2e;
         const bool masked = p.query_mask.data != nullptr;
+        const bool asks = plan.window.limited || p.params.diagonal == 0; /* where a row stands */
         for (; m < stop && n < kTile; ++m, q += step) {
-            const Sight at = plan.sight(m, columns.first);
+            const Sight at = asks ? plan.sight(m, columns.first) : Sight{};
             const bool sees = at.first < columns.n && at.last >= 0;
             const double lse = computed != nullptr
                                    ? static_cast<double>(computed[m].top) * unit + computed[m].rest
