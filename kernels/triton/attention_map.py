@@ -120,7 +120,7 @@ def attention_map_kernel(
     for index in range(first_head, last_head):
         head = tl.cast(index, tl.int64)
         kv_head = head // layers.groups[0]
-        factor, unit = logit_units(logit_scale(layers, 0, b, kv_head))
+        factor, unit = logit_units(logit_scale(layers, 0, b, kv_head), TILE)
         q_block = load_block(q_rows + head * q.stride_h[0], in_range, q.stride_d[0], TILE)
         k_block = load_block(k_rows + kv_head * k.stride_h[0], column_ok, k.stride_d[0], TILE)
         logits = logits_tile(q_block, k_block, factor, TILE)

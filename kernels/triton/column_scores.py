@@ -179,7 +179,7 @@ def column_scores_kernel(
     for pack in range(first_pack, last_pack):
         head = pack * PACK
         kv_head = (head // heads_per_key).to(tl.int64)
-        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head))
+        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head), TILE)
         k = load_block(k_base + kv_head * k_h + k_offset, column_ok, k_d, TILE)
         if REDUCTION == "max":
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)

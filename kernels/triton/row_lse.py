@@ -112,7 +112,7 @@ def row_lse_kernel(
             + b * of_layer(layers.k.stride_b, layer)
             + kv_head * of_layer(layers.k.stride_h, layer)
         )
-        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head))
+        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head), TILE)
         k_n = of_layer(layers.k.stride_r, layer)
         k_d = of_layer(layers.k.stride_d, layer)
         q = load_block(q_rows, row_ok, q_d, TILE)
