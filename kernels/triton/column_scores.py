@@ -37,6 +37,7 @@ from .tile import (
     logits_tile,
     near,
     of_layer,
+    products_tile,
     visible,
     weights_tile,
 )
@@ -192,7 +193,7 @@ def column_scores_kernel(
             position = query_start + row
             row_head = (head + r % PACK).to(tl.int64)
             q = load_block(q_base + row_head * q_h + row.to(tl.int64) * q_m, in_range, q_d, TILE)
-            logits = logits_tile(q, k, factor, TILE)
+            logits = logits_tile(products_tile(q, k, TILE), factor, TILE)
             row_ok = is_set(query_mask, b, row, in_range)
             if OPTIONS.masked_rows:
                 at = block_start + (query_start - column_start) + row

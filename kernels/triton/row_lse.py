@@ -29,6 +29,7 @@ from .tile import (
     logits_tile,
     near,
     of_layer,
+    products_tile,
     safe_max,
     shared_strides,
     tile_of,
@@ -130,7 +131,7 @@ def row_lse_kernel(
             key = start + tl.arange(0, BLOCK_N)
             key_ok = key < last
             k = load_block(k_base + key.to(tl.int64) * k_n, key_ok, k_d, TILE)
-            logits = logits_tile(q, k, factor, TILE)
+            logits = logits_tile(products_tile(q, k, TILE), factor, TILE)
             key_ok = is_set(key_mask, b, key, key_ok)
             logits = tl.where(visible(row_ok, position, key_ok, key, OPTIONS.causal), logits, -_INF)
             new_m = tl.maximum(m, tl.max(logits, 1))

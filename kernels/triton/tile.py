@@ -24,6 +24,7 @@ from attn_sampler.options import LOG2E, Attention, Layer
 from . import launch
 
 _INF = tl.constexpr(float("inf"))
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 class Matrix(NamedTuple):
@@ -155,16 +156,22 @@ def load_block(pointers, ok, stride_d, TILE: tl.constexpr):
 
 
 @triton.jit
-def logits_tile(q, k, factor, TILE: tl.constexpr):
-    """Logits in units [block_m, block_n] of two blocks."""
+def products_tile(q, k, TILE: tl.constexpr):
+    """Products [block_m, block_n] of two blocks."""
     acc = tl.dot(q.chunk, tl.trans(k.chunk), input_precision="ieee")
     for chunk in tl.static_range(1, (TILE.headdim + TILE.block_d - 1) // TILE.block_d):
         q_chunk = _load_chunk(q.pointers, q.ok, q.stride_d, chunk, TILE)
         k_chunk = _load_chunk(k.pointers, k.ok, k.stride_d, chunk, TILE)
         acc = tl.dot(q_chunk, tl.trans(k_chunk), acc, input_precision="ieee")
-    if not TILE.plain_scale:
-        acc = acc * factor
     return acc
+
+
+@triton.jit
+def logits_tile(products, factor, TILE: tl.constexpr):
+    """Logits in units [block_m, block_n]."""
+    if not TILE.plain_scale:
+        products = products * factor
+    return products
 
 
 @triton.jit
@@ -209,8 +216,8 @@ def visible(row_ok, position, key_ok, key, CAUSAL: tl.constexpr):
 
 @triton.jit
 def safe_max(m):
-    """A maximum that can be subtracted: 0 in place of an infinity."""
-    return tl.where((m == _INF) | (m == -_INF), 0.0, m)
+    """A maximum that can be subtracted: 0 in place of -inf; far above what is finite in place of inf."""
+    return tl.where(m == -_INF, 0.0, tl.minimum(m, _LARGEST))
 
 
 @triton.jit
