@@ -26,6 +26,7 @@ from .tile import (
     logit_units,
     logits_tile,
     near,
+    products_tile,
     visible,
     weights_tile,
 )
@@ -125,10 +126,11 @@ def attention_map_kernel(
     for index in range(first_head, last_head):
         head = tl.cast(index, tl.int64)
         kv_head = head // layers.groups[0]
-        factor, unit = logit_units(logit_scale(layers, 0, b, kv_head))
         q_block = load_block(q_rows + head * q.stride_h[0], in_range, q.stride_d[0], TILE)
         k_block = load_block(k_rows + kv_head * k.stride_h[0], column_ok, k.stride_d[0], TILE)
-        logits = logits_tile(q_block, k_block, factor, TILE)
+        products = products_tile(q_block, k_block, TILE)
+        factor, unit = logit_units(logit_scale(layers, 0, b, kv_head), TILE)
+        logits = logits_tile(products, factor, TILE)
         if lse is None:
             acc += weights_tile(logits, logits, logits, unit, sees, True)
         else:

@@ -38,6 +38,7 @@ from .tile import (
     logits_tile,
     near,
     of_layer,
+    products_tile,
     visible,
     weights_tile,
 )
@@ -185,7 +186,7 @@ def column_scores_kernel(
     for pack in range(first_pack, last_pack):
         head = pack * PACK
         kv_head = (head // heads_per_key).to(tl.int64)
-        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head))
+        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head), TILE)
         k = load_block(k_base + kv_head * k_h + k_offset, column_ok, k_d, TILE)
         if REDUCTION == "max":
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
@@ -198,7 +199,7 @@ def column_scores_kernel(
             position = query_start + row
             row_head = (head + r % PACK).to(tl.int64)
             q = load_block(q_base + row_head * q_h + row.to(tl.int64) * q_m, in_range, q_d, TILE)
-            logits = logits_tile(q, k, factor, TILE)
+            logits = logits_tile(products_tile(q, k, TILE), factor, TILE)
             row_ok = is_set(query_mask, b, row, in_range)
             if OPTIONS.masked_rows:
                 at = block_start + (query_start - column_start) + row

@@ -30,6 +30,7 @@ from .tile import (
     logits_tile,
     near,
     of_layer,
+    products_tile,
     safe_max,
     shared_strides,
     tile_of,
@@ -117,7 +118,7 @@ def row_lse_kernel(
             + b * of_layer(layers.k.stride_b, layer)
             + kv_head * of_layer(layers.k.stride_h, layer)
         )
-        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head))
+        factor, unit = logit_units(logit_scale(layers, layer, b, kv_head), TILE)
         k_n = of_layer(layers.k.stride_r, layer)
         k_d = of_layer(layers.k.stride_d, layer)
         q = load_block(q_rows, row_ok, q_d, TILE)
@@ -137,7 +138,7 @@ def row_lse_kernel(
             key = start + tl.arange(0, BLOCK_N)
             key_ok = key < last
             k = load_block(k_base + key.to(tl.int64) * k_n, key_ok, k_d, TILE)
-            logits = logits_tile(q, k, factor, TILE)
+            logits = logits_tile(products_tile(q, k, TILE), factor, TILE)
             key_ok = is_set(key_mask, b, key, key_ok)
             logits = tl.where(
                 visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited), logits, -_INF

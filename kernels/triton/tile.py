@@ -24,6 +24,7 @@ from attn_sampler.options import LOG2E, Attention, Layer
 from . import launch
 
 _INF = tl.constexpr(float("inf"))
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 class Matrix(NamedTuple):
@@ -90,6 +91,7 @@ class Tile(NamedTuple):
     block_n: int
     block_d: int  # of the chunks that the head dimension is cut in
     upcast: bool  # multiply in float32
+    plain_scale: bool  # the largest product is the largest logit
 
 
 class Block(NamedTuple):
@@ -154,14 +156,22 @@ def load_block(pointers, ok, stride_d, TILE: tl.constexpr):
 
 
 @triton.jit
-def logits_tile(q, k, factor, TILE: tl.constexpr):
-    """Logits in units [block_m, block_n] of two blocks."""
+def products_tile(q, k, TILE: tl.constexpr):
+    """Products [block_m, block_n] of two blocks."""
     acc = tl.dot(q.chunk, tl.trans(k.chunk), input_precision="ieee")
     for chunk in tl.static_range(1, (TILE.headdim + TILE.block_d - 1) // TILE.block_d):
         q_chunk = _load_chunk(q.pointers, q.ok, q.stride_d, chunk, TILE)
         k_chunk = _load_chunk(k.pointers, k.ok, k.stride_d, chunk, TILE)
         acc = tl.dot(q_chunk, tl.trans(k_chunk), acc, input_precision="ieee")
-    return acc * factor
+    return acc
+
+
+@triton.jit
+def logits_tile(products, factor, TILE: tl.constexpr):
+    """Logits in units [block_m, block_n]."""
+    if not TILE.plain_scale:
+        products = products * factor
+    return products
 
 
 @triton.jit
@@ -180,15 +190,19 @@ def _descaled(scale, descale, layer, b, kv_head):
 
 
 @triton.jit
-def logit_units(scale):
+def logit_units(scale, TILE: tl.constexpr):
     """How logits are kept: the factor of a product, 1 or -1, and the unit of what is kept, to base 2.
 
     No rounding, and no logit beyond float32, comes between a weight and the log-sum-exp then. Only a scale
     too small for that is multiplied in.
     """
-    is_small = tl.abs(scale) <= 2.0**-100
-    factor = tl.where(is_small, scale, tl.where(scale < 0.0, -1.0, 1.0))
-    return factor, tl.where(is_small, 1.0, tl.abs(scale))
+    factor = 1.0
+    unit = scale
+    if not TILE.plain_scale:
+        is_small = tl.abs(scale) <= 2.0**-100
+        factor = tl.where(is_small, scale, tl.where(scale < 0.0, -1.0, 1.0))
+        unit = tl.where(is_small, 1.0, tl.abs(scale))
+    return factor, unit
 
 
 @triton.jit
@@ -206,8 +220,8 @@ def visible(row_ok, position, key_ok, key, left, right, LIMITED: tl.constexpr):
 
 @triton.jit
 def safe_max(m):
-    """A maximum that can be subtracted: 0 in place of an infinity."""
-    return tl.where((m == _INF) | (m == -_INF), 0.0, m)
+    """A maximum that can be subtracted: 0 in place of -inf; far above what is finite in place of inf."""
+    return tl.where(m == -_INF, 0.0, tl.minimum(m, _LARGEST))
 
 
 @triton.jit
@@ -272,6 +286,7 @@ class Problem(NamedTuple):
     n_keys: int
     headdim: int
     element_size: int
+    plain_scale: bool  # known to be positive and not next to 0
     device: torch.device
 
 
@@ -330,6 +345,7 @@ def gather(layers: Sequence[Layer], softmax_scale: float) -> Problem:
         k[0].shape[2],
         headdim,
         q[0].element_size(),
+        softmax_scale > 2.0**-99 and q_descale[0] is None and k_descale[0] is None,
         q[0].device,
     )
 
@@ -363,7 +379,7 @@ def fitting(size: int, limit: int) -> int:
 
 def tile_of(problem: Problem, block_m: int, block_n: int) -> Tile:
     block_d = launch.block_d(problem.headdim, problem.element_size)
-    return Tile(problem.headdim, block_m, block_n, block_d, launch.INTERPRET)
+    return Tile(problem.headdim, block_m, block_n, block_d, launch.INTERPRET, problem.plain_scale)
 
 
 def cut_columns(kernel: str, problem: Problem, options: Attention, n_rows: int) -> Cut:
