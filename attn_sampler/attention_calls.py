@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import CausalBias
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
-from attn_sampler.attention_masks import read_mask
+from attn_sampler.attention_masks import is_causal_bias, read_mask
 
 
 class _LogSumExpTap(TorchDispatchMode):
@@ -140,7 +139,7 @@ def observe(
 def _unscorable(query: Any, key: Any, value: Any, attn_mask: Any) -> str | None:
     """Why a call is left alone; None where it need not be."""
     for name, x in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if x is None or (name == "attn_mask" and type(x) is CausalBias):
+        if x is None or (name == "attn_mask" and is_causal_bias(x)):
             continue
         if not _is_plain(x):
             return f"{name} is a {type(x).__name__}, whose attention is its own"
@@ -240,7 +239,7 @@ def compiled_attention(
     """What an attention call becomes in a graph that is compiled while a capture is open."""
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal}
     options |= {"scale": scale, "enable_gqa": enable_gqa}
-    if isinstance(attn_mask, CausalBias):  # as what PyTorch makes of it
+    if is_causal_bias(attn_mask):  # as what PyTorch makes of it
         visible = read_mask(attn_mask, False, 1, 1, 1)
         is_causal = visible.band[1] == 0
         attn_mask = None if is_causal else visible.table(query.shape[2], key.shape[2], query.device)

@@ -7,11 +7,10 @@ them about each row: a causal limit, a sliding window.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 #: A float32 log-sum-exp so large still tells 1 of 10,000 apart.
 _SHIFT = 1024.0
@@ -38,8 +37,14 @@ class Visible(NamedTuple):
         return sees if self.key_mask is None else sees & self.key_mask[:, None, None]
 
 
+def is_causal_bias(attn_mask: Any) -> bool:
+    """Whether it is PyTorch's ``CausalBias``, whose module takes seconds to import."""
+    kind = type(attn_mask)
+    return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
+
+
 def read_mask(
-    attn_mask: Tensor | None, is_causal: bool, batch: int, n_rows: int, n_keys: int, spreads: bool = True
+    attn_mask: Any, is_causal: bool, batch: int, n_rows: int, n_keys: int, spreads: bool = True
 ) -> Visible:
     """What a call of ``F.scaled_dot_product_attention`` lets its rows see.
 
@@ -55,8 +60,8 @@ def read_mask(
     batch, n_rows, n_keys
         B, M and N of the call.
     """
-    if isinstance(attn_mask, CausalBias):
-        lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+    if is_causal_bias(attn_mask):
+        lower_right = attn_mask.variant.name == "LOWER_RIGHT"
         return Visible(band=(None, attn_mask.seq_len_kv - attn_mask.seq_len_q if lower_right else 0))
     band = (None, 0 if is_causal else None)
     if attn_mask is None or 0 in (batch, n_rows, n_keys):
