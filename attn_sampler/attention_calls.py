@@ -261,7 +261,7 @@ def compiled_attention(
     return torch.ops.attn_sampler.observed_attention(output, *tensors, is_causal, scale, enable_gqa, None)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable takes seconds to import what it needs
 def _observed_outside(*arguments: Any, **options: Any) -> Tensor:
     """A call of tensor subclasses, which no operator of ours takes: it breaks the graph."""
     output, seen = observe(*arguments, **options)
