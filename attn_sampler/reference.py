@@ -94,16 +94,20 @@ def attention(
     if softmax_lse is None:
         products = products - _large(products, scale, sees)
     logits = scale * products
+    if softmax_lse is None:  # beside an infinite product the others stay finite
+        largest = torch.finfo(logits.dtype).max
+        logits = torch.where(products.isfinite(), logits.clamp(-largest, largest), logits)
     if bias is not None and bias.dtype != torch.bool:
         logits = logits + bias
     logits = logits.masked_fill(~sees, -_INF)
-    # A row that saw nothing has lse -inf; it contributes zeros, not exp(-inf - -inf).
     if softmax_lse is None:
-        nothing = ~sees.any(dim=-1, keepdim=True)
-        weights = torch.softmax(logits, dim=-1).masked_fill(nothing, 0.0)
+        top = logits.amax(dim=-1, keepdim=True)  # of any size, beside which the rest of a sum may be lost
+        logits = logits - top.masked_fill(~top.isfinite(), 0.0)
+        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
     else:
         lse = softmax_lse.to(q.dtype)[..., None] * (math.log(2.0) if lse_base == "2" else 1.0)
-        weights = torch.exp(logits - lse).masked_fill(lse == -_INF, 0.0)
+    # A row that saw nothing has lse -inf; it contributes zeros, not exp(-inf - -inf).
+    weights = torch.exp(logits - lse).masked_fill(lse == -_INF, 0.0)
     if not diagonal:
         sees = sees & (key != row)
     weights = weights.masked_fill(~sees, 0.0)

@@ -144,6 +144,7 @@ def _definition(problem: AttentionProblem) -> list:
     start = n_keys - n_rows if options["query_start"] is None else options["query_start"]
     scale = options["softmax_scale"] or headdim**-0.5
     block = options["softmax_scope"] == "block"
+    left, right = options.get("window_size", (-1, -1))
 
     def visible(b: int, i: int, j: int) -> bool:
         at = start + i
@@ -151,6 +152,8 @@ def _definition(problem: AttentionProblem) -> list:
             (options["key_mask"] is None or bool(options["key_mask"][b, j]))
             and (options["query_mask"] is None or bool(options["query_mask"][b, i]))
             and (j <= at or not options["causal"])
+            and (left < 0 or at - j <= left)
+            and (right < 0 or j - at <= right)
             and (not block or (lo <= at < hi and lo <= j < hi))
         )
 
