@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -402,11 +403,16 @@ def test_output_that_nobody_reads() -> None:
 def test_an_interrupt_keeps_what_was_decoded(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     words = ["eval", "--task", "addition", "addition-first", "addition-second", "--batch", "1", "--out"]
-    process = start([*words, str(out)], stdout=subprocess.DEVNULL)
-    while not out.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=120)[1] == ""
+    # What is started in the background may have been told to ignore it.
+    heeded = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with start([*words, str(out)], stdout=subprocess.DEVNULL, preexec_fn=heeded) as process:
+        while not out.exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.communicate(timeout=120)[1] == ""
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert Results(out).cells["addition"]["rules"]
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
