@@ -86,7 +86,7 @@ class AttentionCapture(TorchFunctionMode):
     tensors, subclasses, inside ``torch.vmap``) runs as without it, and reading the scores raises, with the
     call's index and the reason; ``layers`` may leave it out. Under ``torch.compile`` a call that carries a
     gradient is computed once more. Layers of different numbers of keys have no columns in common, and raise
-    likewise.
+    likewise, unless the columns are counted from the end.
 
     ``nn.MultiheadAttention``, ``flex_attention``, other libraries' kernels and attention written out by hand
     are not seen, unless they call ``report_attention``. Masks are handed to the kernels where they hide keys
@@ -136,7 +136,7 @@ class AttentionCapture(TorchFunctionMode):
         self.num_calls = 0
         self._records: list[tuple[int, _Record]] = []
         self._sum: Tensor | None = None
-        self._keys: dict[int, int] = {}  # how many each scored call has
+        self._keys: dict[int, int] = {}  # how many each scored call has; 0 where it does not matter
         self._failures: dict[int, Exception] = {}
         self._masks: dict[tuple, tuple[Tensor, Visible]] = {}
 
@@ -286,8 +286,8 @@ class AttentionCapture(TorchFunctionMode):
         """Reduce an attention call, or put it aside: its tensors, or copies of them."""
         q, k, scale = call.query, call.key, call.scale
         (batch, _, n_rows, _), n_keys = q.shape, k.shape[2]
-        self._keys[index] = n_keys
-        if n_keys != next(iter(self._keys.values())) and not self._lookback and not self.keep:
+        self._keys[index] = 0 if _from_the_end(self.columns) else n_keys
+        if self._keys[index] != next(iter(self._keys.values())) and not self._lookback and not self.keep:
             return  # reading raises
         lo, hi = checks.span("columns", self.columns, n_keys, "key positions (N)")
         checks.optional("query_mask", self.query_mask, "[B, M]", (batch, n_rows), (torch.bool,), q)
@@ -421,6 +421,13 @@ def _reducible_in_one_call(records: Sequence[_Record]) -> bool:
     masks = {(m.data_ptr(), m.stride()): m for r in records if (m := r.key_mask) is not None}
     first, *others = masks.values() or (None,)
     return first is None or not others or bool((torch.stack(others) == first).all())
+
+
+def _from_the_end(columns: Any) -> bool:
+    """Whether they are counted from the last key, as of caches that drop the first ones."""
+    if not isinstance(columns, slice) or not isinstance(columns.start, int):
+        return False
+    return columns.start < 0 and (columns.stop is None or columns.stop < 0)
 
 
 def _copy(x: Tensor) -> Tensor:

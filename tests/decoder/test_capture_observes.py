@@ -136,6 +136,11 @@ def test_layers_of_different_numbers_of_keys() -> None:
             attend(q, k, k)
         with pytest.raises(ValueError, match=r"layers: .* call 0 has 12 and call 1 has 14"):
             _ = capture.scores
+    with AttentionCapture(slice(-4, None)) as capture:  # counted from the end
+        attend(q, k, k)
+        attend(q, image, image)
+    last = column_scores(q, k, columns=slice(8, 12)) + column_scores(q, image, columns=slice(10, 14))
+    torch.testing.assert_close(capture.scores, last)
     for layers in ([0, 2], slice(None, None, 2), [0, -1]):
         with AttentionCapture(slice(8, 12), layers) as capture:
             attend(q, k, k)
