@@ -115,6 +115,7 @@ def _read_bias(mask: Tensor, is_causal: bool, spreads: bool) -> tuple[Tensor, bo
     top = bias.amax(dim=-1)
     is_mask = ((bias == 0) | (bias == -torch.inf)).all()
     shifted = ~((top.abs() <= _SHIFT) | (top == -torch.inf)).all()
+    bias = bias.masked_fill((top == torch.inf)[..., None], torch.nan)  # PyTorch's own answer to such a row
     return bias, *torch.stack([is_mask, shifted]).tolist()
 
 
