@@ -185,7 +185,10 @@ PLACES = {
     "triton": _local("triton"),
     "triton@interpreter": Place(
         "triton",
-        dict.fromkeys((*FUNCTIONS, LOGIT_RANGE, OPERANDS, ERRORS, TABLE, TRITON_KERNELS), ""),
+        {
+            **dict.fromkeys((*FUNCTIONS, LOGIT_RANGE, ERRORS, TABLE, TRITON_KERNELS), ""),
+            OPERANDS: "anywhere|counted|interleaved|memory_of",  # the rest is before any kernel
+        },
         {"TRITON_INTERPRET": "1"},
         unavailable=_triton_unavailable,
         left_out=_triton_runs_here,
