@@ -361,25 +361,40 @@ def sampled_problem(row: Row, setting: Setting) -> Problem:
     return Problem(candidates, error)
 
 
+class _Step(NamedTuple):
+    """The tensors of a decoding step, and how its layers are read."""
+
+    layers: list[tuple[Tensor, Tensor, Tensor]]  # each with its own queries and its candidates' keys
+    exact: Tensor  # their scores
+    logits: Tensor
+    truth: _Probabilities
+    tokens: Tensor
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, row: Row, setting: Setting) -> _Step:
+        q, k = row.attention(setting.dtype, setting.device)
+        lse = row.softmax_lse(q, k)
+        exact = row.layers * rivals.block_scores(q.double(), k.double(), lse.double(), row.block)
+        layers = [(q.clone(), k[:, :, row.block].clone(), lse.clone()) for _ in range(row.layers)]
+        mask = row.vocab - 1
+        logits = row.logits(setting.dtype, setting.device)
+        logits[..., mask] = -torch.inf  # ours never predicts the mask token; the rivals must not either
+        tokens = torch.zeros(row.batch, row.n_keys, dtype=torch.int64, device=setting.device)
+        tokens[:, row.block] = mask
+        options = {
+            "block": row.block,
+            "mask_token_id": mask,
+            "columns": slice(0, row.columns),
+            "query_start": row.columns - row.n_rows,
+        }
+        return cls(layers, exact, logits, _Probabilities(logits), tokens, options)
+
+
 def step_problem(row: Row, setting: Setting) -> Problem:
-    """A whole decoding step over all layers, each with its own queries and its candidates' keys."""
-    q, k = row.attention(setting.dtype, setting.device)
-    lse = row.softmax_lse(q, k)
-    exact = row.layers * rivals.block_scores(q.double(), k.double(), lse.double(), row.block)
-    layers = [(q.clone(), k[:, :, row.block].clone(), lse.clone()) for _ in range(row.layers)]
-    mask = row.vocab - 1
-    logits = row.logits(setting.dtype, setting.device)
-    logits[..., mask] = -torch.inf  # ours never predicts the mask token; the rivals must not either
-    truth = _Probabilities(logits)
-    tokens = torch.zeros(row.batch, row.n_keys, dtype=torch.int64, device=setting.device)
-    tokens[:, row.block] = mask
-    start = tokens.clone()
-    options = {
-        "block": row.block,
-        "mask_token_id": mask,
-        "columns": slice(0, row.columns),
-        "query_start": row.columns - row.n_rows,
-    }
+    """A whole decoding step over all layers."""
+    layers, exact, logits, truth, tokens, options = _Step.of(row, setting)
+    mask, start = options["mask_token_id"], tokens.clone()
     candidates = setting.ours(
         "decode_step",
         (logits, layers[0][0], layers[0][1]),
@@ -413,6 +428,48 @@ def step_problem(row: Row, setting: Setting) -> Problem:
     return Problem(candidates, error, lambda: tokens.copy_(start))
 
 
+def revision_problem(row: Row, setting: Setting) -> Problem:
+    """A step that may replace and re-mask the half of the block that stands, beside one that only commits."""
+    layers, _, logits, truth, tokens, options = _Step.of(row, setting)
+    options["rule"], mask = "threshold", options["mask_token_id"]
+    tokens[:, row.block][:, 1::2] = 0
+    start = tokens.clone()
+    budget = torch.full((row.batch, row.columns), 3, dtype=torch.int32, device=setting.device)
+    revision = {"replace_tau": 0.9, "remask_tau": 0.5, "max_revisions": 4}
+
+    def plain(backend: str) -> Any:
+        return decode_step(tokens, logits, layers, backend=backend, **options)[1:4]
+
+    def revising(backend: str) -> Any:
+        return decode_step(tokens, logits, layers, budget=budget, backend=backend, **options, **revision)
+
+    tensors, scratch = (logits, layers[0][0], layers[0][1]), 16.0 * logits.numel()
+    candidates = setting.ours("decode_step", tensors, revising, scratch)
+    for backend, candidate in setting.ours("decode_step", tensors, plain, scratch).items():
+        candidates[f"{backend}, only committing"] = candidate._replace(ours=False)
+
+    def error(result: Any, ours: bool) -> float:
+        if ours:
+            stood = start[:, row.block]
+            chosen = logits.gather(-1, stood[..., None]).squeeze(-1).double()
+            exact = torch.exp(chosen - truth.log_total)
+            require(relative_error(result.current, exact) < OUR_TOLERANCE, "not the current probabilities")
+            seen = (result.scores, result.confidence, stood == mask, result.current)
+            fresh = torch.full_like(budget, 3)
+            expected = reference.revise_tokens(*seen, result.token_ids != stood, fresh, **revision)
+            require(torch.equal(result.revised, expected), "not the revisions of the rule")
+            require(row.columns == 1 or bool(expected.any()), "nothing is revised")
+            result = result[1:4]
+        token_ids, confidence, _ = result
+        return truth.error(token_ids, confidence, greedy=True)
+
+    def reset() -> None:
+        tokens.copy_(start)
+        budget.fill_(3)
+
+    return Problem(candidates, error, reset)
+
+
 #: In order of what is missed most where time runs out.
 CASES = {
     "columns": Case(
@@ -423,6 +480,9 @@ CASES = {
         _attention_bytes,
     ),
     "step": Case("A whole decoding step, all layers", DECODE, step_cost, step_problem, _step_bytes),
+    "revision": Case(
+        "A step that revises, beside one that does not", DECODE, step_cost, revision_problem, _step_bytes
+    ),
     "confidence": Case(
         "Token confidence, greedy", VOCABULARY, confidence_cost, confidence_problem, _logits_bytes
     ),
