@@ -127,10 +127,11 @@ def observe(
             mask = (
                 attn_mask if attn_mask is None or not _is_plain(attn_mask) else autocast(attn_mask.detach())
             )
-            batch, heads = output.shape[:2]  # PyTorch repeats batches and heads that are 1
+            # PyTorch repeats batches and heads that are 1; but the output of an empty batch has q's heads.
+            batch, heads = output.shape[0], max(output.shape[1], key.shape[1])
             q = autocast(query.detach()).expand(batch, heads, -1, -1)
             k = autocast(key.detach()).expand(batch, -1, -1, -1)
-            return output, Call(q, k, lse.detach(), mask, is_causal, scale)
+            return output, Call(q, k, lse.detach().expand(batch, heads, -1), mask, is_causal, scale)
         except Exception as error:  # whatever it is, the model's own call is not to suffer from it
             seen = error
     return F.scaled_dot_product_attention(query, key, value, attn_mask, **options), seen

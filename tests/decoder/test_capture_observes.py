@@ -122,6 +122,9 @@ def test_broadcast_and_empty_batches() -> None:
         assert attend(empty, empty, empty).shape == empty.shape
     assert capture.scores.shape == (0, 8)
     with AttentionCapture() as capture:
+        assert attend(empty[:, :1], empty, empty).shape[1] == 1  # where another batch has the 2 of the keys
+    assert capture.scores.shape == (0, 8)
+    with AttentionCapture() as capture:
         assert not attend(random(1, 2, 8, 16), *[random(1, 2, 0, 16)] * 2).any()
     with pytest.raises(ValueError, match=r"call 0 .* columns: expected at least one of the 0 key positions"):
         _ = capture.scores
