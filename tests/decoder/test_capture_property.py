@@ -319,6 +319,8 @@ def weights_of(d: Draw, options: dict[str, Any], reported: bool) -> tuple[Tensor
     lo, hi, _ = (options["columns"] or slice(None)).indices(n)
     sees, logits = logits_of(d, torch.float64, reported)
     rows = first_row(d, options) + torch.arange(m)
+    # A row with an infinite bias has no weights: PyTorch's NaN stands at each key of it, hidden ones too.
+    sees = sees | (logits == INF).any(dim=-1, keepdim=True)
     if options["softmax_scope"] == "block":
         inside = torch.zeros(n, dtype=torch.bool)
         inside[lo:hi] = True
