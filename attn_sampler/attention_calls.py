@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
-from attn_sampler.attention_masks import is_causal_bias, read_mask
+from attn_sampler.attention_masks import as_is_causal, is_causal_bias, read_mask
 
 
 class _LogSumExpTap(TorchDispatchMode):
@@ -131,7 +131,8 @@ def observe(
             batch, heads = output.shape[0], max(output.shape[1], key.shape[1])
             q = autocast(query.detach()).expand(batch, heads, -1, -1)
             k = autocast(key.detach()).expand(batch, -1, -1, -1)
-            return output, Call(q, k, lse.detach().expand(batch, heads, -1), mask, is_causal, scale)
+            limits = as_is_causal(mask, is_causal)
+            return output, Call(q, k, lse.detach().expand(batch, heads, -1), *limits, scale)
         except Exception as error:  # whatever it is, the model's own call is not to suffer from it
             seen = error
     return F.scaled_dot_product_attention(query, key, value, attn_mask, **options), seen
@@ -203,7 +204,8 @@ def report_attention(
             )
         )
         checks.shape("softmax_lse", softmax_lse, "[B, Hq, M]", query.shape[:3])
-        call = Call(query, key, softmax_lse, attn_mask, is_causal, scale, is_reported=True)
+        limits = as_is_causal(attn_mask, is_causal)
+        call = Call(query, key, softmax_lse, *limits, scale, is_reported=True)
         for capture in captures:
             capture.add_call(call)
 
@@ -240,11 +242,11 @@ def compiled_attention(
     """What an attention call becomes in a graph that is compiled while a capture is open."""
     options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal}
     options |= {"scale": scale, "enable_gqa": enable_gqa}
-    if is_causal_bias(attn_mask):  # as what PyTorch makes of it
-        visible = read_mask(attn_mask, False, 1, 1, 1)
-        is_causal = visible.band[1] == 0
-        attn_mask = None if is_causal else visible.table(query.shape[2], key.shape[2], query.device)
-        options |= {"is_causal": is_causal}
+    attn_mask, is_causal = as_is_causal(attn_mask, is_causal)
+    options |= {"is_causal": is_causal}
+    if is_causal_bias(attn_mask):
+        visible = read_mask(attn_mask, is_causal, 1, 1, 1)
+        attn_mask = visible.table(query.shape[2], key.shape[2], query.device)
     if not all(x is None or _is_plain(x) for x in (query, key, value, attn_mask)):
         return _observed_outside(query, key, value, attn_mask, **options)
     reason = _unscorable(query, key, value, attn_mask)

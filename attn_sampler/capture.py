@@ -61,7 +61,8 @@ class AttentionCapture(TorchFunctionMode):
         Boolean [B, M]: the query rows that count. Default: all (pass the attention mask of a padded
         batch, so that padding rows do not vote).
     query_start
-        Key position of query row 0. Default: N - M, or 0 for a call with ``is_causal``, as PyTorch aligns it.
+        Key position of query row 0. Default: N - M, or 0 for a call with ``is_causal`` or
+        ``causal_upper_left``, as PyTorch aligns them.
     softmax_scope, diagonal, reduction, backend
         As in ``column_scores``.
 
