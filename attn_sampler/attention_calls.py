@@ -8,6 +8,7 @@ of PyTorch's is handed over by ``report_attention``.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_sampler import checks
-from attn_sampler.attention_masks import is_causal_bias, read_mask
+from attn_sampler.attention_masks import as_is_causal, is_causal_bias, read_mask
 
 
 class _LogSumExpTap(TorchDispatchMode):
@@ -62,6 +63,23 @@ class _LogSumExpTap(TorchDispatchMode):
         return result
 
 
+class Arguments(NamedTuple):
+    """What ``F.scaled_dot_product_attention`` is called with."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def passed_to(self, attention: Callable[..., Any]) -> Any:
+        *positional, scale, enable_gqa = self
+        return attention(*positional, scale=scale, enable_gqa=enable_gqa)
+
+
 class Call(NamedTuple):
     """An attention call as it was computed."""
 
@@ -105,35 +123,27 @@ def attention_with_lse(query: Tensor, key: Tensor, *arguments: Any, **keywords: 
     return output, lse.narrow(-1, 0, output.shape[-2]).expand(output.shape[:-1])
 
 
-def observe(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Call | Exception]:
+def observe(given: Arguments) -> tuple[Tensor, Call | Exception]:
     """``F.scaled_dot_product_attention``, and the call for the captures, or why there is none."""
-    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal}
-    options |= {"scale": scale, "enable_gqa": enable_gqa}
+    query, key, value, attn_mask = given[:4]
     seen: Call | Exception
     if (reason := _unscorable(query, key, value, attn_mask)) is not None:
         seen = NotImplementedError(reason)
     else:
         try:
-            output, lse = attention_with_lse(query, key, value, attn_mask, **options)
+            output, lse = given.passed_to(attention_with_lse)
             mask = (
                 attn_mask if attn_mask is None or not _is_plain(attn_mask) else autocast(attn_mask.detach())
             )
-            batch, heads = output.shape[:2]  # PyTorch repeats batches and heads that are 1
+            # PyTorch repeats batches and heads that are 1; but the output of an empty batch has q's heads.
+            batch, heads = output.shape[0], max(output.shape[1], key.shape[1])
             q = autocast(query.detach()).expand(batch, heads, -1, -1)
             k = autocast(key.detach()).expand(batch, -1, -1, -1)
-            return output, Call(q, k, lse.detach(), mask, is_causal, scale)
+            limits = as_is_causal(mask, given.is_causal)
+            return output, Call(q, k, lse.detach().expand(batch, heads, -1), *limits, given.scale)
         except Exception as error:  # whatever it is, the model's own call is not to suffer from it
             seen = error
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, **options), seen
+    return given.passed_to(F.scaled_dot_product_attention), seen
 
 
 def _unscorable(query: Any, key: Any, value: Any, attn_mask: Any) -> str | None:
@@ -202,7 +212,8 @@ def report_attention(
             )
         )
         checks.shape("softmax_lse", softmax_lse, "[B, Hq, M]", query.shape[:3])
-        call = Call(query, key, softmax_lse, attn_mask, is_causal, scale, is_reported=True)
+        limits = as_is_causal(attn_mask, is_causal)
+        call = Call(query, key, softmax_lse, *limits, scale, is_reported=True)
         for capture in captures:
             capture.add_call(call)
 
@@ -226,45 +237,34 @@ def open_captures() -> list[Any]:
 _PLAIN = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def compiled_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def compiled_attention(given: Arguments) -> Tensor:
     """What an attention call becomes in a graph that is compiled while a capture is open."""
-    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal}
-    options |= {"scale": scale, "enable_gqa": enable_gqa}
-    if is_causal_bias(attn_mask):  # as what PyTorch makes of it
-        visible = read_mask(attn_mask, False, 1, 1, 1)
-        is_causal = visible.band[1] == 0
-        attn_mask = None if is_causal else visible.table(query.shape[2], key.shape[2], query.device)
-        options |= {"is_causal": is_causal}
-    if not all(x is None or _is_plain(x) for x in (query, key, value, attn_mask)):
-        return _observed_outside(query, key, value, attn_mask, **options)
-    reason = _unscorable(query, key, value, attn_mask)
+    query, key, value, attn_mask = given[:4]
+    attn_mask, is_causal = as_is_causal(attn_mask, given.is_causal)
+    if is_causal_bias(attn_mask):
+        visible = read_mask(attn_mask, is_causal, 1, 1, 1)
+        attn_mask = visible.table(query.shape[2], key.shape[2], query.device)
+    options = (is_causal, given.scale, given.enable_gqa)
+    given = Arguments(query, key, value, attn_mask, given.dropout_p, *options)
+    if not all(x is None or _is_plain(x) for x in given[:4]):
+        return _observed_outside(given)
+    reason = _unscorable(*given[:4])
     if reason is not None:
-        output = _PLAIN(query, key, value, attn_mask, **options)
-        return torch.ops.attn_sampler.observed_attention(
-            output, None, None, None, None, is_causal, scale, enable_gqa, reason
-        )
-    tensors = [None if x is None else autocast(x) for x in (query, key, value, attn_mask)]
+        output = given.passed_to(_PLAIN)
+        return torch.ops.attn_sampler.observed_attention(output, None, None, None, None, *options, reason)
+    tensors = [None if x is None else autocast(x) for x in given[:4]]
     if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
-        return torch.ops.attn_sampler.captured_attention(*tensors, dropout_p, is_causal, scale, enable_gqa)
+        return torch.ops.attn_sampler.captured_attention(*tensors, given.dropout_p, *options)
     # PyTorch's own call carries the gradient; the captures have it computed once more.
-    output = _PLAIN(query, key, value, attn_mask, **options)
+    output = given.passed_to(_PLAIN)
     tensors = [None if x is None else x.detach() for x in tensors]
-    return torch.ops.attn_sampler.observed_attention(output, *tensors, is_causal, scale, enable_gqa, None)
+    return torch.ops.attn_sampler.observed_attention(output, *tensors, *options, None)
 
 
 @torch._disable_dynamo  # torch.compiler.disable takes seconds to import what it needs
-def _observed_outside(*arguments: Any, **options: Any) -> Tensor:
+def _observed_outside(given: Arguments) -> Tensor:
     """A call of tensor subclasses, which no operator of ours takes: it breaks the graph."""
-    output, seen = observe(*arguments, **options)
+    output, seen = observe(given)
     _tell(seen)
     return output
 
@@ -283,10 +283,10 @@ def _tell(seen: Call | Exception) -> None:
         capture.add_call(seen)
 
 
-def _captured_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+def _captured_attention(*arguments: Any) -> Tensor:
     """The operator: the graph knows nothing of the captures, which it finds open when it runs."""
     with torch._C.DisableTorchFunction():  # the captures' own mode is still on
-        output, seen = observe(query, key, value, *options)
+        output, seen = observe(Arguments(*arguments))
         _tell(seen)
     return output
 
@@ -298,7 +298,7 @@ def _observed_attention(output: Tensor, query: Tensor | None, *rest: Any) -> Ten
         if query is None:
             _tell(NotImplementedError(reason))
         else:
-            _tell(observe(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)[1])
+            _tell(observe(Arguments(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa))[1])
     return output.clone()
 
 
@@ -334,16 +334,5 @@ def _observed_attention_vmap(info: Any, in_dims: tuple, output: Tensor, *rest: A
 
 
 @torch.library.register_fake("attn_sampler::captured_attention", lib=_LIBRARY)
-def _captured_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+def _captured_attention_fake(*arguments: Any) -> Tensor:
+    return Arguments(*arguments).passed_to(F.scaled_dot_product_attention)

@@ -43,6 +43,15 @@ def is_causal_bias(attn_mask: Any) -> bool:
     return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
 
 
+def as_is_causal(attn_mask: Any, is_causal: bool) -> tuple[Any, bool]:
+    """The mask and ``is_causal`` of a call, a ``CausalBias`` being the latter where PyTorch makes it so."""
+    if is_causal_bias(attn_mask):
+        square = attn_mask.seq_len_q == attn_mask.seq_len_kv
+        if square or attn_mask.variant.name == "UPPER_LEFT":
+            return None, True
+    return attn_mask, is_causal
+
+
 def read_mask(
     attn_mask: Any, is_causal: bool, batch: int, n_rows: int, n_keys: int, spreads: bool = True
 ) -> Visible:
@@ -54,15 +63,14 @@ def read_mask(
     Parameters
     ----------
     attn_mask, is_causal
-        Of the call; as in PyTorch, both limit where both are given. Of a float mask -inf hides; so does the
-        lowest value of its dtype (for float32, of bfloat16 too), but where ``spreads`` in a row that has
-        nothing higher: PyTorch spreads such a row over all its keys.
+        Of the call, as ``as_is_causal`` has them; as in PyTorch, both limit where both are given. Of a float
+        mask -inf hides; so does the lowest value of its dtype (for float32, of bfloat16 too), but where
+        ``spreads`` in a row that has nothing higher: PyTorch spreads such a row over all its keys.
     batch, n_rows, n_keys
         B, M and N of the call.
     """
     if is_causal_bias(attn_mask):
-        lower_right = attn_mask.variant.name == "LOWER_RIGHT"
-        return Visible(band=(None, attn_mask.seq_len_kv - attn_mask.seq_len_q if lower_right else 0))
+        return Visible(band=(None, attn_mask.seq_len_kv - attn_mask.seq_len_q))
     band = (None, 0 if is_causal else None)
     if attn_mask is None or 0 in (batch, n_rows, n_keys):
         return Visible(band=band)

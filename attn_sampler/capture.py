@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from attn_sampler import checks, reference
 from attn_sampler.attention import attention_map, column_scores
-from attn_sampler.attention_calls import Call, compiled_attention, observe, open_captures
+from attn_sampler.attention_calls import Arguments, Call, compiled_attention, observe, open_captures
 from attn_sampler.attention_calls import is_capturing as is_capturing
 from attn_sampler.attention_calls import report_attention as report_attention
 from attn_sampler.attention_masks import Visible, read_mask
@@ -61,7 +61,8 @@ class AttentionCapture(TorchFunctionMode):
         Boolean [B, M]: the query rows that count. Default: all (pass the attention mask of a padded
         batch, so that padding rows do not vote).
     query_start
-        Key position of query row 0. Default: N - M, or 0 for a call with ``is_causal``, as PyTorch aligns it.
+        Key position of query row 0. Default: N - M, or 0 for a call with ``is_causal`` or
+        ``causal_upper_left``, as PyTorch aligns them.
     softmax_scope, diagonal, reduction, backend
         As in ``column_scores``.
 
@@ -155,11 +156,11 @@ class AttentionCapture(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
-            return compiled_attention(*args, **kwargs)
+            return compiled_attention(Arguments(*args, **kwargs))
         if not self._wants(self.num_calls):
             self.num_calls += 1
             return func(*args, **kwargs)
-        output, seen = observe(*args, **kwargs)
+        output, seen = observe(Arguments(*args, **kwargs))
         self.add_call(seen)
         return output
 

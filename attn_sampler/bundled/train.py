@@ -27,7 +27,7 @@ from torch import Tensor
 from attn_sampler import command_line
 from attn_sampler.generate import generate
 
-from . import TASKS, load_task
+from . import TASKS, load_model, load_task
 from .model import TinyMaskedLM, TinyMaskedLMConfig, load_weights, save_weights
 from .tasks import SUDOKU_PUZZLES_COUNT, Addition, Score
 
@@ -81,6 +81,9 @@ class Recipe:
 RECIPES = {
     "sudoku": Recipe(steps=6000),
     "addition": Recipe(steps=5500),
+    # These go on from the models above: how blanks are filled is known.
+    "sudoku-edits": Recipe(steps=3000, muon_lr=0.01, adamw_lr=1e-3, edits=True),
+    "addition-edits": Recipe(steps=3000, muon_lr=0.01, adamw_lr=1e-3, edits=True),
 }
 
 
@@ -171,6 +174,7 @@ def train(
     task: Task,
     recipe: Recipe,
     config: TinyMaskedLMConfig | None = None,
+    initial: TinyMaskedLM | None = None,
     compile_model: bool = False,
     report: Callable[[int, float], None] | None = None,
 ) -> TinyMaskedLM:
@@ -182,6 +186,8 @@ def train(
         What to learn, and how.
     config
         Sizes of the model; by default those of the bundled models.
+    initial
+        A model to go on from, which is trained itself, instead of one from scratch.
     compile_model
         Run the forward and backward passes through ``torch.compile`` (needs a C++ compiler).
     report
@@ -203,7 +209,7 @@ def train(
         )
     with torch.random.fork_rng(devices=[]):  # the caller's global stream stays as it was
         torch.manual_seed(recipe.seed)
-        model = TinyMaskedLM(config or TinyMaskedLMConfig(task.vocab_size, task.mask_token_id))
+        model = initial or TinyMaskedLM(config or TinyMaskedLMConfig(task.vocab_size, task.mask_token_id))
     generator = torch.Generator().manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     parameters = list(model.parameters())
@@ -287,7 +293,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser.add_argument(
         "--seed", type=command_line.seed, default=0, help="of training and of the problems (default: 0)"
     )
-    parser.add_argument("--edits", action="store_true", help="train with wrong tokens among those shown")
+    parser.add_argument(
+        "--edits",
+        action="store_true",
+        help="train the bundled model further, with wrong tokens among those shown",
+    )
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--threads", type=command_line.threads, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--problems", type=int, default=500, help="how many to score (default: 500)")
@@ -297,7 +307,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     torch.set_num_threads(options.threads)
     task = load_task(options.task)
     if options.out is not None:
-        recipe = dataclasses.replace(RECIPES[options.task], seed=options.seed, edits=options.edits)
+        name = f"{options.task}-edits" if options.edits else options.task
+        recipe = dataclasses.replace(RECIPES[name], seed=options.seed)
         if options.steps is not None:
             recipe = dataclasses.replace(recipe, steps=options.steps)
         cpu_start, wall_start = time.process_time(), time.perf_counter()
@@ -314,7 +325,8 @@ def _run(arguments: Sequence[str] | None) -> int:
                 )
                 window.clear()
 
-        model = train(task, recipe, compile_model=options.compile, report=report)
+        initial = load_model(options.task) if options.edits else None
+        model = train(task, recipe, initial=initial, compile_model=options.compile, report=report)
         save_weights(model, options.out, {"task": task.name, "recipe": str(dataclasses.asdict(recipe))})
     # From the file in both cases: the score is that of the rounded weights.
     try:

@@ -111,6 +111,7 @@ def test_opcheck(backend, device, op):
 
 def functions(backend: str) -> dict:
     """Every public function, called on the tensors of ``inputs`` alone."""
+    of_step = {"block": slice(4, 8), "mask_token_id": MASK, "backend": backend}
 
     def scores(x):
         return column_scores(
@@ -138,39 +139,17 @@ def functions(backend: str) -> dict:
         return select_tokens(x["scores"], x["confidence"].sqrt(), x["masked"], tau=0.5, backend=backend)
 
     def step(x):
-        result = decode_step(
-            x["tokens"],
-            x["logits"],
-            [(x["q"], x["k"], x["lse"])] * 2,
-            block=slice(4, 8),
-            mask_token_id=MASK,
-            tau=0.1,
-            query_rows="masked",
-            backend=backend,
-        )
+        layers = [(x["q"], x["k"], x["lse"])] * 2
+        result = decode_step(x["tokens"], x["logits"], layers, tau=0.1, query_rows="masked", **of_step)
         return result, (x["tokens"] == MASK).sum(dim=1)
 
     def step_in_float8(x):
         q, k = (x[name].to(torch.float8_e4m3fn) for name in "qk")
-        return decode_step(
-            x["tokens"],
-            x["logits"],
-            [(q, k, None, None, x["descale"]), (q, k, None, None, x["descale"] * 2)],
-            block=slice(4, 8),
-            mask_token_id=MASK,
-            backend=backend,
-        )
+        layers = [(q, k, None, None, x["descale"]), (q, k, None, None, x["descale"] * 2)]
+        return decode_step(x["tokens"], x["logits"], layers, **of_step)
 
     def step_from_scores(x):
-        return decode_step(
-            x["tokens"],
-            x["logits"],
-            scores=x["scores"],
-            block=slice(4, 8),
-            mask_token_id=MASK,
-            rule="sequential",
-            backend=backend,
-        )
+        return decode_step(x["tokens"], x["logits"], scores=x["scores"], rule="sequential", **of_step)
 
     return {
         f.__name__: f

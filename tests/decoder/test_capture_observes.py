@@ -122,6 +122,9 @@ def test_broadcast_and_empty_batches() -> None:
         assert attend(empty, empty, empty).shape == empty.shape
     assert capture.scores.shape == (0, 8)
     with AttentionCapture() as capture:
+        assert attend(empty[:, :1], empty, empty).shape[1] == 1  # where another batch has the 2 of the keys
+    assert capture.scores.shape == (0, 8)
+    with AttentionCapture() as capture:
         assert not attend(random(1, 2, 8, 16), *[random(1, 2, 0, 16)] * 2).any()
     with pytest.raises(ValueError, match=r"call 0 .* columns: expected at least one of the 0 key positions"):
         _ = capture.scores
@@ -174,15 +177,18 @@ def test_a_mask_is_a_mask_in_every_spelling(spelling: str) -> None:
     "bias", [causal_upper_left(4, 13), causal_lower_right(4, 13), causal_lower_right(13, 13)]
 )
 def test_causal_bias_goes_to_the_kernels(bias: Tensor) -> None:
+    """Its rows stand where PyTorch aligns them, in a compiled model too."""
     q, k, v = qkv(rows=bias.seq_len_q)
     seen = bias._materialize()
     start = 0 if bias.variant.name == "UPPER_LEFT" else None
-    with AttentionCapture(COLUMNS, keep=True, query_start=start) as capture:
-        output = attend(q, k, v, attn_mask=bias)
-    assert capture.step_options["causal"]
-    assert torch.equal(output, attend(q, k, v, attn_mask=seen)) or start == 0
-    truth = by_hand(q, k, mask=seen)
-    torch.testing.assert_close(capture.scores.double(), truth, rtol=1e-5, atol=1e-5)
+    truth = by_hand(q, k, mask=seen, start=start, diagonal=False)
+    torch._dynamo.reset()
+    for call in (attend, torch.compile(lambda *x, **mask: attend(*x, **mask), backend="eager")):
+        with AttentionCapture(COLUMNS, keep=True, diagonal=False) as capture:
+            output = call(q, k, v, attn_mask=bias)
+        assert capture.step_options["causal"]
+        assert torch.equal(output, attend(q, k, v, attn_mask=seen)) or start == 0
+        torch.testing.assert_close(capture.scores.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 def test_a_mask_that_is_refilled_is_read_again() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from torch.nn.attention.bias import CausalBias, CausalVariant, causal_lower_right, causal_upper_left
 
 from attn_sampler import AttentionCapture, report_attention
 
@@ -319,6 +319,8 @@ def weights_of(d: Draw, options: dict[str, Any], reported: bool) -> tuple[Tensor
     lo, hi, _ = (options["columns"] or slice(None)).indices(n)
     sees, logits = logits_of(d, torch.float64, reported)
     rows = first_row(d, options) + torch.arange(m)
+    # A row with an infinite bias has no weights: PyTorch's NaN stands at each key of it, hidden ones too.
+    sees = sees | (logits == INF).any(dim=-1, keepdim=True)
     if options["softmax_scope"] == "block":
         inside = torch.zeros(n, dtype=torch.bool)
         inside[lo:hi] = True
@@ -365,8 +367,10 @@ def causal_limit(d: Draw) -> Tensor:
 
 
 def first_row(d: Draw, options: dict[str, Any]) -> int:
-    start = options["query_start"]
-    return start if start is not None else 0 if d.causal else d.k.shape[2] - d.q.shape[2]
+    if (start := options["query_start"]) is not None:
+        return start
+    upper_left = isinstance(d.mask, CausalBias) and d.mask.variant == CausalVariant.UPPER_LEFT
+    return 0 if d.causal or upper_left else d.k.shape[2] - d.q.shape[2]
 
 
 def reduced(weights: Tensor, counts: Tensor, options: dict[str, Any]) -> Tensor:
