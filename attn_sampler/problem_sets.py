@@ -54,9 +54,10 @@ def load_model(
     Parameters
     ----------
     spec
-        A bundled task or a name of ``bundled.MODELS``; a ``.safetensors`` file of ``bundled.model.save_weights``, or a folder that holds
-        exactly one; ``hub:ID`` or ``hub:FOLDER`` for a checkpoint of a family in ``adapters.models``; or
-        ``module:function``, called without arguments for an ``EvaluatedModel``.
+        A bundled task or a name of ``bundled.MODELS``; a ``.safetensors`` file of
+        ``bundled.model.save_weights``, or a folder that holds exactly one; ``hub:ID`` or ``hub:FOLDER`` for a
+        checkpoint of a family in ``adapters.models``; or ``module:function``, called without arguments for an
+        ``EvaluatedModel``.
     device
         Of the model; one that ``module:function`` made is moved if it is a module.
     family, trust_remote_code

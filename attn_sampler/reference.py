@@ -40,6 +40,14 @@ class Prediction:
         return iter((self.token_ids, self.confidence))
 
 
+torch.utils._pytree.register_pytree_node(  # to torch a record of tensors, as a named tuple is one
+    Prediction,
+    lambda x: ([x.token_ids, x.confidence, x.log_prob, x.current], None),
+    lambda values, _: Prediction(*values),
+    serialized_type_name="attn_sampler.Prediction",
+)
+
+
 class StepResult(NamedTuple):
     """What one decoding step saw and did, for the C positions of the block."""
 

@@ -1,11 +1,11 @@
 """Small trained models and their tasks, for demonstrations, tests and benchmarks without a download.
 
 ``load_model`` gives a LLaDA-like masked-diffusion language model of 0.37 million parameters, and
-``load_task`` the problems that it was trained on, with their rules. There are two models for each task: that of
-its name, which was trained to fill blanks, and one called ``NAME-edits``, which was trained to judge the tokens
-that it sees too, as rules that take tokens back need it. Both functions import what they need when called;
-importing this package costs nothing. ``MODEL_CARD.md`` beside this file says how the models were made and how
-good they are.
+``load_task`` the problems that it was trained on, with their rules. There are two models for each task: that
+of its name, which was trained to fill blanks, and one called ``NAME-edits``, which was trained to judge the
+tokens that it sees too, as rules that take tokens back need it. Both functions import what they need when
+called; importing this package costs nothing. ``MODEL_CARD.md`` beside this file says how the models were made
+and how good they are.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ RECIPES = {
     "sudoku": Recipe(steps=6000),
     "addition": Recipe(steps=5500),
     # These go on from the models above: how blanks are filled is known.
-    "sudoku-edits": Recipe(steps=3000, muon_lr=0.01, adamw_lr=1e-3, edits=True),
-    "addition-edits": Recipe(steps=3000, muon_lr=0.01, adamw_lr=1e-3, edits=True),
+    "sudoku-edits": Recipe(steps=2000, muon_lr=0.01, adamw_lr=1e-3, edits=True),
+    "addition-edits": Recipe(steps=2000, muon_lr=0.01, adamw_lr=1e-3, edits=True),
 }
 
 
@@ -117,31 +117,28 @@ def edit_loss(
 ) -> Tensor:
     """``masked_loss`` with guesses at some of the blanks, plus the nats at all answer tokens that are shown.
 
-    What a decoder gets wrong is what its model holds for likely when it commits several tokens at once. So,
-    in three sequences of four, a share of the blanks, uniform on [0, 1), shows what the model itself draws
-    for each apart from the others, and in one place of ten any token. The prediction at a token that is shown
-    then says how likely it is right.
+    What a decoder gets wrong is what its model was sure of when it committed several tokens at once. So, in
+    three sequences of four, the blanks of which the model is sure, by a threshold uniform on [0, 1), show
+    what it draws for each apart from the others, and in one place of ten any token. The prediction at a token
+    that is shown then says how likely it is right.
     """
     batch = len(tokens)
     rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * _grid(batch, generator)
-    share = torch.rand(batch, 1, generator=generator)
-    share *= torch.rand(batch, 1, generator=generator) < GUESSING_SEQUENCES
-    blank, guessed, wild = (
-        torch.rand(tokens.shape, generator=generator) < x for x in (rate, share, WILD_GUESSES)
-    )
-    blank &= answer
-    guessed &= blank
-    moved = (x.to(device) for x in (rate, share, blank, guessed, wild, tokens, answer))
-    rate, share, blank, guessed, wild, tokens, answer = moved
+    tau = torch.rand(batch, 1, generator=generator)
+    tau[torch.rand(batch, 1, generator=generator) >= GUESSING_SEQUENCES] = 2.0
+    blank, wild = (torch.rand(tokens.shape, generator=generator) < x for x in (rate, WILD_GUESSES))
+    moved = (x.to(device) for x in (rate, tau, blank & answer, wild, tokens, answer))
+    rate, tau, blank, wild, tokens, answer = moved
     shown = tokens.masked_fill(blank, mask_token_id)
     with torch.no_grad():
         logits = model(shown)
+        guessed = blank & (logits.softmax(dim=2).amax(dim=2) >= tau)
         logits = torch.where(wild[..., None] & logits.isfinite(), 0.0, logits)
         noise = torch.empty(logits.shape).exponential_(generator=generator).log().to(device)
         guesses = (logits - noise).argmax(dim=2)
     blank &= ~guessed
     logits = model(torch.where(guessed, guesses, shown))
-    loss = _nats_per_answer_token(logits, tokens, answer, blank, rate * (1 - share))
+    loss = _nats_per_answer_token(logits, tokens, answer, blank, rate)
     return loss + _nats_per_answer_token(logits, tokens, answer, answer & ~blank, torch.ones_like(rate))
 
 
