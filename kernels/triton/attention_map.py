@@ -148,7 +148,10 @@ def attention_map_kernel(
 
     q, k = layers.q, layers.k
     q_rows = q.data[0] + b * q.stride_b[0] + row.to(tl.int64) * q.stride_r[0]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if OPTIONS.reduction == "none":
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(first_tile, last_tile):
         column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         column_ok = column < n_columns
@@ -178,26 +181,17 @@ def attention_map_kernel(
             part = tl.where(key[None, :] == position[:, None], part, 0.0)
         if not OPTIONS.diagonal:
             part = tl.where(key[None, :] != position[:, None], part, 0.0)
+        if OPTIONS.reduction != "none":
+            part = tl.sum(part, 1)
         acc += part
-
-    # Where an element of the result is, among a split's and in the output.
-    inside = tl.arange(0, BLOCK_M)
-    ok = in_range
-    target = out.data + b * out.stride_b + (row - row_start).to(tl.int64) * out.stride_r
-    if OPTIONS.per_head:
-        target += first_head.to(tl.int64) * out.stride_h
-    if OPTIONS.reduction == "none":
-        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = inside[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        ok = ok[:, None] & (column < n_columns)[None, :]
-        target = target[:, None] + column.to(tl.int64)[None, :] * out.stride_c
-        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-    else:
-        acc = tl.sum(acc, 1)
-        SIZE: tl.constexpr = BLOCK_M
 
     finished = True
     if partials is not None:
+        inside = tl.arange(0, BLOCK_M)
+        SIZE = BLOCK_M
+        if OPTIONS.reduction == "none":
+            inside = inside[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            SIZE = BLOCK_M * BLOCK_N
         place = (group * row_tiles + row_tile) * column_tiles + column_tile
         parts = partials + place.to(tl.int64) * splits * SIZE + inside
         tl.store(parts + split * SIZE, acc)
@@ -207,6 +201,14 @@ def attention_map_kernel(
             acc = tl.zeros_like(acc)
             for index in range(0, splits):
                 acc += tl.load(parts + index * SIZE)
+        target = out.data + b * out.stride_b + (row - row_start).to(tl.int64) * out.stride_r
+        ok = in_range
+        if OPTIONS.per_head:
+            target += first_head.to(tl.int64) * out.stride_h
+        if OPTIONS.reduction == "none":
+            column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            target = target[:, None] + column.to(tl.int64)[None, :] * out.stride_c
+            ok = ok[:, None] & (column < n_columns)[None, :]
         if OPTIONS.accumulate:
             acc += tl.load(target, mask=ok, other=0.0)
         tl.store(target, acc, mask=ok)

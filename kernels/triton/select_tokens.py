@@ -72,9 +72,9 @@ class Revision(NamedTuple):
     def of(
         cls, out: Selected | StepResult, current: Tensor | None, differs: Tensor | None, options: Selection
     ) -> Revision | None:
-        if out.budget is None or out.revised is None or current is None:
+        if out.budget is None:
             return None
-        most = min(options.max_revisions or 0, out.budget.shape[1])  # in 32 bits
+        most = min(options.max_revisions, out.budget.shape[1])  # in 32 bits
         tensors = map(Matrix.optional, (out.revised, out.budget, current, differs))
         return cls(*tensors, options.replace_tau, options.remask_tau, most)
 
@@ -232,7 +232,6 @@ def _select_row(
     for start in range(0, n_positions, OPTIONS.block):
         offs = start + tl.arange(0, OPTIONS.block)
         ok = offs < n_positions
-        masked = _is_masked(marks, mask_token_id, offs, ok)
         if tokens is None:
             value = _load(confidence, offs, ok, 0.0)
         else:
@@ -242,6 +241,7 @@ def _select_row(
             value = confidence_of(best, OPTIONS.metric)
             tl.store(tokens.ids + offs, best.token.to(tl.int64), mask=ok)
             tl.store(confidence.data + offs, value, mask=ok)
+        masked = _is_masked(marks, mask_token_id, offs, ok)
         if revision is not None:
             if tokens is None:
                 current = _load(revision.current, offs, ok, 0.0)
@@ -250,7 +250,7 @@ def _select_row(
                 stands = _load(marks, offs, ok, 0)
                 current = probability_of(best, tokens.logits, mask_token_id, tokens.b, offs, stands, ok)
                 differs = best.token != stands
-                tl.store(tokens.log_prob + offs, log_prob_of(best), mask=ok)
+                tl.store(tokens.log_prob + tokens.first + offs, log_prob_of(best), mask=ok)
                 _store(revision.current, offs, current, ok)
             verdict = _verdicts(revision, value, masked, current, differs, offs, ok)
             _store(revision.revised, offs, verdict, ok)
@@ -313,8 +313,8 @@ class Predictions(NamedTuple):
     n_splits: Any
     first: Any  # the number of the row's first position in the batch
     ids: Any
-    log_prob: Any
-    logits: Any  # of all rows
+    log_prob: Any  # of all rows, as the logits
+    logits: Any
     b: Any
 
 
@@ -335,9 +335,6 @@ def commit_row(
     first = b * n_positions
     wide = b.to(tl.int64)
     marks = _row(tokens, wide)
-    log_prob = commit.log_prob
-    if log_prob is not None:
-        log_prob += first
     _select_row(
         _row(scores, wide),
         Row(commit.confidence + first, 1),
@@ -345,7 +342,14 @@ def commit_row(
         mask_token_id,
         Row(commit.selected + first, 1),
         Predictions(
-            commit.partials, plane, n_splits, first, commit.token_ids + first, log_prob, commit.logits, b
+            commit.partials,
+            plane,
+            n_splits,
+            first,
+            commit.token_ids + first,
+            commit.log_prob,
+            commit.logits,
+            b,
         ),
         _row_of_revision(commit.revision, wide),
         n_positions,

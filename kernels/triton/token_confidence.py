@@ -430,7 +430,7 @@ def token_confidence(
     if rows == 0:
         return
     current = None
-    if current_ids is not None and probability is not None:
+    if current_ids is not None:
         current = Current(Logits.of(logits), Matrix.of(current_ids), probability)
     width = launch.next_power_of_2(splits)
     block = max(1, min(32, 1024 // width))
