@@ -2,7 +2,7 @@
 
 1. The vocabulary's partials of every position, which also clears the counters of the third.
 2. The row log-sum-exp of all layers, unless it is given.
-3. The column scores of all layers; the last program of each row of the batch selects and commits.
+3. The column scores of all layers; the last program of each row of the batch selects, revises and commits.
 
 Nothing is kept from one step to the next and nothing is sent from the host but kernel arguments (the
 layers' addresses are among them), so a captured step replays as it is.
@@ -59,7 +59,7 @@ def commit_kernel(
 def _commit_arguments(out: StepResult, logits: Tensor, partials: Tensor, options: Step) -> dict[str, Any]:
     """What a kernel needs to know to finish a step."""
     _, rows, splits = partials.shape
-    how = options.selection
+    how, metric = options.selection, options.sampling.metric
     revision = Revision.of(out, out.current, None, how)
     width = launch.next_power_of_2(splits)
     block = min(launch.next_power_of_2(out.selected.shape[1]), 256, max(1, 1024 // width))
@@ -79,14 +79,7 @@ def _commit_arguments(out: StepResult, logits: Tensor, partials: Tensor, options
         ),
         "plane": rows * splits,
         "n_splits": splits,
-        "COMMIT": Options(
-            how.rule,
-            how.fallback,
-            block,
-            options.sampling.metric,
-            width,
-            "" if revision is None else how.revision_order,
-        ),
+        "COMMIT": Options(how.rule, how.fallback, block, metric, width, how.revision_order),
     }
 
 
