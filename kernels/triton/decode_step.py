@@ -2,7 +2,7 @@
 
 1. The vocabulary's partials of every position, which also clears the counters of the third.
 2. The row log-sum-exp of all layers, unless it is given.
-3. The column scores of all layers; the last program of each row of the batch selects and commits.
+3. The column scores of all layers; the last program of each row of the batch selects, revises and commits.
 
 Nothing is kept from one step to the next and nothing is sent from the host but kernel arguments (the
 layers' addresses are among them), so a captured step replays as it is.
@@ -22,9 +22,9 @@ from attn_sampler.reference import StepResult
 
 from . import launch
 from .column_scores import plan_columns, reduce_columns
-from .select_tokens import Commit, Options, commit_row
+from .select_tokens import Commit, Options, Revision, commit_row
 from .tile import Matrix, gather
-from .token_confidence import token_partials
+from .token_confidence import Logits, token_partials
 
 MAX_LAYERS = 128
 
@@ -56,20 +56,30 @@ def commit_kernel(
     )
 
 
-def _commit_arguments(out: StepResult, partials: Tensor, options: Step) -> dict[str, Any]:
+def _commit_arguments(out: StepResult, logits: Tensor, partials: Tensor, options: Step) -> dict[str, Any]:
     """What a kernel needs to know to finish a step."""
     _, rows, splits = partials.shape
-    rule, fallback, tau = options.selection
+    how, metric = options.selection, options.sampling.metric
+    revision = Revision.of(out, out.current, None, how)
     width = launch.next_power_of_2(splits)
     block = min(launch.next_power_of_2(out.selected.shape[1]), 256, max(1, 1024 // width))
     return {
         "tokens": Matrix.of(out.tokens),
         "block_start": options.block.start,
         "mask_token_id": options.mask_token_id,
-        "commit": Commit(partials, out.token_ids, out.confidence, out.selected, tau),
+        "commit": Commit(
+            partials,
+            out.token_ids,
+            out.confidence,
+            out.selected,
+            how.tau,
+            None if revision is None else Logits.of(logits),
+            out.log_prob,
+            revision,
+        ),
         "plane": rows * splits,
         "n_splits": splits,
-        "COMMIT": Options(rule, fallback, block, options.sampling.metric, width),
+        "COMMIT": Options(how.rule, how.fallback, block, metric, width, how.revision_order),
     }
 
 
@@ -84,7 +94,7 @@ def decode_step(out: StepResult, logits: Tensor, layers: list[Layer], masks: Mas
         plan = plan_columns(problem, attention)
         counters = launch.workspace(logits.device, plan.counters + batch, dtype=torch.int32)
     sampling = options.sampling._replace(exclude_token_id=options.mask_token_id)
-    step = _commit_arguments(out, token_partials(logits, sampling, counters), options)
+    step = _commit_arguments(out, logits, token_partials(logits, sampling, counters), options)
     # Where the last program may not, a launch of its own commits.
     in_kernel = layers and launch.last_program_commits(logits.device)
     if layers:

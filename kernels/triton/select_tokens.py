@@ -1,7 +1,8 @@
-"""Which masked positions to commit, and the commit.
+"""Which masked positions to commit, which others to revise, and the commit.
 
 A row of any length is handled by one program, a chunk of positions at a time. The rule needs two looks at
-it: the first finds the threshold and the fallback's position, the second writes.
+it: the first finds the threshold and the fallback's position, the second writes. A revision goes the same
+way: the first look finds what fails and leaves it in ``revised``, the second keeps the first of those.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_sampler.options import Selection
+from attn_sampler.reference import REMASKED, REPLACED, Selected, StepResult
 
 from . import launch
 from .tile import Matrix
-from .token_confidence import confidence_of, merge_partials
+from .token_confidence import Logits, confidence_of, log_prob_of, merge_partials, probability_of
 
 _NONE = tl.constexpr(2**31 - 1)  # loses every tie to a real position
 _INF = tl.constexpr(float("inf"))
+_REPLACED, _REMASKED = tl.constexpr(REPLACED), tl.constexpr(REMASKED)
+_PAIRS = tl.constexpr(2048)  # of positions compared at a time
 
 
 class Options(NamedTuple):
@@ -30,6 +34,7 @@ class Options(NamedTuple):
     block: int  # positions at a time
     metric: str = ""
     splits: int = 1  # of the partials, at the most
+    order: str = ""  # of a revision
 
 
 class Row(NamedTuple):
@@ -52,24 +57,73 @@ class Look(NamedTuple):
     best_at: Any
 
 
+class Revision(NamedTuple):
+    """What a revision reads and writes: [B, C], or one row of it inside a kernel."""
+
+    revised: Any
+    budget: Any
+    current: Any  # written where it is part of a step
+    differs: Any  # None in a step, whose predictions tell
+    replace_tau: float
+    remask_tau: float
+    most: int  # positions of a row
+
+    @classmethod
+    def of(
+        cls, out: Selected | StepResult, current: Tensor | None, differs: Tensor | None, options: Selection
+    ) -> Revision | None:
+        if out.budget is None:
+            return None
+        most = min(options.max_revisions, out.budget.shape[1])  # in 32 bits
+        tensors = map(Matrix.optional, (out.revised, out.budget, current, differs))
+        return cls(*tensors, options.replace_tau, options.remask_tau, most)
+
+
 class Commit(NamedTuple):
-    """The end of a decoding step. All but the partials are [B, C] and contiguous."""
+    """The end of a decoding step. Tensors that are no matrices are [B, C] and contiguous."""
 
     partials: Tensor  # of the tokens, [7, B * C, S]
     token_ids: Tensor  # int64
     confidence: Tensor
     selected: Tensor
     tau: float
+    logits: Logits | None  # None without a revision, as what follows
+    log_prob: Tensor | None
+    revision: Revision | None
 
 
 @triton.jit
 def _row(matrix, b):
-    return Row(matrix.data + b * matrix.stride_b, matrix.stride_n)
+    row = matrix
+    if matrix is not None:
+        row = Row(matrix.data + b * matrix.stride_b, matrix.stride_n)
+    return row
+
+
+@triton.jit
+def _row_of_revision(revision, b):
+    row = revision
+    if revision is not None:
+        row = Revision(
+            _row(revision.revised, b),
+            _row(revision.budget, b),
+            _row(revision.current, b),
+            _row(revision.differs, b),
+            revision.replace_tau,
+            revision.remask_tau,
+            revision.most,
+        )
+    return row
 
 
 @triton.jit
 def _load(row, at, ok, other):
     return tl.load(row.data + at.to(tl.int64) * row.stride, mask=ok, other=other)
+
+
+@triton.jit
+def _store(row, at, value, ok):
+    tl.store(row.data + at.to(tl.int64) * row.stride, value, mask=ok)
 
 
 @triton.jit
@@ -85,10 +139,15 @@ def _is_masked(marks, mask_token_id, at, ok):
 @triton.jit
 def _first_look(look, scores, confidence, masked, offs, tau, OPTIONS: tl.constexpr):
     """Carry over one more chunk."""
-    candidate = masked & (scores == scores)
     high = masked & (confidence >= tau)
-    theta = tl.maximum(look.theta, tl.max(tl.where(candidate & ~high, scores, -_INF), 0))
-    top_high = tl.maximum(look.top_high, tl.max(tl.where(candidate & high, scores, -_INF), 0))
+    if OPTIONS.rule == "threshold":  # which no score can fail
+        candidate = masked if OPTIONS.fallback == "confidence" else masked & (scores == scores)
+        theta = look.theta
+        top_high = tl.maximum(look.top_high, tl.max(tl.where(high, 0.0, -_INF), 0))
+    else:
+        candidate = masked & (scores == scores)
+        theta = tl.maximum(look.theta, tl.max(tl.where(candidate & ~high, scores, -_INF), 0))
+        top_high = tl.maximum(look.top_high, tl.max(tl.where(candidate & high, scores, -_INF), 0))
     value = scores if OPTIONS.rule == "sequential" or OPTIONS.fallback == "score" else confidence
     value = tl.where(candidate & (value == value), value, -_INF)
     best = tl.max(value, 0)
@@ -104,18 +163,72 @@ def _second_look(look, scores, confidence, masked, offs, tau, OPTIONS: tl.conste
     if OPTIONS.rule == "sequential":
         selected = single
     else:
-        passing = masked & (confidence >= tau) & (scores > look.theta)
+        passing = masked & (confidence >= tau)
+        if OPTIONS.rule == "parallel":
+            passing = passing & (scores > look.theta)
         selected = tl.where(look.top_high > look.theta, passing, single)
     return selected
 
 
 @triton.jit
+def _verdicts(revision, confidence, masked, current, differs, offs, ok):
+    """What becomes of the tokens of a chunk if they are among the first."""
+    may_change = ~masked & (_load(revision.budget, offs, ok, 0) > 0)
+    replaces = differs & (confidence >= revision.replace_tau)
+    verdict = tl.where(replaces, _REPLACED, tl.where(current < revision.remask_tau, _REMASKED, 0))
+    return tl.where(may_change, verdict, 0).to(tl.uint8)
+
+
+@triton.jit
+def _doubted(revision, scores, at, ok, ORDER: tl.constexpr):
+    """The verdicts of some positions, and what they are ranked by. Nothing is added to the product, so it is
+    rounded by itself whatever the compiler may fuse."""
+    verdict = _load(revision.revised, at, ok, 0)
+    if ORDER == "score":
+        key = _load(scores, at, ok, 0.0)
+    else:
+        key = 1.0 - _load(revision.current, at, ok, 0.0)
+        if ORDER == "product":
+            key = key * _load(scores, at, ok, 0.0)
+    return verdict, tl.where(key == key, key, -_INF)
+
+
+@triton.jit
+def _first_verdicts(revision, scores, offs, ok, n_positions, OPTIONS: tl.constexpr):
+    """The verdicts of a chunk, 0 where ``most`` others come before.
+
+    Chunks that are done have lost verdicts of theirs. So many come before each of these that to lose them
+    changes nothing.
+    """
+    BESIDE: tl.constexpr = min(OPTIONS.block, _PAIRS // OPTIONS.block)
+    verdict, key = _doubted(revision, scores, offs, ok, OPTIONS.order)
+    rank = tl.zeros([OPTIONS.block], tl.int32)
+    for start in range(0, n_positions, BESIDE):
+        at = start + tl.arange(0, BESIDE)
+        other_verdict, other = _doubted(revision, scores, at, at < n_positions, OPTIONS.order)
+        before = other[None, :] > key[:, None]
+        before = before | ((other[None, :] == key[:, None]) & (at[None, :] < offs[:, None]))
+        rank += tl.sum((before & (other_verdict != 0)[None, :]).to(tl.int32), 1)
+    return tl.where(rank < revision.most, verdict, 0).to(tl.uint8)
+
+
+@triton.jit
 def _select_row(
-    scores, confidence, marks, mask_token_id, selected, tokens, n_positions, tau, OPTIONS: tl.constexpr
+    scores,
+    confidence,
+    marks,
+    mask_token_id,
+    selected,
+    tokens,
+    revision,
+    n_positions,
+    tau,
+    OPTIONS: tl.constexpr,
 ):
     """Both looks at a row. ``tokens``, where given, are the row's partials and predictions; they are merged
     and written in the first look, together with their confidence, and committed in the second."""
     look = Look(-_INF, -_INF, -_INF, _NONE)
+    failing = 0
     for start in range(0, n_positions, OPTIONS.block):
         offs = start + tl.arange(0, OPTIONS.block)
         ok = offs < n_positions
@@ -129,8 +242,22 @@ def _select_row(
             tl.store(tokens.ids + offs, best.token.to(tl.int64), mask=ok)
             tl.store(confidence.data + offs, value, mask=ok)
         masked = _is_masked(marks, mask_token_id, offs, ok)
+        if revision is not None:
+            if tokens is None:
+                current = _load(revision.current, offs, ok, 0.0)
+                differs = _load(revision.differs, offs, ok, 0) != 0
+            else:
+                stands = _load(marks, offs, ok, 0)
+                current = probability_of(best, tokens.logits, mask_token_id, tokens.b, offs, stands, ok)
+                differs = best.token != stands
+                tl.store(tokens.log_prob + tokens.first + offs, log_prob_of(best), mask=ok)
+                _store(revision.current, offs, current, ok)
+            verdict = _verdicts(revision, value, masked, current, differs, offs, ok)
+            _store(revision.revised, offs, verdict, ok)
+            failing += tl.sum((verdict != 0).to(tl.int32), 0)
         look = _first_look(look, _load(scores, offs, ok, 0.0), value, masked, offs, tau, OPTIONS)
-    if tokens is not None:
+    WRITES: tl.constexpr = (tokens is not None) or (revision is not None)
+    if WRITES:
         # The second look reads what other threads of this program wrote in the first.
         tl.debug_barrier()
     for start in range(0, n_positions, OPTIONS.block):
@@ -139,16 +266,30 @@ def _select_row(
         value = _load(confidence, offs, ok, 0.0)
         masked = _is_masked(marks, mask_token_id, offs, ok)
         chosen = _second_look(look, _load(scores, offs, ok, 0.0), value, masked, offs, tau, OPTIONS)
-        tl.store(selected.data + offs.to(tl.int64) * selected.stride, chosen, mask=ok)
-        if tokens is not None:
+        _store(selected, offs, chosen, ok)
+        if revision is not None:
+            verdict = _load(revision.revised, offs, ok, 0)
+            if failing > revision.most:
+                verdict = _first_verdicts(revision, scores, offs, ok, n_positions, OPTIONS)
+            budget = _load(revision.budget, offs, ok, 0)
+        if WRITES:
             # A position may be read by several threads, and all have to read it before one writes it.
             tl.debug_barrier()
+        if revision is not None:
+            _store(revision.revised, offs, verdict, ok)
+            _store(revision.budget, offs, budget - 1, ok & (verdict != 0))
+        if tokens is not None:
             ids = tl.load(tokens.ids + offs, mask=ok, other=0)
-            tl.store(marks.data + offs.to(tl.int64) * marks.stride, ids, mask=ok & chosen)
+            if revision is not None:
+                ids = tl.where(verdict == _REMASKED, mask_token_id, ids)
+                chosen = chosen | (verdict != 0)
+            _store(marks, offs, ids, ok & chosen)
 
 
 @triton.jit(do_not_specialize=["n_positions", "tau"])
-def select_tokens_kernel(scores, confidence, masked, selected, n_positions, tau, OPTIONS: tl.constexpr):
+def select_tokens_kernel(
+    scores, confidence, masked, selected, revision, n_positions, tau, OPTIONS: tl.constexpr
+):
     b = tl.program_id(0).to(tl.int64)
     _select_row(
         _row(scores, b),
@@ -157,6 +298,7 @@ def select_tokens_kernel(scores, confidence, masked, selected, n_positions, tau,
         None,
         _row(selected, b),
         None,
+        _row_of_revision(revision, b),
         n_positions,
         tau,
         OPTIONS,
@@ -171,6 +313,9 @@ class Predictions(NamedTuple):
     n_splits: Any
     first: Any  # the number of the row's first position in the batch
     ids: Any
+    log_prob: Any  # of all rows, as the logits
+    logits: Any
+    b: Any
 
 
 @triton.jit
@@ -196,7 +341,17 @@ def commit_row(
         Row(marks.data + block_start.to(tl.int64) * marks.stride, marks.stride),
         mask_token_id,
         Row(commit.selected + first, 1),
-        Predictions(commit.partials, plane, n_splits, first, commit.token_ids + first),
+        Predictions(
+            commit.partials,
+            plane,
+            n_splits,
+            first,
+            commit.token_ids + first,
+            commit.log_prob,
+            commit.logits,
+            b,
+        ),
+        _row_of_revision(commit.revision, wide),
         n_positions,
         commit.tau,
         OPTIONS,
@@ -204,7 +359,13 @@ def commit_row(
 
 
 def select_tokens(
-    selected: Tensor, scores: Tensor, confidence: Tensor, masked: Tensor, options: Selection
+    out: Selected,
+    scores: Tensor,
+    confidence: Tensor,
+    masked: Tensor,
+    current: Tensor | None,
+    differs: Tensor | None,
+    options: Selection,
 ) -> None:
     batch, positions = scores.shape
     if batch == 0 or positions == 0:
@@ -217,10 +378,11 @@ def select_tokens(
             "scores": Matrix.of(scores),
             "confidence": Matrix.of(confidence),
             "masked": Matrix.of(masked),
-            "selected": Matrix.of(selected),
+            "selected": Matrix.of(out.selected),
+            "revision": Revision.of(out, current, differs, options),
             "n_positions": positions,
             "tau": options.tau,
-            "OPTIONS": Options(options.rule, options.fallback, block),
+            "OPTIONS": Options(options.rule, options.fallback, block, order=options.revision_order),
         },
         launch.Config(1, block, 1 if block <= 128 else 4, 1),
         device=scores.device,

@@ -25,6 +25,7 @@ from torch import Tensor
 from attn_sampler.options import LOG2E, Sampling
 
 from . import launch
+from .tile import Matrix
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)  # loses every tie to a real token
 _LOG2E = tl.constexpr(LOG2E)
@@ -155,6 +156,22 @@ def confidence_of(p, METRIC: tl.constexpr):
     return value
 
 
+@triton.jit
+def log_prob_of(p):
+    """The logarithm of the probability of a complete partial's token."""
+    return (p.x - _finite_or_zero(p.m)) - tl.log(p.l)
+
+
+@triton.jit
+def probability_of(p, logits, exclude, b, position, token, ok):
+    """The probability of another token under a complete partial; NaN of what is none of the vocabulary."""
+    known = (token >= 0) & (token < logits.vocab)
+    row = logits.data + b.to(tl.int64) * logits.stride_b + position.to(tl.int64) * logits.stride_c
+    there = ok & known & (token != exclude)
+    x = tl.load(row + token * logits.stride_v, mask=there, other=-_INF).to(tl.float32)
+    return tl.where(known, tl.exp2((x - _finite_or_zero(p.m)) * _LOG2E) / p.l, float("nan"))
+
+
 class Logits(NamedTuple):
     """Logits [B, C, V]."""
 
@@ -164,6 +181,10 @@ class Logits(NamedTuple):
     stride_v: int
     positions: int
     vocab: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Logits:
+        return cls(x, *x.stride(), *x.shape[1:])
 
 
 class Seeds(NamedTuple):
@@ -309,7 +330,15 @@ def token_partials_kernel(
     tl.store(p + 6 * plane, best.other)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits"])
+class Current(NamedTuple):
+    """Other tokens whose probabilities are asked for."""
+
+    logits: Logits
+    ids: Matrix
+    probability: Tensor
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_splits", "exclude"])
 def merge_partials_kernel(
     partials,
     plane,
@@ -317,16 +346,27 @@ def merge_partials_kernel(
     n_splits,
     token_ids,
     confidence,
+    log_prob,
+    current,
+    exclude,
     METRIC: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Tokens and confidence of BLOCK rows."""
+    """What is predicted of BLOCK rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < n_rows
     best = merge_partials(partials, plane, row, ok, n_splits, SPLITS)
     tl.store(token_ids + row, best.token.to(tl.int64), mask=ok)
     tl.store(confidence + row, confidence_of(best, METRIC), mask=ok)
+    tl.store(log_prob + row, log_prob_of(best), mask=ok)
+    if current is not None:
+        b = row // current.logits.positions
+        position = row % current.logits.positions
+        ids = current.ids.data + b.to(tl.int64) * current.ids.stride_b
+        token = tl.load(ids + position.to(tl.int64) * current.ids.stride_n, mask=ok, other=0)
+        probability = probability_of(best, current.logits, exclude, b, position, token, ok)
+        tl.store(current.probability + row, probability, mask=ok)
 
 
 def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = None) -> Tensor:
@@ -356,7 +396,7 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
         token_partials_kernel,
         rows * splits,
         {
-            "logits": Logits(logits, *logits.stride(), positions, vocab),
+            "logits": Logits.of(logits),
             "first_group": vocab_start // 4,
             "seeds": Seeds(seed, seed.stride(0)) if of_rows else None,
             "seed": 0 if of_rows else seed,
@@ -378,12 +418,20 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
     return partials
 
 
-def token_confidence(out: tuple[Tensor, Tensor], logits: Tensor, options: Sampling) -> None:
-    token_ids, confidence = out
+def token_confidence(
+    out: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    logits: Tensor,
+    current_ids: Tensor | None,
+    options: Sampling,
+) -> None:
+    token_ids, confidence, log_prob, probability = out
     partials = token_partials(logits, options)
     _, rows, splits = partials.shape
     if rows == 0:
         return
+    current = None
+    if current_ids is not None:
+        current = Current(Logits.of(logits), Matrix.of(current_ids), probability)
     width = launch.next_power_of_2(splits)
     block = max(1, min(32, 1024 // width))
     launch.launch(
@@ -396,6 +444,9 @@ def token_confidence(out: tuple[Tensor, Tensor], logits: Tensor, options: Sampli
             "n_splits": splits,
             "token_ids": token_ids,
             "confidence": confidence,
+            "log_prob": log_prob,
+            "current": current,
+            "exclude": -1 if options.exclude_token_id is None else options.exclude_token_id,
             "METRIC": options.metric,
             "BLOCK": block,
             "SPLITS": width,

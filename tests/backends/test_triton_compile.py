@@ -28,7 +28,7 @@ from triton.runtime import driver
 
 from attn_sampler import kernels
 from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step
-from attn_sampler.reference import StepResult
+from attn_sampler.reference import Selected, StepResult
 
 pytestmark = [
     pytest.mark.slow,
@@ -89,7 +89,9 @@ def attention(
     descales = [torch.empty(1).expand(batch, heads[1]) if is_float8 else None for _ in range(2)]
     first = (keys - columns) // 16 * 16
     is_map = kernel is kernels.attention_map
+    is_reduced = is_map and reduction != "none"
     shape = (batch, *([heads[0]] if per_head else []), *([min(columns, rows)] if is_map else []), columns)
+    mask = torch.empty(batch, columns, dtype=torch.bool) if is_reduced else None
     options = attention_options(
         slice(first, first + columns),
         keys - rows,
@@ -100,7 +102,8 @@ def attention(
         reduction=reduction,
         per_head=per_head,
     )
-    kernel(torch.empty(shape), Layer(q, k, softmax_lse, *descales), Masks(), options)
+    out = torch.empty(shape[:-1] if is_reduced else shape)
+    kernel(out, Layer(q, k, softmax_lse, *descales), Masks(None, None, mask), options)
 
 
 def attention_options(columns: slice, query_start: int, headdim: int, **given: Any) -> Attention:
@@ -111,7 +114,7 @@ def attention_options(columns: slice, query_start: int, headdim: int, **given: A
 
 
 columns = functools.partial(attention, kernels.column_scores)
-attention_map = functools.partial(attention, kernels.attention_map)
+attention_map = functools.partial(attention, kernels.attention_map, reduction="none")
 
 
 def confidence(
@@ -120,16 +123,26 @@ def confidence(
     dtype: torch.dtype = torch.bfloat16,
     vocab: int = 126464,
     vocab_start: int = 0,
+    current: bool = False,
 ) -> None:
-    logits = torch.empty(1, 32, vocab, dtype=dtype)
-    outputs = torch.empty(1, 32, dtype=torch.int64), torch.empty(1, 32)
-    kernels.token_confidence(outputs, logits, Sampling(metric, temperature, 7, 126336, vocab_start))
+    logits, ids = torch.empty(1, 32, vocab, dtype=dtype), torch.empty(1, 32, dtype=torch.int64)
+    outputs = ids, torch.empty(1, 32), torch.empty(1, 32), torch.empty(1, 32) if current else None
+    options = Sampling(metric, temperature, 7, 126336, vocab_start)
+    kernels.token_confidence(outputs, logits, ids if current else None, options)
 
 
-def select() -> None:
-    scores, masked = torch.empty(8, 32), torch.empty(8, 32, dtype=torch.bool)
-    options = Selection("parallel", "score", 0.9)
-    kernels.select_tokens(torch.empty_like(masked), scores, torch.empty(8, 32), masked, options)
+REVISING = Selection("threshold", "confidence", 0.9, 0.9, 0.1, 4)
+
+
+def select(positions: int = 32, revises: bool = False) -> None:
+    scores, masked = torch.empty(8, positions), torch.empty(8, positions, dtype=torch.bool)
+    if revises:
+        revision = masked.to(torch.uint8), masked.to(torch.int32)
+        out = Selected(masked, *revision)
+        kernels.select_tokens(out, scores, scores, masked, scores, masked, REVISING)
+    else:
+        out = Selected(masked, None, None)
+        kernels.select_tokens(out, scores, scores, masked, None, None, Selection("parallel", "score", 0.9))
 
 
 def step(
@@ -143,6 +156,7 @@ def step(
     vocab: int = 126464,
     lse: bool = True,
     given_scores: bool = False,
+    revises: bool = False,
 ) -> None:
     def empty(n_heads: int, length: int) -> Tensor:
         return torch.empty(batch, length, n_heads, headdim, dtype=torch.bfloat16).transpose(1, 2)
@@ -160,13 +174,16 @@ def step(
         scores=torch.empty(shape),
         selected=torch.empty(shape, dtype=torch.bool),
     )
+    if revises:
+        revision = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.int32)
+        out = StepResult(*out[:5], torch.empty(shape), torch.empty(shape), *revision)
     options = Step(
         block,
         126336,
         "all",
         attention_options(block, keys - rows, headdim),
         Sampling("probability", 0.0, 0),
-        Selection("parallel", "confidence", 0.9),
+        REVISING if revises else Selection("parallel", "confidence", 0.9),
     )
     logits = torch.empty(*shape, vocab, dtype=torch.bfloat16)
     kernels.decode_step(
@@ -211,18 +228,28 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     ),
     "map, LSE given": attention_map,
     "map, 256 columns, no LSE, D 192": functools.partial(attention_map, columns=256, lse=False, headdim=192),
+    "map, float8, sums of rows": functools.partial(
+        attention_map, heads=(32, 8), columns=1280, dtype=torch.float8_e4m3fn, reduction="sum"
+    ),
+    "map, sums of rows, no LSE": functools.partial(attention_map, columns=1280, lse=False, reduction="sum"),
+    "map, diagonal": functools.partial(attention_map, columns=1280, reduction="diagonal"),
     "confidence": confidence,
+    "confidence and current tokens": functools.partial(confidence, current=True),
     "confidence, margin, sampled": functools.partial(confidence, metric="margin", temperature=0.7),
     "confidence, sampled, a far shard": functools.partial(
         confidence, temperature=0.7, vocab_start=(1 << 34) - 126464
     ),
     "confidence, entropy, float32": functools.partial(confidence, metric="entropy", dtype=torch.float32),
     "select": select,
+    "select and revise": functools.partial(select, revises=True),
+    "select and revise, 2048 positions": functools.partial(select, positions=2048, revises=True),
     "step, 32 layers": step,
     "step, 28 layers, GQA 7, no LSE": functools.partial(
         step, layers=28, heads=(28, 4), rows=1024, keys=1024, vocab=152064, lse=False
     ),
     "step, scores given": functools.partial(step, given_scores=True),
+    "step, 32 layers, revising": functools.partial(step, revises=True),
+    "step, scores given, revising": functools.partial(step, given_scores=True, revises=True),
 }
 
 
@@ -364,13 +391,14 @@ def test_products_run_on_the_matrix_units(name: str, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_large_tensors_are_read_in_vectors(name: str, target: str) -> None:
-    """q, k and logits come 16 bytes at a time (8 at least on gfx942), and no element of q or k by itself."""
+    """q, k and logits come 16 bytes at a time (8 at least on gfx942), and no element of q or k by itself (but
+    a logit of every position where a step revises)."""
     for kernel, _, binary, dtype in compiled(name, target):
         if kernel not in (*ATTENTION_KERNELS, "token_partials_kernel"):
             continue
         text = assembly(binary)
         assert instructions(text)["wide loads"] >= 2, kernel
-        if kernel in ATTENTION_KERNELS and dtype == "torch.bfloat16":
+        if kernel in ATTENTION_KERNELS and dtype == "torch.bfloat16" and "revising" not in name:
             assert not re.search(r"ld\.global\S*\.[bu]16\b|global_load\S*_(ushort|short)", text), kernel
 
 

@@ -15,6 +15,7 @@ import math
 import pytest
 import test_attention_map
 import test_decode_step
+import test_revision
 import test_select_tokens
 import test_token_confidence
 import torch
@@ -27,7 +28,7 @@ from problems import AttentionProblem, assert_accurate, generator, judge, normal
 from test_decode_step import MASK, VOCAB, Step
 from torch import Tensor
 
-from attn_sampler import column_scores, kernels, reference, token_confidence
+from attn_sampler import attention_map, column_scores, kernels, reference, token_confidence
 from attn_sampler.options import MAX_HEADDIM
 
 pytestmark = [
@@ -121,6 +122,24 @@ def test_splits_combine(name: str, reduction: str) -> None:
 def test_heads_of_a_map_combine(causal: bool) -> None:
     q, k = normal(1, 2, 8, 16, 32), normal(2, 2, 2, 40, 32)
     judge("attention_map", "triton", AttentionProblem(q, k, {"causal": causal}).to(DEVICE))
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "diagonal"])
+def test_parts_of_reduced_rows_combine(reduction: str, per_head: bool) -> None:
+    """Of heads and of tiles of columns, which the window of some rows does not meet."""
+    q, k = normal(1, 1, 2, 20, 16), normal(2, 1, 1, 300, 16)
+    for window in ((-1, -1), (60, 20)):
+        mask = (torch.arange(200) % 3 > 0)[None]
+        options = {"columns": slice(80, 280), "query_start": 250, "window_size": window, "column_mask": mask}
+        problem = AttentionProblem(q, k, options).to(DEVICE)
+        judge("attention_map", "triton", problem, reduction=reduction, per_head=per_head)
+
+
+def test_reduced_rows_of_no_columns_are_zero() -> None:
+    q = normal(1, 1, 2, 5, 16).to(DEVICE)
+    options = {"columns": slice(3, 3), "reduction": "sum", "backend": "triton"}
+    assert torch.equal(attention_map(q, q, **options), torch.zeros(1, 5, device=DEVICE))
 
 
 @pytest.mark.parametrize("reduction", ["sum", "max"])
@@ -223,6 +242,10 @@ def test_selection_of_several_chunks() -> None:
     test_select_tokens.test_blocks("triton", DEVICE, 2500)
 
 
+def test_predictions_of_current_tokens_in_splits() -> None:
+    test_revision.test_predictions_tell_of_the_current_tokens("triton", DEVICE, 9001, "margin", torch.float32)
+
+
 # --- Decoding steps.
 
 
@@ -244,13 +267,22 @@ def test_decode_step_finished_in_a_launch_of_its_own(
     assert names[-2:] == ["column_scores_kernel", "commit_kernel"]
 
 
+REVISION = {"replace_tau": 0.6, "remask_tau": 0.2, "max_revisions": 9}
+
+
 @pytest.mark.usefixtures("small_vocabulary_tiles")
 @pytest.mark.parametrize(
-    ("rule", "fallback", "in_kernel"),
-    [("parallel", "confidence", True), ("parallel", "score", False), ("sequential", "score", True)],
+    ("rule", "fallback", "in_kernel", "revision"),
+    [
+        ("parallel", "confidence", True, {}),
+        ("parallel", "score", False, {}),
+        ("sequential", "score", True, {}),
+        ("parallel", "confidence", False, REVISION),
+        ("threshold", "score", True, REVISION),
+    ],
 )
 def test_decode_step_of_several_chunks(
-    rule: str, fallback: str, in_kernel: bool, monkeypatch: pytest.MonkeyPatch
+    rule: str, fallback: str, in_kernel: bool, revision: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "last_program_commits", lambda device: in_kernel)
     tokens = torch.randint(VOCAB, (2, 340), generator=generator(0))
@@ -259,11 +291,17 @@ def test_decode_step_of_several_chunks(
     logits = (4.0 * normal(4, 2, 300, VOCAB)).to(DEVICE)
     options = {"block": slice(20, 320), "mask_token_id": MASK, "tau": 0.7}
     step = Step(tokens.to(DEVICE), logits, layers, {**options, "rule": rule, "fallback": fallback})
-    expected = step.double().run(reference.decode_step)
-    result = step.run(backend="triton")
-    assert torch.equal(result.tokens, expected.tokens)
-    assert torch.equal(result.selected, expected.selected)
-    assert_accurate(result.confidence, step.copy().run(reference.decode_step).confidence, expected.confidence)
+    plain = step.copy().run(reference.decode_step)
+    more = [
+        {**revision, "budget": torch.full((2, 300), 2, dtype=torch.int32, device=DEVICE)} if revision else {}
+        for _ in range(2)
+    ]
+    expected = step.double().run(reference.decode_step, **more[0])
+    result = step.run(backend="triton", **more[1])
+    assert_accurate(result.confidence, plain.confidence, expected.confidence)
+    for name in ("tokens", "selected", *(("revised", "budget") if revision else ())):
+        assert torch.equal(getattr(result, name), getattr(expected, name))
+    assert not revision or (result.revised > 0).sum(dim=1).tolist() == [9, 9]
 
 
 def test_many_layers_take_no_more_launches(names: list[str]) -> None:
@@ -279,9 +317,12 @@ def test_many_layers_take_no_more_launches(names: list[str]) -> None:
 @pytest.mark.usefixtures("small_vocabulary_tiles")
 def test_decode_step_same_bits_every_run() -> None:
     step = test_decode_step.random_step(51, DEVICE)
-    first = step.copy().run(backend="triton")
-    for _ in range(2 if launch.INTERPRET else 20):
-        for a, b in zip(step.copy().run(backend="triton"), first, strict=True):
+    first, *others = (
+        step.copy().run(backend="triton", remask_tau=0.5, budget=torch.ones_like(step.logits[..., 0]).int())
+        for _ in range(3 if launch.INTERPRET else 20)
+    )
+    for other in others:
+        for a, b in zip(other, first, strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
@@ -289,20 +330,24 @@ def test_decode_step_same_bits_every_run() -> None:
 def test_captured_step_replays_with_changed_inputs() -> None:
     """A graph of the step, replayed after its inputs changed, does what an eager step does."""
     step = test_decode_step.small_step(DEVICE, tau=0.3)
-    given = step.tokens.clone()
-    step.copy().run(backend="triton")  # compiled before the capture
+    given, budget = step.tokens.clone(), torch.full_like(step.logits[..., 0], 2).int()
+    how = {"remask_tau": 0.5, "max_revisions": 1, "backend": "triton"}
+    step.copy().run(budget=budget.clone(), **how)  # compiled before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step.run(backend="triton")
+        captured = step.run(budget=budget, **how)
     for seed in range(3):
         g = torch.Generator(DEVICE).manual_seed(seed)
         for x in (step.logits, *(x for q, k, _ in step.layers for x in (q, k))):
             x.copy_(torch.randn(x.shape, generator=g, device=DEVICE))
         for _ in range(2):  # a replay leaves nothing behind that the next one trips over
             step.tokens.copy_(given)
+            budget.fill_(2)
             graph.replay()
-        expected = dataclasses.replace(step, tokens=given.clone()).run(backend="triton")
+        expected = dataclasses.replace(step, tokens=given.clone()).run(
+            budget=torch.full_like(budget, 2), **how
+        )
         for a, b in zip(captured, expected, strict=True):
             assert torch.equal(a.nan_to_num(), b.nan_to_num())
 

@@ -20,8 +20,13 @@ INF, NAN = math.inf, math.nan
 ORDERS = ("product", "doubt", "score")
 
 
+def _drawn_by(seeds: range, everywhere: int) -> list:
+    """Seeds, of which the first run in every place; the others where kernels run by themselves."""
+    return [*seeds[:everywhere], *(pytest.param(x, marks=pytest.mark.slow) for x in seeds[everywhere:])]
+
+
 @pytest.mark.parametrize("reduction", ["sum", "diagonal"])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", _drawn_by(range(40), 12))
 def test_reduced_rows(backend, device, seed, reduction):
     problem = random_attention(seed, dtypes=(*DTYPES, FLOAT8)).to(device)
     n_rows, n_keys = problem.q.shape[2], problem.k.shape[2]
@@ -51,7 +56,7 @@ def test_reduced_rows_are_added_into_out(backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [3, 63, 4097, 20_000])
+@pytest.mark.parametrize("vocab", [3, 63, 4097, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("metric", ["probability", "margin", "entropy"])
 def test_predictions_tell_of_the_current_tokens(backend, device, vocab, dtype, metric):
     logits = (normal(vocab, 3, 5, vocab) * 3.0).to(dtype)
@@ -141,7 +146,7 @@ def _brute_force(x: dict[str, Tensor], replace_tau, remask_tau, most, order) -> 
     return torch.from_numpy(revised), torch.from_numpy(budget)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", _drawn_by(range(60), 30))
 def test_revisions_against_brute_force(backend, device, seed):
     rng, operands = random.Random(seed), _drawn(seed, device)
     replace_tau, remask_tau = rng.choice((INF, 0.0, 0.5, 0.9)), rng.choice((0.0, 0.3, 0.5, 1.0))
@@ -161,7 +166,7 @@ def test_revisions_against_brute_force(backend, device, seed):
 
 
 @pytest.mark.parametrize("fallback", ["confidence", "score"])
-@pytest.mark.parametrize("seed", range(100, 120))
+@pytest.mark.parametrize("seed", _drawn_by(range(100, 120), 10))
 def test_threshold_commits_whatever_the_scores(backend, device, seed, fallback):
     x = _drawn(seed, device)
     scores, confidence, masked = x["scores"], x["confidence"], x["masked"]
@@ -180,7 +185,7 @@ def test_threshold_commits_whatever_the_scores(backend, device, seed, fallback):
         assert selected[b].nonzero().flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", _drawn_by(range(16), 6))
 def test_a_step_is_its_parts(backend, device, seed):
     """Commits, replacements and re-maskings of one call, bit for bit what the functions say one by one."""
     rng = random.Random(seed)
