@@ -164,7 +164,7 @@ COLUMN_SCORES, ATTENTION_MAP = "contract/test_column_scores.py", "contract/test_
 TOKEN_CONFIDENCE, SELECT_TOKENS = "contract/test_token_confidence.py", "contract/test_select_tokens.py"
 DECODE_STEP, ERRORS = "contract/test_decode_step.py", "contract/test_errors.py"
 LOGIT_RANGE, OPERANDS = "contract/test_logit_range.py", "contract/test_operands.py"
-WINDOWS = "contract/test_windows.py"
+WINDOWS, REVISION = "contract/test_windows.py", "contract/test_revision.py"
 FUNCTIONS = (COLUMN_SCORES, ATTENTION_MAP, WINDOWS, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP)
 TABLE, AMX_EMULATOR = "backends/test_backends.py", "backends/test_amx_emulator.py"
 TRITON_KERNELS, TRITON_COMPILE = "backends/test_triton_kernels.py", "backends/test_triton_compile.py"
@@ -200,7 +200,7 @@ PLACES = {
     "cuda@host": _cuda_host(
         WITHOUT_WGMMA,
         dict.fromkeys(
-            (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
+            (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, REVISION, LOGIT_RANGE, WINDOWS), ""
         ),
     ),
     "cuda@host-wgmma": _cuda_host(
