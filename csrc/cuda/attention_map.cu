@@ -18,7 +18,7 @@ struct MapArgs {
     int32_t first_row; /* of the map, counted from the rows that count: negative before them */
     int32_t rows;      /* of the map */
     int32_t row_tiles, column_tiles;
-    int32_t bins, members;        /* heads apart, or 1; blocks among which a bin's heads are cut */
+    int32_t bins, members;        /* heads apart, or 1; blocks among which a bin's steps are cut */
     bool accumulate, own_columns; /* the latter: of a reduced map, only the entries at the rows' positions */
 };
 
@@ -111,17 +111,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
         for (int e = 0; e < 4 * kMapTiles; ++e) {
             const float x = weight[e / 4][e % 4];
             const int r = e % 4 / 2, column = 8 * (e / 4) + 2 * (threadIdx.x % 4) + e % 2;
-            if (!kReduced)
+            if constexpr (!kReduced)
                 total[e] += x;
             else if (!args.own_columns || column == rows.row[r].position)
                 sum[r] += x;
         }
-        if (kReduced)
+        if constexpr (kReduced)
             for (int r = 0; r < 2; ++r)
                 total[r] += sum[r];
     }
-    if (kReduced)
-#pragma unroll
+    if constexpr (kReduced)
         for (int r = 0; r < 2; ++r)
             for (int distance = 1; distance < 4; distance *= 2)
                 total[r] += __shfl_xor_sync(kAllLanes, total[r], distance);
