@@ -148,6 +148,8 @@ void set_output(AttentionProblem &p, const Tensor *out, std::initializer_list<in
     written.add("out", out);
     written.read(layer);
     written.read(masks);
+    if (p.column_mask.data != nullptr) /* of a map, else it is not looked at */
+        written.read("column_mask", masks->column_mask);
     p.out.data = static_cast<float *>(out->data);
     int from = 0, to = 0;
     for (const int64_t size : shape) {

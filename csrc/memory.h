@@ -186,7 +186,6 @@ class Written {
             return;
         read("key_mask", masks->key_mask);
         read("query_mask", masks->query_mask);
-        read("column_mask", masks->column_mask);
     }
 
   private:

@@ -59,7 +59,7 @@ int64_t decode_step(const StepProblem &step, const attn_sampler_exec &exec) {
     select_tokens(select, exec);
     for (int64_t b = 0; b < select.batch; ++b)
         for (int64_t c = 0; c < select.columns; ++c) {
-            const uint8_t verdict = revises ? element(select.revised, b, c) : ATTN_SAMPLER_KEPT;
+            const uint8_t verdict = revises ? element(select.revised, b, c) : uint8_t{ATTN_SAMPLER_KEPT};
             if (element(select.selected, b, c) != 0 || verdict == ATTN_SAMPLER_REPLACED)
                 element(step.tokens, b, c) = predicted(b, c);
             else if (verdict == ATTN_SAMPLER_REMASKED)

@@ -22,6 +22,11 @@ SelectArgs select_args(const SelectProblem &p) {
     s.batch = static_cast<int32_t>(p.batch);
     s.columns = static_cast<int32_t>(p.columns);
     s.rule = selection_rule(p.params);
+    s.budget = p.budget;
+    s.revised = p.revised;
+    s.current = p.current;
+    s.differs = p.differs;
+    s.revision = revision_rule(p.params);
     return s;
 }
 

@@ -1,4 +1,4 @@
-/* Selection and commit of one sequence by one block: a few comparisons for each position. */
+/* Selection, revision and commit of one sequence by one block: a few comparisons for each position. */
 #ifndef ATTN_SAMPLER_CUDA_SELECT_TOKENS_CUH_
 #define ATTN_SAMPLER_CUDA_SELECT_TOKENS_CUH_
 
@@ -18,6 +18,11 @@ struct SelectArgs {
     uint32_t parts;
     int32_t batch, columns;
     SelectionRule rule;
+    View<int32_t, 2> budget; /* null, as what follows: nothing is revised */
+    View<uint8_t, 2> revised;
+    View<const float, 2> current;
+    View<const uint8_t, 2> differs; /* null where tokens and token_ids say it */
+    RevisionRule revision;
 };
 
 /* A position's place in the order of the fallback. */
@@ -25,6 +30,54 @@ struct Ranked {
     float value;
     int32_t position;
 };
+
+/* Ends a revision: `revised` holds the verdicts of this thread's positions, of which the first are carried
+ * out. They are those of the largest keys, of which no two are equal; the least of these is found bit by bit.
+ */
+__device__ inline void revise(const SelectArgs &s, int b) {
+    /* In the order of SelectionRule::is_before; 0 of what is kept. */
+    auto key = [&](int c) -> uint64_t {
+        if (c >= s.columns || element(s.revised, b, c) == ATTN_SAMPLER_KEPT)
+            return 0;
+        const float rank =
+            s.revision.rank(__ldcg(&element(s.scores, b, c)), __ldcg(&element(s.current, b, c)));
+        const uint32_t bits = __float_as_uint(rank + 0.0f); /* -0 is equal to 0 */
+        const uint32_t ordered = bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
+        return static_cast<uint64_t>(ordered) << 32 | ~static_cast<uint32_t>(c);
+    };
+    auto reaching = [&](uint64_t least) {
+        int count = 0;
+#pragma unroll 1
+        for (int first = 0; first < s.columns; first += kThreads)
+            count += __syncthreads_count(key(first + threadIdx.x) >= least);
+        return count;
+    };
+    uint64_t least = 0;
+    int count = reaching(1);
+    if (count > s.revision.most)
+#pragma unroll 1
+        for (uint64_t bit = uint64_t{1} << 63; bit != 0 && count != s.revision.most; bit /= 2) {
+            const int passing = reaching(least | bit);
+            if (passing >= s.revision.most) {
+                least |= bit;
+                count = passing;
+            }
+        }
+#pragma unroll 1
+    for (int c = threadIdx.x; c < s.columns; c += kThreads) {
+        uint8_t &verdict = element(s.revised, b, c);
+        if (verdict == ATTN_SAMPLER_KEPT)
+            continue;
+        if (key(c) < least) {
+            verdict = ATTN_SAMPLER_KEPT;
+            continue;
+        }
+        --element(s.budget, b, c);
+        if (s.tokens.data != nullptr)
+            element(s.tokens, b, c) =
+                verdict == ATTN_SAMPLER_REPLACED ? __ldcg(&element(s.token_ids, b, c)) : s.mask_token_id;
+    }
+}
 
 /* See attn_sampler_select_tokens. */
 __device__ inline void select_sequence(const SelectArgs &s, int b) {
@@ -34,6 +87,10 @@ __device__ inline void select_sequence(const SelectArgs &s, int b) {
         return s.masked.data != nullptr ? element(s.masked, b, c) != 0
                                         : element(s.tokens, b, c) == s.mask_token_id;
     };
+    auto differs = [&](int c) {
+        return s.differs.data != nullptr ? element(s.differs, b, c) != 0
+                                         : element(s.tokens, b, c) != __ldcg(&element(s.token_ids, b, c));
+    };
     auto commit = [&](int c) {
         if (s.tokens.data != nullptr)
             element(s.tokens, b, c) = __ldcg(&element(s.token_ids, b, c));
@@ -41,7 +98,7 @@ __device__ inline void select_sequence(const SelectArgs &s, int b) {
 
     float theta = kLowest;
 #pragma unroll 1 /* a thread has one position, rarely more */
-    for (int c = threadIdx.x; s.rule.parallel && c < s.columns; c += kThreads)
+    for (int c = threadIdx.x; s.rule.is_parallel() && c < s.columns; c += kThreads)
         if (masked(c) && !s.rule.is_confident(confidence(c)))
             theta = score(c) > theta ? score(c) : theta;
     theta = block_reduce(
@@ -56,13 +113,19 @@ __device__ inline void select_sequence(const SelectArgs &s, int b) {
 #pragma unroll 1
     for (int c = threadIdx.x; c < s.columns; c += kThreads) {
         bool chosen = false;
-        if (masked(c)) {
+        const bool was_masked = masked(c);
+        if (was_masked) {
             const float own_score = score(c), own_confidence = confidence(c);
             chosen = s.rule.passes(own_score, own_confidence, theta);
             if (s.rule.is_candidate(own_score))
                 best = better(best, {s.rule.rank(own_score, own_confidence), c});
         }
         element(s.selected, b, c) = chosen;
+        if (s.budget.data != nullptr)
+            element(s.revised, b, c) =
+                was_masked ? static_cast<uint8_t>(ATTN_SAMPLER_KEPT)
+                           : s.revision.verdict(element(s.budget, b, c), differs(c), confidence(c),
+                                                __ldcg(&element(s.current, b, c)));
         any = any || chosen;
         if (chosen)
             commit(c);
@@ -79,6 +142,8 @@ __device__ inline void select_sequence(const SelectArgs &s, int b) {
         element(s.selected, b, best.position) = 1;
         commit(best.position);
     }
+    if (s.budget.data != nullptr)
+        revise(s, b);
 }
 
 /* One part of a sequence's step is done; the last one's block selects. */

@@ -31,8 +31,11 @@ ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher) {
     a.logits = p.logits;
     a.seeds = p.seeds;
     a.seed = p.params.seed;
+    a.current_ids = p.current_ids;
     a.token_ids = p.token_ids;
     a.confidence = p.confidence;
+    a.log_prob = p.log_prob;
+    a.current = p.current;
     a.batch = static_cast<int32_t>(p.batch);
     a.positions = static_cast<int32_t>(p.positions);
     a.vocab = static_cast<int32_t>(p.vocab);

@@ -31,8 +31,9 @@ struct ConfidenceArgs {
     View<const void, 2> logits;
     View<const int64_t, 1> seeds; /* may be null */
     uint64_t seed;
+    View<const int64_t, 2> current_ids; /* may be null, as log_prob and current */
     View<int64_t, 2> token_ids;
-    View<float, 2> confidence;
+    View<float, 2> confidence, log_prob, current;
     Confidence *partial;                       /* [rows, splits] */
     uint32_t *arrived;                         /* [rows] */
     int32_t batch, positions, vocab, excluded; /* excluded: -1 for none */
@@ -182,8 +183,6 @@ __device__ inline void add_group(const ConfidenceArgs &a, uint64_t seed, int pos
 }
 
 __device__ inline float confidence_of(const ConfidenceArgs &a, const Confidence &s, float chosen_logit) {
-    if (!(is_finite(s.max) && s.sum == s.sum)) /* nothing but -inf, +inf, or NaN */
-        return not_a_number();
     if (a.metric == ATTN_SAMPLER_METRIC_ENTROPY)
         return s.moment / s.sum - logf(s.sum);
     const float chosen = exp_fast(chosen_logit - s.max) / s.sum;
@@ -191,6 +190,26 @@ __device__ inline float confidence_of(const ConfidenceArgs &a, const Confidence 
         return chosen;
     const float other = chosen_logit == s.max ? s.second : s.max;
     return chosen - exp_fast(other - s.max) / s.sum;
+}
+
+/* The probability of a token that is given. */
+__device__ inline float probability_of(const ConfidenceArgs &a, const Confidence &s, const LogitRow &row,
+                                       int64_t token) {
+    if (token < 0 || token >= a.vocab)
+        return not_a_number();
+    return token == a.excluded ? 0.0f : exp_fast(row.at(token) - s.max) / s.sum;
+}
+
+__device__ inline void write_confidence(const ConfidenceArgs &a, const Confidence &s, const LogitRow &row,
+                                        int b, int c) {
+    const bool is_defined = is_finite(s.max) && s.sum == s.sum; /* not of nothing but -inf, of +inf or NaN */
+    const float logit = row.at(s.best), nan = not_a_number();
+    element(a.token_ids, b, c) = s.best;
+    element(a.confidence, b, c) = is_defined ? confidence_of(a, s, logit) : nan;
+    if (a.log_prob.data != nullptr)
+        element(a.log_prob, b, c) = is_defined ? logit - s.max - logf(s.sum) : nan;
+    if (a.current.data != nullptr)
+        element(a.current, b, c) = is_defined ? probability_of(a, s, row, element(a.current_ids, b, c)) : nan;
 }
 
 /* What this thread makes of its groups of a split, kGroups of them in flight. */
@@ -257,8 +276,7 @@ __device__ inline bool confidence_block(const ConfidenceArgs &a, int index) {
     if (threadIdx.x == 0) {
         if (s.best == INT32_MAX) /* no key above -inf: the lowest token that may be chosen */
             s.best = a.excluded == 0 ? 1 : 0;
-        element(a.token_ids, b, c) = s.best;
-        element(a.confidence, b, c) = confidence_of(a, s, row.at(s.best));
+        write_confidence(a, s, row, b, c);
     }
     return true;
 }

@@ -1,4 +1,5 @@
-/* One decoding step from C: two layers' queries, keys and log-sum-exps in, committed tokens out.
+/* Decoding steps from C: two layers' queries, keys and log-sum-exps in, committed tokens out. What the first
+ * steps commit in doubt is masked again, as long as its budget lasts.
  *
  * The step's scores are then compared with attention written out by hand in double precision, and an invalid
  * call is shown to say what is wrong. Exits with 0 if all of that holds.
@@ -22,8 +23,9 @@ static double uniform(unsigned *state) { /* in (-1, 1) */
 
 static float q[LAYERS][B][HQ][M][D], k[LAYERS][B][HKV][N][D], lse[LAYERS][B][HQ][M], logits[B][C][V];
 static int64_t tokens[B][T], token_ids[B][C];
-static float scores[B][C], confidence[B][C];
-static uint8_t selected[B][C];
+static float scores[B][C], confidence[B][C], current[B][C];
+static uint8_t selected[B][C], revised[B][C];
+static int32_t budget[B][C];
 static double expected[B][C];
 
 /* A dense view of an array. */
@@ -87,6 +89,10 @@ int main(void) {
     const attn_sampler_tensor ids_view = VIEW(token_ids, ATTN_SAMPLER_INT64, B, C);
     const attn_sampler_tensor confidence_view = VIEW(confidence, ATTN_SAMPLER_FLOAT32, B, C);
     const attn_sampler_tensor selected_view = VIEW(selected, ATTN_SAMPLER_BOOL, B, C);
+    const attn_sampler_tensor budget_view = VIEW(budget, ATTN_SAMPLER_INT32, B, C);
+    const attn_sampler_tensor revised_view = VIEW(revised, ATTN_SAMPLER_UINT8, B, C);
+    const attn_sampler_tensor current_view = VIEW(current, ATTN_SAMPLER_FLOAT32, B, C);
+    const attn_sampler_revision revision = {&budget_view, &revised_view, &current_view, NULL, NULL};
     const attn_sampler_span block = {BLOCK_START, BLOCK_START + C}; /* of tokens and of keys */
     attn_sampler_decode_step_params params = {
         .block = block,
@@ -99,7 +105,13 @@ int main(void) {
                       .window_left = -1,
                       .window_right = -1},
         .sampling = {.metric = ATTN_SAMPLER_METRIC_PROBABILITY, .temperature = 0.0},
-        .selection = {ATTN_SAMPLER_RULE_PARALLEL, ATTN_SAMPLER_FALLBACK_CONFIDENCE, 0.9},
+        .selection = {.rule = ATTN_SAMPLER_RULE_PARALLEL,
+                      .fallback = ATTN_SAMPLER_FALLBACK_CONFIDENCE,
+                      .tau = 0.9,
+                      .replace_tau = INFINITY, /* the logits stay as they are: nothing better comes */
+                      .remask_tau = 0.5,
+                      .max_revisions = 1,
+                      .revision_order = ATTN_SAMPLER_REVISION_ORDER_PRODUCT},
     };
     attn_sampler_exec exec = {.device = ATTN_SAMPLER_CPU, .num_threads = 2};
     printf("attn_sampler %s, CPU kernels: %s\n", attn_sampler_version(), attn_sampler_cpu_isa());
@@ -108,7 +120,7 @@ int main(void) {
     params.selection.tau = 1.5;
     attn_sampler_status status =
         attn_sampler_decode_step(&tokens_view, &logits_view, layers, LAYERS, NULL, &params, &scores_view,
-                                 &ids_view, &confidence_view, &selected_view, &exec);
+                                 &ids_view, &confidence_view, &selected_view, &revision, &exec);
     printf("refused: %s\n", attn_sampler_last_error());
     if (status != ATTN_SAMPLER_INVALID_ARGUMENT || strstr(attn_sampler_last_error(), "tau") == NULL ||
         scores[0][0] != 0.0f)
@@ -116,12 +128,16 @@ int main(void) {
     params.selection.tau = 0.9;
 
     const int64_t before = tokens[0][BLOCK_START - 1];
-    int steps = 0;
+    for (int b = 0; b < B; ++b)
+        for (int c = 0; c < C; ++c)
+            budget[b][c] = 1;
+    int steps = 0, revisions = 0;
     for (int masked = 1; masked > 0; ++steps) {
         int64_t old_tokens[B][T];
         memcpy(old_tokens, tokens, sizeof(tokens));
-        status = attn_sampler_decode_step(&tokens_view, &logits_view, layers, LAYERS, NULL, &params,
-                                          &scores_view, &ids_view, &confidence_view, &selected_view, &exec);
+        status =
+            attn_sampler_decode_step(&tokens_view, &logits_view, layers, LAYERS, NULL, &params, &scores_view,
+                                     &ids_view, &confidence_view, &selected_view, &revision, &exec);
         if (status != ATTN_SAMPLER_OK) {
             fprintf(stderr, "%s\n", attn_sampler_last_error());
             return EXIT_FAILURE;
@@ -134,8 +150,13 @@ int main(void) {
                 committed += selected[b][c];
                 were_masked += old == MASK;
                 masked += now == MASK;
-                if (now != (selected[b][c] ? token_ids[b][c] : old) || (selected[b][c] && old != MASK)) {
-                    fprintf(stderr, "wrong commit at %d, %d\n", b, c);
+                const int64_t expected_token = selected[b][c]                           ? token_ids[b][c]
+                                               : revised[b][c] == ATTN_SAMPLER_REMASKED ? MASK
+                                                                                        : old;
+                revisions += revised[b][c] != ATTN_SAMPLER_KEPT;
+                if (now != expected_token || (selected[b][c] && old != MASK) || budget[b][c] < 0 ||
+                    (revised[b][c] != ATTN_SAMPLER_KEPT && current[b][c] >= 0.5f)) {
+                    fprintf(stderr, "wrong token at %d, %d\n", b, c);
                     return EXIT_FAILURE;
                 }
                 if (fabs((double)scores[b][c] - expected[b][c]) > 1e-5 * expected[b][c]) {
@@ -149,6 +170,7 @@ int main(void) {
             }
         }
     }
-    printf("all masked positions of the block committed in %d steps\n", steps);
-    return tokens[0][BLOCK_START - 1] == before ? EXIT_SUCCESS : EXIT_FAILURE;
+    printf("all masked positions of the block committed in %d steps, %d revisions among them\n", steps,
+           revisions);
+    return revisions > 0 && tokens[0][BLOCK_START - 1] == before ? EXIT_SUCCESS : EXIT_FAILURE;
 }

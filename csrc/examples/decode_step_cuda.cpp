@@ -7,6 +7,8 @@
  */
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -89,8 +91,11 @@ int main() {
     }
     const Array<float> logits = normal(kBatch * kBlock * kVocab, 3.0f, generator);
     Array<int64_t> tokens(kBatch * kTokens), token_ids(kBatch * kBlock);
-    Array<float> scores(kBatch * kBlock), confidence(kBatch * kBlock);
-    Array<uint8_t> selected(kBatch * kBlock);
+    Array<float> scores(kBatch * kBlock), confidence(kBatch * kBlock), current(kBatch * kBlock);
+    Array<uint8_t> selected(kBatch * kBlock), revised(kBatch * kBlock);
+    Array<int32_t> budget(kBatch * kBlock); /* each position may be masked again once */
+    std::fill(budget.host.begin(), budget.host.end(), 1);
+    budget.upload();
     for (int64_t i = 0; i < kBatch * kTokens; ++i)
         tokens.host[static_cast<size_t>(i)] = i % kTokens >= kTokens - kBlock ? kMask : i % 7;
     tokens.upload();
@@ -103,7 +108,13 @@ int main() {
     params.attention.query_start = kKeys - kRows;
     params.attention.diagonal = 1;
     params.attention.window_left = params.attention.window_right = -1;
-    params.selection = {ATTN_SAMPLER_RULE_PARALLEL, ATTN_SAMPLER_FALLBACK_CONFIDENCE, 0.5};
+    params.selection.rule = ATTN_SAMPLER_RULE_PARALLEL;
+    params.selection.fallback = ATTN_SAMPLER_FALLBACK_CONFIDENCE;
+    params.selection.tau = 0.5;
+    params.selection.replace_tau = HUGE_VAL;
+    params.selection.remask_tau = 0.5;
+    params.selection.max_revisions = 2;
+    params.selection.revision_order = ATTN_SAMPLER_REVISION_ORDER_PRODUCT;
 
     /* The same call for either device. */
     auto step = [&](attn_sampler_exec &exec) {
@@ -126,9 +137,13 @@ int main() {
                                   s = view(data(scores), ATTN_SAMPLER_FLOAT32, {kBatch, kBlock}),
                                   i = view(data(token_ids), ATTN_SAMPLER_INT64, {kBatch, kBlock}),
                                   c = view(data(confidence), ATTN_SAMPLER_FLOAT32, {kBatch, kBlock}),
-                                  m = view(data(selected), ATTN_SAMPLER_BOOL, {kBatch, kBlock});
+                                  m = view(data(selected), ATTN_SAMPLER_BOOL, {kBatch, kBlock}),
+                                  b = view(data(budget), ATTN_SAMPLER_INT32, {kBatch, kBlock}),
+                                  r = view(data(revised), ATTN_SAMPLER_UINT8, {kBatch, kBlock}),
+                                  p = view(data(current), ATTN_SAMPLER_FLOAT32, {kBatch, kBlock});
+        const attn_sampler_revision revision = {&b, &r, &p, nullptr, nullptr};
         return attn_sampler_decode_step(&t, &l, layers.data(), kLayers, nullptr, &params, &s, &i, &c, &m,
-                                        &exec);
+                                        &revision, &exec);
     };
 
     attn_sampler_exec cpu{}, gpu{};
@@ -150,6 +165,7 @@ int main() {
         require(cudaStreamSynchronize(stream) == cudaSuccess, "cudaStreamSynchronize");
         require(step(cpu) == ATTN_SAMPLER_OK, "decode_step");
         require(tokens.download() == tokens.host, "the GPU's tokens differ from the CPU's");
+        require(budget.download() == budget.host, "the GPU's budget differs from the CPU's");
         masked = false;
         for (const int64_t token : tokens.host)
             masked = masked || token == kMask;

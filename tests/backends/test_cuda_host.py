@@ -49,10 +49,14 @@ class Step:
         scales = [normal(200 + i, 2, 2).abs() if dtype == FLOAT8 else None for i in range(n_layers)]
         lse = [row_lse(x, y, k_descale=z) if with_lse else None for x, y, z in zip(q, k, scales, strict=True)]
         self.tokens = torch.full((2, 24), 7)
+        self.tokens[:, ::3] = 5  # no mask token: it may be revised
         self.start = self.tokens.clone()
         self.scores = torch.full((2, 6), torch.nan)
         self.token_ids, self.confidence = torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6)
         self.selected = torch.zeros(2, 6, dtype=torch.bool)
+        self.log_prob, self.current = torch.zeros(2, 6), torch.zeros(2, 6)
+        self.revised = torch.zeros(2, 6, dtype=torch.uint8)
+        self.budget = torch.ones(2, 6, dtype=torch.int32)
         self.logits = normal(7, 2, 6, 11, dtype=torch.float32).mul(5)
         layers = zip(q, k, lse, [None] * n_layers, scales, strict=True)
         self.keep = q, k, lse, scales
@@ -62,7 +66,7 @@ class Step:
             "all",
             attention_options(slice(18, 24), 18),
             options.Sampling("probability", 0.0, None),
-            options.Selection("parallel", "confidence", 0.4),
+            options.Selection("parallel", "confidence", 0.4, 0.4, 0.1, 1),
         )
         self.arguments = [
             _view(x) for x in (self._outputs(), self.logits, list(layers), options.Masks(), how)
@@ -70,13 +74,15 @@ class Step:
 
     def run(self, where: tuple) -> int:
         self.tokens.copy_(self.start)
+        self.budget.fill_(1)
         return self.module.decode_step(*self.arguments, where)
 
     def results(self) -> list[torch.Tensor]:
         return [x.clone() for x in self._outputs()]
 
     def _outputs(self) -> tuple[torch.Tensor, ...]:
-        return self.tokens, self.token_ids, self.confidence, self.scores, self.selected
+        step = self.tokens, self.token_ids, self.confidence, self.scores, self.selected
+        return *step, self.log_prob, self.current, self.revised, self.budget
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_every_element_of_the_output_is_written(backend, device, per_head):
     q, k = normal(0, 2, 4, 9, 40).to(device), normal(1, 2, 2, 21, 40).to(device)
     key_mask = torch.rand(2, 21, generator=torch.Generator().manual_seed(0)).to(device) < 0.5
     out = torch.full((2, 4, 5, 11) if per_head else (2, 5, 11), torch.nan, device=device)
-    how = (12, 40**-0.5, "e", True, "sequence", True, "sum", per_head, False)
+    how = (12, 40**-0.5, "e", True, "sequence", True, "none", per_head, False)
     options = Attention(Span(6, 17), Span(2, 7), *how)
     REGISTRY[backend].function("attention_map")(out, Layer(q, k), Masks(key_mask), options)
     expected = attention_map(

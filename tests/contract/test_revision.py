@@ -55,6 +55,14 @@ def test_reduced_rows_are_added_into_out(backend, device):
     torch.testing.assert_close(out, torch.full((2, 9), 7.0, device=device))  # 4 heads, all keys
 
 
+@pytest.mark.parametrize("reduction", ["sum", "diagonal"])
+def test_reruns_give_the_same_bits_of_reduced_rows(backend, device, reduction):
+    q, k = normal(0, 1, 6, 70, 40).to(device), normal(1, 1, 2, 150, 40).to(device)
+    first = attention_map(q, k, reduction=reduction, backend=backend)
+    for _ in range(5):
+        assert torch.equal(attention_map(q, k, reduction=reduction, backend=backend), first)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [3, 63, 4097, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("metric", ["probability", "margin", "entropy"])

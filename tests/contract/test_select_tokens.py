@@ -13,6 +13,7 @@ from torch import Tensor
 from attn_sampler import select_tokens
 from attn_sampler.backends import REGISTRY
 from attn_sampler.options import Selection
+from attn_sampler.reference import Selected
 
 INF, NAN = math.inf, math.nan
 CHOICES = [(p, f) for p in ("parallel", "sequential") for f in ("confidence", "score")]
@@ -177,5 +178,6 @@ def test_every_element_of_the_output_is_written(backend, device):
         for before in (False, True):
             selected = torch.full((9, 13), before, device=device)
             run = REGISTRY[backend].function("select_tokens")
-            run(selected, scores, confidence, masked, Selection(rule, fallback, 0.9))
+            out = Selected(selected, None, None)
+            run(out, scores, confidence, masked, None, None, Selection(rule, fallback, 0.9))
             assert torch.equal(selected, expected)

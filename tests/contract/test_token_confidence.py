@@ -194,7 +194,7 @@ def test_seeds_are_streams(backend, device):
     logits = normal(5, 3, 16, 40).to(device)
 
     def sample(seed, x=logits):
-        return token_confidence(x, temperature=1.0, seed=seed, backend=backend)[0]
+        return token_confidence(x, temperature=1.0, seed=seed, backend=backend).token_ids
 
     def rows(*seeds):
         return torch.tensor(seeds, dtype=torch.int64, device=device)
@@ -284,12 +284,13 @@ def test_every_element_of_the_outputs_is_written(backend, device):
     for vocab in (1, 7, 4097):
         logits = normal(7, 3, 5, vocab).to(device)
         token_ids = torch.full((3, 5), -7, device=device)
-        confidence = torch.full((3, 5), NAN, device=device)
+        confidence, log_prob, current = (torch.full((3, 5), NAN, device=device) for _ in range(3))
+        current_ids = torch.zeros_like(token_ids)
         run = REGISTRY[backend].function("token_confidence")
-        run((token_ids, confidence), logits, Sampling("probability", 0.0, 0))
-        expected_ids, expected = token_confidence(logits, backend=backend)
-        assert torch.equal(token_ids, expected_ids)
-        assert torch.equal(confidence, expected)
+        outputs = token_ids, confidence, log_prob, current
+        run(outputs, logits, current_ids, Sampling("probability", 0.0, 0))
+        expected = token_confidence(logits, current_ids=current_ids, backend=backend)
+        assert all(map(torch.equal, outputs, (*expected, expected.log_prob, expected.current)))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (3, 0, 7)])
@@ -305,8 +306,8 @@ def test_twenty_reruns_give_the_same_bits(backend, device, dtype):
         first = token_confidence(logits, backend=backend, **options)
         for _ in range(20):
             again = token_confidence(logits, backend=backend, **options)
-            assert torch.equal(again[0], first[0])
-            assert torch.equal(again[1], first[1])
+            assert all(map(torch.equal, again, first))
+            assert torch.equal(again.log_prob, first.log_prob)
 
 
 def test_the_bits_do_not_depend_on_the_number_of_threads(backend, device):
@@ -319,10 +320,11 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(backend, device):
             results.append(token_confidence(logits, metric="entropy", backend=backend))
     finally:
         torch.set_num_threads(threads)
+    first_ids, first = results[0]
     for ids, confidence in results:
-        assert torch.equal(ids, results[0][0])
+        assert torch.equal(ids, first_ids)
         if backend != "reference":  # whose sums are PyTorch's, which make no such promise
-            assert torch.equal(confidence, results[0][1])
+            assert torch.equal(confidence, first)
 
 
 def test_philox_known_answer():

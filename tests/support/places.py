@@ -200,7 +200,7 @@ PLACES = {
     "cuda@host": _cuda_host(
         WITHOUT_WGMMA,
         dict.fromkeys(
-            (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
+            (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, REVISION, LOGIT_RANGE, WINDOWS), ""
         ),
     ),
     "cuda@host-wgmma": _cuda_host(

@@ -66,7 +66,7 @@ Broken break_tensor(Call &call) {
     }
     case 5: {
         const int dtype = random.pick<int>(
-            {-1, 6, INT_MIN, ATTN_SAMPLER_INT64, ATTN_SAMPLER_BOOL, ATTN_SAMPLER_FLOAT8_E4M3});
+            {-1, 8, INT_MIN, ATTN_SAMPLER_INT64, ATTN_SAMPLER_BOOL, ATTN_SAMPLER_FLOAT8_E4M3});
         const bool differs = view.dtype != dtype;
         view.dtype = dtype;
         return {t.name, differs, true};
@@ -178,14 +178,25 @@ Broken break_sampling(Call &call) {
 Broken break_selection(Call &call) {
     Random &random = call.random;
     attn_sampler_selection_params &s = call.params.selection;
-    switch (random.below(3)) {
+    switch (random.below(call.revises ? 7 : 3)) {
     case 0:
-        return break_choice(random, s.rule, "params.rule", 2);
+        return break_choice(random, s.rule, "params.rule", 3);
     case 1:
         return break_choice(random, s.fallback, "params.fallback", 2);
-    default:
+    case 2:
         s.tau = random.pick({double{NAN}, HUGE_VAL, -1e-9, 1.0001});
         return {"params.tau", true};
+    case 3:
+        s.replace_tau = random.pick({double{NAN}, -HUGE_VAL, -1e-9});
+        return {"params.replace_tau", true};
+    case 4:
+        s.remask_tau = random.pick({double{NAN}, HUGE_VAL, -1e-9, 1.0001});
+        return {"params.remask_tau", true};
+    case 5:
+        s.max_revisions = random.pick<int64_t>({-1, INT64_MIN});
+        return {"params.max_revisions", true};
+    default:
+        return break_choice(random, s.revision_order, "params.revision_order", 3);
     }
 }
 

@@ -54,6 +54,19 @@ void check_confidence(const Call &call) {
                                                                        : -1.0;
     for (const float x : values<float>(call.confidence, call))
         require(!call.plain || (x >= least - 1e-4 && x <= most + 1e-4), "a confidence that cannot be");
+    const bool is_step = call.function == kDecodeStep;
+    for (const float x : values<float>(is_step ? call.revision.log_prob : call.log_prob, call))
+        require(!call.plain || (std::isfinite(x) && x <= 1e-4), "a logarithm that cannot be");
+    const std::vector<float> current = values<float>(is_step ? call.revision.current : call.current, call);
+    const std::vector<int64_t> ids = values<int64_t>(call.current_ids, call);
+    for (size_t i = 0; call.plain && i < current.size(); ++i) {
+        const bool may_be_none = ids.empty() || ids[i] < 0 || ids[i] >= call.vocab;
+        const bool is_likely = current[i] >= 0.0f && current[i] <= 1.0001f;
+        require(is_likely ? ids.empty() || !may_be_none : may_be_none && std::isnan(current[i]),
+                "a probability that cannot be");
+        require(ids.empty() || ids[i] != excluded || may_be_none || current[i] == 0.0f,
+                "the excluded token is likely");
+    }
 }
 
 /* The rule, as attn_sampler.h words it. */
@@ -62,8 +75,9 @@ void check_selection(const Call &call, const std::vector<uint8_t> &masked) {
     const std::vector<float> scores = values<float>(call.scores, call);
     const std::vector<float> confidence = values<float>(call.confidence, call);
     const std::vector<uint8_t> selected = values<uint8_t>(call.selected, call);
-    const bool parallel = s.rule == ATTN_SAMPLER_RULE_PARALLEL;
-    const bool by_score = !parallel || s.fallback == ATTN_SAMPLER_FALLBACK_SCORE;
+    const bool parallel = s.rule == ATTN_SAMPLER_RULE_PARALLEL,
+               threshold = s.rule == ATTN_SAMPLER_RULE_THRESHOLD;
+    const bool by_score = s.rule == ATTN_SAMPLER_RULE_SEQUENTIAL || s.fallback == ATTN_SAMPLER_FALLBACK_SCORE;
     const auto is_high = [&](size_t i) { return confidence[i] >= static_cast<float>(s.tau); };
     const auto rank = [&](size_t i) { return std::fmax(by_score ? scores[i] : confidence[i], -HUGE_VALF); };
     std::vector<uint8_t> expected(selected.size());
@@ -74,34 +88,85 @@ void check_selection(const Call &call, const std::vector<uint8_t> &masked) {
         for (size_t i = first; i < first + columns; ++i) {
             if (masked[i] && !is_high(i))
                 theta = std::fmax(theta, scores[i]);
-            if (masked[i] && !std::isnan(scores[i]) && (fallback == SIZE_MAX || rank(i) > rank(fallback)))
+            const bool may_be = !std::isnan(scores[i]) || (threshold && !by_score);
+            if (masked[i] && may_be && (fallback == SIZE_MAX || rank(i) > rank(fallback)))
                 fallback = i;
         }
         bool any = false;
         for (size_t i = first; i < first + columns; ++i)
-            any = (expected[i] = parallel && masked[i] && is_high(i) && scores[i] > theta) || any;
+            any = (expected[i] = masked[i] && is_high(i) && (threshold || (parallel && scores[i] > theta))) ||
+                  any;
         if (!any && fallback != SIZE_MAX)
             expected[fallback] = 1;
     }
     require(selected == expected, "a wrong selection");
 }
 
-void check_step(const Call &call, const std::vector<int64_t> &tokens) {
+/* What is revised, as attn_sampler.h words it, of what was before. */
+void check_revision(const Call &call, const std::vector<uint8_t> &masked, const std::vector<uint8_t> &differs,
+                    std::vector<int32_t> budget) {
+    const attn_sampler_selection_params &s = call.params.selection;
+    const std::vector<float> scores = values<float>(call.scores, call);
+    const std::vector<float> confidence = values<float>(call.confidence, call);
+    const std::vector<float> current = values<float>(call.revision.current, call);
+    std::vector<uint8_t> expected(budget.size());
+    const auto rank = [&](size_t i) {
+        const float doubt = 1.0f - current[i];
+        return std::fmax(s.revision_order == ATTN_SAMPLER_REVISION_ORDER_SCORE   ? scores[i]
+                         : s.revision_order == ATTN_SAMPLER_REVISION_ORDER_DOUBT ? doubt
+                                                                                 : doubt * scores[i],
+                         -HUGE_VALF);
+    };
+    const size_t columns = static_cast<size_t>(call.selected->shape[1]);
+    for (size_t first = 0; first < budget.size(); first += columns) {
+        std::vector<size_t> failing;
+        for (size_t i = first; i < first + columns; ++i) {
+            if (masked[i] || budget[i] <= 0)
+                continue;
+            if (differs[i] && confidence[i] >= static_cast<float>(s.replace_tau))
+                expected[i] = ATTN_SAMPLER_REPLACED;
+            else if (current[i] < static_cast<float>(s.remask_tau))
+                expected[i] = ATTN_SAMPLER_REMASKED;
+            if (expected[i] != ATTN_SAMPLER_KEPT)
+                failing.push_back(i);
+        }
+        std::stable_sort(failing.begin(), failing.end(),
+                         [&](size_t x, size_t y) { return rank(x) > rank(y); });
+        for (size_t n = 0; n < failing.size(); ++n) {
+            if (static_cast<int64_t>(n) < s.max_revisions)
+                --budget[failing[n]];
+            else
+                expected[failing[n]] = ATTN_SAMPLER_KEPT;
+        }
+    }
+    require(values<uint8_t>(call.revision.revised, call) == expected, "a wrong revision");
+    require(values<int32_t>(call.revision.budget, call) == budget, "a wrong budget");
+}
+
+void check_step(const Call &call, const std::vector<int64_t> &tokens, const std::vector<int32_t> &budget) {
     const std::vector<int64_t> now = values<int64_t>(call.tokens, call),
                                ids = values<int64_t>(call.token_ids, call);
     const std::vector<uint8_t> selected = values<uint8_t>(call.selected, call);
-    std::vector<uint8_t> masked;
+    const std::vector<uint8_t> revised = values<uint8_t>(call.revision.revised, call);
+    std::vector<uint8_t> masked, differs;
     std::vector<int64_t> expected = tokens;
     const int64_t n_tokens = call.tokens->shape[1];
     for (size_t i = 0; i < tokens.size(); ++i) {
         const int64_t position = static_cast<int64_t>(i) % n_tokens;
         if (position < call.params.block.start || position >= call.params.block.stop)
             continue;
-        if (selected[masked.size()])
-            expected[i] = ids[masked.size()];
+        const size_t c = masked.size();
+        const uint8_t verdict = call.revises ? revised[c] : uint8_t{ATTN_SAMPLER_KEPT};
+        if (selected[c] || verdict == ATTN_SAMPLER_REPLACED)
+            expected[i] = ids[c];
+        else if (verdict == ATTN_SAMPLER_REMASKED)
+            expected[i] = call.params.mask_token_id;
         masked.push_back(tokens[i] == call.params.mask_token_id);
+        differs.push_back(tokens[i] != ids[c]);
     }
     check_selection(call, masked);
+    if (call.revises)
+        check_revision(call, masked, differs, budget);
     require(now == expected, "wrong tokens");
 }
 
@@ -121,6 +186,7 @@ void check_writes(const Call &call, const std::vector<std::vector<unsigned char>
 void check_valid(Call &call) {
     const auto before = call.bytes();
     const std::vector<int64_t> tokens = values<int64_t>(call.tokens, call);
+    const std::vector<int32_t> budget = values<int32_t>(call.revision.budget, call);
     if (call.run() != ATTN_SAMPLER_OK)
         fail(std::string("a valid call was refused: ") + attn_sampler_last_error());
     check_writes(call, before);
@@ -130,8 +196,11 @@ void check_valid(Call &call) {
         check_confidence(call);
     if (call.function == kSelectTokens)
         check_selection(call, values<uint8_t>(call.masked, call));
+    if (call.function == kSelectTokens && call.revises)
+        check_revision(call, values<uint8_t>(call.masked, call), values<uint8_t>(call.revision.differs, call),
+                       budget);
     if (call.function == kDecodeStep)
-        check_step(call, tokens);
+        check_step(call, tokens, budget);
     const auto after = call.bytes();
     call.restore(before);
     call.exec.num_threads = call.exec.num_threads % 3 + 1;

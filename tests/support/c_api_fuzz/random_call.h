@@ -46,7 +46,7 @@ enum class Role { input, rows, output }; /* rows: an input whose last stride is 
 
 int64_t element_size(int dtype) {
     return dtype == ATTN_SAMPLER_INT64                                       ? 8
-           : dtype == ATTN_SAMPLER_FLOAT32                                   ? 4
+           : dtype == ATTN_SAMPLER_FLOAT32 || dtype == ATTN_SAMPLER_INT32    ? 4
            : dtype == ATTN_SAMPLER_FLOAT16 || dtype == ATTN_SAMPLER_BFLOAT16 ? 2
                                                                              : 1;
 }
@@ -155,6 +155,8 @@ struct Tensor {
             return put(static_cast<uint8_t>(std::isfinite(value) ? narrow(4, 3) : 0x7F));
         case ATTN_SAMPLER_INT64:
             return put(static_cast<int64_t>(value));
+        case ATTN_SAMPLER_INT32:
+            return put(static_cast<int32_t>(value));
         default:
             return put(static_cast<uint8_t>(value));
         }
@@ -179,8 +181,11 @@ struct Call {
     attn_sampler_exec exec = {};
     const attn_sampler_tensor *out = nullptr, *tokens = nullptr, *logits = nullptr, *scores = nullptr,
                               *token_ids = nullptr, *confidence = nullptr, *masked = nullptr,
-                              *selected = nullptr;
-    bool has_params = true, has_exec = true;
+                              *selected = nullptr, *current_ids = nullptr, *log_prob = nullptr,
+                              *current = nullptr;
+    attn_sampler_revision revision = {};
+    attn_sampler_tensor unread = {nullptr, {-1, INT64_MAX, 1, 7}, {INT64_MIN, INT64_MAX, 0, 1}, 4, -1};
+    bool has_params = true, has_exec = true, revises = false;
 
     explicit Call(uint64_t seed) : random(seed), function(static_cast<Function>(random.below(kFunctions))) {
         batch = random.pick<int64_t>({1, 1, 2, 2, 3, 0});
@@ -193,27 +198,30 @@ struct Call {
             draw_selection(random.below(70), Role::input);
         else
             draw_step();
+        if (function != kAttentionMap && random.chance(10))
+            masks.column_mask = &unread;
     }
 
     attn_sampler_status run() {
         const attn_sampler_decode_step_params *const p = has_params ? &params : nullptr;
         attn_sampler_exec *const e = has_exec ? &exec : nullptr;
-        const attn_sampler_masks *const m =
-            masks.key_mask == nullptr && masks.query_mask == nullptr ? nullptr : &masks;
+        const bool has_masks = masks.key_mask || masks.query_mask || masks.column_mask;
+        const attn_sampler_masks *const m = has_masks ? &masks : nullptr;
+        const attn_sampler_revision *const r = revises ? &revision : nullptr;
         switch (function) {
         case kColumnScores:
             return attn_sampler_column_scores(layers, m, p ? &p->attention : nullptr, out, e);
         case kAttentionMap:
             return attn_sampler_attention_map(layers, m, p ? &p->attention : nullptr, out, e);
         case kTokenConfidence:
-            return attn_sampler_token_confidence(logits, p ? &p->sampling : nullptr, token_ids, confidence,
-                                                 e);
+            return attn_sampler_token_confidence(logits, current_ids, p ? &p->sampling : nullptr, token_ids,
+                                                 confidence, log_prob, current, e);
         case kSelectTokens:
             return attn_sampler_select_tokens(scores, confidence, masked, p ? &p->selection : nullptr,
-                                              selected, e);
+                                              selected, r, e);
         default:
             return attn_sampler_decode_step(tokens, logits, layers, num_layers, m, p, scores, token_ids,
-                                            confidence, selected, e);
+                                            confidence, selected, r, e);
         }
     }
 
@@ -246,7 +254,8 @@ struct Call {
         t.tied = tied;
         t.place(random, dtype, shape);
         slot = &t.view;
-        const bool whole = dtype == ATTN_SAMPLER_INT64 || dtype == ATTN_SAMPLER_BOOL;
+        const bool whole =
+            dtype == ATTN_SAMPLER_INT64 || dtype == ATTN_SAMPLER_INT32 || dtype == ATTN_SAMPLER_BOOL;
         const int percent = !whole && !t.empty() && random.chance(5) ? random.pick({1, 30, 100}) : 0;
         plain = plain && percent == 0;
         t.each([&](unsigned char *at) {
@@ -323,9 +332,17 @@ struct Call {
                                               -ATTN_SAMPLER_MAX_POSITION, ATTN_SAMPLER_MAX_POSITION - 1});
         draw_layer(0, n_rows, n_keys);
         draw_masks(n_rows, n_keys);
+        if (is_map && random.chance(40))
+            add(masks.column_mask, "column_mask", Role::input, ATTN_SAMPLER_BOOL,
+                {batch, a.columns.stop - a.columns.start}, 0, 1, {0, 1}, false);
         const int64_t heads = layer[0].q->shape[1], columns = a.columns.stop - a.columns.start;
         const int64_t map_rows = a.rows.stop - a.rows.start;
-        if (is_map && a.per_head)
+        const bool is_reduced = is_map && a.reduction != ATTN_SAMPLER_MAP_REDUCTION_NONE;
+        if (is_reduced && a.per_head)
+            add_output(out, "out", ATTN_SAMPLER_FLOAT32, {batch, heads, map_rows});
+        else if (is_reduced)
+            add_output(out, "out", ATTN_SAMPLER_FLOAT32, {batch, map_rows});
+        else if (is_map && a.per_head)
             add_output(out, "out", ATTN_SAMPLER_FLOAT32, {batch, heads, map_rows, columns});
         else if (is_map || a.per_head)
             add_output(out, "out", ATTN_SAMPLER_FLOAT32, {batch, is_map ? map_rows : heads, columns});
@@ -351,18 +368,57 @@ struct Call {
             add(s.seeds, "params.seeds", Role::input, ATTN_SAMPLER_INT64, {batch}, -1e18, 1e18, {0}, false);
         add_output(token_ids, "token_ids", ATTN_SAMPLER_INT64, {batch, positions});
         add_output(confidence, "confidence", ATTN_SAMPLER_FLOAT32, {batch, positions});
+        if (function != kTokenConfidence)
+            return;
+        if (random.chance(50)) {
+            add_output(log_prob, "log_prob", ATTN_SAMPLER_FLOAT32, {batch, positions});
+            tensors.back().required = false;
+        }
+        if (random.chance(50)) { /* some are no tokens */
+            add(current_ids, "current_ids", Role::input, ATTN_SAMPLER_INT64, {batch, positions}, -2,
+                static_cast<double>(vocab + 2), {0, 1});
+            add_output(current, "current", ATTN_SAMPLER_FLOAT32, {batch, positions});
+        }
     }
 
     /* Of a step, its confidence and masked positions are not given. */
     void draw_selection(int64_t columns, Role scores_role) {
-        params.selection = {static_cast<int32_t>(random.below(2)), static_cast<int32_t>(random.below(2)),
-                            random.pick({0.0, 1.0, random.real(0, 1)})};
+        attn_sampler_selection_params &s = params.selection;
+        s.rule = static_cast<int32_t>(random.below(3));
+        s.fallback = static_cast<int32_t>(random.below(2));
+        for (double *tau : {&s.tau, &s.replace_tau, &s.remask_tau})
+            *tau = random.pick({0.0, 1.0, random.real(0, 1)});
+        s.replace_tau = random.chance(30) ? HUGE_VAL : s.replace_tau;
+        s.max_revisions = random.pick<int64_t>({0, 1, 3, columns, INT64_MAX});
+        s.revision_order = static_cast<int32_t>(random.below(3));
+        revises = random.chance(60);
         add(scores, "scores", scores_role, ATTN_SAMPLER_FLOAT32, {batch, columns}, 0, 1, {0, 1});
         if (function == kSelectTokens) {
             add(confidence, "confidence", Role::input, ATTN_SAMPLER_FLOAT32, {batch, columns}, 0, 1, {0, 1});
             add(masked, "masked", Role::input, ATTN_SAMPLER_BOOL, {batch, columns}, 0, 1, {0, 1});
         }
         add_output(selected, "selected", ATTN_SAMPLER_BOOL, {batch, columns});
+        if (!revises) /* what is not read may be anything */
+            s.replace_tau = s.remask_tau = random.pick({double{NAN}, -1.0});
+        else
+            draw_revision(columns);
+    }
+
+    void draw_revision(int64_t columns) {
+        const bool is_step = function == kDecodeStep;
+        add(revision.budget, "budget", Role::output, ATTN_SAMPLER_INT32, {batch, columns}, -1, 2);
+        add_output(revision.revised, "revised", ATTN_SAMPLER_UINT8, {batch, columns});
+        if (is_step) {
+            add_output(revision.current, "current", ATTN_SAMPLER_FLOAT32, {batch, columns});
+            if (random.chance(50)) {
+                add_output(revision.log_prob, "log_prob", ATTN_SAMPLER_FLOAT32, {batch, columns});
+                tensors.back().required = false;
+            }
+        } else {
+            add(revision.current, "current", Role::input, ATTN_SAMPLER_FLOAT32, {batch, columns}, 0, 1,
+                {0, 1});
+            add(revision.differs, "differs", Role::input, ATTN_SAMPLER_BOOL, {batch, columns}, 0, 1, {0, 1});
+        }
     }
 
     void draw_step() {

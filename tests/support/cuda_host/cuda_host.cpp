@@ -219,10 +219,10 @@ void end_block(Block &b) {
 
 unsigned char *shared_memory() { return block->shared; }
 
-bool meet_block(bool vote, const char *file, int line) {
+int meet_block(bool vote, const char *file, int line) {
     const int turn = thread->block_turn;
     thread->block_turn ^= 1;
-    block->votes[turn] = (block->barrier.arrived > 0 && block->votes[turn]) || vote;
+    block->votes[turn] = (block->barrier.arrived > 0 ? block->votes[turn] : 0) + vote;
     meet(block->barrier, static_cast<unsigned>(block->threads.size()), "the barrier", file, line);
     return block->votes[turn];
 }

@@ -30,7 +30,7 @@ struct Array {
     attn_sampler_tensor tensor{};
 
     Array(int dtype, std::vector<int64_t> shape) {
-        static const int sizes[] = {4, 2, 2, 8, 1, 1};
+        static const int sizes[] = {4, 2, 2, 8, 1, 1, 1, 4};
         int64_t count = 1;
         tensor.ndim = static_cast<int32_t>(shape.size());
         tensor.dtype = dtype;
@@ -126,8 +126,12 @@ void attention_problem(int index) {
     Array q(dtype, {batch, heads, rows, headdim}), k(dtype, {batch, kv_heads, keys, headdim});
     q.fill_normal(1.0f);
     k.fill_normal(1.0f);
+    const int64_t start = fills_a_tile ? 0 : static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
+    const int64_t stop =
+        fills_a_tile ? keys : start + 1 + static_cast<int64_t>(rng() % static_cast<unsigned>(keys - start));
     Array key_mask(ATTN_SAMPLER_BOOL, {batch, keys}), query_mask(ATTN_SAMPLER_BOOL, {batch, rows});
-    for (Array *mask : {&key_mask, &query_mask})
+    Array column_mask(ATTN_SAMPLER_BOOL, {batch, stop - start});
+    for (Array *mask : {&key_mask, &query_mask, &column_mask})
         for (unsigned char &x : mask->bytes)
             x = rng() % 4 != 0;
     Array q_descale(ATTN_SAMPLER_FLOAT32, {batch, kv_heads}),
@@ -137,9 +141,6 @@ void attention_problem(int index) {
     const bool masked = rng() % 2 != 0, scaled = dtype == ATTN_SAMPLER_FLOAT8_E4M3 && rng() % 4 != 0;
     attn_sampler_attention_params params{};
     params.softmax_scale = 1.0 / std::sqrt(static_cast<double>(headdim));
-    const int64_t start = fills_a_tile ? 0 : static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
-    const int64_t stop =
-        fills_a_tile ? keys : start + 1 + static_cast<int64_t>(rng() % static_cast<unsigned>(keys - start));
     params.columns = {start, stop};
     params.rows = {0, rows};
     params.query_start = keys - rows + pick({-2, 0, 3});
@@ -155,7 +156,7 @@ void attention_problem(int index) {
         Array cpu(ATTN_SAMPLER_FLOAT32, shape), cuda(ATTN_SAMPLER_FLOAT32, shape);
         const attn_sampler_layer layer = {q.view(), k.view(), nullptr, scaled ? q_descale.view() : nullptr,
                                           scaled ? k_descale.view() : nullptr};
-        const attn_sampler_masks masks = {key_mask.view(), query_mask.view()};
+        const attn_sampler_masks masks = {key_mask.view(), query_mask.view(), column_mask.view()};
         on_both(
             [&](Array &out, attn_sampler_exec &exec) {
                 return function(&layer, masked ? &masks : nullptr, &params, out.view(), &exec);
@@ -165,9 +166,14 @@ void attention_problem(int index) {
     if (rng() % 2 == 0)
         run(attn_sampler_column_scores, params.per_head ? std::vector<int64_t>{batch, heads, columns}
                                                         : std::vector<int64_t>{batch, columns});
-    else
-        run(attn_sampler_attention_map, params.per_head ? std::vector<int64_t>{batch, heads, rows, columns}
-                                                        : std::vector<int64_t>{batch, rows, columns});
+    else {
+        std::vector<int64_t> shape = {batch, rows};
+        if (params.per_head)
+            shape.insert(shape.begin() + 1, heads);
+        if (params.reduction == ATTN_SAMPLER_MAP_REDUCTION_NONE)
+            shape.push_back(columns);
+        run(attn_sampler_attention_map, shape);
+    }
 }
 
 void confidence_problem(int index) {
@@ -180,15 +186,65 @@ void confidence_problem(int index) {
     params.seed = rng();
     params.exclude_token_id = static_cast<int64_t>(rng() % static_cast<unsigned>(vocab + 1)) - 1;
     Array ids(ATTN_SAMPLER_INT64, {batch, positions}), other(ATTN_SAMPLER_INT64, {batch, positions});
+    Array standing(ATTN_SAMPLER_INT64, {batch, positions}),
+        confidence(ATTN_SAMPLER_FLOAT32, {batch, positions}),
+        log_prob(ATTN_SAMPLER_FLOAT32, {batch, positions});
+    for (size_t i = 0; i < standing.size<int64_t>(); ++i)
+        standing.data<int64_t>()[i] = static_cast<int64_t>(rng() % static_cast<unsigned>(vocab));
     Array cpu(ATTN_SAMPLER_FLOAT32, {batch, positions}), cuda(ATTN_SAMPLER_FLOAT32, {batch, positions});
     on_both(
         [&](Array &out, attn_sampler_exec &exec) {
             Array &tokens = exec.device == ATTN_SAMPLER_CPU ? ids : other;
-            return attn_sampler_token_confidence(logits.view(), &params, tokens.view(), out.view(), &exec);
+            const bool is_compared =
+                index % 2 == 0; /* either the confidence or what is asked for beside it */
+            return attn_sampler_token_confidence(
+                logits.view(), is_compared ? nullptr : standing.view(), &params, tokens.view(),
+                (is_compared ? out : confidence).view(), is_compared ? nullptr : log_prob.view(),
+                is_compared ? nullptr : out.view(), &exec);
         },
         cpu, cuda);
     if (ids.bytes != other.bytes) {
         printf("different tokens\n");
+        exit(1);
+    }
+}
+
+/* Scores and confidence are given: what is selected, what is revised and the budget are the same bytes. */
+void selection_problem() {
+    const int64_t batch = 2, columns = pick({1, 30, 200, 300});
+    Array scores(ATTN_SAMPLER_FLOAT32, {batch, columns}), confidence(ATTN_SAMPLER_FLOAT32, {batch, columns}),
+        current(ATTN_SAMPLER_FLOAT32, {batch, columns}), masked(ATTN_SAMPLER_BOOL, {batch, columns}),
+        differs(ATTN_SAMPLER_BOOL, {batch, columns});
+    for (Array *array : {&scores, &confidence, &current})
+        for (size_t i = 0; i < array->size<float>(); ++i)
+            array->data<float>()[i] = static_cast<float>(rng() % 9) / 8.0f;
+    for (Array *array : {&masked, &differs})
+        for (unsigned char &x : array->bytes)
+            x = rng() % 2;
+    attn_sampler_selection_params params{};
+    params.rule = pick({0, 1, 2});
+    params.fallback = pick({0, 1});
+    params.tau = params.replace_tau = params.remask_tau = 0.5;
+    params.max_revisions = pick({0, 1, 5, 1000});
+    params.revision_order = pick({0, 1, 2});
+    attn_sampler_exec exec{};
+    exec.num_threads = 1;
+    std::vector<unsigned char> answers[2];
+    for (const int device : {ATTN_SAMPLER_CPU, ATTN_SAMPLER_CUDA}) {
+        exec.device = device;
+        Array selected(ATTN_SAMPLER_BOOL, {batch, columns}), revised(ATTN_SAMPLER_UINT8, {batch, columns}),
+            budget(ATTN_SAMPLER_INT32, {batch, columns});
+        for (size_t i = 0; i < budget.size<int32_t>(); ++i)
+            budget.data<int32_t>()[i] = static_cast<int32_t>(i % 3);
+        const attn_sampler_revision revision = {budget.view(), revised.view(), current.view(), differs.view(),
+                                                nullptr};
+        require(attn_sampler_select_tokens(scores.view(), confidence.view(), masked.view(), &params,
+                                           selected.view(), &revision, &exec));
+        for (const Array *array : {&selected, &revised, &budget})
+            answers[device].insert(answers[device].end(), array->bytes.begin(), array->bytes.end());
+    }
+    if (answers[0] != answers[1]) {
+        printf("different selections or revisions\n");
         exit(1);
     }
 }
@@ -218,7 +274,7 @@ void failing_launch() {
                 memset(tokens.bytes.data(), 0, tokens.bytes.size());
                 return attn_sampler_decode_step(tokens.view(), logits.view(), layers, 2, nullptr, &params,
                                                 scores.view(), ids.view(), confidence.view(), selected.view(),
-                                                &exec);
+                                                nullptr, &exec);
             };
             if (exec.workspace_size > 0) {
                 cuda_host_fail(2);
@@ -301,6 +357,7 @@ int main() {
         cuda_host_shuffle(static_cast<uint64_t>(i));
         attention_problem(i);
         confidence_problem(i);
+        selection_problem();
     }
     failing_launch();
     for (void (*kernel)(int) : {two_barriers, missing_threads, missing_lanes, stray_write})

@@ -40,8 +40,8 @@ struct Index {
 extern Index thread_index, block_index;
 unsigned char *shared_memory();
 
-/* Waits for all threads of the block; true if any of them passed true. `file` and `line` say where. */
-bool meet_block(bool vote, const char *file, int line);
+/* Waits for all threads of the block; how many of them passed true. `file` and `line` say where. */
+int meet_block(bool vote, const char *file, int line);
 
 /* Waits for all lanes of the warp, and returns what each of them brought: 32 values. */
 const void *meet_warp(const void *value, size_t size, const char *file, int line);
@@ -82,6 +82,10 @@ void await_products(float *c);
 
 inline void __syncthreads(CUDA_HOST_CALLER) { cuda_host::meet_block(false, file, line); }
 inline int __syncthreads_or(int vote, CUDA_HOST_CALLER) {
+    return cuda_host::meet_block(vote != 0, file, line) > 0;
+}
+/* Threads that pass true. */
+inline int __syncthreads_count(int vote, CUDA_HOST_CALLER) {
     return cuda_host::meet_block(vote != 0, file, line);
 }
 template <typename T>

@@ -60,7 +60,7 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     Meeting barrier;
-    bool votes[2] = {};
+    int votes[2] = {};
     unsigned char *shared = nullptr;
     unsigned index = 0;
     size_t running = 0; /* threads that have not ended */
