@@ -3,7 +3,7 @@
 from attn_sampler._version import __version__
 from attn_sampler.backends import BackendUnavailableError, Support, is_backend_supported
 from attn_sampler.capture import AttentionCapture, CapturedLayer, report_attention
-from attn_sampler.dependency import ADAS, CLAD, DAPD, DAWN
+from attn_sampler.dependency import ADAS, CLAD, DAPD, DAWN, DOS
 from attn_sampler.functional import (
     attention_map,
     column_scores,
@@ -14,7 +14,9 @@ from attn_sampler.functional import (
 
 # Not left to a lazy attribute: the name of the module would hide the function.
 from attn_sampler.generate import Generation, StepEvent, generate
+from attn_sampler.policy import Decision
 from attn_sampler.reference import StepResult
+from attn_sampler.revision import T2M, T2T, AttnCheck, Saber
 from attn_sampler.sampler import POLICIES, Policy, StepState, make_policy, register_policy
 from attn_sampler.trace import Commit, DecodeTrace
 
@@ -23,14 +25,20 @@ __all__ = [
     "CLAD",
     "DAPD",
     "DAWN",
+    "DOS",
     "POLICIES",
+    "T2M",
+    "T2T",
     "AttentionCapture",
+    "AttnCheck",
     "BackendUnavailableError",
     "CapturedLayer",
     "Commit",
+    "Decision",
     "DecodeTrace",
     "Generation",
     "Policy",
+    "Saber",
     "StepEvent",
     "StepResult",
     "StepState",
