@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from attn_sampler import checks, reference
+from attn_sampler.attention import attention_map, column_scores
 from attn_sampler.attention_calls import Call, compiled_attention, observe, open_captures
 from attn_sampler.attention_calls import is_capturing as is_capturing
 from attn_sampler.attention_calls import report_attention as report_attention
 from attn_sampler.attention_masks import Visible, read_mask
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.errors import DecodingError
-from attn_sampler.functional import attention_map, column_scores
 from attn_sampler.options import REDUCTIONS
 
 _ATTENTION = F.scaled_dot_product_attention

@@ -21,6 +21,7 @@ that a CUDA graph can hold a step with a group that it can hold (NCCL).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -30,9 +31,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attn_sampler import checks, functional, reference
+from attn_sampler.attention import column_scores
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.checks import Span
-from attn_sampler.functional import column_scores, select_tokens
+from attn_sampler.functional import revise_tokens, select_tokens
 from attn_sampler.options import (
     MAX_VOCAB,
     QUERY_ROWS,
@@ -44,7 +46,7 @@ from attn_sampler.options import (
     renamed,
     token_of_row_0,
 )
-from attn_sampler.reference import StepResult, masked_rows
+from attn_sampler.reference import REMASKED, REPLACED, Prediction, StepResult, masked_rows
 
 _NO_TOKEN = float(1 << 53)  # above every token id, exact in float64
 # What an Attention says beside where a block stands.
@@ -89,8 +91,9 @@ def token_confidence(
     temperature: float = 0.0,
     seed: int | Tensor | None = None,
     exclude_token_id: int | None = None,
+    current_ids: Tensor | None = None,  # [B, C]
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Prediction:
     """The predicted token of each position and how sure the model is of it, from a split vocabulary.
 
     Parameters
@@ -104,15 +107,13 @@ def token_confidence(
         Tokens of the whole vocabulary. Columns beyond it are padding and are not read.
     group
         The ranks that share the vocabulary. Default: all.
-    metric, temperature, seed, exclude_token_id, backend
-        As in ``functional.token_confidence``, the same on every rank; exclude_token_id counts in the whole
-        vocabulary.
+    metric, temperature, seed, exclude_token_id, current_ids, backend
+        As in ``functional.token_confidence``, the same on every rank; ids count in the whole vocabulary.
 
     Returns
     -------
-    token_ids, confidence
-        int64 and float32, both ``[B, C]``, the same bits on every rank; ties, NaN and infinities as in
-        ``functional.token_confidence``.
+    Prediction
+        The same bits on every rank; ties, NaN and infinities as in ``functional.token_confidence``.
 
     Raises
     ------
@@ -126,7 +127,8 @@ def token_confidence(
     The logits are read twice for ``"probability"``, three times for the others, and once more where tokens
     are sampled. They are never copied.
     """
-    shard = _Shard(logits, vocab_start, vocab_size, metric, temperature, seed, exclude_token_id, backend)
+    sampling = (metric, temperature, seed, exclude_token_id)
+    shard = _Shard(logits, vocab_start, vocab_size, *sampling, current_ids, backend)
     return shard.merge(_gather(torch.stack(shard.statistics()), group))
 
 
@@ -144,6 +146,11 @@ def decode_step(
     rule: str = "parallel",
     tau: float = 0.9,
     fallback: str = "confidence",
+    budget: Tensor | None = None,  # [B, C]
+    replace_tau: float = math.inf,
+    remask_tau: float = 0.0,
+    max_revisions: int | None = None,
+    revision_order: str = "product",
     metric: str = "probability",
     temperature: float = 0.0,
     seed: int | Tensor | None = None,
@@ -162,13 +169,13 @@ def decode_step(
     Parameters
     ----------
     tokens
-        int64 ``[B, T]``, the same on every rank; **updated in place**.
+        int64 ``[B, T]``, the same on every rank; **updated in place**, as the budget is.
     logits, vocab_start, vocab_size, group
         As in ``token_confidence``.
     layers, scores
         This rank's heads, as ``functional.decode_step`` takes layers; or instead their scores, float32
         ``[B, C]``.
-    block, mask_token_id, rule, tau, fallback, metric, temperature, seed, query_rows, backend
+    block, mask_token_id, rule, tau, ..., query_rows, backend
         As in ``functional.decode_step``, the same on every rank; mask_token_id counts in the whole
         vocabulary.
     policy, rows
@@ -194,7 +201,8 @@ def decode_step(
         warnings.warn("layers: scores are given as scores= now", DeprecationWarning, stacklevel=2)
         layers, scores = None, layers
     query_rows = renamed("query_rows", query_rows, "rows", rows)
-    selection = Selection(renamed("rule", rule, "policy", policy), fallback, tau).checked()
+    if budget is None and (replace_tau, remask_tau, max_revisions) != (math.inf, 0.0, None):
+        raise TypeError("budget: needed for replace_tau, remask_tau and max_revisions, got None")
     checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
     checks.writable("tokens", tokens)
     place = checks.span("block", block, tokens.shape[1], "token positions (T)")
@@ -202,7 +210,12 @@ def decode_step(
     checks.integer("mask_token_id", mask_token_id, 0, vocab_size)
     checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES, like=tokens)
     checks.shape("logits", logits, "[B, C, V]", (*block_tokens.shape, logits.shape[2]))
-    shard = _Shard(logits, vocab_start, vocab_size, metric, temperature, seed, mask_token_id, backend)
+    commit = (renamed("rule", rule, "policy", policy), fallback, tau)
+    selection = Selection(*commit, replace_tau, remask_tau, max_revisions, revision_order)
+    selection.checked(budget, tokens, block_tokens.shape)
+    current_ids = None if budget is None else block_tokens
+    sampling = (metric, temperature, seed, mask_token_id)
+    shard = _Shard(logits, vocab_start, vocab_size, *sampling, current_ids, backend)
     if (layers is None) == (scores is None):
         raise TypeError(f"layers, scores: expected one of them, got {'none' if scores is None else 'both'}")
     if layers is not None:
@@ -214,11 +227,26 @@ def decode_step(
     with torch.no_grad():
         gathered = _gather(torch.stack([partial.double(), *shard.statistics()]), group)
         scores = gathered[:, 0].sum(dim=0).float()
-        token_ids, confidence = shard.merge(gathered[:, 1:])
-        masked = block_tokens == mask_token_id
-        selected = select_tokens(scores, confidence, masked, **selection._asdict(), backend=backend)
-        block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
-    return StepResult(tokens, token_ids, confidence, scores, selected)
+        predicted = shard.merge(gathered[:, 1:])
+        (token_ids, confidence), masked = predicted, block_tokens == mask_token_id
+        seen = (scores, confidence, masked)
+        written = selected = select_tokens(*seen, rule=commit[0], tau=tau, fallback=fallback, backend=backend)
+        result = StepResult(tokens, token_ids, confidence, scores, selected)
+        if budget is not None:
+            assert predicted.current is not None
+            revised = revise_tokens(
+                *(*seen, predicted.current, token_ids != block_tokens, budget),
+                replace_tau=replace_tau,
+                remask_tau=remask_tau,
+                max_revisions=max_revisions,
+                revision_order=revision_order,
+                backend=backend,
+            )
+            written = selected | (revised == REPLACED)
+            block_tokens.masked_fill_(revised == REMASKED, mask_token_id)
+            result = StepResult(*result[:5], predicted.log_prob, predicted.current, revised, budget)
+        block_tokens.copy_(torch.where(written, token_ids, block_tokens))
+    return result
 
 
 class _Shard:
@@ -233,6 +261,7 @@ class _Shard:
         temperature: float,
         seed: int | Tensor | None,
         exclude_token_id: int | None,
+        current_ids: Tensor | None,
         backend: str,
     ) -> None:
         checks.tensor("logits", logits, "[B, C, V]", checks.FLOAT_DTYPES)
@@ -246,6 +275,8 @@ class _Shard:
             checks.integer("exclude_token_id", exclude_token_id, 0, vocab_size)
             if vocab_start <= exclude_token_id < vocab_start + self.logits.shape[2]:
                 self.exclude = exclude_token_id - vocab_start
+        checks.optional("current_ids", current_ids, "[B, C]", logits.shape[:2], (torch.int64,), logits)
+        self.current_ids, self.vocab_size = current_ids, vocab_size
         sampling = Sampling(metric, temperature, seed).of_stream(logits)
         self.metric, self.temperature = sampling.metric, sampling.temperature
         self.seed = 0 if sampling.seed is None else sampling.seed
@@ -255,7 +286,8 @@ class _Shard:
         """What the others need to know, float64 [B, C] each.
 
         The most probable token, its logit and its probability in the shard; the shard's margin or entropy,
-        where that is the metric; and where tokens are sampled, the shard's, its logit and its noisy logit.
+        where that is the metric; where tokens are sampled, the shard's, its logit and its noisy logit; and,
+        where they are asked for, the current tokens' logits.
         """
         if self.logits.shape[2] == (0 if self.exclude is None else 1):
             return self._nothing()
@@ -270,6 +302,14 @@ class _Shard:
         if self.temperature > 0.0:
             token, noisy = self._sample()
             statistics += [(token + self.start).double(), self._logit(token), noisy.double()]
+        if self.current_ids is not None:
+            ids = self.current_ids - self.start
+            here = (
+                (ids >= 0)
+                & (ids < self.logits.shape[2])
+                & (ids != (-1 if self.exclude is None else self.exclude))
+            )
+            statistics.append(self._logit(ids.where(here, 0)).masked_fill(~here, -torch.inf))
         return statistics
 
     def _nothing(self) -> list[Tensor]:
@@ -279,6 +319,7 @@ class _Shard:
             values.append(self._certain)
         if self.temperature > 0.0:
             values += [_NO_TOKEN, -torch.inf, -torch.inf]
+        values += [-torch.inf] * (self.current_ids is not None)
         zeros = torch.zeros(self.logits.shape[:2], dtype=torch.float64, device=self.logits.device)
         return [zeros + value for value in values]
 
@@ -287,13 +328,18 @@ class _Shard:
         """The metric's value where one token has all the probability."""
         return 0.0 if self.metric == "entropy" else 1.0
 
-    def merge(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
-        """Token and confidence [B, C], from the statistics [R, K, B, C] of all ranks."""
+    def merge(self, gathered: Tensor) -> Prediction:
+        """What the statistics [R, K, B, C] of all ranks say together."""
         top_ids, top, p, *rest = gathered.unbind(dim=1)
         largest = _nan_lowest(top).amax(dim=0)
         weight = torch.exp(top - largest) / p  # of a shard, in units of the largest logit's
         total = weight.sum(dim=0)
         extra = rest.pop(0) if self.metric != "probability" else None
+        current = None
+        if self.current_ids is not None:
+            known = (self.current_ids >= 0) & (self.current_ids < self.vocab_size)
+            current = torch.exp(rest.pop().amax(dim=0) - largest) / total
+            current = current.masked_fill(~known, torch.nan).float()
         if self.temperature > 0.0:
             ids, logit, key = rest
             token = _first_largest(key, ids)
@@ -302,6 +348,7 @@ class _Shard:
             token = _first_largest(top, top_ids)
             logit = _of_token(top, top_ids, token)
         confidence = torch.exp(logit - largest) / total
+        log_prob = logit - largest - total.log()
         if self.metric == "entropy":
             assert extra is not None
             share = weight / total
@@ -312,9 +359,9 @@ class _Shard:
             second = (p - extra) * weight / total
             other = torch.where(top_ids == token, second, torch.exp(top - largest) / total)
             confidence = confidence - other.amax(dim=0)
-        return token.long(), confidence.float()
+        return Prediction(token.long(), confidence.float(), log_prob.float(), current)
 
-    def _confidence(self, metric: str) -> tuple[Tensor, Tensor]:
+    def _confidence(self, metric: str) -> Prediction:
         return functional.token_confidence(
             self.logits, metric=metric, exclude_token_id=self.exclude, backend=self.backend
         )

@@ -1,4 +1,4 @@
-"""The five functions of attention-guided decoding.
+"""The functions of attention-guided decoding, with those of ``attention.py``.
 
 They validate, document and dispatch; the arithmetic is specified in ``attn_sampler.reference`` and
 done by a backend. One decoding step flows as *q, k, lse -> column scores -> token confidence -> dynamic
@@ -14,9 +14,9 @@ All functions work on the tensors' device without synchronising with the host, a
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,151 +35,7 @@ from attn_sampler.options import (
     check_layers,
     renamed,
 )
-from attn_sampler.reference import StepResult
-
-
-def column_scores(
-    q: Tensor,  # [B, Hq, M, D]
-    k: Tensor,  # [B, Hkv, N, D]
-    *,
-    columns: slice | None = None,
-    softmax_lse: Tensor | None = None,  # [B, Hq, M]
-    lse_base: str = "e",
-    q_descale: Tensor | None = None,  # [B, Hkv]
-    k_descale: Tensor | None = None,  # [B, Hkv]
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    key_mask: Tensor | None = None,  # [B, N]
-    query_mask: Tensor | None = None,  # [B, M]
-    query_start: int | None = None,
-    softmax_scope: str = "sequence",
-    diagonal: bool = True,
-    reduction: str = "sum",
-    per_head: bool = False,
-    out: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Attention that each key position receives: the column sums of the attention matrix.
-
-    ``scores[b, c] = sum over heads h and query rows i of A[b, h, i, columns.start + c]`` with
-    ``A = softmax(softmax_scale * q @ k^T)`` (arXiv 2604.08564, the score that Attn-Sampler ranks by). With
-    ``softmax_lse`` from the forward attention only the keys of ``columns`` are read, whatever N.
-
-    Parameters
-    ----------
-    q, k
-        Post-RoPE queries ``[B, Hq, M, D]`` and keys ``[B, Hkv, N, D]``; float32, float16, bfloat16 or
-        float8_e4m3fn (float64: reference only), one dtype and device. Hq is a multiple of Hkv: query head h
-        reads key head ``h // (Hq // Hkv)``. Strided views are read as they are.
-    columns
-        Slice of key positions, C of them. Default: all N.
-    softmax_lse
-        Row log-sum-exp ``[B, Hq, M]``, float32, of the scaled (and masked) logits. Default: computed.
-    lse_base
-        ``"e"``, or ``"2"`` where softmax_lse is a base-2 logarithm (FlashInfer).
-    q_descale, k_descale
-        Scales of float8 queries and keys, float32 ``[B, Hkv]`` of any strides (one scale for all:
-        ``scale.expand(B, Hkv)``): the real queries of head h are ``q * q_descale[:, h // (Hq // Hkv)]``, the
-        real keys of key head h ``k * k_descale[:, h]``. Finite; not read on the host. Default: 1.
-    softmax_scale
-        Default ``D ** -0.5``. A dot product of q and k is a float32; what the scale makes of it need not be:
-        unless softmax_lse is given, weights are those of the differences, however large the logits.
-    causal
-        Row i sees keys up to its own position, ``query_start + i``.
-    window_size
-        ``(left, right)``: row i sees keys from ``query_start + i - left`` up to ``query_start + i + right``,
-        without limit at a side of -1. With causal, none after its own, whatever right is. Default: all keys.
-    key_mask, query_mask
-        Boolean ``[B, N]`` and ``[B, M]``; True takes part. Masked keys and rows contribute exactly 0,
-        whatever they hold, NaN included.
-    query_start
-        Key position of query row 0. Default ``N - M``: the queries are the last M positions.
-    softmax_scope
-        ``"sequence"``: softmax over all visible keys. ``"block"``: the paper's block approximation, rows
-        and keys both of ``columns`` only (softmax_lse is then not accepted).
-    diagonal
-        False drops the attention of a position to itself, after the softmax.
-    reduction
-        Over rows: ``"sum"``, ``"mean"`` over the rows that may see the column (0 if none), or ``"max"``.
-    per_head
-        True keeps the heads apart; else they are added up.
-    out
-        Float32 result to add into, so that layers add up in one buffer. It shares no memory with what is
-        read, and autograd knows that it is written. Default: a new tensor.
-    backend
-        ``"auto"`` or a name of ``attn_sampler.backends.BACKENDS``, which runs or raises.
-
-    Returns
-    -------
-    Tensor
-        float32 ``[B, C]``, or ``[B, Hq, C]`` per head; ``out`` itself if given. A row that sees nothing
-        (or whose lse is -inf) contributes 0. NaN in a visible entry makes its columns NaN.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument. Nothing has been written then. (A tensor may have up to 2^40 elements.)
-    MemoryError
-        There is no memory for the result or on the way to it.
-    BackendUnavailableError
-        The backend asked for cannot run this problem.
-    """
-    layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask)
-    how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, per_head, out is not None)
-    options = (bounds(columns), None, query_start, *how, window_size)
-    return _attend(ops.column_scores, layer, masks, options, out, backend)
-
-
-def attention_map(
-    q: Tensor,  # [B, Hq, M, D]
-    k: Tensor,  # [B, Hkv, N, D]
-    *,
-    rows: slice | None = None,
-    columns: slice | None = None,
-    softmax_lse: Tensor | None = None,  # [B, Hq, M]
-    lse_base: str = "e",
-    q_descale: Tensor | None = None,  # [B, Hkv]
-    k_descale: Tensor | None = None,  # [B, Hkv]
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    key_mask: Tensor | None = None,  # [B, N]
-    query_mask: Tensor | None = None,  # [B, M]
-    query_start: int | None = None,
-    softmax_scope: str = "sequence",
-    diagonal: bool = True,
-    per_head: bool = False,
-    out: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Attention among a slice of query rows and a slice of key positions, added up over heads.
-
-    The matrix whose sums over all rows are ``column_scores``; what the dependency-aware samplers (DAWN, DAPD,
-    CLAD, ADAS) build their graphs from.
-
-    Parameters
-    ----------
-    rows
-        Slice of the M query rows, R of them. Default: all. Row r of the map stands at key position
-        ``query_start + rows.start + r``.
-    columns, softmax_lse, ..., backend
-        As in ``column_scores``.
-
-    Returns
-    -------
-    Tensor
-        float32 ``[B, R, C]``, or ``[B, Hq, R, C]`` per head; ``out`` itself if given.
-
-    Raises
-    ------
-    TypeError, ValueError, BackendUnavailableError
-        As ``column_scores``.
-    """
-    layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask)
-    how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, "sum", per_head, out is not None)
-    options = (bounds(columns), bounds(rows), query_start, *how, window_size)
-    return _attend(ops.attention_map, layer, masks, options, out, backend)
+from attn_sampler.reference import Prediction, Selected, StepResult
 
 
 def token_confidence(
@@ -190,9 +46,10 @@ def token_confidence(
     seed: int | Tensor | None = None,
     exclude_token_id: int | None = None,
     vocab_start: int = 0,
+    current_ids: Tensor | None = None,  # [B, C]
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The predicted token of each position and how sure the model is of it.
+) -> Prediction:
+    """The token predicted at each position, how sure the model is of it, and how likely the current one is.
 
     Parameters
     ----------
@@ -215,15 +72,23 @@ def token_confidence(
     vocab_start
         Where ``logits`` are a part of the vocabulary, the place of the first one in the whole: at least 0,
         and ``vocab_start + V`` at most 2^34. It moves the noise and nothing else: token t draws that of token
-        ``vocab_start + t``. ``token_ids`` and ``exclude_token_id`` are counted in ``logits``.
+        ``vocab_start + t``. ``token_ids``, ``current_ids`` and ``exclude_token_id`` are counted in
+        ``logits``.
+    current_ids
+        int64 ``[B, C]``: the tokens that stand at the positions, whose probabilities are wanted too. They
+        come from the same pass over the vocabulary.
     backend
         As in ``column_scores``.
 
     Returns
     -------
-    token_ids, confidence
-        int64 and float32, both ``[B, C]``. NaN logits are never chosen; a row whose softmax is
-        undefined (a NaN or +inf, or all -inf) has confidence NaN.
+    Prediction
+        ``token_ids`` int64, ``confidence`` and ``log_prob`` float32, all ``[B, C]``; ``current`` too where
+        current_ids are given, else None. It unpacks as ``token_ids, confidence``. ``log_prob`` is the natural
+        logarithm of the predicted token's probability and ``current`` the probability of the current one, 0
+        for the excluded token and NaN for an id outside the vocabulary. All of ``softmax(logits)``, without
+        the temperature. NaN logits are never chosen; a row whose softmax is undefined (a NaN or +inf, or all
+        -inf) has NaN in all three.
 
     Raises
     ------
@@ -231,16 +96,17 @@ def token_confidence(
         As ``column_scores``.
     """
     given = (metric, temperature, seed, exclude_token_id, vocab_start)
-    direct = ops.direct(backend, logits)
+    direct, has_current = ops.direct(backend, logits), current_ids is not None
     if direct is not None and logits.dim() == 3:
-        result = outputs.attempted(outputs.predictions, logits)
-        if result is not None and direct.attempt("token_confidence", result, logits, given):
-            return result
+        result = outputs.attempted(outputs.predictions, logits, has_current)
+        if result is not None and direct.attempt("token_confidence", result, logits, current_ids, given):
+            return Prediction(*result)
     checks.choice("backend", backend, BACKEND_CHOICES)
     options = Sampling(*given).checked(logits)
-    result = outputs.made(outputs.predictions, logits)
-    ops.token_confidence(backend, result, logits, options)
-    return result
+    checks.optional("current_ids", current_ids, "[B, C]", logits.shape[:2], (torch.int64,), logits)
+    result = outputs.made(outputs.predictions, logits, has_current)
+    ops.token_confidence(backend, result, logits, current_ids, options)
+    return Prediction(*result)
 
 
 def select_tokens(
@@ -260,30 +126,31 @@ def select_tokens(
     those with ``confidence >= tau`` and ``low`` the others; with ``theta`` the largest score in ``low`` (-inf
     if there is none), commit the ``high`` positions with ``score > theta``. Where none passes, exactly one
     is committed, so that every step makes progress. ``"sequential"``: the one masked position of the
-    largest score.
+    largest score. ``"threshold"`` (arXiv 2505.22618): the masked positions with ``confidence >= tau``,
+    whatever their scores; one where there is none.
 
     Parameters
     ----------
     scores, confidence
-        float32 ``[B, C]`` (float64: reference only). The comparison with tau is made in float32.
+        float32 ``[B, C]`` (float64: reference only). The comparisons with thresholds are made in float32.
     masked
         bool ``[B, C]``: the positions still to fill.
     rule
-        ``"parallel"`` or ``"sequential"``. (``policy`` is its former name, taken for one release more.)
+        ``"parallel"``, ``"sequential"`` or ``"threshold"``. (``policy`` is its former name, taken for one
+        release more.)
     tau
         Confidence threshold in [0, 1]; not read by ``"sequential"``.
     fallback
-        What the single position of a parallel step without a passing one maximises:
-        ``"confidence"`` or ``"score"``.
+        What the single position of a step without a passing one maximises: ``"confidence"`` or ``"score"``.
     backend
         As in ``column_scores``.
 
     Returns
     -------
     Tensor
-        bool ``[B, C]``. Ties go to the lowest position. A NaN score is never selected and ranks below all
-        others; a NaN confidence is not confident and counts as -inf in the fallback. A row with no
-        masked position (or only NaN scores) commits nothing.
+        bool ``[B, C]``. Ties go to the lowest position. Under ``"parallel"`` and ``"sequential"``, and in a
+        fallback by score, a NaN score is never selected; a NaN confidence is not confident and counts as -inf
+        in the fallback. A row with no position that may be selected commits nothing.
 
     Raises
     ------
@@ -292,16 +159,93 @@ def select_tokens(
     """
     if policy is not None:
         rule = renamed("rule", rule, "policy", policy)
-    given = (rule, fallback, tau)
+    return _select(
+        scores, confidence, masked, None, None, None, Selection(rule, fallback, tau), backend
+    ).selected
+
+
+def revise_tokens(
+    scores: Tensor,  # [B, C]
+    confidence: Tensor,  # [B, C]
+    masked: Tensor,  # [B, C]
+    current: Tensor,  # [B, C]
+    differs: Tensor,  # [B, C]
+    budget: Tensor,  # [B, C]
+    *,
+    replace_tau: float = math.inf,
+    remask_tau: float = 0.0,
+    max_revisions: int | None = None,
+    revision_order: str = "product",
+    backend: str = "auto",
+) -> Tensor:
+    """Which committed tokens to take back in this step.
+
+    A position that is not masked and has budget left is *replaced* where another token is predicted with
+    ``confidence >= replace_tau``, and else *re-masked* where ``current < remask_tau`` (the token-to-token
+    edits of LLaDA2.1 and the token-to-mask edits of arXiv 2604.18738). Of these the first ``max_revisions``
+    of each sequence are revised, in descending order of doubt, ``1 - current``; of score, the attention that
+    the token receives; or of the product of both: a wrong token matters as far as others read it.
+
+    Parameters
+    ----------
+    scores, confidence, current
+        float32 ``[B, C]`` (float64: reference only): column scores; confidence in the predicted token; the
+        probability of the token that stands there (``token_confidence(current_ids=...)``).
+    masked, differs
+        bool ``[B, C]``: the positions still to fill; where another token is predicted than stands there.
+    budget
+        int32 ``[B, C]``, **updated in place**: how often each position may still be revised, 0 or less for a
+        prompt. Each revision takes one, so that decoding ends.
+    replace_tau, remask_tau
+        Thresholds, compared in float32; remask_tau in [0, 1]. Nothing is replaced at a replace_tau above 1,
+        and nothing re-masked at a remask_tau of 0, as by default.
+    max_revisions
+        The most positions of a sequence to revise. Default: all.
+    revision_order
+        ``"product"``, ``"doubt"`` or ``"score"``.
+    backend
+        As in ``column_scores``.
+
+    Returns
+    -------
+    Tensor
+        uint8 ``[B, C]``: 0, 1 (replaced) or 2 (re-masked), ``attn_sampler.reference.REPLACED`` and
+        ``REMASKED``. What is NaN passes no threshold and counts as -inf in the order; the lowest position
+        wins ties.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As ``column_scores``. ``budget`` is untouched then.
+    """
+    # Of the positions that the kernel would commit beside nothing is made.
+    options = Selection(
+        "threshold", "confidence", 1.0, replace_tau, remask_tau, max_revisions, revision_order
+    )
+    if budget is None:
+        raise TypeError("budget: expected a tensor [B, C], got NoneType")
+    return _select(scores, confidence, masked, current, differs, budget, options, backend).revised
+
+
+def _select(
+    scores: Tensor,
+    confidence: Tensor,
+    masked: Tensor,
+    current: Tensor | None,
+    differs: Tensor | None,
+    budget: Tensor | None,
+    given: Selection,
+    backend: str,
+) -> Selected:
+    operands = (scores, confidence, masked, current, differs)
     direct = ops.direct(backend, masked)
     if direct is not None:
-        selected = outputs.attempted(masked.new_empty, masked.shape)
-        if selected is not None and direct.attempt(
-            "select_tokens", selected, scores, confidence, masked, given
-        ):
-            return selected
+        result = outputs.attempted(outputs.selection, masked, budget)
+        if result is not None and direct.attempt("select_tokens", result, *operands, given):
+            if budget is not None:
+                ops.count_write(budget)
+            return result
     checks.choice("backend", backend, BACKEND_CHOICES)
-    options = Selection(*given).checked()
     dtypes = (torch.float32, torch.float64)
     checks.tensor("scores", scores, "[B, C]", dtypes)
     checks.size("scores", scores.shape, MAX_ELEMENTS)
@@ -311,9 +255,14 @@ def select_tokens(
         raise ValueError(f"confidence: expected the dtype of scores, {scores.dtype}, got {confidence.dtype}")
     checks.tensor("masked", masked, "[B, C]", (torch.bool,), like=scores)
     checks.shape("masked", masked, "[B, C]", scores.shape)
-    selected = outputs.made(masked.new_empty, masked.shape)
-    ops.select_tokens(backend, selected, scores, confidence, masked, options)
-    return selected
+    options = given.checked(budget, scores, scores.shape)
+    if budget is not None:
+        for name, operand, dtype in (("current", current, scores.dtype), ("differs", differs, torch.bool)):
+            checks.tensor(name, operand, "[B, C]", (dtype,), like=scores)
+            checks.shape(name, operand, "[B, C]", scores.shape)  # type: ignore[arg-type]
+    result = outputs.made(outputs.selection, masked, budget)
+    ops.select_tokens(backend, result, *operands, options)
+    return result
 
 
 def decode_step(
@@ -327,6 +276,11 @@ def decode_step(
     rule: str = "parallel",
     tau: float = 0.9,
     fallback: str = "confidence",
+    budget: Tensor | None = None,  # [B, C]
+    replace_tau: float = math.inf,
+    remask_tau: float = 0.0,
+    max_revisions: int | None = None,
+    revision_order: str = "product",
     metric: str = "probability",
     temperature: float = 0.0,
     seed: int | Tensor | None = None,
@@ -349,7 +303,8 @@ def decode_step(
     """One step of attention-guided decoding, from the forward pass's tensors to committed tokens.
 
     Scores the block's columns over all layers, predicts a token for each position, selects the masked
-    positions to commit and writes their tokens into ``tokens``.
+    positions to commit and writes their tokens into ``tokens``. With a budget it also replaces and re-masks
+    tokens that stand there, by what the same pass says of them.
 
     Parameters
     ----------
@@ -371,6 +326,9 @@ def decode_step(
         The id of ``[MASK]``, inside the vocabulary.
     rule, tau, fallback
         As in ``select_tokens``.
+    budget, replace_tau, remask_tau, max_revisions, revision_order
+        As in ``revise_tokens``; what stands there and its probability are found on the way. Default: nothing
+        is revised.
     metric, temperature, seed
         As in ``token_confidence``.
     query_rows
@@ -390,7 +348,8 @@ def decode_step(
     Returns
     -------
     StepResult
-        ``(tokens, token_ids, confidence, scores, selected)``.
+        ``(tokens, token_ids, confidence, scores, selected, log_prob, current, revised, budget)``; the last
+        four are None without a budget.
 
     Raises
     ------
@@ -404,24 +363,29 @@ def decode_step(
         rule = renamed("rule", rule, "policy", policy)
     if rows is not None:
         query_rows = renamed("query_rows", query_rows, "rows", rows)
+    if budget is None and (replace_tau, remask_tau, max_revisions) != (math.inf, 0.0, None):
+        raise TypeError("budget: needed for replace_tau, remask_tau and max_revisions, got None")
     # Where the scores are made, there is nothing left to mask.
-    masks = (key_mask, query_mask) if scores is None else (None, None)
+    masks = (key_mask, query_mask, None) if scores is None else (None, None, None)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, False, False)
     attention = (bounds(columns), None, query_start, *how, window_size)
-    sampling, selection = (metric, temperature, seed, None, 0), (rule, fallback, tau)
+    sampling = (metric, temperature, seed, None, 0)
+    selection = (rule, fallback, tau, replace_tau, remask_tau, max_revisions, revision_order)
     place = (bounds(block), mask_token_id, query_rows)
     one_given = (layers is None) != (scores is None)
     direct = ops.direct(backend, tokens)
     if direct is not None and ops.is_plain(logits) and logits.dim() == 3 and one_given:
-        result = outputs.attempted(outputs.step_result, tokens, logits, scores)
+        result = outputs.attempted(outputs.step_result, tokens, logits, scores, budget)
         arguments = (result, logits, layers, masks, (*place, attention, sampling, selection))
         plain = result is not None and not result.scores.requires_grad
         if plain and direct.attempt("decode_step", *arguments):
             ops.count_write(tokens)
+            if budget is not None:
+                ops.count_write(budget)
             return result
     checks.choice("backend", backend, BACKEND_CHOICES)
     options = Step(*place, Attention(*attention), Sampling(*sampling), Selection(*selection))
-    options = options.checked(tokens, logits)
+    options = options.checked(tokens, logits, budget)
     records: list[Layer] = []
     if not one_given:
         raise TypeError(f"layers, scores: expected one of them, got {'none' if scores is None else 'both'}")
@@ -431,39 +395,6 @@ def decode_step(
         records = check_layers(layers, tokens, softmax_scope)  # type: ignore[arg-type]
         Masks(*masks).check(*records[0][:2])
         options = options.placed(Attention(*attention), records[0], tokens)
-    result = outputs.made(outputs.step_result, tokens, logits, scores)
+    result = outputs.made(outputs.step_result, tokens, logits, scores, budget)
     ops.decode_step(backend, result, logits, records, Masks(*masks), options)
-    return result
-
-
-def _attend(
-    function: ops.Function, given: tuple, masked: tuple, how: tuple, out: Tensor | None, backend: str
-) -> Tensor:
-    """column_scores or attention_map of what ``Layer``, ``Masks`` and ``Attention`` hold."""
-    q, k, is_map = given[0], given[1], function is ops.attention_map
-    direct = ops.direct(backend, q)
-    if direct is not None and ops.is_plain(k) and q.dim() == k.dim() == 4:
-        if out is None:
-            rows = (outputs.count(how[1], q.shape[2]),) if is_map else ()
-            result = outputs.attempted(outputs.attended, q, how[9], *rows, outputs.count(how[0], k.shape[2]))
-            plain = result is not None
-        else:
-            result, plain = out, type(out) is Tensor and not out.requires_grad
-        if plain and direct.attempt(function.name, result, given, masked, how):
-            if out is not None:
-                ops.count_write(out)
-            return result
-    checks.choice("backend", backend, BACKEND_CHOICES)
-    layer, masks = Layer(*given), Masks(*masked)
-    options = Attention(*how).checked(layer, is_map)
-    masks.check(q, k)
-    spans: tuple[Any, ...] = (options.rows, options.columns) if is_map else (options.columns,)
-    sizes = [x.stop - x.start for x in spans]
-    checks.size("out", (*q.shape[: 2 if options.per_head else 1], *sizes), MAX_ELEMENTS)
-    result = outputs.made(outputs.attended, q, options.per_head, *sizes)
-    if out is not None:
-        axes = f"[B{', Hq' if options.per_head else ''}{', R' if is_map else ''}, C]"
-        outputs.check_output("out", out, q, axes, result.shape)
-        result = out
-    function(backend, result, layer, masks, options)
     return result

@@ -17,7 +17,7 @@ from torch.utils._device import DeviceContext
 from attn_sampler import checks
 from attn_sampler.backends import Backend, choose_backend, direct_backend
 from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step, flat, schema, unflat
-from attn_sampler.reference import StepResult
+from attn_sampler.reference import Selected, StepResult
 
 _LIBRARY = torch.library.Library("attn_sampler", "DEF")
 
@@ -25,7 +25,8 @@ _LIBRARY = torch.library.Library("attn_sampler", "DEF")
 class Function:
     """One of the five functions, which write into ``out``.
 
-    An argument is a tensor (given by its name), a record (given by its class), or a list of layers.
+    An argument is a tensor (given by its name, with a question mark where it may be None), a record (given by
+    its class), or a list of layers.
     """
 
     def __init__(self, name: str, written: str, *arguments: str | type) -> None:
@@ -33,7 +34,7 @@ class Function:
         self._arguments = arguments
         self._count = written.count("Tensor")
         texts = (
-            f"Tensor {x}" if isinstance(x, str) else _LAYERS if x is list else schema(x) for x in arguments
+            _LAYERS if x is list else schema(x) if isinstance(x, type) else _tensor(x) for x in arguments
         )
         # Compiled graphs hand over tensors in the memory layout that eager code would.
         tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -60,17 +61,36 @@ class Function:
     def _run(self, backend: str, out: Any, *arguments: Any) -> None:
         chosen = choose_backend(self.name, backend, *_deciding(arguments))
         written = _written(out, arguments)
-        if written is not None and not chosen.checks_memory:
-            checks.own_memory(*written, _read(out, arguments))
+        for name, tensor in () if chosen.checks_memory else written:
+            others = (x for x in written if x[1] is not tensor)
+            checks.own_memory(name, tensor, (*others, *self._read(out, arguments)))
         chosen.function(self.name)(out, *arguments)
-        if written is not None and not chosen.counts_writes:
-            count_write(written[1])
+        for _, tensor in () if chosen.counts_writes else written:
+            count_write(tensor)
+
+    def _read(self, out: Any, arguments: Sequence[Any]) -> Iterator[tuple[str, Tensor | None]]:
+        """What it reads, by name."""
+        for kind, argument in zip(self._arguments, arguments, strict=True):
+            if isinstance(kind, str):
+                yield kind.rstrip("?"), argument
+            elif isinstance(argument, (Layer, Masks)):
+                yield from zip(argument._fields, argument, strict=True)
+            elif isinstance(argument, list):
+                for index, layer in enumerate(argument):
+                    yield from (
+                        (f"layers[{index}] {name}", x) for name, x in zip(Layer._fields, layer, strict=True)
+                    )
+                if not argument:
+                    yield "scores", out.scores
+            elif isinstance(argument, Step) and isinstance(argument.sampling.seed, Tensor):
+                yield "seed", argument.sampling.seed
 
     def _run_flat(self, *values: Any) -> None:
         """What the operator does."""
         *rest, backend = values
         written, given = rest[: self._count], iter(rest[self._count :])
-        out = StepResult(*written) if self.name == "decode_step" else tuple(written)
+        record = {"decode_step": StepResult, "select_tokens": Selected}.get(self.name)
+        out = tuple(written) if record is None else record(*written)
         arguments: list[Any] = []
         for argument in self._arguments:
             if isinstance(argument, str):
@@ -84,17 +104,28 @@ class Function:
         self._run(backend, out if self._count > 1 else out[0], *arguments)
 
 
+def _tensor(name: str) -> str:
+    return f"Tensor? {name[:-1]}" if name.endswith("?") else f"Tensor {name}"
+
+
 _LAYERS = ", ".join(f"Tensor[] {name}" for name in Layer._fields)
 
 column_scores = Function("column_scores", "Tensor(a!) out", Layer, Masks, Attention)
 attention_map = Function("attention_map", "Tensor(a!) out", Layer, Masks, Attention)
 token_confidence = Function(
-    "token_confidence", "Tensor(a!) token_ids, Tensor(b!) confidence", "logits", Sampling
+    "token_confidence",
+    "Tensor(a!) token_ids, Tensor(b!) confidence, Tensor(c!) log_prob, Tensor(d!)? current",
+    *("logits", "current_ids?", Sampling),
 )
-select_tokens = Function("select_tokens", "Tensor(a!) selected", "scores", "confidence", "masked", Selection)
+select_tokens = Function(
+    "select_tokens",
+    "Tensor(a!) selected, Tensor(b!)? revised, Tensor(c!)? budget",
+    *("scores", "confidence", "masked", "current?", "differs?", Selection),
+)
 decode_step = Function(
     "decode_step",
-    "Tensor(a!) tokens, Tensor(b!) token_ids, Tensor(c!) confidence, Tensor(d!) scores, Tensor(e!) selected",
+    "Tensor(a!) tokens, Tensor(b!) token_ids, Tensor(c!) confidence, Tensor(d!) scores, Tensor(e!) selected, "
+    "Tensor(f!)? log_prob, Tensor(g!)? current, Tensor(h!)? revised, Tensor(i!)? budget",
     *("logits", list, Masks, Step),
 )
 
@@ -111,30 +142,13 @@ def _deciding(arguments: Sequence[Any]) -> list[Tensor]:
     return tensors
 
 
-def _written(out: Any, arguments: Sequence[Any]) -> tuple[str, Tensor] | None:
+def _written(out: Any, arguments: Sequence[Any]) -> list[tuple[str, Tensor]]:
     """What a user gave to be written, by its name; other outputs are new."""
-    if isinstance(out, StepResult):
-        return "tokens", out.tokens
+    if isinstance(out, (StepResult, Selected)):
+        given = {name: getattr(out, name, None) for name in ("tokens", "budget")}
+        return [(name, tensor) for name, tensor in given.items() if tensor is not None]
     adds = any(isinstance(x, Attention) and x.accumulate for x in arguments)
-    return ("out", out) if adds else None
-
-
-def _read(out: Any, arguments: Sequence[Any]) -> Iterator[tuple[str, Tensor | None]]:
-    """What such a function reads, by name."""
-    for argument in arguments:
-        if isinstance(argument, (Layer, Masks)):
-            yield from zip(argument._fields, argument, strict=True)
-        elif isinstance(argument, list):
-            for index, layer in enumerate(argument):
-                yield from (
-                    (f"layers[{index}] {name}", x) for name, x in zip(Layer._fields, layer, strict=True)
-                )
-            if not argument:
-                yield "scores", out.scores
-        elif isinstance(argument, Tensor):
-            yield "logits", argument
-        elif isinstance(argument, Step) and isinstance(argument.sampling.seed, Tensor):
-            yield "seed", argument.sampling.seed
+    return [("out", out)] if adds else []
 
 
 #: Lets autograd know that a tensor was written past torch: what it saved of it is no longer that.

@@ -31,8 +31,11 @@ LOG2E = math.log2(math.e)
 
 QUERY_ROWS = ("all", "masked")
 REDUCTIONS = ("sum", "mean", "max")
+MAP_REDUCTIONS = ("none", "sum", "diagonal")
+RULES = ("parallel", "sequential", "threshold")
+REVISION_ORDERS = ("product", "doubt", "score")
 _SCALES = f"a finite number of magnitude up to {MAX_SCALE:.3g}"
-_INT64_MIN, _UINT64_END = -(1 << 63), 1 << 64
+_INT64_MIN, _INT64_END, _UINT64_END = -(1 << 63), 1 << 63, 1 << 64
 
 
 class Layer(NamedTuple):
@@ -89,10 +92,12 @@ class Masks(NamedTuple):
 
     key_mask: Tensor | None = None  # [B, N] bool
     query_mask: Tensor | None = None  # [B, M] bool
+    column_mask: Tensor | None = None  # [B, C] bool, of attention_map
 
-    def check(self, q: Tensor, k: Tensor) -> None:
+    def check(self, q: Tensor, k: Tensor, n_columns: int = 0) -> None:
         checks.optional("key_mask", self.key_mask, "[B, N]", (q.shape[0], k.shape[2]), (torch.bool,), q)
         checks.optional("query_mask", self.query_mask, "[B, M]", (q.shape[0], q.shape[2]), (torch.bool,), q)
+        checks.optional("column_mask", self.column_mask, "[B, C]", (q.shape[0], n_columns), (torch.bool,), q)
 
 
 class Attention(NamedTuple):
@@ -106,16 +111,16 @@ class Attention(NamedTuple):
     causal: bool
     softmax_scope: str
     diagonal: bool
-    reduction: str  # of column_scores
+    reduction: str  # over rows; of attention_map, over columns
     per_head: bool
     accumulate: bool  # add to the output
     window_size: tuple[int, int] = (-1, -1)  # keys before and after a row's own; -1: all
 
-    def check(self) -> None:
+    def check(self, reductions: Sequence[str] = REDUCTIONS) -> None:
         """The options that stand by themselves."""
         checks.choice("lse_base", self.lse_base, ("e", "2"))
         checks.choice("softmax_scope", self.softmax_scope, ("sequence", "block"))
-        checks.choice("reduction", self.reduction, REDUCTIONS)
+        checks.choice("reduction", self.reduction, reductions)
         for name in ("causal", "diagonal", "per_head"):
             checks.flag(name, getattr(self, name))
         if self.softmax_scale is not None:
@@ -127,7 +132,7 @@ class Attention(NamedTuple):
 
     def checked(self, layer: Layer, reads_rows: bool) -> "Attention":
         """Resolved for q and k, which are checked here too."""
-        self.check()
+        self.check(MAP_REDUCTIONS if reads_rows else REDUCTIONS)
         layer.check(self.softmax_scope)
         return self.placed(layer, *self.spans(layer, reads_rows))
 
@@ -187,16 +192,31 @@ class Sampling(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Which positions are committed; the C API's attn_sampler_selection_params."""
+    """Which positions are committed, and which revised; the C API's attn_sampler_selection_params."""
 
     rule: str
     fallback: str
     tau: float
+    replace_tau: float = math.inf
+    remask_tau: float = 0.0
+    max_revisions: int | None = None
+    revision_order: str = "product"
 
-    def checked(self) -> "Selection":
-        checks.choice("rule", self.rule, ("parallel", "sequential"))
+    def checked(self, budget: Tensor | None, like: Tensor, shape: Sequence[int]) -> "Selection":
+        """With numbers for what was left out; the budget, int32 of this shape, is checked too."""
+        checks.choice("rule", self.rule, RULES)
         checks.choice("fallback", self.fallback, ("confidence", "score"))
-        return Selection(self.rule, self.fallback, checks.unit_interval("tau", self.tau))
+        tau = checks.unit_interval("tau", self.tau)
+        replace = checks.number("replace_tau", self.replace_tau, "a number >= 0", lambda x: x >= 0.0)
+        remask = checks.unit_interval("remask_tau", self.remask_tau)
+        most = MAX_KEYS if self.max_revisions is None else self.max_revisions
+        checks.integer("max_revisions", most, 0, _INT64_END)
+        checks.choice("revision_order", self.revision_order, REVISION_ORDERS)
+        if budget is not None:
+            checks.tensor("budget", budget, "[B, C]", (torch.int32,), like=like)
+            checks.shape("budget", budget, "[B, C]", shape)
+            checks.writable("budget", budget)
+        return Selection(self.rule, self.fallback, tau, replace, remask, most, self.revision_order)
 
 
 class Step(NamedTuple):
@@ -209,11 +229,10 @@ class Step(NamedTuple):
     sampling: Sampling
     selection: Selection
 
-    def checked(self, tokens: Tensor, logits: Tensor) -> "Step":
+    def checked(self, tokens: Tensor, logits: Tensor, budget: Tensor | None) -> "Step":
         """All but what the layers decide (``placed``); tokens and logits are checked here too."""
         self.attention.check()
         checks.choice("query_rows", self.query_rows, QUERY_ROWS)
-        selection = self.selection.checked()
         checks.tensor("tokens", tokens, "[B, T]", (torch.int64,))
         checks.writable("tokens", tokens)
         block = checks.span("block", self.block, tokens.shape[1], "token positions (T)")
@@ -225,6 +244,7 @@ class Step(NamedTuple):
         checks.integer("mask_token_id", self.mask_token_id, 0, vocab)
         if vocab == 1:
             raise ValueError("logits: expected a vocabulary with more than the mask token, got V = 1")
+        selection = self.selection.checked(budget, tokens, logits.shape[:2])
         # Without layers nothing is made of the attention's options, valid as they have to be.
         attention = Attention(block, Span(0, 0), 0, 1.0, *self.attention[4:])
         sampling = self.sampling.of_stream(logits)

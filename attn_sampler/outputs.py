@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
-from attn_sampler.reference import StepResult
+from attn_sampler.reference import Selected, StepResult
 
 
 def count(span: Any, length: int) -> int:
@@ -48,17 +48,31 @@ def attended(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
     return q.new_empty(*q.shape[: 2 if per_head is True else 1], *sizes, dtype=torch.float32)
 
 
-def predictions(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """New token_ids and confidence [B, C]."""
+def predictions(logits: Tensor, with_current: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """New token_ids, confidence, log_prob and current [B, C]."""
     confidence = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
-    return torch.empty_like(confidence, dtype=torch.int64), confidence
+    token_ids, log_prob = torch.empty_like(confidence, dtype=torch.int64), torch.empty_like(confidence)
+    return token_ids, confidence, log_prob, torch.empty_like(confidence) if with_current else None
 
 
-def step_result(tokens: Tensor, logits: Tensor, scores: Tensor | None) -> StepResult:
+def selection(masked: Tensor, budget: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """New selected and revised [B, C], and the budget."""
+    revised = None if budget is None else torch.empty_like(masked, dtype=torch.uint8)
+    return Selected(masked.new_empty(masked.shape), revised, budget)  # type: ignore[arg-type]
+
+
+def step_result(tokens: Tensor, logits: Tensor, scores: Tensor | None, budget: Tensor | None) -> StepResult:
     """The step's tensors: those given, and new ones."""
-    token_ids, confidence = predictions(logits)
+    confidence = logits.new_empty(logits.size(0), logits.size(1), dtype=torch.float32)
+    token_ids = torch.empty_like(confidence, dtype=torch.int64)
     given = torch.empty_like(confidence) if scores is None else scores
-    return StepResult(tokens, token_ids, confidence, given, torch.empty_like(confidence, dtype=torch.bool))
+    result = StepResult(tokens, token_ids, confidence, given, torch.empty_like(confidence, dtype=torch.bool))
+    if budget is None:
+        return result
+    revised = torch.empty_like(confidence, dtype=torch.uint8)
+    return StepResult(
+        *result[:5], torch.empty_like(confidence), torch.empty_like(confidence), revised, budget
+    )
 
 
 def check_output(name: str, out: Any, like: Tensor, axes: str, shape: Sequence[int]) -> None:

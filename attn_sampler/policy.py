@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
+from attn_sampler.attention import column_scores
 from attn_sampler.capture import CapturedLayer
 from attn_sampler.errors import DecodingError
-from attn_sampler.functional import column_scores, token_confidence
+from attn_sampler.functional import token_confidence
 from attn_sampler.reference import REMASKED, REPLACED, StepResult
 
 

@@ -11,14 +11,33 @@ columns, R rows of a map, V vocabulary, T tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _INF = math.inf
+
+#: What ``StepResult.revised`` says of a position; 0: its token was kept.
+REPLACED, REMASKED = 1, 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """What the logits of each position say. Unpacks as ``token_ids, confidence``."""
+
+    token_ids: Tensor  # [B, C] int64
+    confidence: Tensor  # [B, C] float32, in the metric asked for
+    log_prob: Tensor  # [B, C] float32, the natural logarithm of the predicted token's probability
+    current: Tensor | None = (
+        None  # [B, C] float32, the probability of the token that stands there, if asked for
+    )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.token_ids, self.confidence))
 
 
 class StepResult(NamedTuple):
@@ -29,6 +48,19 @@ class StepResult(NamedTuple):
     confidence: Tensor  # [B, C] float32
     scores: Tensor  # [B, C] float32, column scores
     selected: Tensor  # [B, C] bool, the positions committed in this step
+    # Of a step that may revise; else None.
+    log_prob: Tensor | None = None  # [B, C] float32, of the predictions
+    current: Tensor | None = None  # [B, C] float32, the probability of what stood there before
+    revised: Tensor | None = None  # [B, C] uint8: 0, REPLACED or REMASKED
+    budget: Tensor | None = None  # [B, C] int32, the tensor that was given, updated in place
+
+
+class Selected(NamedTuple):
+    """What ``select_tokens`` answers where it may revise."""
+
+    selected: Tensor  # [B, C] bool, the masked positions to commit
+    revised: Tensor  # [B, C] uint8: 0, REPLACED or REMASKED
+    budget: Tensor  # [B, C] int32, the tensor that was given, updated in place
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -149,13 +181,27 @@ def attention_map(
     k: Tensor,
     *,
     rows: slice | None = None,
+    column_mask: Tensor | None = None,  # [B, C] bool
+    reduction: str = "none",
     per_head: bool = False,
     out: Tensor | None = None,
     **attention_options: Any,
 ) -> Tensor:
-    """Attention among rows and columns: [B, R, C], or [B, Hq, R, C] per head."""
+    """Attention among rows and columns: [B, R, C], or [B, Hq, R, C] per head; reduced, without the C."""
     weights, _ = attention(q, k, **attention_options)
     weights = weights[:, :, rows or slice(None)]
+    if column_mask is not None:
+        weights = weights.masked_fill(~column_mask[:, None, None, :], 0.0)
+    if reduction == "sum":
+        weights = weights.sum(dim=3)
+    elif reduction == "diagonal":
+        n_keys, options = k.shape[2], attention_options
+        start = options.get("query_start")
+        start = n_keys - q.shape[2] if start is None else start
+        column = options.get("columns") or slice(None)
+        key = torch.arange(n_keys, device=q.device)[column]
+        row = start + torch.arange(q.shape[2], device=q.device)[rows or slice(None)]
+        weights = weights.masked_fill(row[:, None] != key, 0.0).sum(dim=3)
     if not per_head:
         weights = weights.sum(dim=1)
     return weights if out is None else out.add_(weights)
@@ -169,8 +215,9 @@ def token_confidence(
     seed: int | Tensor | None = None,  # one stream, or [B] int64: one for each row
     exclude_token_id: int | None = None,
     vocab_start: int = 0,  # whose noise the first token draws
-) -> tuple[Tensor, Tensor]:
-    """The predicted token [B, C] and its confidence [B, C]."""
+    current_ids: Tensor | None = None,  # [B, C] int64
+) -> Prediction:
+    """The predicted token of each position, and how likely it and the current one are."""
     vocab = torch.arange(logits.shape[-1], device=logits.device)
     present = torch.ones_like(vocab, dtype=torch.bool)
     if exclude_token_id is not None:
@@ -188,12 +235,19 @@ def token_confidence(
     token_ids = vocab.where(best, logits.shape[-1]).amin(dim=-1)  # the lowest token wins ties
 
     p = torch.softmax(x, dim=-1)
-    if metric == "entropy":
-        return token_ids, torch.special.xlogy(p, p).sum(dim=-1)
     chosen = p.gather(-1, token_ids[..., None]).squeeze(-1)
-    if metric == "margin":
+    log_prob = torch.log_softmax(x, dim=-1).gather(-1, token_ids[..., None]).squeeze(-1)
+    current = None
+    if current_ids is not None:
+        known = (current_ids >= 0) & (current_ids < logits.shape[-1])
+        current = (
+            p.gather(-1, current_ids.where(known, 0)[..., None]).squeeze(-1).masked_fill(~known, math.nan)
+        )
+    if metric == "entropy":
+        chosen = torch.special.xlogy(p, p).sum(dim=-1)
+    elif metric == "margin":
         chosen = chosen - p.scatter(-1, token_ids[..., None], 0.0).amax(dim=-1)
-    return token_ids, chosen
+    return Prediction(token_ids, chosen, log_prob, current)
 
 
 def select_tokens(
@@ -209,14 +263,54 @@ def select_tokens(
     candidates = masked & ~scores.isnan()
     if rule == "sequential":
         return _first_largest(scores, candidates)
-    # The comparison is made in float32 on every backend: tau is a float32 there.
-    high = masked & (confidence.to(torch.float32) >= torch.tensor(tau, dtype=torch.float32))
-    low = candidates & ~high
-    theta = scores.masked_fill(~low, -_INF)
-    theta = torch.nn.functional.pad(theta, (0, 1), value=-_INF).amax(dim=-1, keepdim=True)
-    selected = high & (scores > theta)
+    selected = masked & _at_least(confidence, tau)
+    if rule == "threshold":
+        candidates = masked if fallback == "confidence" else candidates
+    else:
+        low = candidates & ~selected
+        theta = scores.masked_fill(~low, -_INF)
+        theta = torch.nn.functional.pad(theta, (0, 1), value=-_INF).amax(dim=-1, keepdim=True)
+        selected = selected & (scores > theta)
     single = _first_largest(confidence if fallback == "confidence" else scores, candidates)
     return torch.where(selected.any(dim=-1, keepdim=True), selected, single)
+
+
+def revise_tokens(
+    scores: Tensor,  # [B, C]
+    confidence: Tensor,  # [B, C]
+    masked: Tensor,  # [B, C] bool
+    current: Tensor,  # [B, C], the probability of the token that stands there
+    differs: Tensor,  # [B, C] bool, whether another is predicted
+    budget: Tensor,  # [B, C] int32, updated in place
+    *,
+    replace_tau: float,
+    remask_tau: float,
+    max_revisions: int,
+    revision_order: str = "product",
+) -> Tensor:
+    """What becomes of the tokens that stand: uint8 [B, C] of 0, ``REPLACED`` and ``REMASKED``."""
+    may_change = ~masked & (budget > 0)
+    replaces = may_change & differs & _at_least(confidence, replace_tau)
+    remasks = may_change & ~replaces & _below(current, remask_tau)
+    doubt = 1.0 - current
+    key = {"doubt": doubt, "score": scores, "product": doubt * scores}[revision_order]
+    failing = replaces | remasks
+    # Stable, so that the lowest position wins ties; what does not fail comes last, whatever its key.
+    order = key.masked_fill(key.isnan(), -_INF).sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, (~failing).gather(-1, order).to(torch.uint8).sort(dim=-1, stable=True).indices)
+    rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    chosen = failing & torch.zeros_like(failing).scatter(-1, order, rank < max_revisions)
+    budget.sub_(chosen.to(budget.dtype))
+    return (replaces * REPLACED + remasks * REMASKED).masked_fill(~chosen, 0).to(torch.uint8)
+
+
+def _at_least(x: Tensor, bound: float) -> Tensor:
+    """x >= bound, in float32 on every backend."""
+    return x.to(torch.float32) >= torch.tensor(bound, dtype=torch.float32)
+
+
+def _below(x: Tensor, bound: float) -> Tensor:
+    return x.to(torch.float32) < torch.tensor(bound, dtype=torch.float32)
 
 
 def _first_largest(value: Tensor, candidates: Tensor) -> Tensor:
@@ -245,6 +339,11 @@ def decode_step(
     rule: str = "parallel",
     tau: float = 0.9,
     fallback: str = "confidence",
+    budget: Tensor | None = None,  # [B, C] int32, updated in place; revises nothing without one
+    replace_tau: float = _INF,
+    remask_tau: float = 0.0,
+    max_revisions: int = 1 << 30,
+    revision_order: str = "product",
     metric: str = "probability",
     temperature: float = 0.0,
     seed: int | Tensor | None = None,
@@ -254,7 +353,7 @@ def decode_step(
     query_start: int | None = None,
     **score_options: Any,
 ) -> StepResult:
-    """Column scores, token confidence, selection and commit of one step."""
+    """Column scores, token confidence, selection, revision and commit of one step."""
     block_tokens = tokens[:, block]
     masked = block_tokens == mask_token_id
     if scores is None:
@@ -281,16 +380,37 @@ def decode_step(
                 out=scores,
                 **score_options,
             )
-    token_ids, confidence = token_confidence(
+    predicted = token_confidence(
         logits,
         metric=metric,
         temperature=temperature,
         seed=seed,
         exclude_token_id=mask_token_id,
+        current_ids=block_tokens,
     )
+    token_ids, confidence = predicted
     selected = select_tokens(scores, confidence, masked, rule=rule, tau=tau, fallback=fallback)
-    block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
-    return StepResult(tokens, token_ids, confidence, scores, selected)
+    result = StepResult(tokens, token_ids, confidence, scores, selected)
+    written = selected
+    if budget is not None:
+        assert predicted.current is not None
+        revised = revise_tokens(
+            scores,
+            confidence,
+            masked,
+            predicted.current,
+            token_ids != block_tokens,
+            budget,
+            replace_tau=replace_tau,
+            remask_tau=remask_tau,
+            max_revisions=max_revisions,
+            revision_order=revision_order,
+        )
+        written = selected | (revised == REPLACED)
+        block_tokens.masked_fill_(revised == REMASKED, mask_token_id)
+        result = StepResult(*result[:5], predicted.log_prob, predicted.current, revised, budget)
+    block_tokens.copy_(torch.where(written, token_ids, block_tokens))
+    return result
 
 
 # The sampling stream. Twin of csrc/include/attn_sampler_random.h, equal to the last bit: additions,

@@ -75,33 +75,38 @@ attn_sampler_status attn_sampler_attention_map(const attn_sampler_layer *layer,
                [&] { return check_attention_map(layer, masks, *params, out, *exec); });
 }
 
-attn_sampler_status attn_sampler_token_confidence(const attn_sampler_tensor *logits,
-                                                  const attn_sampler_sampling_params *params,
-                                                  const attn_sampler_tensor *token_ids,
-                                                  const attn_sampler_tensor *confidence,
-                                                  attn_sampler_exec *exec) {
-    return run(&Device::token_confidence, params, exec,
-               [&] { return check_token_confidence(logits, *params, token_ids, confidence, *exec); });
+attn_sampler_status
+attn_sampler_token_confidence(const attn_sampler_tensor *logits, const attn_sampler_tensor *current_ids,
+                              const attn_sampler_sampling_params *params,
+                              const attn_sampler_tensor *token_ids, const attn_sampler_tensor *confidence,
+                              const attn_sampler_tensor *log_prob, const attn_sampler_tensor *current,
+                              attn_sampler_exec *exec) {
+    return run(&Device::token_confidence, params, exec, [&] {
+        return check_token_confidence(logits, current_ids, *params, token_ids, confidence, log_prob, current,
+                                      *exec);
+    });
 }
 
-attn_sampler_status attn_sampler_select_tokens(const attn_sampler_tensor *scores,
-                                               const attn_sampler_tensor *confidence,
-                                               const attn_sampler_tensor *masked,
-                                               const attn_sampler_selection_params *params,
-                                               const attn_sampler_tensor *selected, attn_sampler_exec *exec) {
+attn_sampler_status
+attn_sampler_select_tokens(const attn_sampler_tensor *scores, const attn_sampler_tensor *confidence,
+                           const attn_sampler_tensor *masked, const attn_sampler_selection_params *params,
+                           const attn_sampler_tensor *selected, const attn_sampler_revision *revision,
+                           attn_sampler_exec *exec) {
     return run(&Device::select_tokens, params, exec,
-               [&] { return check_select_tokens(scores, confidence, masked, *params, selected); });
+               [&] { return check_select_tokens(scores, confidence, masked, *params, selected, revision); });
 }
 
-attn_sampler_status attn_sampler_decode_step(
-    const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits, const attn_sampler_layer *layers,
-    int64_t num_layers, const attn_sampler_masks *masks, const attn_sampler_decode_step_params *params,
-    const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
-    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected, attn_sampler_exec *exec) {
+attn_sampler_status
+attn_sampler_decode_step(const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits,
+                         const attn_sampler_layer *layers, int64_t num_layers,
+                         const attn_sampler_masks *masks, const attn_sampler_decode_step_params *params,
+                         const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
+                         const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected,
+                         const attn_sampler_revision *revision, attn_sampler_exec *exec) {
     std::vector<AttentionProblem> problems;
     return run(&Device::decode_step, params, exec, [&] {
         return check_decode_step(tokens, logits, layers, num_layers, masks, *params, scores, token_ids,
-                                 confidence, selected, *exec, problems);
+                                 confidence, selected, revision, *exec, problems);
     });
 }
 

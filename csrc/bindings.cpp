@@ -121,13 +121,14 @@ bool alike(const attn_sampler_layer &x, const attn_sampler_layer &y) {
 attn_sampler_masks masks_of(py::handle source, Views &view) {
     if (source.is_none())
         return {};
-    const Record fields(source, 2);
-    return {view.optional(fields[0]), view.optional(fields[1])};
+    const Record fields(source, 3);
+    return {view.optional(fields[0]), view.optional(fields[1]), view.optional(fields[2])};
 }
 
 /* The columns are `otherwise` where they are None. */
 attn_sampler_attention_params attention_params(py::handle source, const attn_sampler_tensor &q,
                                                const attn_sampler_tensor &k,
+                                               std::initializer_list<const char *> reductions,
                                                py::handle otherwise = py::none()) {
     const Record fields(source, 12), window(fields[11], 2);
     attn_sampler_attention_params params{};
@@ -140,7 +141,7 @@ attn_sampler_attention_params attention_params(py::handle source, const attn_sam
     params.causal = flag(fields[5]);
     params.softmax_scope = choice(fields[6], {"sequence", "block"});
     params.diagonal = flag(fields[7]);
-    params.reduction = choice(fields[8], {"sum", "mean", "max"});
+    params.reduction = choice(fields[8], reductions);
     params.per_head = flag(fields[9]);
     params.accumulate = flag(fields[10]);
     params.window_left = integer(window[0]);
@@ -183,9 +184,16 @@ attn_sampler_sampling_params sampling_params(py::handle source, const attn_sampl
 }
 
 attn_sampler_selection_params selection_params(py::handle source) {
-    const Record fields(source, 3);
-    return {choice(fields[0], {"sequential", "parallel"}), choice(fields[1], {"confidence", "score"}),
-            number(fields[2])};
+    const Record fields(source, 7);
+    attn_sampler_selection_params params{};
+    params.rule = choice(fields[0], {"sequential", "parallel", "threshold"});
+    params.fallback = choice(fields[1], {"confidence", "score"});
+    params.tau = number(fields[2]);
+    params.replace_tau = number(fields[3]);
+    params.remask_tau = number(fields[4]);
+    params.max_revisions = fields[5].is_none() ? ATTN_SAMPLER_MAX_KEYS : integer(fields[5]);
+    params.revision_order = choice(fields[6], {"product", "doubt", "score"});
+    return params;
 }
 
 /* Where to run: device, CPU threads, CUDA ordinal, stream, workspace address and size. */
@@ -226,39 +234,50 @@ int64_t run(py::handle where, Call call) {
 }
 
 /* column_scores or attention_map. */
-template <auto kFunction>
+template <auto kFunction, bool kIsMap>
 int64_t attention(py::handle out, py::handle layer, py::handle masks, py::handle options, py::handle where) {
     Views view;
-    view.reserve(8);
+    view.reserve(9);
     const auto *const out_ = view(out);
     const attn_sampler_layer layer_ = layer_of(layer, view);
     const attn_sampler_masks masks_ = masks_of(masks, view);
-    const attn_sampler_attention_params params = attention_params(options, *layer_.q, *layer_.k);
+    const std::initializer_list<const char *> reductions[] = {{"sum", "mean", "max"},
+                                                              {"none", "sum", "diagonal"}};
+    const attn_sampler_attention_params params =
+        attention_params(options, *layer_.q, *layer_.k, reductions[kIsMap]);
     return run(where,
                [&](attn_sampler_exec *exec) { return kFunction(&layer_, &masks_, &params, out_, exec); });
 }
 
-int64_t token_confidence(py::handle out, py::handle logits, py::handle options, py::handle where) {
+int64_t token_confidence(py::handle out, py::handle logits, py::handle current_ids, py::handle options,
+                         py::handle where) {
     Views view;
-    view.reserve(4);
-    const Record outputs(out, 2);
+    view.reserve(7);
+    const Record outputs(out, 4);
     const auto *const token_ids = view(outputs[0]), *const confidence = view(outputs[1]),
-                      *const logits_ = view(logits);
+                      *const log_prob = view(outputs[2]), *const current = view.optional(outputs[3]),
+                      *const logits_ = view(logits), *const current_ids_ = view.optional(current_ids);
     const attn_sampler_sampling_params params = sampling_params(options, *logits_, view);
     return run(where, [&](attn_sampler_exec *exec) {
-        return attn_sampler_token_confidence(logits_, &params, token_ids, confidence, exec);
+        return attn_sampler_token_confidence(logits_, current_ids_, &params, token_ids, confidence, log_prob,
+                                             current, exec);
     });
 }
 
-int64_t select_tokens(py::handle selected, py::handle scores, py::handle confidence, py::handle masked,
-                      py::handle options, py::handle where) {
+int64_t select_tokens(py::handle out, py::handle scores, py::handle confidence, py::handle masked,
+                      py::handle current, py::handle differs, py::handle options, py::handle where) {
     Views view;
-    view.reserve(4);
-    const auto *const selected_ = view(selected), *const scores_ = view(scores),
+    view.reserve(8);
+    const Record outputs(out, 3);
+    const auto *const selected = view(outputs[0]), *const scores_ = view(scores),
                       *const confidence_ = view(confidence), *const masked_ = view(masked);
+    const attn_sampler_revision revision = {view.optional(outputs[2]), view.optional(outputs[1]),
+                                            view.optional(current), view.optional(differs), nullptr};
+    const bool revises = revision.budget != nullptr;
     const attn_sampler_selection_params params = selection_params(options);
     return run(where, [&](attn_sampler_exec *exec) {
-        return attn_sampler_select_tokens(scores_, confidence_, masked_, &params, selected_, exec);
+        return attn_sampler_select_tokens(scores_, confidence_, masked_, &params, selected,
+                                          revises ? &revision : nullptr, exec);
     });
 }
 
@@ -270,11 +289,14 @@ int64_t decode_step(py::handle out, py::handle logits, py::handle layers, py::ha
     const Py_ssize_t count = given == nullptr ? 0 : PyTuple_GET_SIZE(given);
     if (given != nullptr && count == 0) /* the scores are not to be read */
         throw Refused("expected at least one layer");
-    view.reserve(9 + 5 * static_cast<size_t>(count));
-    const Record outputs(out, 5), fields(options, 6);
+    view.reserve(14 + 5 * static_cast<size_t>(count));
+    const Record outputs(out, 9), fields(options, 6);
     const auto *const tokens = view(outputs[0]), *const token_ids = view(outputs[1]),
                       *const confidence = view(outputs[2]), *const scores = view(outputs[3]),
                       *const selected = view(outputs[4]), *const logits_ = view(logits);
+    const attn_sampler_revision revision = {view.optional(outputs[8]), view.optional(outputs[7]),
+                                            view.optional(outputs[6]), nullptr, view.optional(outputs[5])};
+    const bool revises = revision.budget != nullptr;
     const attn_sampler_masks masks_ = masks_of(masks, view);
     std::vector<attn_sampler_layer> layers_;
     layers_.reserve(static_cast<size_t>(count));
@@ -291,12 +313,12 @@ int64_t decode_step(py::handle out, py::handle logits, py::handle layers, py::ha
     params.mask_token_id = integer(fields[1]);
     params.query_rows = choice(fields[2], {"all", "masked"});
     params.attention = attention_params(fields[3], count == 0 ? none : *layers_[0].q,
-                                        count == 0 ? none : *layers_[0].k, fields[0]);
+                                        count == 0 ? none : *layers_[0].k, {"sum", "mean", "max"}, fields[0]);
     params.sampling = sampling_params(fields[4], *logits_, view);
     params.selection = selection_params(fields[5]);
     return run(where, [&](attn_sampler_exec *exec) {
         return attn_sampler_decode_step(tokens, logits_, layers_.data(), count, &masks_, &params, scores,
-                                        token_ids, confidence, selected, exec);
+                                        token_ids, confidence, selected, revises ? &revision : nullptr, exec);
     });
 }
 
@@ -334,10 +356,10 @@ PyMethodDef method(const char *name) {
 }
 
 PyMethodDef methods[] = {
-    method<attention<attn_sampler_column_scores>, 5>("column_scores"),
-    method<attention<attn_sampler_attention_map>, 5>("attention_map"),
-    method<token_confidence, 4>("token_confidence"),
-    method<select_tokens, 6>("select_tokens"),
+    method<attention<attn_sampler_column_scores, false>, 5>("column_scores"),
+    method<attention<attn_sampler_attention_map, true>, 5>("attention_map"),
+    method<token_confidence, 5>("token_confidence"),
+    method<select_tokens, 8>("select_tokens"),
     method<decode_step, 6>("decode_step"),
     {nullptr, nullptr, 0, nullptr},
 };

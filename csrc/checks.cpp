@@ -5,110 +5,25 @@
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #include "error.h"
 #include "memory.h"
+#include "tensor_checks.h"
 
 namespace attn_sampler {
 namespace {
 
-using Tensor = attn_sampler_tensor;
-
-constexpr attn_sampler_status kInvalid = ATTN_SAMPLER_INVALID_ARGUMENT;
 constexpr int64_t kMaxLayers = 1 << 20;
-constexpr int64_t kNone = -1; /* the size of a dimension that a tensor does not have */
-
-const char *dtype_name(int dtype) {
-    static const char *const names[] = {"float32", "float16", "bfloat16", "int64", "bool", "float8_e4m3"};
-    return dtype >= 0 && dtype < 6 ? names[dtype] : "an unknown dtype";
-}
-
-void check_tensor(const char *name, const Tensor *t, int ndim) {
-    if (t == nullptr)
-        throw Error(kInvalid, "%s: expected a tensor, got NULL", name);
-    if (t->ndim != ndim)
-        throw Error(kInvalid, "%s: expected %d dimensions, got %d", name, ndim, t->ndim);
-    bool empty = false;
-    for (int i = 0; i < ndim; ++i) {
-        if (t->shape[i] < 0)
-            throw Error(kInvalid, "%s: expected sizes >= 0, got %" PRId64 " in dimension %d", name,
-                        t->shape[i], i);
-        empty = empty || t->shape[i] == 0;
-    }
-    check_reach(name, *t);
-    if (t->data == nullptr && !empty)
-        throw Error(kInvalid, "%s: expected an address, got NULL", name);
-}
-
-void check_dtype(const char *name, const Tensor *t, int dtype) {
-    if (t->dtype != dtype)
-        throw Error(kInvalid, "%s: expected dtype %s, got %s", name, dtype_name(dtype), dtype_name(t->dtype));
-}
-
-void check_float(const char *name, const Tensor *t, bool may_be_float8 = false) {
-    if (t->dtype != ATTN_SAMPLER_FLOAT32 && t->dtype != ATTN_SAMPLER_FLOAT16 &&
-        t->dtype != ATTN_SAMPLER_BFLOAT16 && !(may_be_float8 && t->dtype == ATTN_SAMPLER_FLOAT8_E4M3))
-        throw Error(kInvalid, "%s: expected dtype float32, float16%s, got %s", name,
-                    may_be_float8 ? ", bfloat16 or float8_e4m3" : " or bfloat16", dtype_name(t->dtype));
-    const int last = t->ndim - 1;
-    if (t->shape[last] > 1 && t->stride[last] != 1)
-        throw Error(kInvalid, "%s: expected a contiguous last dimension, got stride %" PRId64, name,
-                    t->stride[last]);
-}
-
-void check_size(const char *name, const Tensor *t, int dimension, int64_t expected) {
-    if (t->shape[dimension] != expected)
-        throw Error(kInvalid, "%s: expected size %" PRId64 " in dimension %d, got %" PRId64, name, expected,
-                    dimension, t->shape[dimension]);
-}
-
-/* A tensor of this dtype and shape, without the dimensions of size kNone. */
-void check_like(const char *name, const Tensor *t, int dtype, std::initializer_list<int64_t> shape) {
-    int dimension = 0;
-    for (const int64_t size : shape)
-        dimension += size != kNone;
-    check_tensor(name, t, dimension);
-    check_dtype(name, t, dtype);
-    dimension = 0;
-    for (const int64_t size : shape)
-        if (size != kNone)
-            check_size(name, t, dimension++, size);
-}
-
-void check_optional(const char *name, const Tensor *t, int dtype, std::initializer_list<int64_t> shape) {
-    if (t != nullptr)
-        check_like(name, t, dtype, shape);
-}
-
-/* A tensor to be written: its elements are apart in memory. */
-void check_apart(const char *name, const Tensor *t) {
-    for (int i = 0; i < t->ndim; ++i)
-        if (t->shape[i] == 0)
-            return;
-    for (int i = 0; i < t->ndim; ++i) {
-        if (t->shape[i] < 2)
-            continue;
-        /* A stride steps over all that the dimensions of smaller strides reach; of equal ones, none can. */
-        int64_t reach = 0;
-        for (int j = 0; j < t->ndim; ++j)
-            if (t->shape[j] > 1 && j != i && t->stride[j] <= t->stride[i])
-                reach += (t->shape[j] - 1) * t->stride[j];
-        if (t->stride[i] <= reach)
-            throw Error(kInvalid,
-                        "%s: expected elements that are apart in memory, got stride %" PRId64
-                        " in dimension %d",
-                        name, t->stride[i], i);
-    }
-}
-
-void check_output(const char *name, const Tensor *t, int dtype, std::initializer_list<int64_t> shape) {
-    check_like(name, t, dtype, shape);
-    check_apart(name, t);
-}
 
 void check_choice(const char *name, int value, int count) {
     if (value < 0 || value >= count)
         throw Error(kInvalid, "%s: expected 0 to %d, got %d", name, count - 1, value);
+}
+
+void check_unit(const char *name, double value) {
+    if (!(value >= 0.0 && value <= 1.0))
+        throw Error(kInvalid, "%s: expected a number in [0, 1], got %g", name, value);
 }
 
 int64_t length(const attn_sampler_span &span) { return span.stop - span.start; }
@@ -251,14 +166,30 @@ Error of_layer(int64_t layer, const Error &error) {
 }
 
 void check_selection_params(const attn_sampler_selection_params &params) {
-    check_choice("params.rule", params.rule, 2);
+    check_choice("params.rule", params.rule, 3);
     check_choice("params.fallback", params.fallback, 2);
-    if (!(params.tau >= 0.0 && params.tau <= 1.0))
-        throw Error(kInvalid, "params.tau: expected a number in [0, 1], got %g", params.tau);
+    check_unit("params.tau", params.tau);
+}
+
+/* Of a selection that may revise: the budget and what became of the tokens are written. */
+void check_revision(const attn_sampler_revision &revision, const attn_sampler_selection_params &params,
+                    int64_t batch, int64_t columns, Written &written) {
+    if (!(params.replace_tau >= 0.0))
+        throw Error(kInvalid, "params.replace_tau: expected a number >= 0, got %g", params.replace_tau);
+    check_unit("params.remask_tau", params.remask_tau);
+    if (params.max_revisions < 0)
+        throw Error(kInvalid, "params.max_revisions: expected at least 0, got %" PRId64,
+                    params.max_revisions);
+    check_choice("params.revision_order", params.revision_order, 3);
+    check_output("budget", revision.budget, ATTN_SAMPLER_INT32, {batch, columns});
+    check_output("revised", revision.revised, ATTN_SAMPLER_UINT8, {batch, columns});
+    written.add("budget", revision.budget);
+    written.add("revised", revision.revised);
 }
 
 SelectProblem selection(const Tensor *scores, const Tensor *confidence, const Tensor *masked,
-                        const attn_sampler_selection_params &params, const Tensor *selected) {
+                        const attn_sampler_selection_params &params, const Tensor *selected,
+                        const attn_sampler_revision *revision) {
     SelectProblem p{};
     p.batch = scores->shape[0];
     p.columns = scores->shape[1];
@@ -267,6 +198,11 @@ SelectProblem selection(const Tensor *scores, const Tensor *confidence, const Te
     set_view(p.masked, masked);
     set_view(p.selected, selected);
     p.params = params;
+    if (revision != nullptr) {
+        set_view(p.budget, revision->budget);
+        set_view(p.revised, revision->revised);
+        set_view(p.current, revision->current);
+    }
     return p;
 }
 
@@ -307,15 +243,22 @@ AttentionProblem check_attention_map(const attn_sampler_layer *layer, const attn
     check_layer(layer);
     AttentionProblem p = check_attention(*layer, masks, params, exec);
     check_span("params.rows", params.rows, p.n_rows);
+    const int64_t columns = length(params.columns);
+    if (masks != nullptr) {
+        check_optional("column_mask", masks->column_mask, ATTN_SAMPLER_BOOL, {p.batch, columns});
+        set_view(p.column_mask, masks->column_mask);
+    }
+    const bool is_whole = params.reduction == ATTN_SAMPLER_MAP_REDUCTION_NONE;
     set_output(p, out,
-               {p.batch, params.per_head ? p.heads : kNone, length(params.rows), length(params.columns)},
+               {p.batch, params.per_head ? p.heads : kNone, length(params.rows), is_whole ? columns : kNone},
                *layer, masks);
     return p;
 }
 
-ConfidenceProblem check_token_confidence(const Tensor *logits, const attn_sampler_sampling_params &params,
-                                         const Tensor *token_ids, const Tensor *confidence,
-                                         const attn_sampler_exec &exec) {
+ConfidenceProblem check_token_confidence(const Tensor *logits, const Tensor *current_ids,
+                                         const attn_sampler_sampling_params &params, const Tensor *token_ids,
+                                         const Tensor *confidence, const Tensor *log_prob,
+                                         const Tensor *current, const attn_sampler_exec &exec) {
     check_tensor("logits", logits, 3);
     check_float("logits", logits);
     ConfidenceProblem p{};
@@ -334,6 +277,17 @@ ConfidenceProblem check_token_confidence(const Tensor *logits, const attn_sample
     Written written;
     written.add("token_ids", token_ids);
     written.add("confidence", confidence);
+    if ((current_ids == nullptr) != (current == nullptr))
+        throw Error(kInvalid, "current_ids, current: expected both or none");
+    check_optional("current_ids", current_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
+    const std::pair<const char *, const Tensor *> others[] = {{"log_prob", log_prob}, {"current", current}};
+    for (const auto &[name, other] : others) {
+        if (other == nullptr)
+            continue;
+        check_output(name, other, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
+        written.add(name, other);
+    }
+    written.read("current_ids", current_ids);
     written.read("logits", logits);
     written.read("params.seeds", params.seeds);
     check_choice("params.metric", params.metric, 3);
@@ -348,13 +302,17 @@ ConfidenceProblem check_token_confidence(const Tensor *logits, const attn_sample
     set_view(p.seeds, params.seeds);
     set_view(p.token_ids, token_ids);
     set_view(p.confidence, confidence);
+    set_view(p.log_prob, log_prob);
+    set_view(p.current_ids, current_ids);
+    set_view(p.current, current);
     p.params = params;
     p.num_threads = num_threads(exec);
     return p;
 }
 
 SelectProblem check_select_tokens(const Tensor *scores, const Tensor *confidence, const Tensor *masked,
-                                  const attn_sampler_selection_params &params, const Tensor *selected) {
+                                  const attn_sampler_selection_params &params, const Tensor *selected,
+                                  const attn_sampler_revision *revision) {
     check_selection_params(params);
     check_tensor("scores", scores, 2);
     check_dtype("scores", scores, ATTN_SAMPLER_FLOAT32);
@@ -364,17 +322,27 @@ SelectProblem check_select_tokens(const Tensor *scores, const Tensor *confidence
     check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, columns});
     Written written;
     written.add("selected", selected);
+    SelectProblem p = selection(scores, confidence, masked, params, selected, revision);
+    if (revision != nullptr) {
+        check_revision(*revision, params, batch, columns, written);
+        check_like("current", revision->current, ATTN_SAMPLER_FLOAT32, {batch, columns});
+        check_like("differs", revision->differs, ATTN_SAMPLER_BOOL, {batch, columns});
+        written.read("current", revision->current);
+        written.read("differs", revision->differs);
+        set_view(p.differs, revision->differs);
+    }
     written.read("scores", scores);
     written.read("confidence", confidence);
     written.read("masked", masked);
-    return selection(scores, confidence, masked, params, selected);
+    return p;
 }
 
 StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const attn_sampler_layer *layers,
                               int64_t num_layers, const attn_sampler_masks *masks,
                               const attn_sampler_decode_step_params &params, const Tensor *scores,
                               const Tensor *token_ids, const Tensor *confidence, const Tensor *selected,
-                              const attn_sampler_exec &exec, std::vector<AttentionProblem> &problems) {
+                              const attn_sampler_revision *revision, const attn_sampler_exec &exec,
+                              std::vector<AttentionProblem> &problems) {
     check_tensor("tokens", tokens, 2);
     check_dtype("tokens", tokens, ATTN_SAMPLER_INT64);
     check_apart("tokens", tokens);
@@ -390,16 +358,28 @@ StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const 
     sampling.exclude_token_id = params.mask_token_id;
     sampling.vocab_start = 0;
     StepProblem step{};
-    step.predict = check_token_confidence(logits, sampling, token_ids, confidence, exec);
+    step.predict =
+        check_token_confidence(logits, nullptr, sampling, token_ids, confidence, nullptr, nullptr, exec);
     check_selection_params(params.selection);
     check_output("scores", scores, ATTN_SAMPLER_FLOAT32, {batch, block});
     check_output("selected", selected, ATTN_SAMPLER_BOOL, {batch, block});
-    step.select = selection(scores, confidence, nullptr, params.selection, selected);
+    step.select = selection(scores, confidence, nullptr, params.selection, selected, revision);
     Written written;
     written.add("tokens", tokens);
     written.add("token_ids", token_ids);
     written.add("confidence", confidence);
     written.add("selected", selected);
+    if (revision != nullptr) {
+        check_revision(*revision, params.selection, batch, block, written);
+        check_output("current", revision->current, ATTN_SAMPLER_FLOAT32, {batch, block});
+        written.add("current", revision->current);
+        set_view(step.predict.current, revision->current);
+        if (revision->log_prob != nullptr) {
+            check_output("log_prob", revision->log_prob, ATTN_SAMPLER_FLOAT32, {batch, block});
+            written.add("log_prob", revision->log_prob);
+            set_view(step.predict.log_prob, revision->log_prob);
+        }
+    }
     if (num_layers == 0)
         written.read("scores", scores);
     else
@@ -441,6 +421,8 @@ StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const 
     const int64_t *const first_token = step.tokens.data;
     if (batch > 0) /* else there may be no address */
         step.tokens.data += params.block.start * step.tokens.stride[1];
+    if (revision != nullptr)
+        step.predict.current_ids = {step.tokens.data, {step.tokens.stride[0], step.tokens.stride[1]}};
     if (params.query_rows == ATTN_SAMPLER_QUERY_ROWS_MASKED && num_layers > 0) {
         const int64_t first_row = attention.query_start - attention.columns.start + params.block.start;
         const int64_t rows = problems[0].n_rows;

@@ -20,16 +20,16 @@ AttentionProblem check_attention_map(const attn_sampler_layer *layer, const attn
                                      const attn_sampler_attention_params &params,
                                      const attn_sampler_tensor *out, const attn_sampler_exec &exec);
 
-ConfidenceProblem check_token_confidence(const attn_sampler_tensor *logits,
-                                         const attn_sampler_sampling_params &params,
-                                         const attn_sampler_tensor *token_ids,
-                                         const attn_sampler_tensor *confidence,
-                                         const attn_sampler_exec &exec);
+ConfidenceProblem
+check_token_confidence(const attn_sampler_tensor *logits, const attn_sampler_tensor *current_ids,
+                       const attn_sampler_sampling_params &params, const attn_sampler_tensor *token_ids,
+                       const attn_sampler_tensor *confidence, const attn_sampler_tensor *log_prob,
+                       const attn_sampler_tensor *current, const attn_sampler_exec &exec);
 
 SelectProblem check_select_tokens(const attn_sampler_tensor *scores, const attn_sampler_tensor *confidence,
                                   const attn_sampler_tensor *masked,
                                   const attn_sampler_selection_params &params,
-                                  const attn_sampler_tensor *selected);
+                                  const attn_sampler_tensor *selected, const attn_sampler_revision *revision);
 
 /* The step's problem points to those of its layers, which are put into `problems`. */
 StepProblem check_decode_step(const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits,
@@ -37,7 +37,8 @@ StepProblem check_decode_step(const attn_sampler_tensor *tokens, const attn_samp
                               const attn_sampler_masks *masks, const attn_sampler_decode_step_params &params,
                               const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
                               const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected,
-                              const attn_sampler_exec &exec, std::vector<AttentionProblem> &problems);
+                              const attn_sampler_revision *revision, const attn_sampler_exec &exec,
+                              std::vector<AttentionProblem> &problems);
 
 } // namespace attn_sampler
 

@@ -8,7 +8,14 @@
 
 extern "C" {
 
-enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6, kDLFloat8_e4m3fn = 10 }; /* DLDataType.code */
+enum {
+    kDLInt = 0,
+    kDLUInt = 1,
+    kDLFloat = 2,
+    kDLBfloat = 4,
+    kDLBool = 6,
+    kDLFloat8_e4m3fn = 10
+}; /* DLDataType.code */
 
 struct DLDevice {
     int32_t device_type;

@@ -29,8 +29,10 @@ inline int64_t bytes_of(int dtype) {
     case ATTN_SAMPLER_INT64:
         return 8;
     case ATTN_SAMPLER_FLOAT32:
+    case ATTN_SAMPLER_INT32:
         return 4;
     case ATTN_SAMPLER_BOOL:
+    case ATTN_SAMPLER_UINT8:
     case ATTN_SAMPLER_FLOAT8_E4M3:
         return 1;
     default:
@@ -184,6 +186,7 @@ class Written {
             return;
         read("key_mask", masks->key_mask);
         read("query_mask", masks->query_mask);
+        read("column_mask", masks->column_mask);
     }
 
   private:
@@ -191,7 +194,7 @@ class Written {
         const char *name;
         const attn_sampler_tensor *tensor;
         Extent extent;
-    } tensors_[5];
+    } tensors_[9];
     int count_ = 0;
     Extent all_ = {UINTPTR_MAX, 0};
 };

@@ -34,9 +34,9 @@ struct AttentionProblem {
     View<const void, 3> q, k;                  /* batch, head, row */
     View<const float, 3> softmax_lse;          /* may be none, as what follows and the masks */
     View<const float, 2> q_descale, k_descale; /* none unless dtype is float8 */
-    View<const uint8_t, 2> key_mask, query_mask;
+    View<const uint8_t, 2> key_mask, query_mask, column_mask;
     attn_sampler_attention_params params;
-    View<float, 4> out; /* batch, head (0 without), row (0 without), column */
+    View<float, 4> out; /* batch, head, row, column; 0 for one that it does not have */
     int num_threads;
 };
 
@@ -65,8 +65,9 @@ struct ConfidenceProblem {
     View<const void, 2> logits;
     View<const int64_t, 1> seeds; /* may be none */
     attn_sampler_sampling_params params;
+    View<const int64_t, 2> current_ids; /* may be none, as log_prob and current */
     View<int64_t, 2> token_ids;
-    View<float, 2> confidence;
+    View<float, 2> confidence, log_prob, current;
     int num_threads;
 };
 
@@ -76,6 +77,10 @@ struct SelectProblem {
     View<const uint8_t, 2> masked; /* select_tokens only */
     View<uint8_t, 2> selected;
     attn_sampler_selection_params params;
+    View<int32_t, 2> budget; /* may be none, as what follows: nothing is revised */
+    View<uint8_t, 2> revised;
+    View<const float, 2> current;
+    View<const uint8_t, 2> differs; /* select_tokens only */
 };
 
 struct StepProblem {

@@ -98,6 +98,10 @@ int32_t dtype_of(DLDataType dtype) {
         return ATTN_SAMPLER_FLOAT8_E4M3;
     if (dtype.lanes == 1 && dtype.code == kDLInt && dtype.bits == 64)
         return ATTN_SAMPLER_INT64;
+    if (dtype.lanes == 1 && dtype.code == kDLInt && dtype.bits == 32)
+        return ATTN_SAMPLER_INT32;
+    if (dtype.lanes == 1 && dtype.code == kDLUInt && dtype.bits == 8)
+        return ATTN_SAMPLER_UINT8;
     if (dtype.lanes == 1 && dtype.code == kDLBool && dtype.bits == 8)
         return ATTN_SAMPLER_BOOL;
     throw Refused("a tensor has a dtype that no kernel takes");

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from attn_sampler import checks
 from attn_sampler.adapters import untested_version
+from attn_sampler.attention import column_scores
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
-from attn_sampler.functional import column_scores
 from attn_sampler.generate import STEP_STRIDE
 from attn_sampler.options import REDUCTIONS, check_temperature, signed_seed
 from attn_sampler.policy import Policy, check_progress

@@ -59,10 +59,14 @@ class Backend(abc.ABC):
         """What runs op on checked arguments, and writes into the first of them:
 
         - ``column_scores(out, layer, masks, options)`` and ``attention_map(out, layer, masks, options)``
-        - ``token_confidence((token_ids, confidence), logits, options)``
-        - ``select_tokens(selected, scores, confidence, masked, options)``
-        - ``decode_step(out, logits, layers, masks, options)`` with a ``StepResult`` as out and a list of
-          layers, empty where the scores of out are given
+        - ``token_confidence((token_ids, confidence, log_prob, current), logits, current_ids, options)``,
+        current
+          and current_ids both None or neither
+        - ``select_tokens(out, scores, confidence, masked, current, differs, options)`` with a ``Selected`` as
+          out; revised, budget, current and differs are all None or none
+        - ``decode_step(out, logits, layers, masks, options)`` with a ``StepResult`` as out, whose last four
+        are
+          all None or none, and a list of layers, empty where the scores of out are given
 
         The options are ``Attention``, ``Sampling``, ``Selection`` and ``Step`` of ``attn_sampler.options``.
         """

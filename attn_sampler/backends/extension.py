@@ -57,6 +57,8 @@ _DTYPE = {
     torch.int64: 3,
     torch.bool: 4,
     torch.float8_e4m3fn: 5,
+    torch.uint8: 6,
+    torch.int32: 7,
 }
 
 #: Zero-filled device memory for what the kernels pass on to one another, by device and stream.

@@ -14,7 +14,7 @@ from torch import Tensor
 from attn_sampler import reference
 from attn_sampler.backends.base import Backend
 from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step
-from attn_sampler.reference import StepResult
+from attn_sampler.reference import Selected, StepResult
 
 
 def _plain(function: Callable[..., None]) -> Callable[..., None]:
@@ -75,25 +75,40 @@ class Reference(Backend):
     @_plain
     def column_scores(self, out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
         _check_attention(layer)
-        keywords = _keywords(masks, options, "rows", "accumulate")
+        keywords = _keywords(masks, options, "rows", "accumulate", "column_mask")
         _store(out, reference.column_scores(**layer._asdict(), **keywords), options.accumulate)
 
     @_plain
     def attention_map(self, out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
         _check_attention(layer)
-        keywords = _keywords(masks, options, "reduction", "accumulate")
+        keywords = _keywords(masks, options, "accumulate")
         _store(out, reference.attention_map(**layer._asdict(), **keywords), options.accumulate)
 
     @_plain
-    def token_confidence(self, out: tuple[Tensor, Tensor], logits: Tensor, options: Sampling) -> None:
+    def token_confidence(
+        self, out: tuple[Tensor, ...], logits: Tensor, current_ids: Tensor | None, options: Sampling
+    ) -> None:
         _check_memory("logits", "[B, C, V]", logits, *logits.shape)
-        _copy(out, reference.token_confidence(logits, **options._asdict()))
+        result = reference.token_confidence(logits, current_ids=current_ids, **options._asdict())
+        _copy(out, (result.token_ids, result.confidence, result.log_prob, result.current))
 
     @_plain
     def select_tokens(
-        self, selected: Tensor, scores: Tensor, confidence: Tensor, masked: Tensor, options: Selection
+        self,
+        out: Selected,
+        scores: Tensor,
+        confidence: Tensor,
+        masked: Tensor,
+        current: Tensor | None,
+        differs: Tensor | None,
+        options: Selection,
     ) -> None:
-        selected.copy_(reference.select_tokens(scores, confidence, masked, **options._asdict()))
+        revision = options._asdict()
+        commit = {name: revision.pop(name) for name in ("rule", "fallback", "tau")}
+        out.selected.copy_(reference.select_tokens(scores, confidence, masked, **commit))
+        if current is not None and differs is not None:
+            given = (scores, confidence, masked, current, differs, out.budget)
+            out.revised.copy_(reference.revise_tokens(*given, **revision))
 
     @_plain
     def decode_step(
@@ -111,10 +126,11 @@ class Reference(Backend):
             mask_token_id=options.mask_token_id,
             query_rows=options.query_rows,
             **options.selection._asdict(),
+            budget=out.budget,
             metric=options.sampling.metric,
             temperature=options.sampling.temperature,
             seed=options.sampling.seed,
-            **_keywords(masks, options.attention, "rows", "per_head", "accumulate"),
+            **_keywords(masks, options.attention, "rows", "per_head", "accumulate", "column_mask"),
         )
         _copy(out[1:], result[1:])
 
@@ -126,9 +142,9 @@ def _store(out: Tensor, result: Tensor, accumulate: bool) -> None:
         out.copy_(result)
 
 
-def _copy(out: Sequence[Tensor], result: Sequence[Tensor]) -> None:
+def _copy(out: Sequence[Tensor | None], result: Sequence[Tensor | None]) -> None:
     for to, value in zip(out, result, strict=True):
-        if to is not value:
+        if to is not None and value is not None and to is not value:
             to.copy_(value)
 
 

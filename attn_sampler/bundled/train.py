@@ -5,9 +5,10 @@
 
 The objective is LLaDA's: each sequence draws a masking rate t from (0, 1], each of its answer positions is
 blanked with probability t, and the cross-entropy at the blanks is weighted by 1 / t, which bounds the
-negative log-likelihood per answer token. Matrices inside the blocks are trained by Muon, everything else
-by AdamW; the learning rate warms up, stays, and decays linearly. Training needs ``torch.optim.Muon``
-(torch 2.9 or later); using the models does not.
+negative log-likelihood per answer token. ``--edits`` trains a model that judges the tokens it sees too, as
+LLaDA2.1 does (``edit_loss``). Matrices inside the blocks are trained by Muon, everything else by AdamW; the
+learning rate warms up, stays, and decays linearly. Training needs ``torch.optim.Muon`` (torch 2.9 or later);
+using the models does not.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 
     from .tasks import Task
 
-__all__ = ["RECIPES", "Recipe", "evaluate", "masked_loss", "train"]
+__all__ = ["RECIPES", "Recipe", "edit_loss", "evaluate", "masked_loss", "train"]
 
 MIN_MASKING_RATE = 1e-3
+GUESSING_SEQUENCES, WILD_GUESSES = 0.75, 0.1  # parts of edit_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Recipe:
         Linear warm-up, and the part of all steps spent in the linear decay to zero at the end.
     max_grad_norm
         Gradients are clipped to this global norm.
+    edits
+        Train by ``edit_loss``, not by ``masked_loss``.
     """
 
     steps: int
@@ -65,6 +69,7 @@ class Recipe:
     warmup_steps: int = 100
     decay_fraction: float = 0.4
     max_grad_norm: float = 1.0
+    edits: bool = False
 
     def learning_rate_factor(self, step: int) -> float:
         """Part of the peak learning rate at ``step`` (counted from 0)."""
@@ -92,16 +97,63 @@ def masked_loss(
     The masking rates of a batch are the B points of one randomly shifted regular grid on (0, 1]: each
     is uniform, and together they cover the range evenly, which lowers the variance of the sum.
     """
-    batch = tokens.shape[0]
-    shift = torch.rand(1, generator=generator)
-    rate = (torch.arange(batch) + shift) / batch  # [B]
-    rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * rate
-    blank = answer & (torch.rand(tokens.shape, generator=generator) < rate[:, None])
+    rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * _grid(len(tokens), generator)
+    blank = answer & (torch.rand(tokens.shape, generator=generator) < rate)
     rate, blank, tokens, answer = (x.to(device) for x in (rate, blank, tokens, answer))
     logits = model(tokens.masked_fill(blank, mask_token_id))
-    nats = F.cross_entropy(logits[blank], tokens[blank], reduction="none")
-    weight = 1 / (rate * answer.sum(dim=1))  # [B]
-    return (nats * weight[:, None].expand_as(blank)[blank]).sum() / batch
+    return _nats_per_answer_token(logits, tokens, answer, blank, rate)
+
+
+def edit_loss(
+    model: Callable[[Tensor], Tensor],
+    tokens: Tensor,  # [B, L] int64
+    answer: Tensor,  # [B, L] bool
+    mask_token_id: int,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """``masked_loss`` with guesses at some of the blanks, plus the nats at all answer tokens that are shown.
+
+    What a decoder gets wrong is what its model holds for likely when it commits several tokens at once. So,
+    in three sequences of four, a share of the blanks, uniform on [0, 1), shows what the model itself draws
+    for each apart from the others, and in one place of ten any token. The prediction at a token that is shown
+    then says how likely it is right.
+    """
+    batch = len(tokens)
+    rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * _grid(batch, generator)
+    share = torch.rand(batch, 1, generator=generator)
+    share *= torch.rand(batch, 1, generator=generator) < GUESSING_SEQUENCES
+    blank, guessed, wild = (
+        torch.rand(tokens.shape, generator=generator) < x for x in (rate, share, WILD_GUESSES)
+    )
+    blank &= answer
+    guessed &= blank
+    moved = (x.to(device) for x in (rate, share, blank, guessed, wild, tokens, answer))
+    rate, share, blank, guessed, wild, tokens, answer = moved
+    shown = tokens.masked_fill(blank, mask_token_id)
+    with torch.no_grad():
+        logits = model(shown)
+        logits = torch.where(wild[..., None] & logits.isfinite(), 0.0, logits)
+        noise = torch.empty(logits.shape).exponential_(generator=generator).log().to(device)
+        guesses = (logits - noise).argmax(dim=2)
+    blank &= ~guessed
+    logits = model(torch.where(guessed, guesses, shown))
+    loss = _nats_per_answer_token(logits, tokens, answer, blank, rate * (1 - share))
+    return loss + _nats_per_answer_token(logits, tokens, answer, answer & ~blank, torch.ones_like(rate))
+
+
+def _grid(batch: int, generator: torch.Generator) -> Tensor:
+    """B points [B, 1] of a regular grid on [0, 1), randomly shifted."""
+    return ((torch.arange(batch) + torch.rand(1, generator=generator)) / batch)[:, None]
+
+
+def _nats_per_answer_token(
+    logits: Tensor, tokens: Tensor, answer: Tensor, counted: Tensor, rate: Tensor
+) -> Tensor:
+    """Cross-entropy at the positions ``counted`` [B, L], weighted by 1 / rate [B, 1], over answer length."""
+    nats = F.cross_entropy(logits[counted], tokens[counted], reduction="none")
+    weight = 1 / (rate * answer.sum(dim=1, keepdim=True))
+    return (nats * weight.expand_as(counted)[counted]).sum() / len(tokens)
 
 
 def make_optimizers(model: TinyMaskedLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -165,7 +217,7 @@ def train(
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * factor
         tokens, answer = task.sample(recipe.batch_size, rng, held_out=False)
-        loss = masked_loss(
+        loss = (edit_loss if recipe.edits else masked_loss)(
             forward,
             torch.from_numpy(tokens),
             torch.from_numpy(answer),
@@ -235,6 +287,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser.add_argument(
         "--seed", type=command_line.seed, default=0, help="of training and of the problems (default: 0)"
     )
+    parser.add_argument("--edits", action="store_true", help="train with wrong tokens among those shown")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--threads", type=command_line.threads, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--problems", type=int, default=500, help="how many to score (default: 500)")
@@ -244,7 +297,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     torch.set_num_threads(options.threads)
     task = load_task(options.task)
     if options.out is not None:
-        recipe = dataclasses.replace(RECIPES[options.task], seed=options.seed)
+        recipe = dataclasses.replace(RECIPES[options.task], seed=options.seed, edits=options.edits)
         if options.steps is not None:
             recipe = dataclasses.replace(recipe, steps=options.steps)
         cpu_start, wall_start = time.process_time(), time.perf_counter()

@@ -1,4 +1,4 @@
-/* The attention map: tiles of rows and columns, summed over heads. */
+/* The attention map: tiles of rows and columns, summed over heads; or what remains of its rows. */
 #include "cpu/row_lse.h"
 
 namespace attn_sampler {
@@ -70,12 +70,83 @@ bool attention_map_of(const AttentionProblem &p) {
     return true;
 }
 
+/* Of each row of the map the sum, or the entry at its own position. A tile of rows walks along all columns.
+ */
+template <typename Words>
+bool reduced_map_of(const AttentionProblem &p) {
+    Plan plan(p);
+    const bool diagonal = p.params.reduction == ATTN_SAMPLER_MAP_REDUCTION_DIAGONAL;
+    const int64_t map_rows = p.params.rows.stop - p.params.rows.start;
+    const int64_t row_tiles = ceil_div(map_rows, kTile), column_tiles = ceil_div(plan.columns(), kTile);
+    const int64_t units = p.batch * row_tiles; /* and as many totals of a tile's rows for each head */
+    const Workspace work(p.num_threads, Scratch::bytes(p.headdim),
+                         lse_count(p) * static_cast<int64_t>(sizeof(RowLse)) + units * p.heads * kTile * 8);
+    if (!work || !compute_lse(plan, work.shared()))
+        return false;
+    double *const totals = static_cast<double *>(after_lse(p, work.shared()));
+    auto task = [&](int64_t index, int worker) {
+        const int64_t h = index % p.heads, b = index / p.heads / row_tiles;
+        const int64_t row0 = p.params.rows.start + index / p.heads % row_tiles * kTile;
+        const int64_t first = max_of(row0, plan.row_start);
+        const int64_t last = min_of(min_of(row0 + kTile, p.params.rows.stop), plan.row_stop);
+        const Scratch s = plan.scratch(work.of_worker(worker));
+        double *const total = totals + index * kTile;
+        memset(total, 0, kTile * 8);
+        for (int64_t t = 0; t < column_tiles; ++t) {
+            Columns columns(plan, b, t);
+            const int64_t own = plan.window.query_start - columns.first; /* the lane of row 0 */
+            if (diagonal && (own + last <= 0 || own + first >= columns.n))
+                continue;
+            RowTile tile;
+            tile.add(plan, columns, h, first, last);
+            if (tile.n == 0)
+                continue;
+            columns.pack_keys<Words>(plan, h / plan.group, s);
+            const Weights weights(plan, columns, tile, s, Words());
+            VecF sum[kTile] = {};
+            for (int v = 0; v < columns.width / kLanes; ++v) {
+                const VecI lane = lane_index() + v * kLanes;
+                weights.for_each_row(v, [&](int r, VecF weight) {
+                    const auto at = static_cast<int32_t>(clamp(own + tile.row[r], -1, kTile));
+                    sum[r] += diagonal ? ((lane == at) ? weight : VecF{}) : weight;
+                });
+            }
+            for (int r = 0; r < tile.n; ++r)
+                total[tile.row[r] - row0] += sum_of_lanes_in_double(sum[r]);
+        }
+    };
+    parallel_for(p.num_threads, units * p.heads, task);
+
+    for (int64_t unit = 0; unit < units; ++unit) {
+        const int64_t b = unit / row_tiles, row0 = unit % row_tiles * kTile;
+        for (int64_t r = 0; r < min_of(kTile, map_rows - row0); ++r) {
+            double sum = 0.0;
+            for (int64_t h = 0; h < p.heads; ++h) {
+                float *const out =
+                    p.out.data + b * p.out.stride[0] + h * p.out.stride[1] + (row0 + r) * p.out.stride[2];
+                sum += totals[(unit * p.heads + h) * kTile + r];
+                if (p.params.per_head || h + 1 == p.heads)
+                    write(out, sum, p.params.accumulate != 0);
+                if (p.params.per_head)
+                    sum = 0.0;
+            }
+        }
+    }
+    return true;
+}
+
+template <typename Words>
+bool map_of(const AttentionProblem &p) {
+    return p.params.reduction == ATTN_SAMPLER_MAP_REDUCTION_NONE ? attention_map_of<Words>(p)
+                                                                 : reduced_map_of<Words>(p);
+}
+
 } // namespace
 
 namespace ATTN_SAMPLER_ISA {
 
 bool attention_map(const AttentionProblem &p) {
-    return in_pairs(p) ? attention_map_of<PairWords>(p) : attention_map_of<FloatWords>(p);
+    return in_pairs(p) ? map_of<PairWords>(p) : map_of<FloatWords>(p);
 }
 
 } // namespace ATTN_SAMPLER_ISA

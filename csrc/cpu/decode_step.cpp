@@ -35,6 +35,8 @@ int64_t decode_step(const StepProblem &step, const attn_sampler_exec &exec) {
         return 0;
     const std::vector<uint8_t> masked = where_masked(step, step.tokens.data, select.columns, {});
     select.masked = {masked.data(), {select.columns, 1}};
+    const bool revises = select.budget.data != nullptr;
+    std::vector<uint8_t> differs(revises ? masked.size() : 0);
     std::vector<uint8_t> rows;
     if (step.row_tokens != nullptr) /* all layers have the same rows and query mask */
         rows = where_masked(step, step.row_tokens, step.layers[0].n_rows, step.layers[0].query_mask);
@@ -48,11 +50,21 @@ int64_t decode_step(const StepProblem &step, const attn_sampler_exec &exec) {
             layer.query_mask = {rows.data(), {layer.n_rows, 1}};
         require_memory(cpu_kernels().column_scores(layer));
     }
+    const auto predicted = [&](int64_t b, int64_t c) { return element(step.predict.token_ids, b, c); };
+    for (int64_t b = 0; revises && b < select.batch; ++b)
+        for (int64_t c = 0; c < select.columns; ++c)
+            differs[static_cast<size_t>(b * select.columns + c)] =
+                element(step.tokens, b, c) != predicted(b, c);
+    select.differs = {differs.data(), {select.columns, 1}};
     select_tokens(select, exec);
     for (int64_t b = 0; b < select.batch; ++b)
-        for (int64_t c = 0; c < select.columns; ++c)
-            if (element(select.selected, b, c) != 0)
-                element(step.tokens, b, c) = element(step.predict.token_ids, b, c);
+        for (int64_t c = 0; c < select.columns; ++c) {
+            const uint8_t verdict = revises ? element(select.revised, b, c) : ATTN_SAMPLER_KEPT;
+            if (element(select.selected, b, c) != 0 || verdict == ATTN_SAMPLER_REPLACED)
+                element(step.tokens, b, c) = predicted(b, c);
+            else if (verdict == ATTN_SAMPLER_REMASKED)
+                element(step.tokens, b, c) = step.mask_token_id;
+        }
     return 0;
 }
 

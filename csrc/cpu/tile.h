@@ -131,8 +131,11 @@ struct Columns {
           n(static_cast<int>(min_of(kTile, plan.p.params.columns.stop - first))),
           width(static_cast<int>(round_up(n, kLanes))), kv_head(-1), all_count(true) {
         int32_t lanes[kTile] = {};
+        const View<const uint8_t, 2> &mask = plan.p.column_mask;
         for (int i = 0; i < n; ++i) {
-            lanes[i] = plan.key_counts(b, first + i) ? -1 : 0;
+            const bool counts = plan.key_counts(b, first + i) &&
+                                (mask.data == nullptr || element(mask, b, tile * kTile + i) != 0);
+            lanes[i] = counts ? -1 : 0;
             all_count = all_count && lanes[i] != 0;
         }
         for (int v = 0; v < width / kLanes; ++v)

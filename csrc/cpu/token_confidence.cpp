@@ -365,9 +365,10 @@ Code code_for(int dtype, int metric) {
                                            : code_for<ATTN_SAMPLER_FLOAT32>(metric);
 }
 
+/* Whether there is a softmax: not of nothing but -inf, of +inf or of NaN. */
+bool is_defined(const State &s) { return std::isfinite(s.max) && s.sum == s.sum; }
+
 float confidence_of(const State &s, int metric) {
-    if (!(std::isfinite(s.max) && s.sum == s.sum)) /* nothing but -inf, +inf, or NaN */
-        return __builtin_nanf("");
     if (metric == ATTN_SAMPLER_METRIC_ENTROPY)
         return static_cast<float>(s.moment / s.sum - std::log(s.sum));
     /* NaN logits never are chosen, and with one the sum was NaN: best_logit is a number. */
@@ -376,6 +377,30 @@ float confidence_of(const State &s, int metric) {
         return static_cast<float>(chosen);
     const float other = s.best_logit == s.max ? s.runner_up : s.max;
     return static_cast<float>(chosen - std::exp(static_cast<double>(other) - s.shift) / s.sum);
+}
+
+/* The probability of a token that is given. */
+float probability_of(const ConfidenceProblem &p, const State &s, int64_t b, int64_t c, int64_t token) {
+    if (token < 0 || token >= p.vocab)
+        return __builtin_nanf("");
+    if (token == p.params.exclude_token_id)
+        return 0.0f;
+    const int64_t offset = b * p.logits.stride[0] + c * p.logits.stride[1] + token;
+    float logit;
+    convert_to_float(static_cast<const char *>(p.logits.data) + offset * element_size(p.dtype), p.dtype, 1,
+                     &logit);
+    return static_cast<float>(std::exp(static_cast<double>(logit) - s.shift) / s.sum);
+}
+
+void write_confidence(const ConfidenceProblem &p, const State &s, int64_t b, int64_t c) {
+    const bool defined = is_defined(s);
+    const float nan = __builtin_nanf("");
+    element(p.confidence, b, c) = defined ? confidence_of(s, p.params.metric) : nan;
+    if (p.log_prob.data != nullptr)
+        element(p.log_prob, b, c) =
+            defined ? static_cast<float>(static_cast<double>(s.best_logit) - s.shift - std::log(s.sum)) : nan;
+    if (p.current.data != nullptr)
+        element(p.current, b, c) = defined ? probability_of(p, s, b, c, element(p.current_ids, b, c)) : nan;
 }
 
 } // namespace
@@ -409,7 +434,7 @@ bool token_confidence(const ConfidenceProblem &p) {
         if (p.params.temperature == 0.0 && total.best_key > -kInf)
             total.best = code.find(p, b, c, total.best, total.best_logit);
         element(p.token_ids, b, c) = total.best;
-        element(p.confidence, b, c) = confidence_of(total, p.params.metric);
+        write_confidence(p, total, b, c);
     }
     return true;
 }

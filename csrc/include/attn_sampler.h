@@ -53,8 +53,10 @@ typedef enum attn_sampler_dtype {
     ATTN_SAMPLER_FLOAT16 = 1,
     ATTN_SAMPLER_BFLOAT16 = 2,
     ATTN_SAMPLER_INT64 = 3,
-    ATTN_SAMPLER_BOOL = 4,       /* one byte, 0 or 1 */
-    ATTN_SAMPLER_FLOAT8_E4M3 = 5 /* of q and k only: OCP e4m3, finite, NaN where all other bits are set */
+    ATTN_SAMPLER_BOOL = 4,        /* one byte, 0 or 1 */
+    ATTN_SAMPLER_FLOAT8_E4M3 = 5, /* of q and k only: OCP e4m3, finite, NaN where all other bits are set */
+    ATTN_SAMPLER_UINT8 = 6,
+    ATTN_SAMPLER_INT32 = 7
 } attn_sampler_dtype;
 
 typedef enum attn_sampler_device { ATTN_SAMPLER_CPU = 0, ATTN_SAMPLER_CUDA = 1 } attn_sampler_device;
@@ -84,6 +86,13 @@ typedef enum attn_sampler_reduction {
     ATTN_SAMPLER_REDUCTION_MAX = 2
 } attn_sampler_reduction;
 
+/* How a row of an attention map is reduced over its columns. */
+typedef enum attn_sampler_map_reduction {
+    ATTN_SAMPLER_MAP_REDUCTION_NONE = 0,
+    ATTN_SAMPLER_MAP_REDUCTION_SUM = 1,
+    ATTN_SAMPLER_MAP_REDUCTION_DIAGONAL = 2 /* the entry at the row's own position, 0 where there is none */
+} attn_sampler_map_reduction;
+
 typedef enum attn_sampler_metric {
     ATTN_SAMPLER_METRIC_PROBABILITY = 0,
     ATTN_SAMPLER_METRIC_MARGIN = 1,
@@ -92,13 +101,28 @@ typedef enum attn_sampler_metric {
 
 typedef enum attn_sampler_rule {
     ATTN_SAMPLER_RULE_SEQUENTIAL = 0,
-    ATTN_SAMPLER_RULE_PARALLEL = 1
+    ATTN_SAMPLER_RULE_PARALLEL = 1,
+    ATTN_SAMPLER_RULE_THRESHOLD = 2
 } attn_sampler_rule;
 
 typedef enum attn_sampler_fallback {
     ATTN_SAMPLER_FALLBACK_CONFIDENCE = 0,
     ATTN_SAMPLER_FALLBACK_SCORE = 1
 } attn_sampler_fallback;
+
+/* In which order committed tokens that fail are revised, where not all may be. */
+typedef enum attn_sampler_revision_order {
+    ATTN_SAMPLER_REVISION_ORDER_PRODUCT = 0, /* of doubt and score */
+    ATTN_SAMPLER_REVISION_ORDER_DOUBT = 1,   /* 1 - the probability of the token that stands there */
+    ATTN_SAMPLER_REVISION_ORDER_SCORE = 2
+} attn_sampler_revision_order;
+
+/* What becomes of a committed token. */
+typedef enum attn_sampler_verdict {
+    ATTN_SAMPLER_KEPT = 0,
+    ATTN_SAMPLER_REPLACED = 1,
+    ATTN_SAMPLER_REMASKED = 2
+} attn_sampler_verdict;
 
 /* A strided view of at most ATTN_SAMPLER_MAX_ELEMENTS elements that reach over at most 2^53. Entries of shape
  * and stride beyond ndim are not read, nor is the stride of a dimension of size 1. Elements that are written
@@ -143,9 +167,10 @@ typedef struct attn_sampler_layer {
     const attn_sampler_tensor *q, *k, *softmax_lse, *q_descale, *k_descale;
 } attn_sampler_layer;
 
-/* Which keys and query rows take part: key_mask [B,N], query_mask [B,M] bool, or NULL: all. */
+/* Which keys and query rows take part: key_mask [B,N], query_mask [B,M] bool, or NULL: all. And which columns
+ * of an attention map count, after the softmax: column_mask [B,C] bool, or NULL: all. */
 typedef struct attn_sampler_masks {
-    const attn_sampler_tensor *key_mask, *query_mask;
+    const attn_sampler_tensor *key_mask, *query_mask, *column_mask;
 } attn_sampler_masks;
 
 /* The attention matrix that column_scores and attention_map read, with G = Hq / Hkv:
@@ -175,7 +200,7 @@ typedef struct attn_sampler_attention_params {
     int32_t causal;            /* 0 or 1 */
     int32_t softmax_scope;     /* attn_sampler_scope */
     int32_t diagonal;          /* 1 keeps A[i, own position], 0 drops it */
-    int32_t reduction;         /* attn_sampler_reduction; column_scores only */
+    int32_t reduction;         /* attn_sampler_reduction; of attention_map, attn_sampler_map_reduction */
     int32_t per_head;          /* 1 keeps the heads apart, 0 adds them up */
     int32_t accumulate;        /* 1 adds to out, 0 overwrites it */
     int64_t window_left;       /* keys before a row's own that it may see, or -1: all of them */
@@ -194,8 +219,10 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_column_scores(const attn_sampl
                                                                 const attn_sampler_tensor *out,
                                                                 attn_sampler_exec *exec);
 
-/* out[b,(h),r,c] (+)= A[b,h,rows.start + r,columns.start + c], added up over heads unless per_head.
- * out [B,R,C] or, per head, [B,Hq,R,C], float32. The rest as column_scores.
+/* out[b,(h),r,c] (+)= A[b,h,rows.start + r,columns.start + c], added up over heads unless per_head, and 0 in
+ * the columns that do not count. out [B,R,C] or, per head, [B,Hq,R,C], float32. Reduced, out[b,(h),r] is the
+ * sum of a row or its entry at its own position, and out [B,R] or [B,Hq,R]. The rest as column_scores, which
+ * does not read column_mask.
  */
 ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map(const attn_sampler_layer *layer,
                                                                 const attn_sampler_masks *masks,
@@ -227,13 +254,15 @@ typedef struct attn_sampler_sampling_params {
 } attn_sampler_sampling_params;
 
 /* logits [B,C,V] float32 | float16 | bfloat16, last stride 1. token_ids [B,C] int64, confidence [B,C]
- * float32.
+ * float32. log_prob [B,C] float32, or NULL: the natural logarithm of the token's probability. current_ids
+ * [B,C] int64 and current [B,C] float32, both or neither NULL: other tokens and their probabilities, 0 for
+ * the excluded token and NaN for what is none of the vocabulary.
  */
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence(const attn_sampler_tensor *logits,
-                                                                   const attn_sampler_sampling_params *params,
-                                                                   const attn_sampler_tensor *token_ids,
-                                                                   const attn_sampler_tensor *confidence,
-                                                                   attn_sampler_exec *exec);
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence(
+    const attn_sampler_tensor *logits, const attn_sampler_tensor *current_ids,
+    const attn_sampler_sampling_params *params, const attn_sampler_tensor *token_ids,
+    const attn_sampler_tensor *confidence, const attn_sampler_tensor *log_prob,
+    const attn_sampler_tensor *current, attn_sampler_exec *exec);
 
 /* Which masked positions to commit.
  *
@@ -241,29 +270,51 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_token_confidence(const attn_sa
  *             theta = max of scores over low, NaN as -inf; commit the positions of high with score > theta.
  *             Where none passes, commit one: the largest confidence or score (`fallback`).
  * sequential: commit the one masked position of the largest score.
+ * threshold:  commit high; where it is empty, one as above.
  *
- * The lowest position wins ties. A position whose score is NaN is never committed; a NaN confidence counts as
- * -inf in the fallback. A row with no masked position commits nothing.
+ * The lowest position wins ties. A NaN confidence counts as -inf in the fallback. A position whose score is
+ * NaN is never committed, but by threshold with a fallback by confidence, which reads no scores. A row with
+ * no masked position commits nothing.
+ *
+ * And which committed tokens to take back. A position that is not masked and has budget left is replaced
+ * where another token is predicted with confidence >= replace_tau, and else re-masked where current <
+ * remask_tau. Of these the first max_revisions of a sequence are revised, in descending order of doubt, 1 -
+ * current; of the score; or of the product of both (each rounded to float32), a NaN counting as -inf, and the
+ * lowest position winning ties. Each takes one from the budget of its position.
  */
 typedef struct attn_sampler_selection_params {
-    int32_t rule;     /* attn_sampler_rule */
-    int32_t fallback; /* attn_sampler_fallback */
-    double tau;       /* in [0, 1]; compared in float32 */
+    int32_t rule;           /* attn_sampler_rule */
+    int32_t fallback;       /* attn_sampler_fallback */
+    double tau;             /* in [0, 1]; compared in float32, as what follows */
+    double replace_tau;     /* at least 0; nothing is replaced above 1. Not read, as what follows, without a
+                               revision */
+    double remask_tau;      /* in [0, 1]; nothing is re-masked at 0 */
+    int64_t max_revisions;  /* at least 0 */
+    int32_t revision_order; /* attn_sampler_revision_order */
 } attn_sampler_selection_params;
 
-/* scores, confidence [B,C] float32; masked, selected [B,C] bool. */
-ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens(const attn_sampler_tensor *scores,
-                                                                const attn_sampler_tensor *confidence,
-                                                                const attn_sampler_tensor *masked,
-                                                                const attn_sampler_selection_params *params,
-                                                                const attn_sampler_tensor *selected,
-                                                                attn_sampler_exec *exec);
+/* What a revision reads and answers. */
+typedef struct attn_sampler_revision {
+    const attn_sampler_tensor *budget;   /* [B,C] int32, in place */
+    const attn_sampler_tensor *revised;  /* [B,C] uint8, an output: attn_sampler_verdict */
+    const attn_sampler_tensor *current;  /* [B,C] float32: the probability of the token that stands there; an
+                                            output of decode_step */
+    const attn_sampler_tensor *differs;  /* [B,C] bool: whether another is predicted; select_tokens only */
+    const attn_sampler_tensor *log_prob; /* [B,C] float32 or NULL, an output; decode_step only */
+} attn_sampler_revision;
 
-/* A whole step: column scores of all layers, token confidence, selection, commit.
+/* scores, confidence [B,C] float32; masked, selected [B,C] bool. revision may be NULL. */
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_select_tokens(
+    const attn_sampler_tensor *scores, const attn_sampler_tensor *confidence,
+    const attn_sampler_tensor *masked, const attn_sampler_selection_params *params,
+    const attn_sampler_tensor *selected, const attn_sampler_revision *revision, attn_sampler_exec *exec);
+
+/* A whole step: column scores of all layers, token confidence, selection, revision, commit.
  *
  * masked = (tokens[:, block] == mask_token_id). With layers, scores is overwritten by their sum (the
  * attention's columns are the block's key positions); with none, it is read, and attention only has to be
- * valid. The mask token itself is never predicted. Selected positions of tokens receive their token.
+ * valid. The mask token itself is never predicted. Positions of tokens that are selected or replaced receive
+ * their token, and those that are re-masked the mask token.
  * attention.accumulate, per_head and rows are not read. With ATTN_SAMPLER_QUERY_ROWS_MASKED a query row
  * counts only if it stands at a masked token: row i at tokens[:, query_start + i - columns.start +
  * block.start].
@@ -278,12 +329,13 @@ typedef struct attn_sampler_decode_step_params {
 } attn_sampler_decode_step_params;
 
 /* tokens [B,T] int64, in place. logits [B,C,V]. scores, confidence [B,C] float32, token_ids [B,C] int64,
- * selected [B,C] bool: outputs (scores an input where num_layers is 0). masks may be NULL. */
+ * selected [B,C] bool: outputs (scores an input where num_layers is 0). masks and revision may be NULL. */
 ATTN_SAMPLER_API attn_sampler_status attn_sampler_decode_step(
     const attn_sampler_tensor *tokens, const attn_sampler_tensor *logits, const attn_sampler_layer *layers,
     int64_t num_layers, const attn_sampler_masks *masks, const attn_sampler_decode_step_params *params,
     const attn_sampler_tensor *scores, const attn_sampler_tensor *token_ids,
-    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected, attn_sampler_exec *exec);
+    const attn_sampler_tensor *confidence, const attn_sampler_tensor *selected,
+    const attn_sampler_revision *revision, attn_sampler_exec *exec);
 
 /* The message of the last failure on this thread; "" if there was none. Valid until the next call. */
 ATTN_SAMPLER_API const char *attn_sampler_last_error(void);

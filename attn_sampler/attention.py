@@ -1,0 +1,203 @@
+"""What keys receive of attention, and what rows give: ``column_scores`` and ``attention_map``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attn_sampler import checks, ops, outputs
+from attn_sampler.backends import BACKEND_CHOICES
+from attn_sampler.options import MAX_ELEMENTS, Attention, Layer, Masks, bounds
+
+
+def column_scores(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    *,
+    columns: slice | None = None,
+    softmax_lse: Tensor | None = None,  # [B, Hq, M]
+    lse_base: str = "e",
+    q_descale: Tensor | None = None,  # [B, Hkv]
+    k_descale: Tensor | None = None,  # [B, Hkv]
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    key_mask: Tensor | None = None,  # [B, N]
+    query_mask: Tensor | None = None,  # [B, M]
+    query_start: int | None = None,
+    softmax_scope: str = "sequence",
+    diagonal: bool = True,
+    reduction: str = "sum",
+    per_head: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention that each key position receives: the column sums of the attention matrix.
+
+    ``scores[b, c] = sum over heads h and query rows i of A[b, h, i, columns.start + c]`` with
+    ``A = softmax(softmax_scale * q @ k^T)`` (arXiv 2604.08564, the score that Attn-Sampler ranks by). With
+    ``softmax_lse`` from the forward attention only the keys of ``columns`` are read, whatever N.
+
+    Parameters
+    ----------
+    q, k
+        Post-RoPE queries ``[B, Hq, M, D]`` and keys ``[B, Hkv, N, D]``; float32, float16, bfloat16 or
+        float8_e4m3fn (float64: reference only), one dtype and device. Hq is a multiple of Hkv: query head h
+        reads key head ``h // (Hq // Hkv)``. Strided views are read as they are.
+    columns
+        Slice of key positions, C of them. Default: all N.
+    softmax_lse
+        Row log-sum-exp ``[B, Hq, M]``, float32, of the scaled (and masked) logits. Default: computed.
+    lse_base
+        ``"e"``, or ``"2"`` where softmax_lse is a base-2 logarithm (FlashInfer).
+    q_descale, k_descale
+        Scales of float8 queries and keys, float32 ``[B, Hkv]`` of any strides (one scale for all:
+        ``scale.expand(B, Hkv)``): the real queries of head h are ``q * q_descale[:, h // (Hq // Hkv)]``, the
+        real keys of key head h ``k * k_descale[:, h]``. Finite; not read on the host. Default: 1.
+    softmax_scale
+        Default ``D ** -0.5``. A dot product of q and k is a float32; what the scale makes of it need not be:
+        unless softmax_lse is given, weights are those of the differences, however large the logits.
+    causal
+        Row i sees keys up to its own position, ``query_start + i``.
+    window_size
+        ``(left, right)``: row i sees keys from ``query_start + i - left`` up to ``query_start + i + right``,
+        without limit at a side of -1. With causal, none after its own, whatever right is. Default: all keys.
+    key_mask, query_mask
+        Boolean ``[B, N]`` and ``[B, M]``; True takes part. Masked keys and rows contribute exactly 0,
+        whatever they hold, NaN included.
+    query_start
+        Key position of query row 0. Default ``N - M``: the queries are the last M positions.
+    softmax_scope
+        ``"sequence"``: softmax over all visible keys. ``"block"``: the paper's block approximation, rows
+        and keys both of ``columns`` only (softmax_lse is then not accepted).
+    diagonal
+        False drops the attention of a position to itself, after the softmax.
+    reduction
+        Over rows: ``"sum"``, ``"mean"`` over the rows that may see the column (0 if none), or ``"max"``.
+    per_head
+        True keeps the heads apart; else they are added up.
+    out
+        Float32 result to add into, so that layers add up in one buffer. It shares no memory with what is
+        read, and autograd knows that it is written. Default: a new tensor.
+    backend
+        ``"auto"`` or a name of ``attn_sampler.backends.BACKENDS``, which runs or raises.
+
+    Returns
+    -------
+    Tensor
+        float32 ``[B, C]``, or ``[B, Hq, C]`` per head; ``out`` itself if given. A row that sees nothing
+        (or whose lse is -inf) contributes 0. NaN in a visible entry makes its columns NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument. Nothing has been written then. (A tensor may have up to 2^40 elements.)
+    MemoryError
+        There is no memory for the result or on the way to it.
+    BackendUnavailableError
+        The backend asked for cannot run this problem.
+    """
+    layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask, None)
+    how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, per_head, out is not None)
+    options = (bounds(columns), None, query_start, *how, window_size)
+    return _attend(ops.column_scores, layer, masks, options, out, backend)
+
+
+def attention_map(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    *,
+    rows: slice | None = None,
+    columns: slice | None = None,
+    softmax_lse: Tensor | None = None,  # [B, Hq, M]
+    lse_base: str = "e",
+    q_descale: Tensor | None = None,  # [B, Hkv]
+    k_descale: Tensor | None = None,  # [B, Hkv]
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    key_mask: Tensor | None = None,  # [B, N]
+    query_mask: Tensor | None = None,  # [B, M]
+    query_start: int | None = None,
+    softmax_scope: str = "sequence",
+    diagonal: bool = True,
+    column_mask: Tensor | None = None,  # [B, C]
+    reduction: str = "none",
+    per_head: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention among a slice of query rows and a slice of key positions, added up over heads.
+
+    The matrix whose sums over all rows are ``column_scores``; what the dependency-aware samplers (DAWN, DAPD,
+    CLAD, ADAS) build their graphs from. Reduced, it is what each row gives: the mass that it gives to a set
+    of columns (DOS weighs masked rows by what they give to unmasked ones), or to its own position (which
+    tells, with the log-sum-exp, what the row's attention would be without its own token).
+
+    Parameters
+    ----------
+    rows
+        Slice of the M query rows, R of them. Default: all. Row r of the map stands at key position
+        ``query_start + rows.start + r``.
+    column_mask
+        Boolean ``[B, C]``: the columns that count; the others' entries are 0. Unlike key_mask it comes after
+        the softmax.
+    reduction
+        Over columns: ``"none"``; ``"sum"``, the row's mass; or ``"diagonal"``, the entry at its own position
+        (0 where that is none of the columns). No map is made for these.
+    columns, softmax_lse, ..., backend
+        As in ``column_scores``.
+
+    Returns
+    -------
+    Tensor
+        float32 ``[B, R, C]``, or ``[B, Hq, R, C]`` per head; reduced, ``[B, R]`` or ``[B, Hq, R]``; ``out``
+        itself if given.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailableError
+        As ``column_scores``.
+    """
+    layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask, column_mask)
+    how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, per_head, out is not None)
+    options = (bounds(columns), bounds(rows), query_start, *how, window_size)
+    return _attend(ops.attention_map, layer, masks, options, out, backend)
+
+
+def _attend(
+    function: ops.Function, given: tuple, masked: tuple, how: tuple, out: Tensor | None, backend: str
+) -> Tensor:
+    """column_scores or attention_map of what ``Layer``, ``Masks`` and ``Attention`` hold."""
+    q, k, is_map = given[0], given[1], function is ops.attention_map
+    direct = ops.direct(backend, q)
+    if direct is not None and ops.is_plain(k) and q.dim() == k.dim() == 4:
+        if out is None:
+            sizes = [outputs.count(how[1], q.shape[2])] if is_map else []
+            sizes += [outputs.count(how[0], k.shape[2])] if not is_map or how[8] == "none" else []
+            result = outputs.attempted(outputs.attended, q, how[9], *sizes)
+            plain = result is not None
+        else:
+            result, plain = out, type(out) is Tensor and not out.requires_grad
+        if plain and direct.attempt(function.name, result, given, masked, how):
+            if out is not None:
+                ops.count_write(out)
+            return result
+    checks.choice("backend", backend, BACKEND_CHOICES)
+    layer, masks = Layer(*given), Masks(*masked)
+    options = Attention(*how).checked(layer, is_map)
+    masks.check(q, k, options.columns.stop - options.columns.start)  # type: ignore[union-attr]
+    kept = options.reduction == "none"
+    spans: tuple[Any, ...] = (options.rows, options.columns)[not is_map : 2 if kept or not is_map else 1]
+    sizes = [x.stop - x.start for x in spans]
+    checks.size("out", (*q.shape[: 2 if options.per_head else 1], *sizes), MAX_ELEMENTS)
+    result = outputs.made(outputs.attended, q, options.per_head, *sizes)
+    if out is not None:
+        axes = (
+            f"[B{', Hq' if options.per_head else ''}{', R' if is_map else ''}{', C' * (len(sizes) > is_map)}]"
+        )
+        outputs.check_output("out", out, q, axes, result.shape)
+        result = out
+    function(backend, result, layer, masks, options)
+    return result
