@@ -204,7 +204,7 @@ class AttnCheck(Revising):
         return doubt * state.scores.to(torch.float64)
 
     def _leaned(self, state: StepState, failed: Tensor, written: Tensor) -> Tensor:
-        """The positions that give more than ``lean`` of their attention to failed ones no younger than they."""
+        """Where more than ``lean`` of the attention goes to failed tokens that are no younger."""
         age = self.kept(state, torch.zeros_like(state.token_ids))  # [B, C], the pass that wrote each token
         self.keep(state, torch.where(written, age.amax(dim=1, keepdim=True) + 1, age))
         counts = failed[:, None, :] & (age[:, None, :] <= age[:, :, None])

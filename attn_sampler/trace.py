@@ -195,7 +195,7 @@ def step_commits(
         confidence = torch.where(kind == REMASKED, result.current[row, column], confidence)
     fields = (sequence[row], step[row], column + block.start, token, result.scores[row, column], confidence)
     return [
-        Commit(*values, kind=_KINDS[k])
+        Commit(*values, _KINDS[k])
         for *values, k in zip(*(field.tolist() for field in (*fields, kind)), strict=True)
     ]
 
