@@ -194,10 +194,8 @@ def step_commits(
     if result.current is not None:
         confidence = torch.where(kind == REMASKED, result.current[row, column], confidence)
     fields = (sequence[row], step[row], column + block.start, token, result.scores[row, column], confidence)
-    return [
-        Commit(*values, _KINDS[k])
-        for *values, k in zip(*(field.tolist() for field in (*fields, kind)), strict=True)
-    ]
+    columns = [*(field.tolist() for field in fields), [_KINDS[k] for k in kind.tolist()]]
+    return [Commit(*values) for values in zip(*columns, strict=True)]
 
 
 def _read_commit(*, score: float | None, confidence: float | None, **place: Any) -> Commit:
