@@ -117,8 +117,8 @@ CASES: list[tuple[Revising, Callable[..., Answer]]] = [
     (T2M(tau=0.5, remask_tau=0.0, edit_tau=1.0, drop=0.25), t2m),
     (T2M(tau=0.0, remask_tau=0.5), t2m),
     (Saber(), saber),
-    (Saber(tau=0.25, share=1.0), saber),
-    (Saber(tau=0.0, share=0.25), saber),
+    (Saber(tau=0.75, share=1.0), saber),
+    (Saber(tau=0.9, share=0.25), saber),
     (AttnCheck(), attn_check),
     (AttnCheck(tau=0.25, doubt_tau=0.9, edit_tau=0.5, max_checks=1, sure=0.5), attn_check),
     (AttnCheck(tau=0.25, doubt_tau=0.9, edit_tau=0.5, max_checks=2, lean=0.25), attn_check),
@@ -135,7 +135,7 @@ def positions(where: torch.Tensor | None, row: int) -> set[int]:
 
 @pytest.mark.parametrize(("policy", "rule"), CASES, ids=[repr(policy) for policy, _ in CASES])
 def test_rule(policy: Revising, rule: Callable[..., Answer]) -> None:
-    """Several steps of a block, with sequences that leave the batch on the way, and a fresh block after it."""
+    """Several steps of a block, with sequences that leave the batch on the way, then a fresh block."""
     rng = random.Random(repr(policy))
     kinds: Counter[str] = Counter()
     for trial in range(120):
@@ -203,7 +203,7 @@ def test_rule(policy: Revising, rule: Callable[..., Answer]) -> None:
     replaces = isinstance(policy, (T2T, AttnCheck))
     assert kinds["commit"] > 100
     assert (kinds["replace"] > 20) == replaces
-    assert (kinds["remask"] > 20) == (not isinstance(policy, T2T))
+    assert (kinds["remask"] > 0) == (not isinstance(policy, T2T))
 
 
 def test_attn_check_worked_example() -> None:
