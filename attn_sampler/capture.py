@@ -213,12 +213,25 @@ class AttentionCapture(TorchFunctionMode):
         Rows are the queries at the candidate columns' own positions. It is the mean over heads and chosen
         layers, so that a weight is a share of its row's attention whatever the model's size.
         """
+        return self._mapped()
+
+    def row_mass(self, column_mask: Tensor | None = None, *, reduction: str = "sum") -> Tensor:
+        """float32 [B, C]: what each candidate position gives of its attention (with ``keep=True``).
+
+        To the candidate columns that count, boolean [B, C] (default: all of them); or, with
+        ``reduction="diagonal"``, to itself. It is the mean over heads and chosen layers, as ``attention_map``
+        is, of which these are the row sums and the diagonal; no map is made.
+        """
+        checks.choice("reduction", reduction, ("sum", "diagonal"))
+        return self._mapped(column_mask=column_mask, reduction=reduction)
+
+    def _mapped(self, **options: Any) -> Tensor:
         if not self.keep:
             raise RuntimeError("AttentionCapture keeps no layers to map: create it with keep=True")
         records = self._chosen_records()
         total: Tensor | None = None
         for record in records:
-            total = self._map(record, total)
+            total = self._map(record, total, **options)
         assert total is not None
         return total.div_(sum(record.q.shape[1] for record in records))
 
@@ -341,7 +354,7 @@ class AttentionCapture(TorchFunctionMode):
         reading = (column_scores, reference.column_scores)
         return self._read(reading, record, total, reduction=self._options["reduction"])
 
-    def _map(self, record: _Record, total: Tensor | None) -> Tensor:
+    def _map(self, record: _Record, total: Tensor | None, **options: Any) -> Tensor:
         lo, hi, _ = (record.columns or slice(None)).indices(record.k.shape[2])
         first, n_rows, n_columns = lo - record.query_start, record.q.shape[2], hi - lo
         if not 0 <= first <= n_rows - n_columns:
@@ -350,7 +363,8 @@ class AttentionCapture(TorchFunctionMode):
                 f"stand at columns {-first} to {n_rows - first - 1}"
             )
         rows = slice(first, first + n_columns)
-        return self._read((attention_map, reference.attention_map), record, total, rows=rows)
+        reading = (attention_map, reference.attention_map)
+        return self._read(reading, record, total, rows=rows, **options)
 
     def _read(
         self,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from attn_sampler import documents
+from attn_sampler.bundled import MODELS, load_task
 from attn_sampler.bundled import load_model as load_bundled_model
-from attn_sampler.bundled import load_task
 from attn_sampler.bundled.model import load_weights
 from attn_sampler.bundled.tasks import Addition, Task, make_sudoku_puzzles
 
@@ -54,7 +54,7 @@ def load_model(
     Parameters
     ----------
     spec
-        A bundled task; a ``.safetensors`` file of ``bundled.model.save_weights``, or a folder that holds
+        A bundled task or a name of ``bundled.MODELS``; a ``.safetensors`` file of ``bundled.model.save_weights``, or a folder that holds
         exactly one; ``hub:ID`` or ``hub:FOLDER`` for a checkpoint of a family in ``adapters.models``; or
         ``module:function``, called without arguments for an ``EvaluatedModel``.
     device
@@ -70,9 +70,8 @@ def load_model(
     adapters.run.LoadError
         The checkpoint cannot be had or decoded here.
     """
-    if spec in BUNDLED:
-        spec = spec.partition("-")[0]
-        model = load_bundled_model(spec).to(device)
+    if spec in BUNDLED or spec in MODELS:
+        model = load_bundled_model(spec if spec in MODELS else spec.partition("-")[0]).to(device)
         return EvaluatedModel(model, model.mask_token_id)
     path = Path(spec)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -84,7 +83,7 @@ def load_model(
     prefix, colon, rest = spec.partition(":")
     if not colon or not rest:
         raise ValueError(
-            f"model: expected a bundled task ({', '.join(BUNDLED)}), a .safetensors file, a folder with "
+            f"model: expected a bundled model ({', '.join(MODELS)}), a .safetensors file, a folder with "
             f"one, hub:ID or module:function, got {spec!r}"
         )
     if prefix == "hub":

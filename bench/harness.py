@@ -17,8 +17,8 @@ import torch
 from attn_sampler import collect_env
 from attn_sampler.backends import BACKENDS, REGISTRY, unavailable
 
-from .cases import (
-    CASES,
+from .cases import CASES
+from .problems import (
     OUR_TOLERANCE,
     RIVAL_TOLERANCE,
     Candidate,

@@ -15,7 +15,7 @@ from test_bundled import TINY, needs_muon
 from attn_sampler.bundled.tasks import (
     Addition,
 )
-from attn_sampler.bundled.train import RECIPES, Recipe, masked_loss, train
+from attn_sampler.bundled.train import RECIPES, Recipe, edit_loss, masked_loss, train
 from attn_sampler.bundled.train import main as training_main
 
 
@@ -102,6 +102,52 @@ def test_masked_loss_of_a_known_model_bounds_its_nats_per_token() -> None:
     assert not (blank & ~answer).any()
     assert all(torch.equal(masked[~b], tokens[~b]) for masked, b in zip(seen, blank, strict=True))
     assert blank[:, answer].double().mean().item() == pytest.approx(0.5, abs=0.01)  # rates are uniform
+
+
+def test_edit_loss_shows_guesses_in_the_place_of_blanks() -> None:
+    vocab, mask, batch = 13, 12, 64
+    tokens = torch.randint(0, 12, (batch, 10), generator=torch.Generator().manual_seed(0))
+    answer = torch.rand(batch, 10, generator=torch.Generator().manual_seed(1)) < 0.5
+    answer[:, 0] = True
+    seen: list[torch.Tensor] = []
+
+    def model(shown: torch.Tensor) -> torch.Tensor:
+        """Certain of the truth; at blanks it would guess 3 instead."""
+        seen.append(shown)
+        says = tokens if len(seen) % 2 == 0 else torch.full_like(tokens, 3)
+        logits = torch.full((batch, 10, vocab), -30.0)
+        return logits.scatter(2, says[..., None], 30.0).index_fill(2, torch.tensor([mask]), -torch.inf)
+
+    generator = torch.Generator().manual_seed(2)
+    losses = [edit_loss(model, tokens, answer, mask, generator).item() for _ in range(200)]
+    assert max(losses) == 0.0  # of the second pass alone, which knows
+    blanks, shown = torch.stack(seen[::2]) == mask, torch.stack(seen[1::2])
+    assert not (blanks & ~answer).any()
+    assert (shown == tokens)[~blanks.expand_as(shown)].all()
+    guessed = blanks & (shown != mask)
+    without = (guessed.sum(dim=2) == 0).double().mean().item()
+    assert 0.25 < without < 0.6  # a quarter, and where no blank was drawn
+    assert (shown[guessed] == 3).double().mean().item() == pytest.approx(0.9 + 0.1 / 12, abs=0.01)
+    assert (shown[guessed] != mask).all()
+
+
+def test_edit_loss_counts_what_is_shown_too() -> None:
+    """Nats of a model that says p(token) = 1/12 everywhere."""
+    nothing = torch.zeros(512, 10, 13)
+    nothing[..., 12] = -torch.inf
+    tokens = torch.randint(0, 12, (512, 10), generator=torch.Generator().manual_seed(0))
+    answer = torch.ones(512, 10, dtype=torch.bool)
+    seen: list[torch.Tensor] = []
+
+    def model(shown: torch.Tensor) -> torch.Tensor:
+        seen.append(shown)
+        return nothing
+
+    losses = [
+        edit_loss(model, tokens, answer, 12, torch.Generator().manual_seed(n)).item() for n in range(100)
+    ]
+    share_shown = (torch.stack(seen[1::2]) != 12).double().mean().item()
+    assert np.mean(losses) == pytest.approx(math.log(12) * (1.0 + share_shown), rel=0.05)
 
 
 def test_learning_rate_warms_up_stays_and_decays() -> None:

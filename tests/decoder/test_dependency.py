@@ -250,6 +250,14 @@ def test_the_map_is_the_mean_attention_of_the_block() -> None:
             assert options == {}
             assert got.dtype == torch.float32
             torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+            columns = torch.tensor([[True, False, True, True, False]]).expand(2, 5)
+            masses = {
+                capture.row_mass(): expected.sum(dim=2),
+                capture.row_mass(columns): (expected * columns[:, None]).sum(dim=2),
+                capture.row_mass(reduction="diagonal"): expected.diagonal(dim1=1, dim2=2),
+            }
+            for mass, of_map in masses.items():
+                torch.testing.assert_close(mass.double(), of_map, rtol=1e-5, atol=1e-6)
 
 
 def test_the_map_of_a_model_with_a_full_mask() -> None:
@@ -264,6 +272,7 @@ def test_the_map_of_a_model_with_a_full_mask() -> None:
     weights = torch.softmax((q @ k.transpose(2, 3) * 8**-0.5).masked_fill(~sees, -math.inf), dim=-1)
     expected = (weights * query_mask[:, None, :, None]).mean(dim=1)[:, 1:5, 1:5]
     torch.testing.assert_close(capture.attention_map, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(capture.row_mass(), expected.sum(dim=2), rtol=1e-5, atol=1e-6)
 
 
 def test_a_map_needs_the_blocks_rows() -> None:

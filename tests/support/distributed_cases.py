@@ -34,7 +34,12 @@ class Case:
 
     def whole(self) -> StepResult:
         """The step in one process."""
-        return decode_step(self.tokens.clone(), self.logits, self.layers, **self.options)
+        return decode_step(self.tokens.clone(), self.logits, self.layers, **self.fresh_options())
+
+    def fresh_options(self) -> dict[str, Any]:
+        """The step writes its budget."""
+        budget = self.options.get("budget")
+        return self.options if budget is None else {**self.options, "budget": budget.clone()}
 
     def run(self, part: Case, group: dist.ProcessGroup | None) -> StepResult:
         start = part.bounds[1][0]
@@ -45,7 +50,7 @@ class Case:
             vocab_start=start,
             vocab_size=VOCAB,
             group=group,
-            **part.options,
+            **part.fresh_options(),
         )
 
 
@@ -144,6 +149,14 @@ def _float8() -> Case:
     return dataclasses.replace(case, layers=layers)
 
 
+def _revising(number: int, bounds: dict[int, tuple[int, ...]] = EVEN, **options: Any) -> Case:
+    """Some positions may be revised, and some of these are."""
+    generator = torch.Generator().manual_seed(number)
+    budget = torch.randint(0, 3, (BATCH, BLOCK), generator=generator, dtype=torch.int32)
+    thresholds = {"replace_tau": 0.2, "remask_tau": 0.01, "max_revisions": 2}
+    return _case(number, bounds, budget=budget, rule="threshold", **{**thresholds, **options})
+
+
 def _undefined(number: int, **options: Any) -> Case:
     """Infinities and NaN: in one shard, in all, alone and beside numbers."""
     case = _case(number, **options)
@@ -191,6 +204,9 @@ def _cases() -> dict[str, Case]:
         "reference": _case(16, UNEVEN, backend="reference"),
         "empty batch": _case(17, batch=0),
         "float8": _float8(),
+        "revision": _revising(21),
+        "revision, uneven": _revising(22, UNEVEN, replace_tau=0.5, revision_order="doubt"),
+        "revision, sampled": _revising(23, UNEVEN, max_revisions=None, **drawn),
     }
     return cases
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_sampler.backends import unavailable
-from bench import cases, harness, rivals, timing
+from bench import cases, harness, problems, rivals, timing
 from bench.rows import DECODE, PEER, QUICK, ROWS, Row
 
 EFFORT = harness.Effort(seconds=0.001, least=3, slow=5.0, floor=1.0)
@@ -28,7 +28,7 @@ def _same_threads():
 
 
 def make(name, row=SMALL, backends=("reference",), dtype=torch.float32):
-    return eager(cases.CASES[name].make(row, cases.Setting("cpu", dtype, backends)))
+    return eager(cases.CASES[name].make(row, problems.Setting("cpu", dtype, backends)))
 
 
 def eager(problem):
@@ -54,7 +54,7 @@ def test_every_candidate_is_right(name):
 def test_our_kernels_are_right_in_the_precision_that_is_timed(name):
     problem = make(name, row_of(name)._replace(n_rows=16), ("cpu",), torch.bfloat16)
     problem.reset()
-    assert problem.error(problem.candidates["cpu"].run(), True) <= cases.OUR_TOLERANCE
+    assert problem.error(problem.candidates["cpu"].run(), True) <= problems.OUR_TOLERANCE
 
 
 def row_of(name):
@@ -77,16 +77,16 @@ def test_a_wrong_result_is_seen(name):
 def test_wrong_tokens_are_seen():
     greedy, sampled, step = (make(name) for name in ("confidence", "sampled", "step"))
     token_ids, confidence = greedy.candidates["reference"].run()
-    with pytest.raises(cases.WrongResultError, match="not the most probable token"):
+    with pytest.raises(problems.WrongResultError, match="not the most probable token"):
         greedy.error(((token_ids + 1) % 50, confidence), True)
-    with pytest.raises(cases.WrongResultError, match="not the specified random stream"):
+    with pytest.raises(problems.WrongResultError, match="not the specified random stream"):
         sampled.error((token_ids, confidence), True)
     step.reset()
     result = step.candidates["reference"].run()
     result.tokens[0, -1] += 1
-    with pytest.raises(cases.WrongResultError, match="not the tokens that were selected"):
+    with pytest.raises(problems.WrongResultError, match="not the tokens that were selected"):
         step.error(result, True)
-    with pytest.raises(cases.WrongResultError, match="not the tokens that the rule selects"):
+    with pytest.raises(problems.WrongResultError, match="not the tokens that the rule selects"):
         step.error(result._replace(selected=~result.selected), True)
 
 
@@ -196,13 +196,13 @@ def test_cold_samples_reset_first_and_leave_the_reset_out():
 
 
 def measure(candidates, error=lambda result, ours: 0.0, effort=EFFORT):
-    problem = cases.Problem({n: cases.Candidate(*c) for n, c in candidates.items()}, error)
+    problem = problems.Problem({n: problems.Candidate(*c) for n, c in candidates.items()}, error)
     return harness._measure(problem, timing.CpuDevice(1), effort)
 
 
 def test_no_figure_from_a_wrong_result():
     def error(result, ours):
-        cases.require(result != "garbage", "garbage came out")
+        problems.require(result != "garbage", "garbage came out")
         return result
 
     figures = measure(
@@ -239,7 +239,7 @@ def test_a_slow_candidate_is_run_once():
 
 def test_rows_that_are_not_measured_say_why(monkeypatch):
     device = timing.CpuDevice(1)
-    setting = cases.Setting("cpu", torch.bfloat16, ("reference",))
+    setting = problems.Setting("cpu", torch.bfloat16, ("reference",))
     heavy = harness.measure_row("peer", "p9", setting, [(device, CEILINGS)], EFFORT)
     assert [c["skipped"] for c in heavy] == ["its floor is 2199.0 s, the limit 1 s"]
     late = harness.measure_row("columns", "1", setting, [(device, CEILINGS)], EFFORT, "not started")
@@ -283,7 +283,7 @@ def test_each_device_measures_its_own_backends_and_types(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(harness, "CudaDevice", Stand)
     monkeypatch.setattr(timing.CpuDevice, "ceilings", lambda self, dtype: CEILINGS)
-    monkeypatch.setattr(harness, "Setting", lambda place, *rest: cases.Setting("cpu", *rest))
+    monkeypatch.setattr(harness, "Setting", lambda place, *rest: problems.Setting("cpu", *rest))
     for name in ("peer", "block_scope"):
         case = cases.CASES[name]
         quick = case._replace(

@@ -218,7 +218,7 @@ def test_models_by_name(tmp_path: Path) -> None:
     (tmp_path / "more.safetensors").write_bytes(b"")
     for spec, message in (
         (str(tmp_path), "expected one .safetensors file"),
-        ("nowhere", "expected a bundled task"),
+        ("nowhere", "expected a bundled model"),
         ("no_such_module:f", "cannot be loaded"),
         ("test_evaluate:nothing", "cannot be loaded"),
         ("test_evaluate:broken_model", "must return an EvaluatedModel, got NoneType"),
@@ -468,7 +468,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: P
         (["--problems", "501"], "n must be 0 to 500"),
         (["--out", "/no/such/folder/x.json"], "argument --out: expected a file in a directory that"),
         (["--task-file", "x.jsonl"], "--task-file: needs --model"),
-        (["--model", "nowhere"], "model: expected a bundled task"),
+        (["--model", "nowhere"], "model: expected a bundled model"),
         (["--rule", "pard", "--baseline", "prad"], "--baseline: expected one of the rules (pard), got prad"),
         (["--device", "gpu"], "--device: expected a device that torch can use here, got 'gpu'"),
     ],
