@@ -118,7 +118,7 @@ CASES: list[tuple[Revising, Callable[..., Answer]]] = [
     (T2M(tau=0.0, remask_tau=0.5), t2m),
     (Saber(), saber),
     (Saber(tau=0.75, share=1.0), saber),
-    (Saber(tau=0.9, share=0.25), saber),
+    (Saber(tau=0.5, share=0.4), saber),
     (AttnCheck(), attn_check),
     (AttnCheck(tau=0.25, doubt_tau=0.9, edit_tau=0.5, max_checks=1, sure=0.5), attn_check),
     (AttnCheck(tau=0.25, doubt_tau=0.9, edit_tau=0.5, max_checks=2, lean=0.25), attn_check),
