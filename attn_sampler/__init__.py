@@ -11,7 +11,7 @@ from attn_sampler.functional import decode_step, revise_tokens, select_tokens, t
 from attn_sampler.generate import Generation, StepEvent, generate
 from attn_sampler.policy import Decision
 from attn_sampler.reference import Prediction, StepResult
-from attn_sampler.revision import T2M, T2T, AttnCheck, Saber
+from attn_sampler.revision import T2M, T2T, WINO, AttnCheck, Saber
 from attn_sampler.sampler import POLICIES, Policy, StepState, make_policy, register_policy
 from attn_sampler.trace import Commit, DecodeTrace
 
@@ -24,6 +24,7 @@ __all__ = [
     "POLICIES",
     "T2M",
     "T2T",
+    "WINO",
     "AttentionCapture",
     "AttnCheck",
     "BackendUnavailableError",

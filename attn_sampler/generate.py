@@ -177,7 +177,7 @@ def generate(
     capture = AttentionCapture(
         layers=layers, keep=keep, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
     )
-    forward = ForwardPasses(model, cache, logit_shift)
+    forward = ForwardPasses(model, cache, logit_shift, chosen.shadows)
     tokens, visible = _prompts(model, prompt_ids, attention_mask, mask_token_id, eos_token_id, pad_token_id)
     prompt_length = tokens.shape[1]
     if forward.causal_block is not None:
@@ -314,9 +314,12 @@ class _Run:
         """The capture, for a pass whose queries stand at ``positions``."""
         capture = self.capture
         capture.columns = block
-        capture.query_mask = visible[:, positions] if self.padded else None
+        query_mask = visible[:, positions] if self.padded or self.forward.shadows else None
         if self.query_rows == "masked":
-            capture.query_mask = masked_rows(tokens, self.mask_token_id, positions, capture.query_mask)
+            query_mask = masked_rows(tokens, self.mask_token_id, positions, query_mask)
+        if self.forward.shadows and query_mask is not None:  # shadows do not count
+            query_mask = torch.nn.functional.pad(query_mask, (0, block.stop - block.start))
+        capture.query_mask = query_mask
         capture.query_start = None if self.forward.cache == "none" else positions.start
         return capture
 
@@ -324,10 +327,14 @@ class _Run:
         """The predictions [B, C, V] for the block; its output's rows, of ``tokens``, begin at ``start``."""
         logits = getattr(output, "logits", output)
         checks.tensor("model output", logits, "[B, T, V]", checks.FLOAT_DTYPES, like=tokens)
-        checks.shape("model output", logits, "[B, T, V]", (*tokens.shape, logits.shape[2]))
+        count, shadows = tokens.shape[1], block.stop - block.start if self.forward.shadows else 0
+        checks.shape("model output", logits, "[B, T, V]", (len(tokens), count + shadows, logits.shape[2]))
         checks.integer("mask_token_id", self.mask_token_id, 0, logits.shape[2])
         first, last = block.start - start, block.stop - start
         own = logits[:, first:last]
+        if shadows:
+            masked = tokens[:, first:last, None] == self.mask_token_id
+            return torch.where(masked, own, logits[:, count:])
         if not self.forward.logit_shift:
             return own
         if first > 0:

@@ -64,6 +64,8 @@ class Policy(abc.ABC):
     needs_map: ClassVar[bool] = False
     #: Whether ``select`` takes back what was committed, and reads what stands where nothing is masked.
     revises: ClassVar[bool] = False
+    #: Whether what stands is judged where the model sees all but that (``caching.ShadowModel``).
+    shadows: ClassVar[bool] = False
     #: How often a policy that revises may do so at each position.
     max_edits: int = 3
 

@@ -139,6 +139,32 @@ class Saber(Revising):
 
 
 @dataclasses.dataclass
+class WINO(Revising):
+    """WINO (arXiv 2507.18578): draft widely, verify where the model sees all but the token in question.
+
+    Commits where p >= ``tau``, at least the most confident. A token of the block is masked again where its
+    probability at its shadow (``caching.ShadowModel``) is below ``verify_tau``. Goes on after the last mask
+    until nothing changes.
+    """
+
+    shadows: ClassVar[bool] = True
+
+    tau: float = 0.6
+    verify_tau: float = 0.9
+    max_edits: int = 3
+
+    def __post_init__(self) -> None:
+        checks.unit_interval("tau", self.tau)
+        checks.unit_interval("verify_tau", self.verify_tau)
+        checks.integer("max_edits", self.max_edits, 0)
+
+    def select(self, state: StepState) -> Decision:
+        assert state.current is not None
+        recheck = torch.ones_like(state.sequence, dtype=torch.bool)
+        return Decision(_confident(state, self.tau), remask=state.current < self.verify_tau, recheck=recheck)
+
+
+@dataclasses.dataclass
 class AttnCheck(Revising):
     """Commit by confidence, check by attention: doubtful tokens that others lean on come first.
 
@@ -157,6 +183,9 @@ class AttnCheck(Revising):
     order
         ``"attention"``, as above; or a control, which reads none: ``"random"``, random numbers in its place,
         or ``"confidence"``, 1 - p(current) alone.
+    shadow
+        Whether what stands is judged at its shadow, as by ``WINO``: for models trained on masked positions
+        alone.
     max_edits
         How often a position may be revised.
     """
@@ -168,6 +197,7 @@ class AttnCheck(Revising):
     sure: float = 0.98
     lean: float = 1.0
     order: str = "attention"
+    shadow: bool = False
     max_edits: int = 3
 
     def __post_init__(self) -> None:
@@ -176,7 +206,9 @@ class AttnCheck(Revising):
         checks.integer("max_checks", self.max_checks, 1)
         checks.choice("order", self.order, ("attention", "random", "confidence"))
         checks.integer("max_edits", self.max_edits, 0)
+        checks.flag("shadow", self.shadow)
         # Instead of the class's: they follow from the options.
+        self.shadows = self.shadow  # type: ignore[misc]
         self.needs_map = self.lean < 1.0  # type: ignore[misc]
         self.needs_scores = self.needs_map or self.order == "attention"  # type: ignore[misc]
 
@@ -224,4 +256,5 @@ def _contradicted(state: StepState, tau: float) -> Tensor:
 register_policy("t2t", T2T)
 register_policy("t2m", T2M)
 register_policy("saber", Saber)
+register_policy("wino", WINO)
 register_policy("attn-check", AttnCheck)

@@ -342,6 +342,7 @@ def test_registry_names() -> None:
         "t2t": "T2T",
         "t2m": "T2M",
         "saber": "Saber",
+        "wino": "WINO",
         "attn-check": "AttnCheck",
     }
     assert make_policy("attn-sequential") == AttnSampler(mode="sequential")
