@@ -25,7 +25,7 @@ from test_policies import (
 )
 
 from attn_sampler.policy import Decision
-from attn_sampler.revision import T2M, T2T, AttnCheck, Revising, Saber
+from attn_sampler.revision import T2M, T2T, WINO, AttnCheck, Revising, Saber
 from attn_sampler.sampler import make_policy
 
 
@@ -108,6 +108,11 @@ def attn_check(policy: AttnCheck, seen: Seen) -> Answer:
     return commit, replace, remask, any(seen.p[i] < as_float32(policy.sure) for i in commit)
 
 
+def wino(policy: WINO, seen: Seen) -> Answer:
+    doubted = {i for i, p in enumerate(seen.current) if p < as_float32(policy.verify_tau)}
+    return seen.confident(policy.tau), set(), doubted, True
+
+
 CASES: list[tuple[Revising, Callable[..., Answer]]] = [
     (T2T(), t2t),
     (T2T(tau=0.9, edit_tau=0.9, max_steps=1), t2t),
@@ -119,6 +124,8 @@ CASES: list[tuple[Revising, Callable[..., Answer]]] = [
     (Saber(), saber),
     (Saber(tau=0.75, share=1.0), saber),
     (Saber(tau=0.5, share=0.4), saber),
+    (WINO(), wino),
+    (WINO(tau=0.25, verify_tau=0.5), wino),
     (AttnCheck(), attn_check),
     (AttnCheck(tau=0.25, doubt_tau=0.9, edit_tau=0.5, max_checks=1, sure=0.5), attn_check),
     (AttnCheck(tau=0.25, doubt_tau=0.9, edit_tau=0.5, max_checks=2, lean=0.25), attn_check),
@@ -269,6 +276,8 @@ def test_attn_check_asks_for_the_attention_it_reads(order: str, lean: float, nee
             ValueError,
             "order: expected one of attention, random, confidence",
         ),
+        ("wino", {"verify_tau": 2.0}, ValueError, "verify_tau: "),
+        ("attn-check", {"shadow": 1}, TypeError, "shadow: "),
         ("attn-check", {"max_checks": 0}, ValueError, "max_checks: "),
         ("attn-check", {"lean": NAN}, ValueError, "lean: "),
     ],
