@@ -216,7 +216,7 @@ class TinyMaskedLM(nn.Module):
         block: slice,  # C of the T positions
         attention_mask: Tensor | None = None,  # [B, T] bool
     ) -> Tensor:  # [B, T + C, V] float32
-        """``forward``, and what C mask tokens predict in place of those of the block, each seeing the rest."""
+        """``forward``, and what C mask tokens predict in the place of the block, each seeing all the rest."""
         position = torch.arange(tokens.shape[1], device=tokens.device)
         place = torch.cat([position, position[block]])
         shadow = torch.arange(len(place), device=tokens.device) >= len(position)

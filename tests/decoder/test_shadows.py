@@ -60,7 +60,7 @@ def test_a_shadow_sees_all_but_what_it_stands_for(with_padding: bool) -> None:
 
 @pytest.mark.parametrize("policy", [WINO(tau=0.3), AttnCheck(tau=0.3, order="random", shadow=True)], ids=repr)
 def test_what_stands_is_judged_at_its_shadow(policy: Any) -> None:
-    """Positions that are masked are predicted at themselves, the others at their shadows, which see no token."""
+    """Masked positions are predicted at themselves, the others at their shadows."""
     model, prompts, checked = tiny(), [prompt(5), prompt(3, 1)], 0
     events: list[tuple[Tensor, StepEvent]] = []
     forward, seen = model.forward_shadow, []
