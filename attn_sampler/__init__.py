@@ -4,12 +4,14 @@ from attn_sampler._version import __version__
 from attn_sampler.attention import attention_map, column_scores
 from attn_sampler.backends import BackendUnavailableError, Support, is_backend_supported
 from attn_sampler.capture import AttentionCapture, CapturedLayer, report_attention
-from attn_sampler.dependency import ADAS, CLAD, DAPD, DAWN
+from attn_sampler.dependency import ADAS, CLAD, DAPD, DAWN, DOS
 from attn_sampler.functional import decode_step, revise_tokens, select_tokens, token_confidence
 
 # Not left to a lazy attribute: the name of the module would hide the function.
 from attn_sampler.generate import Generation, StepEvent, generate
+from attn_sampler.policy import Decision
 from attn_sampler.reference import Prediction, StepResult
+from attn_sampler.revision import T2M, T2T, WINO, AttnCheck, Saber
 from attn_sampler.sampler import POLICIES, Policy, StepState, make_policy, register_policy
 from attn_sampler.trace import Commit, DecodeTrace
 
@@ -18,15 +20,22 @@ __all__ = [
     "CLAD",
     "DAPD",
     "DAWN",
+    "DOS",
     "POLICIES",
+    "T2M",
+    "T2T",
+    "WINO",
     "AttentionCapture",
+    "AttnCheck",
     "BackendUnavailableError",
     "CapturedLayer",
     "Commit",
+    "Decision",
     "DecodeTrace",
     "Generation",
     "Policy",
     "Prediction",
+    "Saber",
     "StepEvent",
     "StepResult",
     "StepState",

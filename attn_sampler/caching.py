@@ -1,4 +1,4 @@
-"""Forward passes over part of a sequence, with the keys and values of the rest cached.
+"""Forward passes over part of a sequence, with the keys and values of the rest cached, or with shadows.
 
 ``generate`` asks for the logits of a block; what runs for them depends on the model's attention and on the
 cache chosen. Models take part through ``CacheableModel``; the adapters of known checkpoints implement it.
@@ -61,6 +61,18 @@ class CacheableModel(Protocol):
         """A cache of the sequences ``index``, int64 [B'], that leaves the given one as it is."""
 
 
+class ShadowModel(Protocol):
+    """A model that predicts a token that stands from all the others."""
+
+    def forward_shadow(self, tokens: Tensor, block: slice, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, T + C, V] of all T positions, as they are without the rest, and of C shadows.
+
+        Shadow c is a masked position that stands where position ``block.start + c`` does and sees every
+        position but that one; nothing else sees it. They are the last C queries and keys of each attention
+        call.
+        """
+
+
 class ForwardPasses:
     """The forward passes of one ``generate`` run.
 
@@ -72,14 +84,19 @@ class ForwardPasses:
         A name of ``CACHES``.
     logit_shift
         As in ``generate``. Rows then begin one position early, to have the block's first prediction.
+    shadows
+        Whether the passes have shadows (``ShadowModel``).
 
     Raises
     ------
     TypeError, ValueError
-        The model does not serve that cache, or its ``causal_block`` is no number of positions.
+        The model does not serve that cache, or no shadows with these options, or its ``causal_block`` is no
+        number of positions.
     """
 
-    def __init__(self, model: Callable[..., Any], cache: str, logit_shift: bool) -> None:
+    def __init__(
+        self, model: Callable[..., Any], cache: str, logit_shift: bool, shadows: bool = False
+    ) -> None:
         checks.choice("cache", cache, CACHES)
         served = tuple(getattr(model, "caches", ()))
         if cache != "none" and cache not in served:
@@ -90,6 +107,11 @@ class ForwardPasses:
         self.causal_block: int | None = getattr(model, "causal_block", None)
         if self.causal_block is not None:
             checks.integer("causal_block", self.causal_block, 1)
+        self.shadows = shadows
+        if shadows and not hasattr(model, "forward_shadow"):
+            raise TypeError(f"policy: needs a model with forward_shadow, got {type(model).__name__}")
+        if shadows and (cache != "none" or logit_shift or self.causal_block is not None):
+            raise ValueError("policy: shadows go with a bidirectional model, cache='none' and no logit_shift")
         self._past: Any = None  # of the sequences below
         self._sequences: Tensor | None = None
         self._prefix: Any = None  # block-causal: of all sequences, and how many positions it covers
@@ -136,6 +158,8 @@ class ForwardPasses:
             attention_mask = None if attention_mask is None else attention_mask[:, : rows.stop]
         if self.cache == "none":
             keywords = {} if attention_mask is None else {"attention_mask": attention_mask}
+            if self.shadows:
+                return cast(ShadowModel, self._model).forward_shadow(tokens, block, **keywords)
             return self._model(tokens[:, rows], **keywords)
         self._narrow(sequences)
         fills = self.causal_block is None and self._past is None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from attn_sampler.bundled.model import TinyMaskedLM
 from attn_sampler.bundled.tasks import Score, Task
 from attn_sampler.generate import Generation, StepEvent, generate
 from attn_sampler.sampler import make_policy
-from attn_sampler.trace import Commit, DecodeTrace, step_colour
+from attn_sampler.trace import DecodeTrace, step_colour, step_commits
 
 #: The rules that are compared by default; the first four are also drawn.
 RULES = (
@@ -54,6 +53,7 @@ RULES = (
 _DRAWN_RULES = 4
 _LIVE_PROBLEMS = 4
 _FRAME_SECONDS = 0.05
+_FILLS = {"commit": 1, "replace": 0, "remask": -1}  # positions, by the kind of a commit
 _COLUMNS = """\
 passes: forward passes per answer. tokens/s: committed by the whole batch.
 sampling: the share of the sampling step in the time of it and the model."""
@@ -84,7 +84,8 @@ class Run:
     @property
     def tokens_per_second(self) -> float:
         """Committed tokens of the whole batch by time in the model and the sampling step."""
-        return len(self.trace.commits) / (self.generation.forward_seconds + self.generation.sampling_seconds)
+        filled = sum(_FILLS[commit.kind] for commit in self.trace.commits)
+        return filled / (self.generation.forward_seconds + self.generation.sampling_seconds)
 
     @property
     def sampling_share(self) -> float:
@@ -217,14 +218,10 @@ def _live_view(
 
             def on_step(event: StepEvent) -> None:
                 nonlocal drawn
-                progress.advance(bar, int(event.result.selected.sum()))
-                for row, sequence in enumerate(event.sequence.tolist()):
-                    if sequence < len(trace.prompt):
-                        for position in event.result.selected[row].nonzero().squeeze(1).tolist():
-                            token = int(event.result.token_ids[row, position])
-                            trace.commits.append(
-                                Commit(sequence, event.step - 1, position, token, math.nan, math.nan)
-                            )
+                step = torch.full_like(event.sequence, event.step - 1)
+                commits = step_commits(event.result, event.sequence, step, event.block, task.mask_token_id)
+                progress.advance(bar, sum(_FILLS[commit.kind] for commit in commits))
+                trace.commits += [commit for commit in commits if commit.sequence < len(trace.prompt)]
                 if time.perf_counter() - drawn > _FRAME_SECONDS:
                     drawn = time.perf_counter()
                     boards = [_board(task, trace, i) for i in range(len(trace.prompt))]
@@ -275,6 +272,8 @@ def _draw_orders(runs: Sequence[Run]) -> Group:
     for row in zip(*cells, strict=True) if task.cell_separator else cells:
         grid.add_row(*row)
     caption = f"One {task.name} problem, and the step of each commit (blue first, red last)"
+    if any(run.trace.revised(0) for run in runs):
+        caption += "; underlined: revised"
     return Group(Text(caption, style="dim"), Text(), grid)
 
 

@@ -211,6 +211,30 @@ class ADAS(MapPolicy):
         return selected
 
 
+@dataclasses.dataclass
+class DOS(MapPolicy):
+    """DOS (arXiv 2603.15340), its order: what depends most on what is known.
+
+    The ``count`` masked positions that give the most of their attention to filled ones; the more confident
+    first on ties, as in a block in which nothing is filled.
+
+    The paper's text was not at hand beyond its abstract, which says that attention approximates the
+    dependency between tokens and that unmasked ones are emphasised. Assumed: the plain sum.
+    """
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        checks.integer("count", self.count, 1)
+
+    def select(self, state: StepState) -> Tensor:
+        mass = attention_weights(state).masked_fill(state.masked[:, None, :], 0.0).sum(dim=2)  # [B, C]
+        _, order = ranked_positions(state.confidence, state.masked)
+        order = order.gather(1, ranked_positions(mass.gather(1, order), state.masked.gather(1, order))[1])
+        rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        return state.masked & torch.zeros_like(state.masked).scatter(1, order, rank < self.count)
+
+
 def attention_weights(state: StepState, keep_diagonal: bool = False) -> Tensor:
     """The attention map [B, C, C], float64, in which sums of its weights hardly round, and without NaN."""
     assert state.attention_map is not None
@@ -254,3 +278,4 @@ register_policy("dawn", DAWN)
 register_policy("dapd", DAPD)
 register_policy("clad", CLAD)
 register_policy("adas", ADAS)
+register_policy("dos", DOS)

@@ -38,7 +38,7 @@ from attn_sampler import checks, command_line, documents
 from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.errors import DecodingError
 from attn_sampler.generate import Generation, generate
-from attn_sampler.policy import Policy, StepState
+from attn_sampler.policy import Decision, Policy, StepState
 from attn_sampler.problem_sets import (
     BUNDLED,
     SPLITS,
@@ -63,11 +63,12 @@ class _Revealing(Policy):
         self.nats = torch.zeros(len(truth), dtype=torch.float64, device=truth.device)
         # Instead of the class's: these are the inner policy's.
         self.metric, self.needs_scores, self.needs_map = inner.metric, inner.needs_scores, inner.needs_map  # type: ignore[misc]
+        self.revises, self.max_edits = inner.revises, 0  # type: ignore[misc]  # the truth stays
 
     def reset(self) -> None:
         self.inner.reset()
 
-    def select(self, state: StepState) -> Tensor:
+    def select(self, state: StepState) -> Tensor | Decision:
         return self.inner.select(state)
 
     def step(self, tokens: Tensor, logits: Tensor, *arguments: Any, **options: Any) -> StepResult:

@@ -20,7 +20,7 @@ from attn_sampler.options import QUERY_ROWS, check_temperature, renamed, signed_
 from attn_sampler.policy import Policy, check_progress
 from attn_sampler.reference import StepResult, masked_rows
 from attn_sampler.sampler import make_policy
-from attn_sampler.trace import Commit, DecodeTrace
+from attn_sampler.trace import Commit, DecodeTrace, step_commits
 
 STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
 _INT64_END = 1 << 63
@@ -81,6 +81,11 @@ def generate(
     Blocks of ``block_length`` positions are decoded from left to right; inside a block the policy chooses the
     order. A sequence gets the same tokens alone and in a batch, as far as the model's logits (and, on a
     GPU, the last bits of its scores) are the same.
+
+    A policy that revises may replace or mask again what was filled in the block, at most ``max_edits`` times
+    at each position, and goes on where nothing is masked: until a pass changes nothing or no budget is left.
+    Each pass but the last then fills or revises, and a block of C masked positions takes at most
+    ``C * (1 + 2 * max_edits) + 1`` passes.
 
     Parameters
     ----------
@@ -172,7 +177,7 @@ def generate(
     capture = AttentionCapture(
         layers=layers, keep=keep, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
     )
-    forward = ForwardPasses(model, cache, logit_shift)
+    forward = ForwardPasses(model, cache, logit_shift, chosen.shadows)
     tokens, visible = _prompts(model, prompt_ids, attention_mask, mask_token_id, eos_token_id, pad_token_id)
     prompt_length = tokens.shape[1]
     if forward.causal_block is not None:
@@ -238,6 +243,9 @@ class _Run:
         self.last_begin = int((~self.visible).sum(dim=1).max()) if shifts_padding else -1
         self.passes = torch.zeros_like(self.seeds)  # [B]
         self.finished = torch.zeros_like(self.seeds, dtype=torch.bool)
+        self.budget = torch.zeros_like(self.tokens, dtype=torch.int32)  # [B, T], of revisions
+        if self.policy.revises:
+            self.budget.masked_fill_(self.to_fill, checks.integer("max_edits", self.policy.max_edits, 0))
         self.num_steps, self.forward_seconds, self.sampling_seconds = 0, 0.0, 0.0
 
     def decode_block(self, block: slice) -> None:
@@ -255,7 +263,7 @@ class _Run:
             self.finished |= filled.any(dim=1)
 
     def _step(self, block: slice, active: Tensor) -> Tensor:
-        """One step of the sequences ``active``, and which of them have more of the block to fill."""
+        """One step of the sequences ``active``, and which of them are not done with the block."""
         began = time.perf_counter()
         needs_scores = self.policy.needs_scores
         tokens, visible = self.tokens[active], self.visible[active]
@@ -266,6 +274,10 @@ class _Run:
         attention, options = self.capture.step_input(self.policy.needs_map) if needs_scores else (None, {})
         if self.padded and self.policy.needs_map:
             options["padding"] = ~visible[:, block]
+        if self.policy.revises:
+            options["budget"] = self.budget[active, block]
+            options["recheck"] = torch.zeros_like(active, dtype=torch.bool)
+        masked = tokens[:, block] == self.mask_token_id
         result = self.policy.step(
             tokens,
             self._block_logits(output, tokens[:, positions], block, positions.start, active),
@@ -278,27 +290,36 @@ class _Run:
             **options,
         )
         left = result.tokens[:, block] == self.mask_token_id
-        scores = result.scores if needs_scores else None
-        count = check_progress(left, result.selected, result.confidence, scores, active, block.start)
+        scores, revised = result.scores if needs_scores else None, result.revised
+        count = check_progress(left, result.selected, result.confidence, scores, active, block.start, revised)
         self.tokens[active] = tokens
+        more = left.any(dim=1)
+        if revised is not None:
+            self.budget[active, block] = options["budget"]
+            # A check that changes nothing is the last.
+            again = (revised > 0).any(dim=1) | (options["recheck"] & masked.any(dim=1))
+            more |= again & options["budget"].any(dim=1)
         self.forward_seconds += passed - began
         self.sampling_seconds += time.perf_counter() - passed
         self.num_steps += 1
         if self.trace is not None:
-            self.trace.commits += _commits(result, active, self.passes, block)
+            self.trace.commits += step_commits(result, active, self.passes[active], block, self.mask_token_id)
         self.passes[active] += 1
         self.advance(count)
         if self.on_step is not None:
             self.on_step(StepEvent(self.num_steps, block, active, result))
-        return left.any(dim=1)
+        return more
 
     def _captured(self, tokens: Tensor, visible: Tensor, block: slice, positions: slice) -> AttentionCapture:
         """The capture, for a pass whose queries stand at ``positions``."""
         capture = self.capture
         capture.columns = block
-        capture.query_mask = visible[:, positions] if self.padded else None
+        query_mask = visible[:, positions] if self.padded or self.forward.shadows else None
         if self.query_rows == "masked":
-            capture.query_mask = masked_rows(tokens, self.mask_token_id, positions, capture.query_mask)
+            query_mask = masked_rows(tokens, self.mask_token_id, positions, query_mask)
+        if self.forward.shadows and query_mask is not None:  # shadows do not count
+            query_mask = torch.nn.functional.pad(query_mask, (0, block.stop - block.start))
+        capture.query_mask = query_mask
         capture.query_start = None if self.forward.cache == "none" else positions.start
         return capture
 
@@ -306,10 +327,14 @@ class _Run:
         """The predictions [B, C, V] for the block; its output's rows, of ``tokens``, begin at ``start``."""
         logits = getattr(output, "logits", output)
         checks.tensor("model output", logits, "[B, T, V]", checks.FLOAT_DTYPES, like=tokens)
-        checks.shape("model output", logits, "[B, T, V]", (*tokens.shape, logits.shape[2]))
+        count, shadows = tokens.shape[1], block.stop - block.start if self.forward.shadows else 0
+        checks.shape("model output", logits, "[B, T, V]", (len(tokens), count + shadows, logits.shape[2]))
         checks.integer("mask_token_id", self.mask_token_id, 0, logits.shape[2])
         first, last = block.start - start, block.stop - start
         own = logits[:, first:last]
+        if shadows:
+            masked = tokens[:, first:last, None] == self.mask_token_id
+            return torch.where(masked, own, logits[:, count:])
         if not self.forward.logit_shift:
             return own
         if first > 0:
@@ -425,20 +450,6 @@ def _blocks(prompt_length: int, length: int, block_length: int) -> Iterator[slic
     bounds = [0] * (first > 0) + [*range(first, length, block_length), length]
     for start, stop in itertools.pairwise(bounds):
         yield slice(start, stop)
-
-
-def _commits(result: StepResult, active: Tensor, passes: Tensor, block: slice) -> list[Commit]:
-    row, column = result.selected.nonzero(as_tuple=True)
-    sequence = active[row]
-    fields = (
-        sequence,
-        passes[sequence],
-        column + block.start,
-        result.token_ids[row, column],
-        result.scores[row, column],
-        result.confidence[row, column],
-    )
-    return [Commit(*values) for values in zip(*(field.tolist() for field in fields), strict=True)]
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
-"""What a decoding policy is: it sees one step's state and answers which masked positions to commit."""
+"""What a decoding policy is: it sees one step's state and answers what to commit, and what to take back."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from attn_sampler.attention import column_scores
 from attn_sampler.capture import CapturedLayer
 from attn_sampler.errors import DecodingError
 from attn_sampler.functional import token_confidence
-from attn_sampler.reference import StepResult
+from attn_sampler.reference import REMASKED, REPLACED, StepResult
 
 
 @dataclasses.dataclass
@@ -33,12 +33,27 @@ class StepState:
     backend: str = "auto"  # what library functions called by the policy should run on
     attention_map: Tensor | None = None  # [B, C, C] float32, rows = queries, where the policy asks for it
     padding: Tensor | None = None  # [B, C] bool, with the map: positions of no sequence; None: there are none
+    # Of a policy that revises, else None:
+    tokens: Tensor | None = None  # [B, C] int64, what stands there, mask_token_id where nothing does
+    current: Tensor | None = None  # [B, C] float32, the probability of that, whatever the metric
+    budget: Tensor | None = None  # [B, C] int32, how often each position may yet be revised
+    editable: Tensor | None = None  # [B, C] bool, filled by the decoder, with budget and defined logits
+
+
+class Decision(NamedTuple):
+    """What a policy does in a step; bool, None stands for nowhere."""
+
+    commit: Tensor  # [B, C]; those that are not masked are left out
+    replace: Tensor | None = None  # [B, C], by the prediction; the editable ones where it is another token
+    remask: Tensor | None = None  # [B, C]; the editable ones that are not replaced
+    recheck: Tensor | None = None  # [B], the sequences that want one more pass where nothing is left masked
 
 
 class Policy(abc.ABC):
-    """A rule that chooses the positions to commit.
+    """A rule that chooses the positions to commit and, where it ``revises``, those to replace or mask again.
 
-    Every rule commits at least one position of each row that has a masked one, so that decoding ends.
+    Every rule commits at least one position of each row that has a masked one, and what it revises is taken
+    from a position's budget of ``max_edits``. So decoding ends.
     """
 
     #: The confidence that ``select`` reads: "probability", "margin" or "entropy" (negated).
@@ -47,13 +62,19 @@ class Policy(abc.ABC):
     needs_scores: ClassVar[bool] = False
     #: Whether ``select`` reads the block's attention map; goes with ``needs_scores = True``.
     needs_map: ClassVar[bool] = False
+    #: Whether ``select`` takes back what was committed, and reads what stands where nothing is masked.
+    revises: ClassVar[bool] = False
+    #: Whether what stands is judged where the model sees all but that (``caching.ShadowModel``).
+    shadows: ClassVar[bool] = False
+    #: How often a policy that revises may do so at each position.
+    max_edits: int = 3
 
     def reset(self) -> None:  # noqa: B027  (optional: most rules carry nothing over)
         """Forget what was carried over from earlier steps; called before each block."""
 
     @abc.abstractmethod
-    def select(self, state: StepState) -> Tensor:
-        """The positions to commit, bool [B, C]; those that are not masked are left out."""
+    def select(self, state: StepState) -> Tensor | Decision:
+        """The positions to commit, bool [B, C]; those that are not masked are left out. Or a ``Decision``."""
 
     def step(
         self,
@@ -68,9 +89,11 @@ class Policy(abc.ABC):
         temperature: float = 0.0,
         backend: str = "auto",
         padding: Tensor | None = None,
+        budget: Tensor | None = None,
+        recheck: Tensor | None = None,
         **score_options: Any,
     ) -> StepResult:
-        """Predict, select and commit into ``tokens``, in place.
+        """Predict, select, and commit, replace and mask again in ``tokens``, in place.
 
         Parameters
         ----------
@@ -91,16 +114,24 @@ class Policy(abc.ABC):
             int64 ``[B]``: a fresh random stream for each row.
         padding
             Boolean ``[B, C]``, for a policy that needs the map: the block's positions that are padding.
+        budget
+            int32 ``[B, C]``, for a policy that revises: how often each position may be, 0 where the token was
+            given or is padding; **updated in place**.
+        recheck
+            Boolean ``[B]`` of False, for a policy that revises; **updated in place**: the sequences that want
+            one more pass though nothing of their block is masked.
 
         Returns
         -------
         StepResult
-            Its ``scores`` are NaN where no attention was given.
+            Its ``scores`` are NaN where no attention was given. The fields from ``log_prob`` on are None
+            unless the policy revises.
 
         Raises
         ------
         TypeError, ValueError
-            ``attention`` is not what the policy needs, or ``select`` answers something else than bool [B, C].
+            ``attention`` or ``budget`` is not what the policy needs, or ``select`` answers something else
+            than bool [B, C] or a ``Decision`` of such.
         """
         block_tokens = tokens[:, block]
         masked = block_tokens == mask_token_id
@@ -116,28 +147,63 @@ class Policy(abc.ABC):
                 scores = column_scores(
                     q, k, softmax_lse=softmax_lse, out=scores, backend=backend, **score_options
                 )
-        token_ids, confidence = token_confidence(
+        prediction = token_confidence(
             logits,
             metric=self.metric,
             temperature=temperature,
             seed=seeds,
             exclude_token_id=mask_token_id,
+            current_ids=block_tokens if self.revises else None,
             backend=backend,
         )
+        token_ids, confidence = prediction
         seen = (masked, token_ids, confidence, scores, logits, mask_token_id)
-        chosen = self.select(StepState(*seen, sequence, seeds, backend, attention_map, padding))
-        name = f"{type(self).__name__}.select"
-        checks.tensor(name, chosen, "[B, C]", (torch.bool,), like=masked)
-        checks.shape(name, chosen, "[B, C]", masked.shape)
-        selected = masked & chosen
-        block_tokens.copy_(torch.where(selected, token_ids, block_tokens))
+        state = StepState(*seen, sequence, seeds, backend, attention_map, padding)
+        if self.revises:
+            budget = checks.tensor("budget", budget, "[B, C]", (torch.int32,), like=masked)
+            checks.shape("budget", budget, "[B, C]", masked.shape)
+            state.tokens, state.current, state.budget = block_tokens, prediction.current, budget
+            state.editable = ~masked & (budget > 0) & ~confidence.isnan()
+        decision = self._decision(state)
+        selected = masked & decision.commit
+        written = torch.where(selected, token_ids, block_tokens)
+        revised = None
+        if budget is not None and state.editable is not None:
+            nowhere = torch.zeros_like(masked)
+            replace, remask = (nowhere if x is None else x & state.editable for x in decision[1:3])
+            replace = replace & (token_ids != block_tokens)
+            remask = remask & ~replace
+            written = torch.where(replace, token_ids, written).masked_fill(remask, mask_token_id)
+            revised = (replace * REPLACED + remask * REMASKED).to(torch.uint8)
+            budget -= (revised > 0).to(torch.int32)
+            if recheck is not None and decision.recheck is not None:
+                recheck.copy_(decision.recheck)
+        block_tokens.copy_(written)
         if scores is None:
             scores = torch.full_like(confidence, torch.nan)
-        return StepResult(tokens, token_ids, confidence, scores, selected)
+        result = StepResult(tokens, token_ids, confidence, scores, selected)
+        if revised is None:
+            return result
+        return StepResult(*result[:5], prediction.log_prob, prediction.current, revised, budget)
+
+    def _decision(self, state: StepState) -> Decision:
+        """What ``select`` answers, checked."""
+        answer = self.select(state)
+        decision = answer if isinstance(answer, Decision) else Decision(answer)
+        name = f"{type(self).__name__}.select"
+        for field, value in decision._asdict().items():
+            if value is None and field != "commit":
+                continue
+            if field != "commit" and not self.revises:
+                raise ValueError(f"{name}: expected no {field} of a policy whose revises is False")
+            axes, like = ("[B]", state.sequence) if field == "recheck" else ("[B, C]", state.masked)
+            checks.tensor(name, value, axes, (torch.bool,), like=like)
+            checks.shape(name, value, axes, like.shape)
+        return decision
 
 
-def top_positions(value: Tensor, masked: Tensor, count: int) -> Tensor:
-    """The ``count`` masked positions of the largest value; the lower position on ties, NaN last."""
+def top_positions(value: Tensor, masked: Tensor, count: int | Tensor) -> Tensor:
+    """The ``count`` (or [B, 1]) masked positions of the largest value; the lower one on ties, NaN last."""
     _, order = ranked_positions(value, masked)
     rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return masked & torch.zeros_like(masked).scatter(1, order, rank < count)
@@ -156,8 +222,9 @@ def check_progress(
     scores: Tensor | None,  # [B, C], where the policy reads them
     sequence: Tensor,  # [B], what the rows are called
     start: int = 0,  # the position of the first column
+    revised: Tensor | None = None,  # [B, C] uint8, where the policy revises
 ) -> int:
-    """How many positions a step selected, after one wait for the device.
+    """How many positions a step filled, less those it masked again, after one wait for the device.
 
     Raises
     ------
@@ -165,9 +232,13 @@ def check_progress(
         A selected position's logits are undefined, or none is selected in a row that has masked ones, so that
         decoding would not end.
     """
+    remasked = torch.zeros_like(masked) if revised is None else revised == REMASKED
+    masked = masked & ~remasked
     undefined = selected & confidence.isnan()
     stuck = masked.any(dim=1) & ~selected.any(dim=1)
-    count, any_undefined, any_stuck = torch.stack([selected.sum(), undefined.any(), stuck.any()]).tolist()
+    count, any_undefined, any_stuck = torch.stack(
+        [selected.sum() - remasked.sum(), undefined.any(), stuck.any()]
+    ).tolist()
     if any_undefined:
         row, column = undefined.nonzero()[0].tolist()
         raise DecodingError(

@@ -1,7 +1,8 @@
 """Decoding policies: which masked positions of the block a step commits.
 
-A policy is a small object with ``select``, which sees one step's state and answers a boolean [B, C]. All of
-them are vectorised over the batch and the block and stay on the device. ``POLICIES`` names them;
+A policy is a small object with ``select``, which sees one step's state and answers a boolean [B, C], or a
+``Decision`` where it takes back too, as the rules in ``revision`` do. All of them are vectorised over the
+batch and the block and stay on the device. ``POLICIES`` names them;
 ``make_policy("threshold", tau=0.95)`` builds one; ``register_policy`` adds another. One of your own is a
 subclass of ``Policy`` with ``select`` (and ``needs_scores = True`` where it reads the attention received;
 ``needs_map = True`` too where it reads the block's attention map, as the rules in ``dependency`` do)::
@@ -122,7 +123,7 @@ class RandomOrder(Policy):
     """One uniformly random masked position a step."""
 
     def select(self, state: StepState) -> Tensor:
-        return top_positions(_random_words(state), state.masked, 1)
+        return top_positions(random_words(state), state.masked, 1)
 
 
 @dataclasses.dataclass
@@ -142,7 +143,7 @@ class RandomScores(Policy):
 
     def select(self, state: StepState) -> Tensor:
         return select_tokens(
-            _random_words(state).to(state.confidence.dtype),
+            random_words(state).to(state.confidence.dtype),
             state.confidence,
             state.masked,
             tau=self.tau,
@@ -297,7 +298,7 @@ class PARD(Policy):
         return prefix | (state.masked & (state.masked.cumsum(dim=1) == 1))
 
 
-def _random_words(state: StepState) -> Tensor:
+def random_words(state: StepState) -> Tensor:
     """A uniform 32-bit word for each position, float64 [B, C], fresh in each step."""
     position = torch.arange(state.masked.shape[1], device=state.masked.device)
     # A group far above any token's keeps these words apart from those that sample tokens.

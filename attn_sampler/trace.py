@@ -1,27 +1,33 @@
-"""The order in which a decoder committed its tokens: recorded, saved, drawn."""
+"""The order in which a decoder committed its tokens and revised them: recorded, saved, drawn."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from attn_sampler import documents
 from attn_sampler.documents import COUNT, OPTIONAL_NUMBER, TEXT, Kind
+from attn_sampler.reference import REMASKED, StepResult
 
 if TYPE_CHECKING:
     from rich.text import Text
+    from torch import Tensor
 
-_FORMAT = 1
+_FORMAT = 2
+_KINDS = ("commit", "replace", "remask")  # by the values of StepResult.revised
 _COMMIT = {
     **dict.fromkeys(("sequence", "step", "position", "token"), COUNT),
     **dict.fromkeys(("score", "confidence"), OPTIONAL_NUMBER),
+    "kind?": Kind(f"one of {', '.join(_KINDS)}", lambda x: x in _KINDS),  # not in format 1
 }
 _SHAPE = {
-    "format": Kind(f"{_FORMAT}", lambda x: type(x) is int and x == _FORMAT),
+    "format": Kind(f"1 or {_FORMAT}", lambda x: type(x) is int and x in (1, _FORMAT)),
     "prompt": [[COUNT]],
     "mask_token_id": COUNT,
     "policy": TEXT,
@@ -31,19 +37,20 @@ _SHAPE = {
 
 
 class Commit(NamedTuple):
-    """One token written."""
+    """One token written, or taken back."""
 
     sequence: int  # which sequence of the batch
     step: int  # forward passes of this sequence before it, from 0
     position: int
-    token: int
+    token: int  # mask_token_id where it was masked again
     score: float  # column score; NaN where the policy reads none
-    confidence: float  # in the policy's metric
+    confidence: float  # in the policy's metric; of a token masked again, its probability
+    kind: str = "commit"  # into a masked position; or "replace", another token; or "remask"
 
 
 @dataclasses.dataclass
 class DecodeTrace:
-    """Every commit of a decoding run, in order of time.
+    """Every commit and revision of a decoding run, in order of time.
 
     Replaying the commits over ``prompt`` gives the tokens that ``generate`` returned. What an end-of-text
     token overwrote behind itself comes last: with the number of passes as its step, and NaN as score and
@@ -56,27 +63,40 @@ class DecodeTrace:
     commits: list[Commit] = dataclasses.field(default_factory=list)
     padding: list[int] = dataclasses.field(default_factory=list)  # [B] positions at the left, or empty: none
 
-    def steps(self, sequence: int) -> list[int | None]:
-        """The (last) step that committed each position of a sequence; None for given positions."""
+    def steps(self, sequence: int, until_step: int | None = None) -> list[int | None]:
+        """The step that wrote the token at each position of a sequence; None for given and masked positions.
+
+        ``until_step`` as in ``tokens``.
+        """
         steps: list[int | None] = [None] * len(self.prompt[sequence])
-        for commit in self.commits:
-            if commit.sequence == sequence:
-                steps[commit.position] = commit.step
+        for commit in self._of(sequence, until_step):
+            steps[commit.position] = None if commit.kind == "remask" else commit.step
         return steps
+
+    def revised(self, sequence: int, until_step: int | None = None) -> set[int]:
+        """The positions of a sequence at which a token was taken back."""
+        return {commit.position for commit in self._of(sequence, until_step) if commit.kind != "commit"}
 
     def tokens(self, sequence: int, until_step: int | None = None) -> list[int]:
         """The tokens of a sequence after the given step (default: at the end)."""
         tokens = list(self.prompt[sequence])
+        for commit in self._of(sequence, until_step):
+            tokens[commit.position] = commit.token
+        return tokens
+
+    def _of(self, sequence: int, until_step: int | None) -> Iterator[Commit]:
         for commit in self.commits:
             if commit.sequence == sequence and (until_step is None or commit.step <= until_step):
-                tokens[commit.position] = commit.token
-        return tokens
+                yield commit
 
     def save(self, path: str | Path) -> None:
         """Write as JSON (a NaN or infinite score or confidence as null)."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         data["commits"] = [
-            {name: value if math.isfinite(value) else None for name, value in commit._asdict().items()}
+            {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in commit._asdict().items()
+            }
             for commit in self.commits
         ]
         text = json.dumps({"format": _FORMAT, **data}, allow_nan=False)
@@ -84,7 +104,7 @@ class DecodeTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> DecodeTrace:
-        """Read what ``save`` wrote, null as NaN.
+        """Read what ``save`` wrote, null as NaN; files of format 1, which knows commits alone, too.
 
         Raises
         ------
@@ -126,7 +146,7 @@ class DecodeTrace:
         """The sequence, without its padding, as a coloured block.
 
         Given tokens are dim, committed ones go from blue (first) to red (last), and those still to come are
-        grey.
+        grey. Where a token was taken back, what stands there now is underlined.
 
         Parameters
         ----------
@@ -140,25 +160,45 @@ class DecodeTrace:
         from rich.text import Text
 
         symbol = symbols if callable(symbols) else symbols.__getitem__
-        steps = self.steps(sequence)
-        last = max((s for s in steps if s is not None), default=0)
-        tokens = self.tokens(sequence, until_step)
+        last = max((s for s in self.steps(sequence) if s is not None), default=0)
+        steps, tokens = self.steps(sequence, until_step), self.tokens(sequence, until_step)
+        revised = self.revised(sequence, until_step)
         start = self.padding[sequence] if self.padding else 0
         text = Text()
-        for index, (token, step) in enumerate(zip(tokens[start:], steps[start:], strict=True)):
+        for index, position in enumerate(range(start, len(tokens))):
+            token, step = tokens[position], steps[position]
             if width and index:
                 text.append("\n" if index % width == 0 else " ")
-            if step is None:
-                style = "dim"
-            elif until_step is not None and token == self.mask_token_id:
-                style = "grey50"
-            else:
+            if step is not None:
                 style = f"bold {step_colour(step, last)}"
+            else:
+                style = "grey50" if token == self.mask_token_id else "dim"
+            if position in revised:
+                style = f"underline {style}"
             text.append(symbol(token), style=style)
         return text
 
 
-def _read_commit(*, score: float | None, confidence: float | None, **place: int) -> Commit:
+def step_commits(
+    result: StepResult,
+    sequence: Tensor,  # [B] int64
+    step: Tensor,  # [B] int64, of each sequence
+    block: slice,
+    mask_token_id: int,
+) -> list[Commit]:
+    """What a step wrote and took back, sequence by sequence."""
+    revised = result.selected.new_zeros(result.selected.shape) if result.revised is None else result.revised
+    row, column = (result.selected | (revised > 0)).nonzero(as_tuple=True)
+    kind, confidence = revised[row, column], result.confidence[row, column]
+    token = result.token_ids[row, column].masked_fill(kind == REMASKED, mask_token_id)
+    if result.current is not None:
+        confidence = torch.where(kind == REMASKED, result.current[row, column], confidence)
+    fields = (sequence[row], step[row], column + block.start, token, result.scores[row, column], confidence)
+    columns = [*(field.tolist() for field in fields), [_KINDS[k] for k in kind.tolist()]]
+    return [Commit(*values) for values in zip(*columns, strict=True)]
+
+
+def _read_commit(*, score: float | None, confidence: float | None, **place: Any) -> Commit:
     undefined = math.nan
     return Commit(
         score=undefined if score is None else score,

@@ -207,12 +207,31 @@ class TinyMaskedLM(nn.Module):
         Tensor
             Logits; those of the mask token are -inf.
         """
-        length = tokens.shape[1]
-        x = self.embedding(tokens)
-        position = torch.arange(length, device=x.device, dtype=torch.float32)
-        angle = torch.outer(position, self.inverse_frequency.float())
-        cos, sin = angle.cos(), angle.sin()
         attn_mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        return self._run(tokens, torch.arange(tokens.shape[1], device=tokens.device), attn_mask)
+
+    def forward_shadow(
+        self,
+        tokens: Tensor,  # [B, T] int64
+        block: slice,  # C of the T positions
+        attention_mask: Tensor | None = None,  # [B, T] bool
+    ) -> Tensor:  # [B, T + C, V] float32
+        """``forward``, and what C mask tokens predict in the place of the block, each seeing all the rest."""
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        place = torch.cat([position, position[block]])
+        shadow = torch.arange(len(place), device=tokens.device) >= len(position)
+        sees = ~(shadow | (shadow[:, None] & (place[:, None] == place)))  # no shadow, nor what it stands for
+        sees |= torch.eye(len(place), dtype=torch.bool, device=sees.device)  # but itself
+        sees = sees.expand(len(tokens), 1, -1, -1)
+        masks = torch.full_like(tokens[:, block], self.mask_token_id)
+        if attention_mask is not None:
+            sees = sees & torch.cat([attention_mask.bool(), masks == masks], dim=1)[:, None, None, :]
+        return self._run(torch.cat([tokens, masks], dim=1), place, sees)
+
+    def _run(self, tokens: Tensor, position: Tensor, attn_mask: Tensor | None) -> Tensor:
+        x = self.embedding(tokens)
+        angle = torch.outer(position.float(), self.inverse_frequency.float())
+        cos, sin = angle.cos(), angle.sin()
         for block in self.blocks:
             x = block(x, cos, sin, attn_mask)
         logits = self.head(self.final_norm(x)).float()

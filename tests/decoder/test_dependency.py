@@ -11,7 +11,18 @@ import torch
 from test_policies import NAN, PROBABILITIES, Mask, Row, as_float32, chosen, open_positions, ranked, state
 from toy_model import MASK, ToyModel
 
-from attn_sampler import ADAS, CLAD, DAPD, DAWN, AttentionCapture, Policy, StepState, generate, make_policy
+from attn_sampler import (
+    ADAS,
+    CLAD,
+    DAPD,
+    DAWN,
+    DOS,
+    AttentionCapture,
+    Policy,
+    StepState,
+    generate,
+    make_policy,
+)
 
 Map = list[Row]
 
@@ -119,6 +130,13 @@ def adas(policy: ADAS, p: Row, attention: Map, masked: Mask, open_share: float) 
     return set(commit)
 
 
+def dos(policy: DOS, p: Row, attention: Map, masked: Mask, open_share: float) -> set[int]:
+    a, filled = without_diagonal(attention), [j for j in range(len(p)) if not masked[j]]
+    mass = {i: sum(a[i][j] for j in filled) for i in open_positions(masked)}
+    by_p = ranked(p, masked)
+    return set(sorted(mass, key=lambda i: (-mass[i], by_p.index(i)))[: policy.count])
+
+
 CASES: list[tuple[Policy, Callable[..., set[int]]]] = [
     (DAWN(), dawn),
     (DAWN(tau_sink=1.0, tau_edge=0.25), dawn),
@@ -136,6 +154,8 @@ CASES: list[tuple[Policy, Callable[..., set[int]]]] = [
     (ADAS(tau=0.25, strength=4.0), adas),
     (ADAS(count=1), adas),
     (ADAS(count=3, strength=2.0), adas),
+    (DOS(), dos),
+    (DOS(count=3), dos),
 ]
 # Dyadic and few: sums are exact in every order, and ties and thresholds are hit.
 WEIGHTS = [0.0, 0.0, 0.0, 0.03125, 0.0625, 0.125, 0.25, 0.5]
@@ -185,7 +205,7 @@ def test_rule(policy: Policy, rule: Callable[..., set[int]]) -> None:
                 for i in commit:
                     masked[b][i] = False
             rows = [b for b in rows if any(masked[b])]
-    assert sizes >= ({1} if policy == ADAS(count=1) else {1, 2, 3})
+    assert sizes >= ({1} if policy in (ADAS(count=1), DOS()) else {1, 2, 3})
 
 
 def test_dawn_worked_example() -> None:
@@ -284,7 +304,7 @@ def test_step_wants_a_map() -> None:
     assert torch.equal(result.scores, attention.sum(dim=1))
 
 
-@pytest.mark.parametrize("name", ["dawn", "dapd", "clad", "adas"])
+@pytest.mark.parametrize("name", ["dawn", "dapd", "clad", "adas", "dos"])
 def test_generate_batch_equals_one_by_one(name: str) -> None:
     model = ToyModel(3)
     prompts = [torch.randint(0, MASK, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 8, 5)]
@@ -307,6 +327,7 @@ def test_generate_batch_equals_one_by_one(name: str) -> None:
         ("clad", {"tau_link": -1.0}, "tau_link: "),
         ("adas", {"count": 0}, "count: "),
         ("adas", {"strength": NAN}, "strength: "),
+        ("dos", {"count": 0}, "count: "),
     ],
 )
 def test_bad_options(name: str, options: dict, message: str) -> None:

@@ -371,7 +371,8 @@ def test_events_and_trace(policy: str) -> None:
     model, events = ToyModel(14), []
 
     def on_step(event: StepEvent) -> None:
-        events.append(event._replace(result=type(event.result)(*(x.clone() for x in event.result))))
+        fields = (None if x is None else x.clone() for x in event.result)
+        events.append(event._replace(result=type(event.result)(*fields)))
 
     prompts = [[*prompt(5), MASK, *prompt(2)], prompt(3, 1), [MASK, *prompt(4, 2)]]
     got = decode(model, prompts, gen_length=9, policy=policy, trace=True, on_step=on_step)

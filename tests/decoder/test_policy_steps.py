@@ -11,7 +11,7 @@ import torch
 from test_policies import BUILT_IN, MASK_ID, NAN, softmax, state
 from torch import Tensor
 
-from attn_sampler import BackendUnavailableError, sampler
+from attn_sampler import BackendUnavailableError, Decision, sampler
 from attn_sampler.sampler import (
     KLASS,
     PARD,
@@ -55,7 +55,9 @@ def test_step_predicts_selects_and_commits(name: str) -> None:
         scores = torch.rand(3, 6, generator=generator)
         policy.reset()
         attention = torch.diag_embed(scores) if policy.needs_map else scores  # its column sums are the scores
-        result = run_step(policy, logits, masked, attention if policy.needs_scores else None)
+        # No budget, nothing taken back.
+        options = {"budget": torch.zeros(3, 6, dtype=torch.int32)} if policy.revises else {}
+        result = run_step(policy, logits, masked, attention if policy.needs_scores else None, **options)
         probabilities = [[softmax(row) for row in rows] for rows in logits.tolist()]
         best = torch.tensor([[p.index(max(p)) for p in rows] for rows in probabilities])
         assert torch.equal(result.token_ids, best)
@@ -164,6 +166,120 @@ def test_policy_of_the_user_that_answers_something_else(
         run_step(Broken(), torch.randn(1, 3, 5), torch.ones(1, 3, dtype=torch.bool))
 
 
+class Reviser(Policy):
+    """Answers what it is told to, and keeps what it was shown."""
+
+    revises = True
+
+    def __init__(self, **decision: Tensor) -> None:
+        self.decision = decision
+
+    def select(self, state: StepState) -> Decision:
+        self.state = state
+        return Decision(**{"commit": state.masked, **self.decision})  # type: ignore[arg-type]
+
+
+def revising_step(policy: Policy, logits: Tensor, **options: object):  # type: ignore[no-untyped-def]
+    """Of the block's tokens [5, 1, 2, 3, mask, 1], where the first has no budget; 0 is predicted, last 1."""
+    tokens = torch.tensor([[2, 2, 5, 1, 2, 3, MASK_ID, 1]])
+    budget = torch.tensor([[0, 1, 2, 3, 3, 3]], dtype=torch.int32)
+    arguments = {"block": slice(2, 8), "mask_token_id": MASK_ID, "seeds": torch.zeros(1, dtype=torch.int64)}
+    arguments |= {"sequence": torch.zeros(1, dtype=torch.int64), "budget": budget, **options}
+    return policy.step(tokens, logits, None, **arguments), budget  # type: ignore[arg-type]
+
+
+def revising_logits() -> Tensor:
+    logits = torch.tensor([3.0, 1.0, 0.0, -1.0, 9.0, 0.5]).repeat(1, 6, 1)  # the mask token: never predicted
+    logits[0, 5, 1] = 5.0
+    return logits
+
+
+EVERYWHERE = torch.ones(1, 6, dtype=torch.bool)
+ONLY_1 = torch.tensor([[False, True, False, False, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("decision", "tokens", "revised", "budget"),
+    [
+        ({}, [5, 1, 2, 3, 0, 1], [0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 3, 3]),
+        # Not without budget, nor where the prediction stands already, nor where nothing stood.
+        ({"replace": EVERYWHERE}, [5, 0, 0, 0, 0, 1], [0, 1, 1, 1, 0, 0], [0, 0, 1, 2, 3, 3]),
+        ({"remask": EVERYWHERE}, [5, 4, 4, 4, 0, 4], [0, 2, 2, 2, 0, 2], [0, 0, 1, 2, 3, 2]),
+        (
+            {"replace": ONLY_1, "remask": EVERYWHERE},
+            [5, 0, 4, 4, 0, 4],
+            [0, 1, 2, 2, 0, 2],
+            [0, 0, 1, 2, 3, 2],
+        ),
+    ],
+)
+def test_step_revises(decision: dict, tokens: list, revised: list, budget: list) -> None:
+    result, left = revising_step(Reviser(**decision), revising_logits())
+    assert result.tokens.tolist() == [[2, 2, *tokens]]
+    assert result.revised.tolist() == [revised]
+    assert result.revised.dtype == torch.uint8
+    assert result.budget is left
+    assert left.tolist() == [budget]
+    assert result.selected.tolist() == [[False] * 4 + [True, False]]
+
+
+@pytest.mark.parametrize("metric", ["probability", "entropy"])
+def test_what_a_policy_that_revises_is_shown(metric: str) -> None:
+    policy = Reviser(replace=EVERYWHERE)
+    policy.metric = metric  # type: ignore[misc]
+    result, _ = revising_step(policy, revising_logits())
+    p = [softmax([*row[:4], -math.inf, row[5]]) for row in revising_logits()[0].tolist()]
+    standing = [p[0][5], p[1][1], p[2][2], p[3][3], 0.0, p[5][1]]
+    torch.testing.assert_close(result.current, torch.tensor([standing]))
+    assert torch.equal(policy.state.current, result.current)
+    assert policy.state.editable.tolist() == [[False, True, True, True, False, True]]
+    best = torch.tensor([[max(row) for row in p]])
+    torch.testing.assert_close(result.log_prob, best.log())
+    plain = run_step(make_policy("confidence"), revising_logits(), ~EVERYWHERE)
+    assert plain.current is plain.revised is plain.budget is None
+
+
+def test_undefined_logits_revise_nothing() -> None:
+    for undefined in (torch.nan, torch.inf):
+        logits = revising_logits()
+        logits[0, :4] = undefined
+        result, _ = revising_step(Reviser(replace=EVERYWHERE, remask=EVERYWHERE), logits)
+        assert result.revised.tolist() == [[0, 0, 0, 0, 0, 2]]
+
+
+def test_step_says_which_sequences_ask_for_a_check() -> None:
+    for asked in (True, False):
+        recheck = torch.tensor([False])
+        revising_step(Reviser(recheck=torch.tensor([asked])), revising_logits(), recheck=recheck)
+        assert recheck.tolist() == [asked]
+    revising_step(Reviser(recheck=torch.tensor([True])), revising_logits())  # nobody wants to know
+
+
+@pytest.mark.parametrize(
+    ("decision", "options", "error", "message"),
+    [
+        ({}, {"budget": None}, TypeError, r"budget: expected a tensor \[B, C\], got NoneType"),
+        ({}, {"budget": torch.ones(1, 6)}, ValueError, "budget: expected dtype int32"),
+        ({}, {"budget": torch.ones(1, 5, dtype=torch.int32)}, ValueError, "budget: expected shape"),
+        ({"replace": torch.ones(1, 6)}, {}, ValueError, "Reviser.select: expected dtype bool"),
+        ({"remask": torch.ones(6) > 0}, {}, ValueError, "Reviser.select: expected a 2-dimensional"),
+        ({"recheck": EVERYWHERE}, {}, ValueError, r"Reviser.select: expected a 1-dimensional tensor \[B\]"),
+        ({"recheck": EVERYWHERE[0]}, {}, ValueError, r"Reviser.select: expected shape \[B\] = \[1\]"),
+        ({"commit": None}, {}, TypeError, r"Reviser.select: expected a tensor \[B, C\], got NoneType"),
+    ],
+)
+def test_decisions_that_are_none(decision: dict, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        revising_step(Reviser(**decision), revising_logits(), **options)
+
+
+def test_a_policy_that_does_not_say_so_revises_nothing() -> None:
+    policy = Reviser(remask=EVERYWHERE)
+    policy.revises = False  # type: ignore[misc]
+    with pytest.raises(ValueError, match="expected no remask of a policy whose revises is False"):
+        run_step(policy, torch.randn(1, 6, 5), EVERYWHERE)
+
+
 def test_policy_of_the_documentation() -> None:
     code = textwrap.dedent("\n".join(re.findall(r"(?m)^(?: {4}.*)?$", sampler.__doc__ or "")))
     names = vars(sampler).copy()
@@ -222,6 +338,12 @@ def test_registry_names() -> None:
         "dapd": "DAPD",
         "clad": "CLAD",
         "adas": "ADAS",
+        "dos": "DOS",
+        "t2t": "T2T",
+        "t2m": "T2M",
+        "saber": "Saber",
+        "wino": "WINO",
+        "attn-check": "AttnCheck",
     }
     assert make_policy("attn-sequential") == AttnSampler(mode="sequential")
     assert make_policy("attn-parallel", tau=0.7, fallback="score") == AttnSampler("parallel", 0.7, "score")

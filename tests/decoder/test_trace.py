@@ -81,7 +81,7 @@ def test_json_is_strict_and_names_its_fields(tmp_path: Path) -> None:
         raise AssertionError(f"{name} is not JSON")
 
     data = json.loads(path.read_text(), parse_constant=no_constant)
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert (data["policy"], data["mask_token_id"], data["padding"]) == ("attn", MASK, [0, 2])
     assert data["prompt"] == trace.prompt
     assert data["commits"][0] == {
@@ -91,6 +91,7 @@ def test_json_is_strict_and_names_its_fields(tmp_path: Path) -> None:
         "token": 4,
         "score": 1.25,
         "confidence": 0.5,
+        "kind": "commit",
     }
     assert data["commits"][1]["score"] is None
     assert data["commits"][5]["score"] is data["commits"][5]["confidence"] is None
@@ -127,7 +128,7 @@ def test_a_file_from_another_run(tmp_path: Path) -> None:
         "not JSON",
         "[]",
         "{}",
-        '{"format": 2, "prompt": [], "mask_token_id": 1, "policy": "", "commits": []}',
+        '{"format": 3, "prompt": [], "mask_token_id": 1, "policy": "", "commits": []}',
         '{"format": 1, "prompt": [], "mask_token_id": 1, "policy": ""}',
         '{"format": 1, "prompt": [], "mask_token_id": 1, "policy": "", "commits": [{"step": 1}]}',
         '{"format": 1, "prompt": [], "mask_token_id": 1, "policy": "", "commits": [], "extra": 1}',
@@ -185,10 +186,65 @@ def test_render_with_a_function() -> None:
     assert example().render(0, lambda token: f"<{token}>").plain == "<1><6><4><2><7>"
 
 
+def revised() -> DecodeTrace:
+    """Position 2 is masked again in step 1 and filled in step 2, in which position 1 is replaced."""
+    trace = example()
+    trace.commits[3:3] = [Commit(0, 1, 2, MASK, 1.0, 0.2, "remask")]
+    trace.commits += [Commit(0, 2, 2, 3, 0.5, 0.75), Commit(0, 2, 1, 5, 0.5, 0.875, "replace")]
+    return trace
+
+
+def test_steps_and_tokens_under_revision() -> None:
+    trace = revised()
+    assert [trace.tokens(0, until_step=s) for s in (0, 1, 2)] == [
+        [1, MASK, 4, 2, MASK],
+        [1, 6, MASK, 2, 7],
+        [1, 5, 3, 2, 7],
+    ]
+    assert [trace.steps(0, until_step=s) for s in (0, 1, None)] == [
+        [None, None, 0, None, None],
+        [None, 1, None, None, 1],
+        [None, 2, 2, None, 1],
+    ]
+    assert [trace.revised(0, until_step=s) for s in (0, 1, None)] == [set(), {2}, {1, 2}]
+    assert trace.revised(1) == set()
+
+
+def test_revisions_are_saved_and_the_former_format_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    revised().save(path)
+    assert same(DecodeTrace.load(path), revised())
+    example().save(path)
+    data = json.loads(path.read_text())
+    data["format"] = 1
+    for commit in data["commits"]:
+        del commit["kind"]
+    path.write_text(json.dumps(data))
+    assert same(DecodeTrace.load(path), example())
+    data["commits"][0]["kind"] = "undo"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"\['kind'\]: expected one of commit, replace, remask, got 'undo'"):
+        DecodeTrace.load(path)
+
+
+def test_render_revisions() -> None:
+    assert [style for _, style in spans(revised(), 0)] == [
+        "dim",
+        f"underline bold {step_colour(2, 2)}",
+        f"underline bold {step_colour(2, 2)}",
+        "dim",
+        f"bold {step_colour(1, 2)}",
+    ]
+    assert spans(revised(), 0, until_step=1)[1:3] == [
+        ("g", f"bold {step_colour(1, 2)}"),
+        ("·", "underline grey50"),
+    ]
+
+
 def test_render_an_overwritten_token_on_the_way() -> None:
     trace = example()
     trace.commits.append(Commit(0, 2, 4, 3, NAN, NAN))
-    assert spans(trace, 0, until_step=1)[4] == ("h", f"bold {step_colour(2, 2)}")
+    assert spans(trace, 0, until_step=1)[4] == ("h", f"bold {step_colour(1, 2)}")
 
 
 def test_render_to_a_terminal() -> None:

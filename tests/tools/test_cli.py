@@ -176,6 +176,14 @@ def test_demo_draws_the_answer_above_the_steps(capsys: pytest.CaptureFixture[str
     assert len(table_rows(output)) == 1
 
 
+def test_demo_says_what_underlines_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    for rule, revises in (("t2t", True), ("confidence", False)):
+        arguments = ["demo", "--task", "sudoku", "--policy", rule, "--problems", "1"]
+        assert main([*arguments, *(["--tau", "0.3"] if revises else [])]) == 0
+        output = capsys.readouterr().out
+        assert ("red last); underlined: revised" in output) == revises
+
+
 def test_addition_steps_stand_under_their_digits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--task", "addition", "--policy", "confidence", "--problems", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -265,6 +273,21 @@ def test_live_view_animates_and_changes_no_result(monkeypatch: pytest.MonkeyPatc
     total = len(runs[0][0].trace.commits)
     assert f"{total}/{total}" in animated  # the progress bar got to its end
     assert commits(runs[0][0].trace) == commits(runs[1][0].trace)
+
+
+def test_live_view_of_what_is_revised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_sampler.demo._FRAME_SECONDS", 0.0)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120, height=40, color_system="truecolor")
+    (run,) = run_demo(console, tasks=["sudoku"], policies=["saber"], problems=2)
+    kinds = [c.kind for c in run.trace.commits]
+    total = kinds.count("commit") - kinds.count("remask")
+    assert total < kinds.count("commit")
+    assert re.search(r"\x1b\[(1;)?4;[0-9;]*m", file.getvalue())  # underlined on a board
+    assert f"{total}/{total}" in file.getvalue()
+    seconds = run.generation.forward_seconds + run.generation.sampling_seconds
+    assert run.tokens_per_second == total / seconds
 
 
 def test_threads_are_used_and_given_back(capsys: pytest.CaptureFixture[str]) -> None:

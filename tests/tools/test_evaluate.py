@@ -70,6 +70,14 @@ def test_order_log_likelihood_goes_on_behind_an_end_of_text(toy_file: Path) -> N
     assert got == expected
 
 
+def test_order_log_likelihood_of_a_rule_that_takes_back(toy_file: Path) -> None:
+    """The truth stays: the order is that of the same rule without revisions."""
+    problems = read_problems(toy_file, TOY, 3)
+    rules = (Rule.parse(f"{name}:tau=0.3") for name in ("threshold", "t2m"))
+    expected, got = (order_log_likelihood(problems, range(12), TOY, rule) for rule in rules)
+    assert got == expected
+
+
 @pytest.fixture
 def toy_file(tmp_path: Path) -> Path:
     rng = random.Random(0)
