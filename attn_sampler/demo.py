@@ -55,7 +55,7 @@ _LIVE_PROBLEMS = 4
 _FRAME_SECONDS = 0.05
 _FILLS = {"commit": 1, "replace": 0, "remask": -1}  # positions, by the kind of a commit
 _COLUMNS = """\
-passes: forward passes per answer. tokens/s: committed by the whole batch.
+passes: forward passes per answer, checks included. tokens/s: committed by the whole batch.
 sampling: the share of the sampling step in the time of it and the model."""
 
 
@@ -150,14 +150,19 @@ def run_demo(
     runs: list[Run] = []
     drawings: list[RenderableType] = []
     for name in tasks:
-        task, model = load_task(name), load_model(name).to(device)
+        task = load_task(name)
+        models = {spec: load_model(spec).to(device) for spec in {_model_of(name, rule) for rule in policies}}
         prompt = torch.from_numpy(task.problems(problems, seed=seed)[0])
         options = {"tau": tau, "temperature": temperature, "seed": seed, "layers": layers, "backend": backend}
-        _decode(model, task, prompt[:2], policies[0], options, None)  # start-up costs stay out of the table
+        first = models[_model_of(name, policies[0])]
+        _decode(first, task, prompt[:2], policies[0], options, None)  # start-up costs stay out of the table
         blanks = int((prompt == task.mask_token_id).sum())
         console.print(f"\n[bold]{name}[/]: {problems} held-out problems, {blanks / problems:.1f} blanks each")
         with _live_view(console if live else None, task, prompt, blanks * len(policies)) as watch:
-            task_runs = [_decode(model, task, prompt, rule, options, watch(rule)) for rule in policies]
+            task_runs = [
+                _decode(models[_model_of(name, rule)], task, prompt, rule, options, watch(rule))
+                for rule in policies
+            ]
         drawings.append(_draw_orders(task_runs[:_DRAWN_RULES]))
         console.print(drawings[-1], Text(), _tabulate(task_runs), Text(), sep="\n")
         verdict = _verdict(task_runs)
@@ -168,6 +173,12 @@ def run_demo(
     if svg is not None:
         _save_svg(svg, drawings)
     return runs
+
+
+def _model_of(task: str, policy: str) -> str:
+    """The bundled model that a rule decodes with: one that judges what it sees, where the rule asks that."""
+    rule = make_policy(policy)
+    return f"{task}-edits" if rule.revises and not rule.shadows else task
 
 
 def _decode(

@@ -83,8 +83,8 @@ def generate(
     GPU, the last bits of its scores) are the same.
 
     A policy that revises may replace or mask again what was filled in the block, at most ``max_edits`` times
-    at each position, and goes on where nothing is masked: until a pass changes nothing or no budget is left.
-    Each pass but the last then fills or revises, and a block of C masked positions takes at most
+    at each position, and may go on where nothing is masked: until a pass changes nothing or no budget is
+    left. Each pass but the last then fills or revises, and a block of C masked positions takes at most
     ``C * (1 + 2 * max_edits) + 1`` passes.
 
     Parameters
@@ -296,9 +296,8 @@ class _Run:
         more = left.any(dim=1)
         if revised is not None:
             self.budget[active, block] = options["budget"]
-            # A check that changes nothing is the last.
-            again = (revised > 0).any(dim=1) | (options["recheck"] & masked.any(dim=1))
-            more |= again & options["budget"].any(dim=1)
+            changed = (masked | (revised > 0)).any(dim=1)  # a check that changes nothing is the last
+            more |= options["recheck"] & changed & options["budget"].any(dim=1)
         self.forward_seconds += passed - began
         self.sampling_seconds += time.perf_counter() - passed
         self.num_steps += 1

@@ -46,7 +46,9 @@ class Decision(NamedTuple):
     commit: Tensor  # [B, C]; those that are not masked are left out
     replace: Tensor | None = None  # [B, C], by the prediction; the editable ones where it is another token
     remask: Tensor | None = None  # [B, C]; the editable ones that are not replaced
-    recheck: Tensor | None = None  # [B], the sequences that want one more pass where nothing is left masked
+    #: [B], the sequences that want one more pass where nothing is left masked, if this one filled or revised
+    #: something; None: those of which something was revised.
+    recheck: Tensor | None = None
 
 
 class Policy(abc.ABC):
@@ -118,8 +120,8 @@ class Policy(abc.ABC):
             int32 ``[B, C]``, for a policy that revises: how often each position may be, 0 where the token was
             given or is padding; **updated in place**.
         recheck
-            Boolean ``[B]`` of False, for a policy that revises; **updated in place**: the sequences that want
-            one more pass though nothing of their block is masked.
+            Boolean ``[B]``, for a policy that revises; **written in place**: the sequences that want one more
+            pass though nothing of their block is masked.
 
         Returns
         -------
@@ -176,8 +178,9 @@ class Policy(abc.ABC):
             written = torch.where(replace, token_ids, written).masked_fill(remask, mask_token_id)
             revised = (replace * REPLACED + remask * REMASKED).to(torch.uint8)
             budget -= (revised > 0).to(torch.int32)
-            if recheck is not None and decision.recheck is not None:
-                recheck.copy_(decision.recheck)
+            if recheck is not None:
+                changed = (revised > 0).any(dim=1)
+                recheck.copy_(changed if decision.recheck is None else decision.recheck)
         block_tokens.copy_(written)
         if scores is None:
             scores = torch.full_like(confidence, torch.nan)

@@ -9,14 +9,18 @@ revised ``max_edits`` times at most, which most of the papers do not say and ``g
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from attn_sampler import checks
+from attn_sampler.capture import CapturedLayer
 from attn_sampler.dependency import attention_weights
+from attn_sampler.functional import decode_step, revise_tokens
 from attn_sampler.policy import Decision, Policy, StepState, top_positions
+from attn_sampler.reference import REMASKED, REPLACED, StepResult
 from attn_sampler.sampler import random_words, register_policy
 
 
@@ -168,14 +172,15 @@ class WINO(Revising):
 class AttnCheck(Revising):
     """Commit by confidence, check by attention: doubtful tokens that others lean on come first.
 
-    Commits where p >= ``tau``, at least the most confident. A token of the block is in doubt where its
-    probability p(current) is below ``doubt_tau``. In descending (1 - p(current)) x the attention that its
-    position receives, the first ``max_checks`` in doubt fail: each is replaced where another token is
-    predicted with p >= ``edit_tau``, else masked again. Masked again too is what leaned on them: tokens that
-    were written in the same pass as a failed one or later, and give such failed ones together more than
-    ``lean`` of their attention (1, never: then no map is needed).
+    Commits where p >= ``tau``, at least the most confident. A token of the block fails where another is
+    predicted with p >= ``edit_tau``, which replaces it, and else where its own probability p(current) is
+    below ``doubt_tau``: it is masked again. Of those that fail, a step revises the first ``max_checks``, in
+    descending (1 - p(current)) x the attention that the position receives. Masked again too is what leaned on
+    them: tokens that were written in the same pass as one of these or later, and give all such together more
+    than ``lean`` of their attention (1, never: a step is one ``decode_step`` call then, and no map is
+    needed).
 
-    After the last mask another pass checks, but only if a token of the last commit had p < ``sure``: easy
+    After the last mask another pass checks, but only if one of the tokens just written had p < ``sure``: easy
     blocks pay nothing.
 
     Parameters
@@ -190,9 +195,9 @@ class AttnCheck(Revising):
         How often a position may be revised.
     """
 
-    tau: float = 0.7
-    doubt_tau: float = 0.5
+    tau: float = 0.9
     edit_tau: float = 0.9
+    doubt_tau: float = 0.5
     max_checks: int = 4
     sure: float = 0.98
     lean: float = 1.0
@@ -201,7 +206,7 @@ class AttnCheck(Revising):
     max_edits: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("tau", "doubt_tau", "edit_tau", "sure", "lean"):
+        for name in ("tau", "edit_tau", "doubt_tau", "sure", "lean"):
             checks.unit_interval(name, getattr(self, name))
         checks.integer("max_checks", self.max_checks, 1)
         checks.choice("order", self.order, ("attention", "random", "confidence"))
@@ -211,29 +216,79 @@ class AttnCheck(Revising):
         self.shadows = self.shadow  # type: ignore[misc]
         self.needs_map = self.lean < 1.0  # type: ignore[misc]
         self.needs_scores = self.needs_map or self.order == "attention"  # type: ignore[misc]
+        self._revision: dict[str, Any] = {
+            "replace_tau": self.edit_tau,
+            "remask_tau": self.doubt_tau,
+            "max_revisions": self.max_checks,
+            "revision_order": "doubt" if self.order == "confidence" else "product",
+        }
 
     def select(self, state: StepState) -> Decision:
         assert state.current is not None
+        assert state.budget is not None
         assert state.editable is not None
+        assert state.tokens is not None
+        reads_scores = self.order == "attention"
+        scores = state.scores if reads_scores else self._influence(state.confidence, state.seeds)
+        assert scores is not None
         commit = _confident(state, self.tau)
-        doubtful = state.editable & (state.current < self.doubt_tau)
-        failed = top_positions(self._key(state), doubtful, self.max_checks)
-        replace = failed & _contradicted(state, self.edit_tau)
-        remask = failed & ~replace
+        revised = revise_tokens(
+            *(scores, state.confidence, state.masked, state.current, state.token_ids != state.tokens),
+            state.budget.clone(),
+            backend=state.backend,
+            **self._revision,
+        )
+        replace, remask = revised == REPLACED, revised == REMASKED
         if self.needs_map:
-            remask = remask | (state.editable & ~failed & self._leaned(state, failed, commit | replace))
-        recheck = (commit & (state.confidence < self.sure)).any(dim=1)
-        return Decision(commit, replace, remask, recheck)
+            written = commit | replace
+            remask = remask | (state.editable & (revised == 0) & self._leaned(state, revised > 0, written))
+        return Decision(commit, replace, remask, self._unsure(commit | replace, state.confidence))
 
-    def _key(self, state: StepState) -> Tensor:
-        assert state.current is not None
-        doubt = 1.0 - state.current.to(torch.float64)
-        if self.order == "confidence":
-            return doubt
+    def step(
+        self,
+        tokens: Tensor,
+        logits: Tensor,
+        attention: Tensor | Sequence[CapturedLayer] | None = None,
+        *,
+        seeds: Tensor,
+        sequence: Tensor,
+        budget: Tensor | None = None,
+        recheck: Tensor | None = None,
+        **options: Any,
+    ) -> StepResult:
+        """As ``Policy.step``; without a map in one ``decode_step`` call."""
+        if self.needs_map or budget is None:
+            options |= {"budget": budget, "recheck": recheck}
+            return super().step(tokens, logits, attention, seeds=seeds, sequence=sequence, **options)
+        if self.order != "attention":
+            attention = self._influence(logits[..., 0], seeds)
+        elif attention is None:
+            raise ValueError("attention: expected column scores or captured layers, got None")
+        scores, layers = (attention, None) if isinstance(attention, Tensor) else (None, attention)
+        result = decode_step(
+            tokens,
+            logits,
+            layers,
+            scores=scores,
+            rule="threshold",
+            tau=self.tau,
+            budget=budget,
+            seed=seeds,
+            **self._revision,
+            **options,
+        )
+        if recheck is not None:
+            recheck.copy_(self._unsure(result.selected | (result.revised == REPLACED), result.confidence))
+        return result
+
+    def _influence(self, like: Tensor, seeds: Tensor) -> Tensor:
+        """What stands in the place of the scores of attention, float32 of the shape of ``like``."""
         if self.order == "random":
-            return doubt * random_words(state)
-        assert state.scores is not None
-        return doubt * state.scores.to(torch.float64)
+            return random_words(seeds, like.shape[1]).to(torch.float32)
+        return torch.zeros_like(like, dtype=torch.float32)
+
+    def _unsure(self, written: Tensor, confidence: Tensor) -> Tensor:
+        return (written & (confidence < self.sure)).any(dim=1)
 
     def _leaned(self, state: StepState, failed: Tensor, written: Tensor) -> Tensor:
         """Where more than ``lean`` of the attention goes to failed tokens that are no younger."""

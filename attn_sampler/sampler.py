@@ -123,7 +123,7 @@ class RandomOrder(Policy):
     """One uniformly random masked position a step."""
 
     def select(self, state: StepState) -> Tensor:
-        return top_positions(random_words(state), state.masked, 1)
+        return top_positions(random_words(state.seeds, state.masked.shape[1]), state.masked, 1)
 
 
 @dataclasses.dataclass
@@ -143,7 +143,7 @@ class RandomScores(Policy):
 
     def select(self, state: StepState) -> Tensor:
         return select_tokens(
-            random_words(state).to(state.confidence.dtype),
+            random_words(state.seeds, state.masked.shape[1]).to(state.confidence.dtype),
             state.confidence,
             state.masked,
             tau=self.tau,
@@ -298,12 +298,12 @@ class PARD(Policy):
         return prefix | (state.masked & (state.masked.cumsum(dim=1) == 1))
 
 
-def random_words(state: StepState) -> Tensor:
-    """A uniform 32-bit word for each position, float64 [B, C], fresh in each step."""
-    position = torch.arange(state.masked.shape[1], device=state.masked.device)
+def random_words(seeds: Tensor, count: int) -> Tensor:
+    """A uniform 32-bit word for each of C positions, float64 [B, C], fresh in each step."""
+    position = torch.arange(count, device=seeds.device)
     # A group far above any token's keeps these words apart from those that sample tokens.
     group = torch.full_like(position, (1 << 32) - 1)
-    return philox(state.seeds[:, None], group[None, :], position[None, :])[0].to(torch.float64)
+    return philox(seeds[:, None], group[None, :], position[None, :])[0].to(torch.float64)
 
 
 def _prefix(passing: Tensor, order: Tensor, masked: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["RECIPES", "Recipe", "edit_loss", "evaluate", "masked_loss", "train"]
 
 MIN_MASKING_RATE = 1e-3
-GUESSING_SEQUENCES, WILD_GUESSES = 0.75, 0.1  # parts of edit_loss
+WILD_GUESSES = 0.05  # part of those of edit_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,31 +115,32 @@ def edit_loss(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """``masked_loss`` with guesses at some of the blanks, plus the nats at all answer tokens that are shown.
+    """``masked_loss`` on half of the sequences; on the others, and on these, the nats at what is shown.
 
-    What a decoder gets wrong is what its model was sure of when it committed several tokens at once. So, in
-    three sequences of four, the blanks of which the model is sure, by a threshold uniform on [0, 1), show
-    what it draws for each apart from the others, and in one place of ten any token. The prediction at a token
-    that is shown then says how likely it is right.
+    What a decoder gets wrong is what its model was sure of when it committed several tokens at once. So in
+    half of the sequences the blanks of which the model is surer than a threshold, uniform on [0.3, 1), show
+    what it draws for each apart from the others, and one in twenty any token. The prediction at a token that
+    is shown then says how likely it is right. Blanks count in the other half alone: what is predicted there
+    stays what follows from the tokens around it, as if they were right.
     """
     batch = len(tokens)
     rate = MIN_MASKING_RATE + (1 - MIN_MASKING_RATE) * _grid(batch, generator)
-    tau = torch.rand(batch, 1, generator=generator)
-    tau[torch.rand(batch, 1, generator=generator) >= GUESSING_SEQUENCES] = 2.0
+    tau = 0.3 + 0.7 * torch.rand(batch, 1, generator=generator)
+    guesses_here = torch.rand(batch, 1, generator=generator) < 0.5
     blank, wild = (torch.rand(tokens.shape, generator=generator) < x for x in (rate, WILD_GUESSES))
-    moved = (x.to(device) for x in (rate, tau, blank & answer, wild, tokens, answer))
-    rate, tau, blank, wild, tokens, answer = moved
+    moved = (x.to(device) for x in (rate, tau, guesses_here, blank & answer, wild, tokens, answer))
+    rate, tau, guesses_here, blank, wild, tokens, answer = moved
     shown = tokens.masked_fill(blank, mask_token_id)
     with torch.no_grad():
         logits = model(shown)
-        guessed = blank & (logits.softmax(dim=2).amax(dim=2) >= tau)
+        guessed = blank & guesses_here & (logits.softmax(dim=2).amax(dim=2) >= tau)
         logits = torch.where(wild[..., None] & logits.isfinite(), 0.0, logits)
         noise = torch.empty(logits.shape).exponential_(generator=generator).log().to(device)
         guesses = (logits - noise).argmax(dim=2)
-    blank &= ~guessed
     logits = model(torch.where(guessed, guesses, shown))
-    loss = _nats_per_answer_token(logits, tokens, answer, blank, rate)
-    return loss + _nats_per_answer_token(logits, tokens, answer, answer & ~blank, torch.ones_like(rate))
+    loss = _nats_per_answer_token(logits, tokens, answer, blank & ~guesses_here, rate)
+    seen = answer & (guessed | ~blank)
+    return loss + _nats_per_answer_token(logits, tokens, answer, seen, torch.ones_like(rate))
 
 
 def _grid(batch: int, generator: torch.Generator) -> Tensor:

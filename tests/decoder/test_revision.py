@@ -85,17 +85,21 @@ def saber(policy: Saber, seen: Seen) -> Answer:
 
 def attn_check(policy: AttnCheck, seen: Seen) -> Answer:
     commit, count = seen.confident(policy.tau), len(seen.p)
-    doubtful = [
-        e and p < as_float32(policy.doubt_tau) for e, p in zip(seen.editable, seen.current, strict=True)
+    contradicted = seen.contradicted(policy.edit_tau)
+    failing = [
+        e and (i in contradicted or p < as_float32(policy.doubt_tau))
+        for i, (e, p) in enumerate(zip(seen.editable, seen.current, strict=True))
     ]
     influence = {
         "attention": seen.scores,
         "confidence": [1.0] * count,
         "random": [float(philox_word(seen.seed, (1 << 32) - 1, i)) for i in range(count)],
     }[policy.order]
-    key = [(1.0 - p) * x for p, x in zip(seen.current, influence, strict=True)]
-    failed = set(ranked(key, doubtful)[: policy.max_checks])
-    replace = failed & seen.contradicted(policy.edit_tau)
+    key = [
+        as_float32(as_float32(1.0 - p) * as_float32(x)) for p, x in zip(seen.current, influence, strict=True)
+    ]
+    failed = set(ranked(key, failing)[: policy.max_checks])
+    replace = failed & contradicted
     remask = failed - replace
     if policy.lean < 1.0:
         written = seen.memory.setdefault("written", [0] * count)  # in which pass
@@ -105,7 +109,7 @@ def attn_check(policy: AttnCheck, seen: Seen) -> Answer:
                 remask.add(i)
         now = max(written) + 1
         seen.memory["written"] = [now if i in commit | replace else w for i, w in enumerate(written)]
-    return commit, replace, remask, any(seen.p[i] < as_float32(policy.sure) for i in commit)
+    return commit, replace, remask, any(seen.p[i] < as_float32(policy.sure) for i in commit | replace)
 
 
 def wino(policy: WINO, seen: Seen) -> Answer:
@@ -182,6 +186,7 @@ def test_rule(policy: Revising, rule: Callable[..., Answer]) -> None:
             step.tokens = torch.tensor([s.tokens for s in seen])
             step.token_ids = torch.tensor([s.predicted for s in seen])
             step.editable = torch.tensor([s.editable for s in seen])
+            step.budget = step.editable.to(torch.int32)
             step.attention_map = torch.tensor([s.attention for s in seen], dtype=torch.float32)
             decision = policy.select(step)
             assert isinstance(decision, Decision)
@@ -219,13 +224,14 @@ def test_attn_check_worked_example() -> None:
     step.current = torch.tensor([[0.25, 0.0, 0.4, 0.0]])
     step.tokens = torch.tensor([[1, 1, 1, MASK_ID]])  # 0 is predicted everywhere
     step.editable = torch.tensor([[True, True, True, False]])
+    step.budget = torch.ones(1, 4, dtype=torch.int32)
     step.attention_map = torch.zeros(1, 4, 4)
     for order, replaced in (("attention", 0), ("confidence", 1)):
         decision = AttnCheck(max_checks=1, order=order).select(step)
         assert positions(decision.replace, 0) == {replaced}
         assert positions(decision.remask, 0) == set()
         assert positions(decision.commit, 0) == {3}
-        assert decision.recheck.tolist() == [False]  # 0.99 is sure
+        assert decision.recheck.tolist() == [True]  # 0.99 is sure, the 0.95 that replaces is not
     second = AttnCheck(max_checks=2).select(step)  # 4 x .75 and 2 x .6 before 1 x 1; p = 0.6 replaces nothing
     assert (positions(second.replace, 0), positions(second.remask, 0)) == ({0}, {2})
 
@@ -237,6 +243,7 @@ def test_attn_check_takes_back_what_leaned_on_a_failed_token() -> None:
     step.attention_map = torch.tensor([[[0.0] * 4, [0.75, 0, 0, 0], [0.75, 0, 0, 0], [0.25, 0, 0.75, 0]]])
     step.current, step.editable = torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.bool)
     step.tokens = torch.full((1, 4), MASK_ID)
+    step.budget = torch.ones(1, 4, dtype=torch.int32)
     order = [{2}, {0, 1}, {3}]
     for commit in order:
         step.confidence = torch.tensor([[0.9 if i in commit else 0.0 for i in range(4)]])
