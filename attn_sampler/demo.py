@@ -56,7 +56,8 @@ _FRAME_SECONDS = 0.05
 _FILLS = {"commit": 1, "replace": 0, "remask": -1}  # positions, by the kind of a commit
 _COLUMNS = """\
 passes: forward passes per answer, checks included. tokens/s: committed by the whole batch.
-sampling: the share of the sampling step in the time of it and the model."""
+sampling: the share of the sampling step in the time of it and the model.
+*: with the model that was trained to judge what it sees."""
 
 
 @dataclasses.dataclass
@@ -194,6 +195,8 @@ def _decode(
     if tau is not None:
         tau = tau if options["tau"] is None else options["tau"]
         label = f"{policy} tau={tau:g}"
+    if _model_of(task.name, policy) != task.name:
+        label += " *"
     generation = generate(
         model,
         prompt.to(model.is_mask_token.device),
