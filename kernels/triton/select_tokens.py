@@ -23,7 +23,7 @@ from .token_confidence import Logits, confidence_of, log_prob_of, merge_partials
 _NONE = tl.constexpr(2**31 - 1)  # loses every tie to a real position
 _INF = tl.constexpr(float("inf"))
 _REPLACED, _REMASKED = tl.constexpr(REPLACED), tl.constexpr(REMASKED)
-_PAIRS = tl.constexpr(2048)  # of positions compared at a time
+_PAIRS = tl.constexpr(1024)  # of positions compared at a time
 
 
 class Options(NamedTuple):
