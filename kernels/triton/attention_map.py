@@ -221,7 +221,8 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
     device, rows, columns = problem.device, options.rows, options.columns
     window = Window.of(problem, options)
     n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
-    cut = cut_columns("attention_map", problem, options, n_rows)
+    reduced = options.reduction != "none"
+    cut = cut_columns("reduced_map" if reduced else "attention_map", problem, options, n_rows)
     lse = OF_TILE
     if not cut.of_tile:
         lse = row_lse(problem, [layer.softmax_lse], masks.key_mask, options, rows)
@@ -230,7 +231,7 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
     row_tiles, column_tiles = launch.cdiv(n_rows, block_m), launch.cdiv(n_columns, block_n)
     of_row = launch.cdiv(column_tiles, 2)  # programs of a reduced row at the most, of two tiles at the least
     size = block_m * block_n
-    if options.reduction != "none":
+    if reduced:
         column_tiles, size = 1, block_m
     groups = problem.batch * (problem.heads if options.per_head else 1)
     tiles = groups * row_tiles * column_tiles

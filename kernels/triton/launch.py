@@ -58,6 +58,12 @@ TABLE: dict[tuple[str, str, str], Config] = {
     ("attention_map", "any", "deep"): Config(32, 32, 4, 2),
     ("attention_map", "any", "float32"): Config(32, 32, 8, 1),
     ("attention_map", "any", "float8"): Config(64, 64, 4, 2),
+    # A tile of rows for each program, which walks along the columns.
+    ("reduced_map", "any", "narrow"): Config(32, 32, 4, 2),
+    ("reduced_map", "any", "wide"): Config(64, 64, 8, 2),
+    ("reduced_map", "any", "deep"): Config(32, 32, 4, 2),
+    ("reduced_map", "any", "float32"): Config(32, 32, 8, 1),
+    ("reduced_map", "any", "float8"): Config(64, 64, 8, 2),
     # block_n lanes, block_m tokens for each of them in one iteration.
     ("token_confidence", "any", "narrow"): Config(4, 1024, 4, 1),
     ("token_confidence", "any", "float32"): Config(4, 512, 4, 1),

@@ -23,7 +23,7 @@ from .token_confidence import Logits, confidence_of, log_prob_of, merge_partials
 _NONE = tl.constexpr(2**31 - 1)  # loses every tie to a real position
 _INF = tl.constexpr(float("inf"))
 _REPLACED, _REMASKED = tl.constexpr(REPLACED), tl.constexpr(REMASKED)
-_PAIRS = tl.constexpr(2048)  # of positions compared at a time
+_PAIRS = tl.constexpr(2048)  # of positions compared at a time; more would spill
 
 
 class Options(NamedTuple):
@@ -200,7 +200,7 @@ def _first_verdicts(revision, scores, offs, ok, n_positions, OPTIONS: tl.constex
     Chunks that are done have lost verdicts of theirs. So many come before each of these that to lose them
     changes nothing.
     """
-    BESIDE: tl.constexpr = min(OPTIONS.block, _PAIRS // OPTIONS.block)
+    BESIDE: tl.constexpr = min(OPTIONS.block, 16, _PAIRS // OPTIONS.block)
     verdict, key = _doubted(revision, scores, offs, ok, OPTIONS.order)
     rank = tl.zeros([OPTIONS.block], tl.int32)
     for start in range(0, n_positions, BESIDE):
