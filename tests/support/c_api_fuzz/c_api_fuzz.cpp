@@ -278,7 +278,7 @@ bool names(const Call &call, const std::string &name, std::string message) {
         message = message.substr(message.find("].") + 2);
     if (!name.empty())
         return message.rfind(name, 0) == 0;
-    const std::string start = message.substr(0, message.find_first_of(":."));
+    const std::string start = message.substr(0, message.find_first_of(":.,"));
     for (const char *other : {"layer", "layers", "params", "exec"})
         if (start == other)
             return true;
