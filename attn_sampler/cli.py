@@ -14,7 +14,7 @@ from attn_sampler.caching import CACHES
 from attn_sampler.errors import DecodingError
 from attn_sampler.sampler import POLICIES, make_policy
 
-_MAX_PROBLEMS = 500  # as many sudoku puzzles are packaged
+_MAX_PROBLEMS = 1000  # as many sudoku puzzles are packaged
 _DEFAULT_PROBLEMS = 100
 _MAX_GEN_LENGTH = 2**20
 

@@ -54,8 +54,8 @@ class Decision(NamedTuple):
 class Policy(abc.ABC):
     """A rule that chooses the positions to commit and, where it ``revises``, those to replace or mask again.
 
-    Every rule commits at least one position of each row that has a masked one, and what it revises is taken
-    from a position's budget of ``max_edits``. So decoding ends.
+    Every rule commits at least one position of each row that has a masked one, or masks one again; what it
+    revises is taken from a position's budget of ``max_edits``. So decoding ends.
     """
 
     #: The confidence that ``select`` reads: "probability", "margin" or "entropy" (negated).
@@ -238,7 +238,7 @@ def check_progress(
     remasked = torch.zeros_like(masked) if revised is None else revised == REMASKED
     masked = masked & ~remasked
     undefined = selected & confidence.isnan()
-    stuck = masked.any(dim=1) & ~selected.any(dim=1)
+    stuck = masked.any(dim=1) & ~(selected | remasked).any(dim=1)
     count, any_undefined, any_stuck = torch.stack(
         [selected.sum() - remasked.sum(), undefined.any(), stuck.any()]
     ).tolist()

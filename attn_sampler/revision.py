@@ -298,6 +298,77 @@ class AttnCheck(Revising):
         return attention_weights(state).masked_fill(~counts, 0.0).sum(dim=2) > self.lean
 
 
+@dataclasses.dataclass
+class Rollback(Revising):
+    """Commit boldly, and go back to the last sure state where a token turns out to be doubtful.
+
+    Commits where p >= ``tau``, at least the most confident. What stands is checked in the same pass: where a
+    token of the block has p(current) < ``doubt_tau``, the tokens written in or after the first pass that
+    wrote one with p < ``safe_tau`` are masked again, but for those of that pass that were surer. The sequence
+    commits nothing in that pass, whose predictions saw a wrong token, and at ``safe_tau`` instead of ``tau``
+    in the rest of the block. After the last mask another pass checks, but only if one of the tokens just
+    written had p < ``sure``.
+
+    A wrong token makes others wrong that then agree with it: to mask the doubtful ones alone, as ``T2M``
+    does, leaves those.
+
+    Parameters
+    ----------
+    max_checks, order
+        The most tokens of a sequence that a pass looks at (None: all), and which: those that receive the most
+        ``"attention"``, those that were committed with the least ``"confidence"``, or any, at ``"random"``.
+    max_edits
+        How often a position may be revised.
+    """
+
+    tau: float = 0.9
+    safe_tau: float = 0.99
+    doubt_tau: float = 0.9
+    sure: float = 0.9
+    max_checks: int | None = None
+    order: str = "attention"
+    max_edits: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tau", "safe_tau", "doubt_tau", "sure"):
+            checks.unit_interval(name, getattr(self, name))
+        if self.max_checks is not None:
+            checks.integer("max_checks", self.max_checks, 1)
+        checks.choice("order", self.order, ("attention", "random", "confidence"))
+        checks.integer("max_edits", self.max_edits, 0)
+        # Instead of the class's: it follows from the options.
+        self.needs_scores = self.max_checks is not None and self.order == "attention"  # type: ignore[misc]
+
+    def select(self, state: StepState) -> Decision:
+        assert state.current is not None
+        assert state.editable is not None
+        # Of each token its p when it was written and the pass, from 1; and whether its sequence is careful.
+        fresh = torch.zeros(*state.masked.shape, 3, device=state.masked.device)
+        p, age, careful = self.kept(state, fresh).unbind(2)
+        doubted = self._checked(state, p) & (state.current < self.doubt_tau)
+        unsure = (age > 0) & (p < self.safe_tau)
+        first = age.masked_fill(~unsure, torch.inf).amin(dim=1, keepdim=True)
+        back = state.editable & ((age > first) | ((age == first) & unsure)) & doubted.any(dim=1, keepdim=True)
+        rolls = back.any(dim=1, keepdim=True)
+        bold, safe = _confident(state, self.tau), _confident(state, self.safe_tau)
+        commit = torch.where(careful > 0, safe, bold) & ~rolls
+        age = torch.where(commit, age.amax(dim=1, keepdim=True) + 1, age.masked_fill(back, 0.0))
+        p = torch.where(commit, state.confidence, p)
+        self.keep(state, torch.stack([p, age, careful + rolls], dim=2))
+        return Decision(commit, remask=back, recheck=(commit & (p < self.sure)).any(dim=1))
+
+    def _checked(self, state: StepState, p: Tensor) -> Tensor:
+        """The tokens that this pass looks at."""
+        assert state.editable is not None
+        if self.max_checks is None:
+            return state.editable
+        if self.order == "random":
+            key = random_words(state.seeds, p.shape[1])
+        else:
+            key = -p if state.scores is None else state.scores
+        return top_positions(key, state.editable, self.max_checks)
+
+
 def _confident(state: StepState, tau: float) -> Tensor:
     """The masked positions with p >= tau, at least the most confident."""
     return (state.masked & (state.confidence >= tau)) | top_positions(state.confidence, state.masked, 1)
@@ -313,3 +384,4 @@ register_policy("t2m", T2M)
 register_policy("saber", Saber)
 register_policy("wino", WINO)
 register_policy("attn-check", AttnCheck)
+register_policy("rollback", Rollback)

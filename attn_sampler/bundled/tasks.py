@@ -32,7 +32,7 @@ __all__ = ["Addition", "Score", "Sudoku", "Task", "is_held_out"]
 HELD_OUT_ONE_IN = 32
 SUDOKU_PUZZLES = Path(__file__).with_name("sudoku_heldout.txt")
 SUDOKU_PUZZLES_SEED = 20
-SUDOKU_PUZZLES_COUNT = 500
+SUDOKU_PUZZLES_COUNT = 1000
 
 
 def is_held_out(tokens: ArrayLike) -> BoolArray:  # [n, L] -> [n]
@@ -293,7 +293,7 @@ class Sudoku(Task):
         return np.ones((n, self.length), bool)
 
     def problems(self, n: int, seed: int = 0) -> tuple[IntArray, IntArray]:
-        """Choose ``n`` of the 500 packaged puzzles without repetition, in an order that ``seed`` decides.
+        """Choose ``n`` of the 1000 packaged puzzles without repetition, in an order that ``seed`` decides.
 
         Every puzzle has exactly one solution, and no clue can be taken away without losing that.
         Returns ``(prompt, solution)``, both int64 [n, 36].
@@ -306,7 +306,10 @@ class Sudoku(Task):
         prompts, solutions = read_sudoku_puzzles(SUDOKU_PUZZLES)
         if not 0 <= n <= len(prompts):
             raise ValueError(f"sudoku: n must be 0 to {len(prompts)} (packaged puzzles), got {n}")
-        chosen = np.random.default_rng(seed).permutation(len(prompts))[:n]
+        rng = np.random.default_rng(seed)
+        # The first half of the file comes first: it was all of it once, and figures were published of it.
+        half = len(prompts) // 2
+        chosen = np.concatenate([rng.permutation(half), half + rng.permutation(len(prompts) - half)])[:n]
         return prompts[chosen], solutions[chosen]
 
     def _obeys_rules(self, tokens: IntArray) -> BoolArray:

@@ -119,10 +119,10 @@ def blanked(prompt: np.ndarray) -> list[list[int]]:
 
 def test_packaged_puzzles_have_one_solution_which_is_the_stated_one() -> None:
     prompt, solution = read_sudoku_puzzles(SUDOKU_PUZZLES)
-    assert prompt.shape == solution.shape == (500, 36)
+    assert prompt.shape == solution.shape == (1000, 36)
     assert [solve_sudoku(cells) for cells in blanked(prompt)] == [[row] for row in solution.tolist()]
     assert is_held_out(solution).all()
-    assert len(np.unique(prompt, axis=0)) == 500
+    assert len(np.unique(prompt, axis=0)) == 1000
     assert all(count_solutions(cells) == 1 for cells in blanked(prompt[:60]))
 
 
@@ -171,8 +171,8 @@ def test_sudoku_problems_depend_on_the_seed_alone() -> None:
     task = Sudoku()
     np.testing.assert_array_equal(task.problems(30, seed=5)[0], Sudoku().problems(30, seed=5)[0])
     assert (task.problems(30, seed=5)[0] != task.problems(30, seed=6)[0]).any()
-    with pytest.raises(ValueError, match=r"n must be 0 to 500 .* got 501"):
-        task.problems(501)
+    with pytest.raises(ValueError, match=r"n must be 0 to 1000 .* got 1001"):
+        task.problems(1001)
 
 
 # --- addition -------------------------------------------------------------------------------------------

@@ -327,8 +327,8 @@ def test_no_live_reaches_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
             ["demo", "--tau", "0.5", "--policy", "confidence", "attn-sequential"],
             "argument --tau: none of the chosen rules reads it (confidence, attn-sequential)",
         ),
-        (["demo", "--problems", "0"], "argument --problems: expected an integer from 1 to 500, got '0'"),
-        (["demo", "--problems", "501"], "argument --problems: expected an integer from 1 to 500, got '501'"),
+        (["demo", "--problems", "0"], "argument --problems: expected an integer from 1 to 1000, got '0'"),
+        (["demo", "--problems", "1001"], "argument --problems: expected an integer from 1 to 1000, got '1001'"),
         (["demo", "--problems", "2.5"], "argument --problems: expected an integer from 1 to 500, got '2.5'"),
         (["demo", "--temperature", "-1"], "argument --temperature: expected a finite number >= 0, got '-1'"),
         (
