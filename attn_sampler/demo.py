@@ -49,6 +49,11 @@ RULES = (
     "eb",
     "klass",
     "pard",
+    "t2t",
+    "t2m",
+    "saber",
+    "attn-check",
+    "rollback",
 )
 _DRAWN_RULES = 4
 _LIVE_PROBLEMS = 4

@@ -27,7 +27,7 @@ REPLACED, REMASKED = 1, 2
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """What the logits of each position say. Unpacks as ``token_ids, confidence``."""
+    """What the logits of each position say. It unpacks, and is indexed, as ``token_ids, confidence``."""
 
     token_ids: Tensor  # [B, C] int64
     confidence: Tensor  # [B, C] float32, in the metric asked for
@@ -38,6 +38,9 @@ class Prediction:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.token_ids, self.confidence))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.token_ids, self.confidence)[index]
 
 
 torch.utils._pytree.register_pytree_node(  # to torch a record of tensors, as a named tuple is one

@@ -324,7 +324,7 @@ class Rollback(Revising):
     tau: float = 0.9
     safe_tau: float = 0.99
     doubt_tau: float = 0.9
-    sure: float = 0.9
+    sure: float = 0.99
     max_checks: int | None = None
     order: str = "attention"
     max_edits: int = 1
@@ -362,10 +362,11 @@ class Rollback(Revising):
         assert state.editable is not None
         if self.max_checks is None:
             return state.editable
-        if self.order == "random":
-            key = random_words(state.seeds, p.shape[1])
+        if self.order == "attention":
+            assert state.scores is not None
+            key = state.scores
         else:
-            key = -p if state.scores is None else state.scores
+            key = -p if self.order == "confidence" else random_words(state.seeds, p.shape[1])
         return top_positions(key, state.editable, self.max_checks)
 
 

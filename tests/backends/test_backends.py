@@ -111,7 +111,7 @@ def triton_kernels(monkeypatch):
     """A stand-in for the Triton kernels' module, in interpreter mode."""
     module = types.ModuleType(triton.MODULE)
     module.refuses = lambda op, tensors: "it is a stand-in" if tensors[0].shape[-1] == 99 else None
-    module.select_tokens = lambda selected, *_: selected.fill_(True)
+    module.select_tokens = lambda out, *_: out.selected.fill_(True)
     monkeypatch.setitem(sys.modules, triton.MODULE, module)
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
     sys.modules["triton"].__spec__ = types.SimpleNamespace()

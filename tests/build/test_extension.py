@@ -20,24 +20,31 @@ pytestmark = pytest.mark.skipif(
 )
 
 WHERE = (0, 1, 0, 0, 0, 0)
-ATTENTION = (slice(0, 4), slice(0, 3), 1, 0.5, "e", False, "sequence", True, "sum", False, False)
-SELECTION = ("parallel", "confidence", 0.5)
+ATTENTION = (slice(0, 4), slice(0, 3), 1, 0.5, "e", False, "sequence", True, "sum", False, False, (-1, -1))
+SELECTION = ("parallel", "confidence", 0.5, 0.9, 0.5, 3, "product")
 
 
 def calls() -> dict[str, tuple[Any, ...]]:
     """Arguments that each function takes; lists and tuples where either may be given."""
     q, k, lse = torch.randn(2, 2, 3, 8), torch.randn(2, 1, 6, 8), torch.zeros(2, 2, 3)
-    masks = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    masks = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool), None
+    counted = (*masks[:2], torch.ones(2, 4, dtype=torch.bool))
     ids, scores, masked = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4), torch.ones(2, 4) == 1
     sampling = ("probability", 1.0, torch.ones(2, dtype=torch.int64), None, 0)
     step = (slice(0, 4), 3, "all", ATTENTION, sampling, SELECTION)
-    results = (torch.full((2, 6), 3), ids, scores, scores + 1, ~masked)
+    budget, revised = torch.ones(2, 4, dtype=torch.int32), torch.full((2, 4), 7, dtype=torch.uint8)
+    revision = (scores + 2, scores + 3, revised, budget)
+    results = (torch.full((2, 6), 3), ids, scores, scores + 1, ~masked, *revision)
+    mapped = (*ATTENTION[:8], "none", *ATTENTION[9:])
     logits, layers = torch.randn(2, 4, 11), [(q, k, lse), [q, k, lse]]
     return {
         "column_scores": (scores, (q, k, lse, None, None), masks, ATTENTION, WHERE),
-        "attention_map": (torch.zeros(2, 3, 4), [q, k, lse], masks, ATTENTION, WHERE),
-        "token_confidence": ((ids, scores), logits, sampling, WHERE),
-        "select_tokens": (~masked, scores, scores + 1, masked, SELECTION, WHERE),
+        "attention_map": (torch.zeros(2, 3, 4), [q, k, lse], counted, mapped, WHERE),
+        "token_confidence": ((ids, scores, scores + 1, scores + 2), logits, ids + 1, sampling, WHERE),
+        "select_tokens": (
+            *((~masked, revised, budget), scores, scores + 1, masked, scores + 0.5, masked),
+            *(SELECTION, WHERE),
+        ),
         "decode_step": (results, logits, layers, masks, step, WHERE),
     }
 

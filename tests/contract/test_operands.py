@@ -20,6 +20,7 @@ from attn_sampler import (
     decode_step,
     ops,
     reference,
+    revise_tokens,
     select_tokens,
     token_confidence,
 )
@@ -60,6 +61,16 @@ def small_calls(device: torch.device) -> dict[str, Call]:
         "map": (attention_map, {**attention, "out": random(2, 4, 4)}),
         "confidence": (token_confidence, {"logits": logits, **sampling}),
         "select": (select_tokens, scores),
+        "judge": (token_confidence, {"logits": logits, "current_ids": tokens[:, 1:5] % 3}),
+        "mass": (
+            attention_map,
+            {**attention, "column_mask": random(2, 4) < 0.6, "reduction": "sum", "out": random(2, 4)},
+        ),
+        "revise": (
+            revise_tokens,
+            {**scores, "current": random(2, 4), "differs": random(2, 4) < 0.7, "remask_tau": 0.9}
+            | {"budget": torch.ones(2, 4, dtype=torch.int32, device=device)},
+        ),
         "step": (
             decode_step,
             {
@@ -76,12 +87,18 @@ def small_calls(device: torch.device) -> dict[str, Call]:
     }
 
 
-NAMES = ("scores", "float8", "map", "confidence", "select", "step", "step of scores")
-WRITTEN = {"scores": "out", "map": "out", "step": "tokens", "step of scores": "tokens"}
+NAMES = (
+    *("scores", "float8", "map", "confidence", "select", "step", "step of scores"),
+    *("judge", "mass", "revise"),
+)
+WRITTEN = {
+    **{"scores": "out", "map": "out", "mass": "out"},
+    **{"step": "tokens", "step of scores": "tokens", "revise": "budget"},
+}
 
 
 def results(value: Any) -> list[Tensor]:
-    return list(value) if isinstance(value, tuple) else [value]
+    return [x for x in torch.utils._pytree.tree_leaves(value) if x is not None]
 
 
 def copied(call: Call) -> dict[str, Any]:

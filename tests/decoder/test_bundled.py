@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from attn_sampler import bundled
-from attn_sampler.bundled import TASKS, load_model, load_task
+from attn_sampler.bundled import MODELS, TASKS, load_model, load_task
 from attn_sampler.bundled.model import TinyMaskedLM, TinyMaskedLMConfig, load_weights, save_weights
 from attn_sampler.bundled.tasks import (
     SUDOKU_PUZZLES,
@@ -369,32 +369,49 @@ def test_weights_survive_the_file(tmp_path: Path) -> None:
 
 def test_weights_are_float16_and_small() -> None:
     files = sorted(PACKAGE.glob("*.safetensors"))
-    assert [file.stem for file in files] == sorted(TASKS)
-    assert sum(file.stat().st_size for file in files) <= 2 * 2**20
+    assert sorted(file.stem for file in files) == sorted(MODELS)
+    assert sum(file.stat().st_size for file in files) <= 3_000_000
     for file in files:
         with safe_open(str(file), framework="pt") as weights:
             names = weights.keys()
             assert {weights.get_tensor(name).dtype for name in names} == {torch.float16}
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", MODELS)
 def test_weights_solve_held_out_problems(name: str) -> None:
-    model, task = load_model(name), load_task(name)
+    model, task = load_model(name), load_task(name.removesuffix("-edits"))
     prompt, _ = task.problems(64, seed=1)
     assert evaluate(model, task, prompt).rate >= 0.9
     # What makes it the order that matters: every blank at once solves next to nothing of a sudoku.
-    if name == "sudoku":
+    if task.name == "sudoku":
         at_once = model(torch.from_numpy(prompt)).argmax(dim=-1).numpy()
         filled = np.where(prompt == task.mask_token_id, at_once, prompt)
         assert task.check(filled, prompt).mean() < 0.1
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    ("name", "finds"), [("sudoku-edits", True), ("addition-edits", True), ("addition", False)]
+)
+def test_models_of_edits_know_the_wrong_token_of_an_answer(name: str, finds: bool) -> None:
+    task = load_task(name.removesuffix("-edits"))
+    tokens = torch.from_numpy(task.problems(200, seed=2)[1])
+    at = torch.randint(task.length - 9, task.length, (200, 1), generator=torch.Generator().manual_seed(0))
+    tokens.scatter_(1, at, (tokens.gather(1, at) + 1) % 6)
+    p = load_model(name)(tokens).softmax(dim=2).gather(2, tokens[..., None]).squeeze(2)[:, -9:]
+    found = (p.argmin(dim=1) == at.squeeze(1) - (task.length - 9)).double().mean().item()
+    assert (found > 0.95) == finds
+    assert (found < 0.3) != finds
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_card_states_what_was_run_and_measured(name: str) -> None:
     card = (PACKAGE / "MODEL_CARD.md").read_text(encoding="utf-8")
     with safe_open(str(PACKAGE / f"{name}.safetensors"), framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["recipe"] == str(dataclasses.asdict(RECIPES[name]))  # its command trains these weights
+    recipe = dataclasses.asdict(RECIPES[name])
+    if not recipe["edits"]:
+        del recipe["edits"]  # those files are older than that
+    assert metadata["recipe"] == str(recipe)  # its command trains these weights
     assert json.loads(metadata["config"])["hidden_size"] == 96
     recipe = RECIPES[name]
     row = re.search(rf"^\| {name} \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|", card, re.MULTILINE)
@@ -402,11 +419,12 @@ def test_card_states_what_was_run_and_measured(name: str) -> None:
     parameters = sum(p.numel() for p in load_model(name).parameters())
     stated = [int(cell.replace(",", "")) for cell in row.groups()]
     assert stated == [recipe.steps, recipe.batch_size, recipe.seed, parameters]
-    assert f"python -m attn_sampler.bundled.train {name} --out {name}.safetensors --compile" in card
+    command = name.replace("-edits", " --edits")
+    assert f"python -m attn_sampler.bundled.train {command} --out {name}.safetensors --compile" in card
 
     score = re.search(rf"^\| {name}[^|]*\| confidence \| (\d+)/500 \|", card, re.MULTILINE)
     assert score is not None, "no score row"
-    task = load_task(name)
+    task = load_task(name.removesuffix("-edits"))
     measured = evaluate(load_model(name), task, task.problems(500)[0])
     # The last bits of a forward pass differ between processors; a rare tie may fall the other way.
     assert abs(measured.solved - int(score[1])) <= 5

@@ -344,6 +344,7 @@ def test_registry_names() -> None:
         "saber": "Saber",
         "wino": "WINO",
         "attn-check": "AttnCheck",
+        "rollback": "Rollback",
     }
     assert make_policy("attn-sequential") == AttnSampler(mode="sequential")
     assert make_policy("attn-parallel", tau=0.7, fallback="score") == AttnSampler("parallel", 0.7, "score")
@@ -375,7 +376,7 @@ def test_register(registry: dict) -> None:
 @pytest.mark.parametrize(
     ("policy", "options", "error", "message"),
     [
-        ("nobody", {}, ValueError, "policy: expected one of a, adas, attn, .*threshold, got 'nobody'"),
+        ("nobody", {}, ValueError, "policy: expected one of a, adas, attn, .*threshold, .*got 'nobody'"),
         ("a", {}, ValueError, "policy: the names run in a circle: a -> b -> a"),
         (3, {}, TypeError, "policy: expected a name or a Policy, got int"),
         (PARD, {}, TypeError, "policy: expected a name or a Policy, got the class PARD"),

@@ -25,7 +25,7 @@ from test_policies import (
 )
 
 from attn_sampler.policy import Decision
-from attn_sampler.revision import T2M, T2T, WINO, AttnCheck, Revising, Saber
+from attn_sampler.revision import T2M, T2T, WINO, AttnCheck, Revising, Rollback, Saber
 from attn_sampler.sampler import make_policy
 
 
@@ -117,6 +117,31 @@ def wino(policy: WINO, seen: Seen) -> Answer:
     return seen.confident(policy.tau), set(), doubted, True
 
 
+def rollback(policy: Rollback, seen: Seen) -> Answer:
+    """A log of the passes [(position, p)], walked back to the first one that was unsure."""
+    log, careful = seen.memory.setdefault("log", []), seen.memory.get("careful", False)
+    p_of = {i: p for written in log for i, p in written.items()}
+    key = {
+        "attention": seen.scores,
+        "confidence": [-p_of.get(i, 0.0) for i in range(len(seen.p))],
+        "random": [float(philox_word(seen.seed, (1 << 32) - 1, i)) for i in range(len(seen.p))],
+    }[policy.order]
+    looked_at = ranked(key, seen.editable)[: policy.max_checks]
+    safe = as_float32(policy.safe_tau)
+    back: set[int] = set()
+    if any(seen.current[i] < as_float32(policy.doubt_tau) for i in looked_at):
+        unsure = [n for n, written in enumerate(log) if any(p < safe for p in written.values())]
+        for n in range(unsure[0], len(log)) if unsure else ():
+            back |= {i for i, p in log[n].items() if n > unsure[0] or p < safe}
+    back &= set(open_positions(seen.editable))
+    commit = set() if back else seen.confident(policy.safe_tau if careful else policy.tau)
+    seen.memory["careful"] = careful or bool(back)
+    seen.memory["log"] = [{i: p for i, p in written.items() if i not in back} for written in log]
+    if not back:
+        seen.memory["log"].append({i: seen.p[i] for i in commit})
+    return commit, set(), back, any(seen.p[i] < as_float32(policy.sure) for i in commit)
+
+
 CASES: list[tuple[Revising, Callable[..., Answer]]] = [
     (T2T(), t2t),
     (T2T(tau=0.9, edit_tau=0.9, max_steps=1), t2t),
@@ -130,6 +155,11 @@ CASES: list[tuple[Revising, Callable[..., Answer]]] = [
     (Saber(tau=0.5, share=0.4), saber),
     (WINO(), wino),
     (WINO(tau=0.25, verify_tau=0.5), wino),
+    (Rollback(), rollback),
+    (Rollback(tau=0.25, safe_tau=0.75, doubt_tau=0.5, sure=0.5), rollback),
+    (Rollback(tau=0.25, safe_tau=0.9, doubt_tau=0.9, max_checks=1), rollback),
+    (Rollback(tau=0.5, safe_tau=0.9, max_checks=2, order="confidence"), rollback),
+    (Rollback(tau=0.0, safe_tau=1.0, doubt_tau=0.75, max_checks=1, order="random"), rollback),
     (AttnCheck(), attn_check),
     (AttnCheck(tau=0.25, doubt_tau=0.9, edit_tau=0.5, max_checks=1, sure=0.5), attn_check),
     (AttnCheck(tau=0.25, doubt_tau=0.9, edit_tau=0.5, max_checks=2, lean=0.25), attn_check),

@@ -128,13 +128,15 @@ def test_demo_prints_every_rule_with_the_numbers_of_its_decoding(capsys: pytest.
     output = capsys.readouterr().out
     rows = table_rows(output)
     assert [row[0].split()[0] for row in rows] == [*RULES, *RULES]  # both tasks, all rules
-    # All but those on the attention map, whose thresholds are for longer sequences, and the control.
-    left_out = {"adas", "clad", "dapd", "dawn", "attn-random"}
+    # All but those on the attention map, whose thresholds are for longer sequences, the control, and shadows.
+    left_out = {"adas", "clad", "dapd", "dawn", "dos", "attn-random", "wino"}
     shown = {make_policy(p).__class__ for p in POLICIES.keys() - left_out}
     assert {make_policy(rule).__class__ for rule in RULES} == shown
     for i, (label, solved, interval, passes, speed, share) in enumerate(rows):
         name, rule = ("sudoku", "addition")[i // len(RULES)], label.split()[0]
-        assert label == rule if default_tau(rule) is None else label == f"{rule} tau=0.9"
+        tau = default_tau(rule)
+        told = rule if tau is None else f"{rule} tau={tau:g}"
+        assert label == (f"{told} *" if make_policy(rule).revises else told)
         assert re.fullmatch(r"[\d.]+ to [\d.]+%", interval)
         assert int(speed.replace(",", "")) > 0
         assert re.fullmatch(r"\d+%", share)
@@ -328,8 +330,11 @@ def test_no_live_reaches_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
             "argument --tau: none of the chosen rules reads it (confidence, attn-sequential)",
         ),
         (["demo", "--problems", "0"], "argument --problems: expected an integer from 1 to 1000, got '0'"),
-        (["demo", "--problems", "1001"], "argument --problems: expected an integer from 1 to 1000, got '1001'"),
-        (["demo", "--problems", "2.5"], "argument --problems: expected an integer from 1 to 500, got '2.5'"),
+        (
+            ["demo", "--problems", "1001"],
+            "argument --problems: expected an integer from 1 to 1000, got '1001'",
+        ),
+        (["demo", "--problems", "2.5"], "argument --problems: expected an integer from 1 to 1000, got '2.5'"),
         (["demo", "--temperature", "-1"], "argument --temperature: expected a finite number >= 0, got '-1'"),
         (
             ["demo", "--temperature", "inf"],

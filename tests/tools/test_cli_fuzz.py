@@ -147,7 +147,7 @@ def draw_demo(folder: Path, rng: random.Random) -> Draw:
         "--task": NAMES,
         "--policy": NAMES,
         "--tau": NUMBERS,
-        "--problems": ["501", *INTEGERS],
+        "--problems": ["1001", *INTEGERS],
         "--temperature": NUMBERS,
         "--seed": INTEGERS,
         "--layers": LAYERS,

@@ -473,7 +473,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_file: P
     [
         (["--rule", "nobody"], "policy: expected one of"),
         (["--problems", "0"], "argument --problems: expected an integer from 1 to 2147483648, got '0'"),
-        (["--problems", "501"], "n must be 0 to 500"),
+        (["--problems", "1001"], "n must be 0 to 1000"),
         (["--out", "/no/such/folder/x.json"], "argument --out: expected a file in a directory that"),
         (["--task-file", "x.jsonl"], "--task-file: needs --model"),
         (["--model", "nowhere"], "model: expected a bundled model"),
