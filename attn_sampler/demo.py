@@ -152,7 +152,7 @@ def run_demo(
     device = torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
     chosen = choose_backend("decode_step", backend, torch.empty(0, device=device))
     threads = torch.get_num_threads()
-    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen}, CPU threads: {threads}")
+    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen.name}, CPU threads: {threads}")
     runs: list[Run] = []
     drawings: list[RenderableType] = []
     for name in tasks:

@@ -113,9 +113,12 @@ def emulated_amx(factory: pytest.TempPathFactory) -> Path:
 def _isa(isa: str) -> Place:
     return Place(
         "cpu",
-        dict.fromkeys(
-            (COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
-        ),
+        {
+            **dict.fromkeys(
+                (COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
+            ),
+            REVISION: "reduced|column_mask|tell_of|parts",  # the rest is the same on all
+        },
         {"ATTN_SAMPLER_CPU_ISA": isa},
         unavailable=lambda: _isa_unavailable(isa),
         left_out=lambda: _is_the_processors_own(isa),
@@ -175,7 +178,10 @@ PLACES = {
     **{f"cpu@{isa}": _isa(isa) for isa in CPU_ISAS},
     "cpu@amx-emulated": Place(
         "cpu",
-        dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, LOGIT_RANGE, AMX_EMULATOR), ""),
+        {
+            **dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, LOGIT_RANGE, AMX_EMULATOR), ""),
+            REVISION: "reduced|column_mask",
+        },
         {"ATTN_SAMPLER_CPU_ISA": "amx"},
         unavailable=_emulator_unavailable,
         left_out=_has_amx,
