@@ -85,8 +85,8 @@ class T2M(Revising):
     replace it), or its probability fell by more than ``drop`` since the pass before; in the pass after its
     commit, since that. Goes on after the last mask until nothing changes.
 
-    The three tests are the paper's, each of which it uses by itself; a threshold of 0, or of 1 for
-    ``edit_tau`` and ``drop``, takes one out (all but p = 1).
+    The three tests are those of that line of work; a threshold of 0, or of 1 for ``edit_tau`` and ``drop``,
+    takes one out (all but p = 1).
     """
 
     tau: float = 0.7
