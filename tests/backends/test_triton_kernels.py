@@ -28,7 +28,7 @@ from problems import AttentionProblem, assert_accurate, generator, judge, normal
 from test_decode_step import MASK, VOCAB, Step
 from torch import Tensor
 
-from attn_sampler import attention_map, column_scores, kernels, reference, token_confidence
+from attn_sampler import column_scores, kernels, reference, token_confidence
 from attn_sampler.options import MAX_HEADDIM
 
 pytestmark = [
@@ -136,12 +136,6 @@ def test_parts_of_reduced_rows_combine(reduction: str, per_head: bool) -> None:
         judge("attention_map", "triton", problem, reduction=reduction, per_head=per_head)
 
 
-def test_reduced_rows_of_no_columns_are_zero() -> None:
-    q = normal(1, 1, 2, 5, 16).to(DEVICE)
-    options = {"columns": slice(3, 3), "reduction": "sum", "backend": "triton"}
-    assert torch.equal(attention_map(q, q, **options), torch.zeros(1, 5, device=DEVICE))
-
-
 @pytest.mark.parametrize("reduction", ["sum", "max"])
 def test_same_bits_every_run(reduction: str) -> None:
     q, k = normal(3, 2, 4, 130, 16).to(DEVICE), normal(4, 2, 2, 140, 16).to(DEVICE)
@@ -243,7 +237,8 @@ def test_selection_of_several_chunks() -> None:
 
 
 def test_predictions_of_current_tokens_in_splits() -> None:
-    test_revision.test_predictions_tell_of_the_current_tokens("triton", DEVICE, 9001, "margin", torch.float32)
+    options = {"vocab": 9001, "metric": "margin", "dtype": torch.float32}
+    test_revision.test_predictions_tell_of_the_current_tokens("triton", DEVICE, **options)
 
 
 # --- Decoding steps.

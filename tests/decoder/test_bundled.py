@@ -222,8 +222,8 @@ def test_addition_check_rejects_wrong_answers() -> None:
 
 
 def test_unknown_task_is_named() -> None:
-    for load in (load_task, load_model):
-        with pytest.raises(ValueError, match="unknown task 'chess': accepted are 'sudoku', 'addition'"):
+    for kind, load in (("task", load_task), ("model", load_model)):
+        with pytest.raises(ValueError, match=f"unknown {kind} 'chess': accepted are 'sudoku', 'addition'"):
             load("chess")
 
 
