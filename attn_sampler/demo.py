@@ -150,9 +150,9 @@ def run_demo(
         The backend asked for by name cannot run here.
     """
     device = torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
-    chosen = choose_backend("decode_step", backend, torch.empty(0, device=device))
+    chosen = choose_backend("decode_step", backend, torch.empty(0, device=device)).name
     threads = torch.get_num_threads()
-    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen.name}, CPU threads: {threads}")
+    console.print(f"attn_sampler {__version__}, sampling step by backend {chosen}, CPU threads: {threads}")
     runs: list[Run] = []
     drawings: list[RenderableType] = []
     for name in tasks:
