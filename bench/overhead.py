@@ -90,10 +90,12 @@ def split_us(call: Callable[[], Any], backend: str, seconds: float) -> dict[str,
         with mock.patch.object(extension.Extension, "attempt", autospec=True, return_value=True) as attempt:
             result = call()
         arguments = attempt.call_args.args
-        outputs = result if isinstance(result, tuple) else (result,)
         outputs = [
-            x for x in outputs if x.dtype != torch.int64 or x.shape[1] == _ROWS
-        ]  # not the tokens, written in place
+            x
+            for x in torch.utils._pytree.tree_leaves(result)
+            # What was asked for, but for the tokens, which are written in place.
+            if x is not None and (x.dtype != torch.int64 or x.shape[1] == _ROWS)
+        ]
         us["call"] = median_us(call, seconds)
         us["extension"] = median_us(lambda: extension.Extension.attempt(*arguments), seconds)
         us["outputs"] = median_us(lambda: [torch.empty_like(x) for x in outputs], seconds)
