@@ -46,7 +46,7 @@ from attn_sampler.options import (
     renamed,
     token_of_row_0,
 )
-from attn_sampler.reference import REMASKED, REPLACED, Prediction, StepResult, masked_rows
+from attn_sampler.reference import Prediction, StepResult, masked_rows
 
 _NO_TOKEN = float(1 << 53)  # above every token id, exact in float64
 # What an Attention says beside where a block stands.
@@ -230,7 +230,7 @@ def decode_step(
         predicted = shard.merge(gathered[:, 1:])
         (token_ids, confidence), masked = predicted, block_tokens == mask_token_id
         seen = (scores, confidence, masked)
-        written = selected = select_tokens(*seen, rule=commit[0], tau=tau, fallback=fallback, backend=backend)
+        selected = select_tokens(*seen, rule=commit[0], tau=tau, fallback=fallback, backend=backend)
         result = StepResult(tokens, token_ids, confidence, scores, selected)
         if budget is not None:
             assert predicted.current is not None
@@ -242,10 +242,8 @@ def decode_step(
                 revision_order=revision_order,
                 backend=backend,
             )
-            written = selected | (revised == REPLACED)
-            block_tokens.masked_fill_(revised == REMASKED, mask_token_id)
             result = StepResult(*result[:5], predicted.log_prob, predicted.current, revised, budget)
-        block_tokens.copy_(torch.where(written, token_ids, block_tokens))
+        reference.commit_tokens(block_tokens, token_ids, selected, result.revised, mask_token_id)
     return result
 
 

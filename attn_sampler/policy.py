@@ -15,7 +15,7 @@ from attn_sampler.attention import column_scores
 from attn_sampler.capture import CapturedLayer
 from attn_sampler.errors import DecodingError
 from attn_sampler.functional import token_confidence
-from attn_sampler.reference import REMASKED, REPLACED, StepResult
+from attn_sampler.reference import REMASKED, REPLACED, StepResult, commit_tokens
 
 
 @dataclasses.dataclass
@@ -168,20 +168,18 @@ class Policy(abc.ABC):
             state.editable = ~masked & (budget > 0) & ~confidence.isnan()
         decision = self._decision(state)
         selected = masked & decision.commit
-        written = torch.where(selected, token_ids, block_tokens)
         revised = None
         if budget is not None and state.editable is not None:
             nowhere = torch.zeros_like(masked)
             replace, remask = (nowhere if x is None else x & state.editable for x in decision[1:3])
             replace = replace & (token_ids != block_tokens)
             remask = remask & ~replace
-            written = torch.where(replace, token_ids, written).masked_fill(remask, mask_token_id)
             revised = (replace * REPLACED + remask * REMASKED).to(torch.uint8)
             budget -= (revised > 0).to(torch.int32)
             if recheck is not None:
                 changed = (revised > 0).any(dim=1)
                 recheck.copy_(changed if decision.recheck is None else decision.recheck)
-        block_tokens.copy_(written)
+        commit_tokens(block_tokens, token_ids, selected, revised, mask_token_id)
         if scores is None:
             scores = torch.full_like(confidence, torch.nan)
         result = StepResult(tokens, token_ids, confidence, scores, selected)

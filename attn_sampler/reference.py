@@ -402,7 +402,6 @@ def decode_step(
     token_ids, confidence = predicted
     selected = select_tokens(scores, confidence, masked, rule=rule, tau=tau, fallback=fallback)
     result = StepResult(tokens, token_ids, confidence, scores, selected)
-    written = selected
     if budget is not None:
         assert predicted.current is not None
         revised = revise_tokens(
@@ -417,11 +416,24 @@ def decode_step(
             max_revisions=max_revisions,
             revision_order=revision_order,
         )
+        result = StepResult(*result[:5], predicted.log_prob, predicted.current, revised, budget)
+    commit_tokens(block_tokens, token_ids, selected, result.revised, mask_token_id)
+    return result
+
+
+def commit_tokens(
+    block_tokens: Tensor,  # [B, C] int64, updated in place
+    token_ids: Tensor,  # [B, C] int64
+    selected: Tensor,  # [B, C] bool
+    revised: Tensor | None,  # [B, C] uint8
+    mask_token_id: int,
+) -> None:
+    """Write predictions where they are selected or replace a token, the mask token where one is re-masked."""
+    written = selected
+    if revised is not None:
         written = selected | (revised == REPLACED)
         block_tokens.masked_fill_(revised == REMASKED, mask_token_id)
-        result = StepResult(*result[:5], predicted.log_prob, predicted.current, revised, budget)
     block_tokens.copy_(torch.where(written, token_ids, block_tokens))
-    return result
 
 
 # The sampling stream. Twin of csrc/include/attn_sampler_random.h, equal to the last bit: additions,
