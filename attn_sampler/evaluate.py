@@ -84,13 +84,21 @@ class _Revealing(Policy):
 
 
 def decode(problems: ProblemSet, indices: range, model: EvaluatedModel, rule: Rule) -> dict[str, list]:
-    """Decode some problems in one batch: ``right`` and other measures (0 or 1) and ``passes`` of each."""
+    """Decode some problems in one batch: ``right`` (0 or 1), other measures and ``passes`` of each."""
     result = _generate(problems, indices, model, rule, rule.make())
     batch = zip(result.tokens.cpu(), result.attention_mask.cpu(), strict=True)
     filled = [tokens[mask] for tokens, mask in batch]
     right = [problems.judge(i, f, model.mask_token_id) for i, f in zip(indices, filled, strict=True)]
-    measured = {name: [int(measure(f)) for f in filled] for name, measure in problems.measures.items()}
+    measured = {
+        name: [_plain(measure(i, f)) for i, f in zip(indices, filled, strict=True)]
+        for name, measure in problems.measures.items()
+    }
     return {"right": [int(r) for r in right], **measured, "passes": result.num_forward_passes.tolist()}
+
+
+def _plain(share: float) -> float:
+    """As JSON shows it best."""
+    return int(share) if share in (0, 1) else round(share, 6)
 
 
 def order_log_likelihood(

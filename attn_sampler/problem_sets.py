@@ -6,8 +6,10 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_sampler import documents
+from attn_sampler import checks, documents, published
 from attn_sampler.bundled import MODELS, load_task
 from attn_sampler.bundled import load_model as load_bundled_model
 from attn_sampler.bundled.model import load_weights
-from attn_sampler.bundled.tasks import Addition, Task, make_sudoku_puzzles
+from attn_sampler.bundled.tasks import Addition, make_sudoku_puzzles
+from attn_sampler.published import antibodies, reactions
 
 #: Names of the bundled problem sets; a suffix says which number of an addition is blank.
 BUNDLED = ("sudoku", "addition", "addition-first", "addition-second")
 #: Disjoint problems: rules and thresholds are chosen on "dev" and reported on "heldout".
 SPLITS = ("heldout", "dev")
 _DEV_SEED = 21
+#: Problems for published models: the model that decodes them by default, and what can be blank as a whole.
+PUBLISHED_TASKS = {
+    "reactions": ("rxnmapper", ("product", "reagent")),
+    "heavy": ("sapiens-heavy", ("cdr", "framework")),
+    "light": ("sapiens-light", ("cdr", "framework")),
+}
 
 
 @dataclasses.dataclass
@@ -54,7 +63,8 @@ def load_model(
     Parameters
     ----------
     spec
-        A bundled task or a name of ``bundled.MODELS``; a ``.safetensors`` file of
+        A bundled task or a name of ``bundled.MODELS``; one of ``published.MODELS``, fetched where it is not
+        here; a ``.safetensors`` file of
         ``bundled.model.save_weights``, or a folder that holds exactly one; ``hub:ID`` or ``hub:FOLDER`` for a
         checkpoint of a family in ``adapters.models``; or ``module:function``, called without arguments for an
         ``EvaluatedModel``.
@@ -74,6 +84,8 @@ def load_model(
     if spec in BUNDLED or spec in MODELS:
         model = load_bundled_model(spec if spec in MODELS else spec.partition("-")[0]).to(device)
         return EvaluatedModel(model, model.mask_token_id)
+    if spec in published.MODELS:
+        spec = f"hub:{published.folder(spec)}"
     path = Path(spec)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if path.is_dir() and len(files) != 1:
@@ -115,9 +127,10 @@ class ProblemSet:
     prompts: list[Tensor]  # int64 [L] each, the mask token at the blanks
     answers: list[Tensor]  # int64 each: the true tokens of the blanks
     block_length: int
-    task: Task | None = None  # whose rules judge an answer; without it the true answer does
-    #: More to know of a filled prompt, int64 [L], by name: whether it parses, for example.
-    measures: dict[str, Callable[[Tensor], bool]] = dataclasses.field(default_factory=dict)
+    #: Whether the problem of an index is right, filled in, int64 [L]; None: where it is the true answer.
+    rule: Callable[[int, Tensor], bool] | None = None
+    #: More to know of it, by name: whether it parses, for example, or which share of it is right.
+    measures: dict[str, Callable[[int, Tensor], float]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -152,8 +165,8 @@ class ProblemSet:
 
     def judge(self, index: int, tokens: Tensor, mask_token_id: int) -> bool:
         """Whether ``tokens``, the prompt filled in, is a right answer."""
-        if self.task is not None:
-            return bool(self.task.check(tokens[None].numpy(), self.prompts[index][None].numpy())[0])
+        if self.rule is not None:
+            return self.rule(index, tokens)
         return torch.equal(tokens, self.truth(index, mask_token_id))
 
 
@@ -180,7 +193,120 @@ def bundled_problems(name: str, count: int, split: str = "heldout") -> ProblemSe
         prompt, solution = task.problems(count)
     prompts = list(torch.from_numpy(prompt))
     answers = [torch.from_numpy(s)[p == task.mask_token_id] for p, s in zip(prompts, solution, strict=True)]
-    return ProblemSet(name, prompts, answers, task.length, task)
+
+    def obeys_rules(index: int, tokens: Tensor) -> bool:
+        return bool(task.check(tokens[None].numpy(), prompts[index][None].numpy())[0])
+
+    return ProblemSet(name, prompts, answers, task.length, obeys_rules)
+
+
+def published_problems(name: str, count: int, model: EvaluatedModel, split: str = "heldout") -> ProblemSet:
+    """Problems for the published models, made by a seeded generator, none in two splits.
+
+    Parameters
+    ----------
+    name
+        What is blank of what (``PUBLISHED_TASKS``): ``reactions`` (the whole product), ``reactions-reagent``,
+        ``heavy-cdr``, ``light-framework``, or a percentage of all positions, scattered: ``reactions-70``. The
+        reactions and chains are the same whatever is blank of them, and more is blank of the same at a larger
+        percentage.
+    model
+        Whose tokenizer spells them.
+
+    Returns
+    -------
+    ProblemSet
+        With the measure ``tokens``, the share of the blanks that hold the true token, and for reactions
+        ``valid``. A reaction is right where it is the same chemistry (``published.reactions``).
+
+    Raises
+    ------
+    ValueError
+        An unknown name or split, or a model without a tokenizer or with another vocabulary.
+    published.FetchError
+        Germline genes are needed, and cannot be fetched.
+    """
+    kind, blank = parse_published(name)
+    checks.choice("split", split, SPLITS)
+    if model.tokenizer is None:
+        raise ValueError(f"{name}: needs a model with a tokenizer")
+    texts: dict[str, list[bool]] = {}  # each with its positions that may be blank
+    rng = random.Random(kind)
+    while len(texts) < count:
+        text, among = _drawn(kind, blank, rng, model)
+        if int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % len(SPLITS) == SPLITS.index(split):
+            texts.setdefault(text, among)
+    prompts, answers = [], []
+    for text, among in texts.items():
+        ids = torch.tensor(model.tokenizer.encode(text))
+        if len(ids) != len(among) + 2 or (ids == model.tokenizer.unk_token_id).any():
+            raise ValueError(f"{name}: the model's tokenizer does not spell {text}")
+        places = [i for i, may_be in enumerate(among, start=1) if may_be]
+        random.Random(text).shuffle(places)
+        if blank.isdigit():
+            places = places[: max(1, round(len(places) * int(blank) / 100))]
+        chosen = torch.tensor(sorted(places))
+        answers.append(ids[chosen].clone())
+        ids[chosen] = model.mask_token_id
+        prompts.append(ids)
+    problems = ProblemSet(name, prompts, answers, max(map(len, prompts)))
+
+    def share_right(index: int, tokens: Tensor) -> float:
+        blanks = prompts[index] == model.mask_token_id
+        return float((tokens[blanks] == answers[index]).double().mean())
+
+    problems.measures = {"tokens": share_right}
+    if kind == "reactions":
+        truths = list(texts)
+
+        def spelled(tokens: Tensor) -> str:
+            return model.tokenizer.decode(tokens, skip_special_tokens=True)
+
+        problems.rule = lambda index, tokens: reactions.same(spelled(tokens), truths[index])
+        problems.measures["valid"] = lambda _, tokens: reactions.is_valid(spelled(tokens))
+    return problems
+
+
+def parse_published(name: str) -> tuple[str, str]:
+    """What the problems are made of, and what is blank of it.
+
+    Raises
+    ------
+    ValueError
+        There are no such problems.
+    """
+    kind, _, blank = name.partition("-")
+    if kind in PUBLISHED_TASKS:
+        _, blanks = PUBLISHED_TASKS[kind]
+        blank = blank or blanks[0]
+        if blank in blanks or (blank.isdigit() and str(int(blank)) == blank and 1 <= int(blank) <= 100):
+            return kind, blank
+    accepted = [f"{kind}-{blank}" for kind, (_, blanks) in PUBLISHED_TASKS.items() for blank in blanks]
+    raise ValueError(
+        f"task: expected one of {', '.join(accepted)}, or a percentage of the positions in the last place "
+        f"(reactions-70), got {name!r}"
+    )
+
+
+def _drawn(kind: str, blank: str, rng: random.Random, model: EvaluatedModel) -> tuple[str, list[bool]]:
+    """A text, and which of its tokens may be blank."""
+    if kind == "reactions":
+        reactants, reagents, product = reactions.draw(rng)
+        parts = [(part, blank == "reagent" and part in reagents) for part in sorted(reactants + reagents)]
+        sides = [*itertools.chain(*[((".", False), part) for part in parts])][1:]
+        pieces = [*sides, (">>", False), (product, blank == "product")]
+    else:
+        chain, in_cdr = antibodies.draw(kind, rng, published.folder("germlines"))
+        pieces = [
+            (letter, {"cdr": cdr, "framework": not cdr}.get(blank, False))
+            for letter, cdr in zip(chain, in_cdr, strict=True)
+        ]
+    among = [
+        chosen or blank.isdigit()
+        for text, chosen in pieces
+        for _ in model.tokenizer.encode(text, add_special_tokens=False)
+    ]
+    return "".join(text for text, _ in pieces), among
 
 
 def read_problems(

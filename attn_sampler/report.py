@@ -72,7 +72,8 @@ def _resamples(n: int) -> NDArray[np.float64]:
 def summarise(tasks: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:
     """A row for each task and rule decoded to the end, differences where the baseline is one of them.
 
-    ``right`` and other measures, ``nats`` and the differences are (value, low, high).
+    ``right`` and other measures, ``nats`` and the differences are (value, low, high). A measure is 0 or 1 of
+    each problem, as ``right`` is, or a share between.
     """
     rows = []
     for task, cell in tasks.items():
@@ -84,14 +85,18 @@ def summarise(tasks: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:
                 row["passes"] = float(np.mean(decoded["passes"]))
                 row["measures"] = [name for name in decoded if name not in ("right", "passes")]
                 for name in ("right", *row["measures"]):
-                    score = Score(sum(decoded[name]), total)
-                    row[name] = (score.rate, *score.interval)
+                    row[name] = _mean(decoded[name])
                 base = _complete(cell["rules"], baseline, total)
                 if base is not None and label != baseline:
                     row["difference"] = paired_rate_difference(decoded["right"], base["right"])
                     row["p_value"] = mcnemar(decoded["right"], base["right"])
                     passes = np.subtract(decoded["passes"], base["passes"])
                     row["passes_difference"] = bootstrap_mean(passes.tolist())
+                    row["measure_differences"] = {
+                        name: bootstrap_mean(np.subtract(decoded[name], base[name]).tolist())
+                        for name in row["measures"]
+                        if name in base
+                    }
             if order is not None:
                 row |= {
                     "nats": bootstrap_mean(order["nats"]),
@@ -105,12 +110,22 @@ def summarise(tasks: Mapping[str, Any], baseline: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean and its interval: Wilson's where each value is 0 or 1."""
+    if any(value not in (0, 1) for value in values):
+        return bootstrap_mean(values)
+    score = Score(int(sum(values)), len(values))
+    return (score.rate, *score.interval)
+
+
 def _complete(cells: Mapping[str, Any], label: str, total: int) -> Any:
     cell = cells.get(label)
     return cell if cell is not None and len(cell["passes"]) == total else None
 
 
 def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(x) for key, x in value.items()}
     if isinstance(value, tuple):
         return [_rounded(x) for x in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -124,7 +139,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
         chosen.sort(key=lambda row: (-row["right"][0], row["passes"]) if "right" in row else (1.0, 0.0))
         measures = list(dict.fromkeys(name for row in chosen for name in row.get("measures", ())))
         headings = ["rule", "passes", "right", "95 %", f"less {baseline}", "95 %", "p"]
-        headings += ["nats", f"less {baseline}", "95 %", *measures]
+        headings += ["nats", f"less {baseline}", "95 %"]
+        headings += [heading for name in measures for heading in (name, f"less {baseline}", "95 %")]
         parts.append(
             f"### {task}, {chosen[0]['problems']} problems\n\n"
             f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
@@ -145,24 +161,33 @@ def _legend(rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
             " nats: log-likelihood of the true answer revealed in the rule's order, per problem (bootstrap "
             "interval)."
         )
+    if any(row.get("measures") for row in rows):
+        text += " Other measures: percent, and the paired difference (bootstrap interval)."
     return text + "\n"
 
 
 def _markdown_row(row: Mapping[str, Any], measures: Sequence[str]) -> str:
-    rates = [f"{100 * row[name][0]:.1f}" if name in row else "" for name in measures]
-    cells = [f"`{row['rule']}`", *[""] * 9, *rates]
+    cells = [f"`{row['rule']}`", *[""] * 9]
+    for name in measures:
+        cells.append(f"{100 * row[name][0]:.1f}" if name in row else "")
+        difference = row.get("measure_differences", {}).get(name)
+        cells += _percent_difference(difference) if difference is not None else ["", ""]
     if "right" in row:
         rate, low, high = (100 * x for x in row["right"])
         cells[1:4] = [f"{row['passes']:.2f}", f"{rate:.1f}", f"{low:.1f} to {high:.1f}"]
     if "difference" in row:
-        difference, low, high = (100 * x for x in row["difference"])
-        cells[4:7] = [f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{row['p_value']:.2g}"]
+        cells[4:7] = [*_percent_difference(row["difference"]), f"{row['p_value']:.2g}"]
     if "nats" in row:
         cells[7] = f"{row['nats'][0]:.3f}"
     if "nats_difference" in row:
         difference, low, high = row["nats_difference"]
         cells[8:10] = [f"{difference:+.3f}", f"{low:+.3f} to {high:+.3f}"]
     return f"| {' | '.join(cells)} |\n"
+
+
+def _percent_difference(values: Sequence[float]) -> list[str]:
+    difference, low, high = (100 * x for x in values)
+    return [f"{difference:+.1f}", f"{low:+.1f} to {high:+.1f}"]
 
 
 def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -15,6 +15,7 @@ from attn_sampler.report import summarise
 from attn_sampler.rules import BASELINE, spelled
 
 _ONE_OR_ZERO = Kind("1 or 0", lambda x: type(x) is int and x in (0, 1))
+_SHARE = Kind("a number from 0 to 1", lambda x: NUMBER.accepts(x) and 0 <= x <= 1)
 #: A log-likelihood, of a token that the model rules out too.
 _NATS = Kind("a number that is no NaN", lambda x: NUMBER.accepts(x) or x == -math.inf)
 _SHAPE = {
@@ -23,7 +24,7 @@ _SHAPE = {
             "problems": Kind("an integer >= 1", lambda x: COUNT.accepts(x) and x > 0),
             "fingerprint?": TEXT,
             "model?": TEXT,
-            "rules": {...: {"right": [_ONE_OR_ZERO], "passes": [COUNT], ...: [_ONE_OR_ZERO]}},
+            "rules": {...: {"right": [_ONE_OR_ZERO], "passes": [COUNT], ...: [_SHARE]}},
             "orders": {...: {"nats": [_NATS], "passes": [COUNT]}},
         }
     },
@@ -32,7 +33,7 @@ _SHAPE = {
 #: What a row of the summary holds beside the measures.
 _NOT_MEASURES = {
     *("task", "rule", "problems", "measures", "difference", "p_value", "passes_difference"),
-    *("nats", "nats_difference", "order_passes"),
+    *("nats", "nats_difference", "order_passes", "measure_differences"),
 }
 
 

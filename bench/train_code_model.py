@@ -161,7 +161,7 @@ def infilling_problems(texts: Sequence[str], tokenizer: Tokenizer, size: Size, c
         answers.append(ids[first : first + length].clone())
         ids[first : first + length] = mask
         prompts.append(ids)
-    measures = {"parses": lambda tokens: parses(tokenizer.decode(tokens.tolist()))}
+    measures = {"parses": lambda _, tokens: parses(tokenizer.decode(tokens.tolist()))}
     return ProblemSet("code", prompts, answers, size.length, measures=measures)
 
 

@@ -57,9 +57,9 @@ def test_problems_are_functions_with_a_run_blanked() -> None:
         assert torch.equal(blank, torch.arange(blank[0], blank[0] + len(answer)))
         truth = problems.truth(i, mask)
         assert tokenizer.decode(truth.tolist()).startswith(("def ", "async def "))
-        assert problems.measures["parses"](truth)
+        assert problems.measures["parses"](i, truth)
         truth[:4] = tokenizer.encode(")")[0]
-        assert not problems.measures["parses"](truth)
+        assert not problems.measures["parses"](i, truth)
 
 
 def test_what_parses() -> None:

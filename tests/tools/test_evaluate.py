@@ -16,6 +16,7 @@ from toy_model import MASK, ToyModel
 
 from attn_sampler import evaluate as evaluation
 from attn_sampler.bundled import load_model as load_bundled_model
+from attn_sampler.bundled import load_task
 from attn_sampler.bundled.tasks import Score
 from attn_sampler.cli import main
 from attn_sampler.evaluate import (
@@ -139,7 +140,7 @@ def test_bad_rules(text: str, message: str) -> None:
 def test_bundled_problems_are_held_out_and_disjoint() -> None:
     for name in BUNDLED:
         held_out, dev = (bundled_problems(name, 40, split) for split in ("heldout", "dev"))
-        mask = held_out.task.mask_token_id  # type: ignore[union-attr]
+        mask = load_task(name.partition("-")[0]).mask_token_id
         for problems in (held_out, dev):
             assert len(problems) == 40
             for i in range(40):
