@@ -61,7 +61,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[
         "attn_sampler",
-        *(f"attn_sampler.{name}" for name in ("adapters", "backends", "bundled", "kernels")),
+        *(f"attn_sampler.{name}" for name in ("adapters", "backends", "bundled", "kernels", "published")),
     ],
     package_dir={"attn_sampler.kernels": "kernels/triton"},
     package_data={"attn_sampler": ["py.typed"], "attn_sampler.bundled": ["*.safetensors", "*.md", "*.txt"]},

