@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +15,14 @@ from torch import Tensor
 pytest.importorskip("transformers", reason="the models are its classes")
 
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import attn_sampler.adapters.transformers  # noqa: F401
 from attn_sampler import AttentionCapture, generate
 from attn_sampler.adapters.models import FAMILIES, WHOLE_TEXT, MaskedLM, adapt
+from attn_sampler.adapters.run import DEFAULT_GEN_LENGTH, LoadError, decode, load
+from attn_sampler.cli import main
 from attn_sampler.command_line import cpu_threads
 from attn_sampler.sampler import POLICIES, make_policy
 
@@ -235,3 +240,154 @@ def test_eager_attention_shows_no_scores(policy: str) -> None:
     with pytest.raises(RuntimeError, match="'eager' in transformers, whose 'sdpa' is seen"):
         generate(adapter, tokens, policy=policy, **options)
     assert MASK not in generate(adapter, tokens, policy="confidence", **options).tokens
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def save(path: Path, name: str = "bert", tokens: list[str] = WORDS, **more: Any) -> Path:
+    """A checkpoint that likes special tokens, and those that its tokenizer does not have, best."""
+    model = build(name, "sdpa", **more)
+    (bias,) = (x for x in model.parameters() if x.shape == (VOCAB,))
+    with torch.no_grad():
+        bias[:4], bias[MASK + 1 :] = 100.0, 100.0
+    model.save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(name, tokens.index(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "cls", "sep", "unk", "mask")}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("bert"))
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return ["generate", "--model", str(folder), "--device", "cpu", *more]
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a run that cannot be made."""
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    return captured.err
+
+
+def test_the_command_fills_in_masked_tokens(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["w1 [MASK] w3[MASK]", "[MASK] w7 w8 w9 w10"]
+    trace = tmp_path / "trace.json"
+    assert main(command(folder, "--prompt", *prompts, "--trace", str(trace), "--tau", "0.5")) == 0
+    captured = capsys.readouterr()
+    model = transformers.BertForMaskedLM.from_pretrained(folder, attn_implementation="attn_sampler").eval()
+    unwanted = [*range(4), *range(MASK + 1, VOCAB)]
+    adapter, options = adapt(model, suppressed_token_ids=unwanted)
+    ids = [[1, 5, MASK, 7, MASK, 2], [1, MASK, 11, 12, 13, 14, 2]]
+    expected = generate(adapter, ids, mask_token_id=MASK, tau=0.5, **options)
+    rows = [expected.tokens[0, 2:-1].tolist(), expected.tokens[1, 1:-1].tolist()]
+    assert all(4 <= token < MASK for row in rows for token in row)
+    assert captured.out.splitlines() == [" ".join(WORDS[token] for token in row) for row in rows]
+    assert f"{expected.num_forward_passes.tolist()} forward passes" in captured.err
+    blocks = {(c["sequence"], c["position"]) for c in json.loads(trace.read_text())["commits"]}
+    assert blocks == {(0, 3), (0, 5), (1, 1)}
+
+
+def test_a_length_and_a_suffix_are_masked_tokens_inside_the_special_ones(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out(*more: str) -> str:
+        assert main(command(folder, *more)) == 0
+        return capsys.readouterr().out
+
+    typed = out("--prompt", "w1 [MASK][MASK][MASK] w4 w5", "w2 w3 [MASK][MASK][MASK] w4 w5")
+    assert out("--prompt", "w1", "w2 w3", "--gen-length", "3", "--suffix", "w4 w5") == typed
+    first, second = typed.splitlines()
+    assert first.startswith("w1 ")
+    assert second.endswith(" w4 w5")
+    assert (len(first.split()), len(second.split())) == (6, 7)
+    each = out("--prompt", "w1", "w2", "--gen-length", "2", "--suffix", "w4", "w5 w6")
+    assert each == out("--prompt", "w1[MASK][MASK]w4", "w2[MASK][MASK]w5 w6")
+    assert out("--prompt", "w1", "--gen-length", "2") == out("--prompt", "w1[MASK][MASK]")
+    assert out("--prompt", "w1", "--gen-length", "4", "--block-length", "2", "--policy", "left-to-right")
+
+
+def test_what_the_command_cannot_fill(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = failure(command(folder, "--prompt", "[MASK] w1", "w2"), capsys)
+    assert "prompt 2: expected [MASK] where it is to be filled, or a gen_length > 0" in line
+    line = failure(command(folder, "--prompt", "w1", "--gen-length", "22"), capsys)
+    assert "at most 24 tokens, as BertForMaskedLM has positions for (max_position_embeddings), got 25" in line
+    line = failure(command(folder, "--prompt", "w1", "--gen-length", "2", "--mask-token-id", "6"), capsys)
+    assert "does not read 'w2', the text of the mask token, as that token" in line
+    line = failure(command(folder, "--prompt", "[MASK]", "--attention", "eager"), capsys)
+    assert "attn_implementation='eager' in transformers, whose 'sdpa' is seen" in line
+    line = failure(command(folder, "--prompt", "[MASK]", "--policy", "wino"), capsys)
+    assert "policy: needs a model with forward_shadow, got MaskedLM" in line
+    line = failure(command(folder, "--prompt", "[MASK]", "--cache", "prefix"), capsys)
+    assert "cache: MaskedLM serves 'none', got 'prefix'" in line
+
+    path = save(tmp_path / "words", tokens=[*WORDS[:-1], *(f"v{i}" for i in range(9)), "[MASK]"])
+    line = failure(command(path, "--prompt", "[MASK]"), capsys)
+    assert f"token 37 of the tokenizer is outside the model's vocabulary of {VOCAB}" in line
+    path = save(tmp_path / "decoder", is_decoder=True)
+    capsys.readouterr()  # what transformers warns of
+    line = failure(command(path, "--prompt", "[MASK]"), capsys)
+    assert f"{path}: model: BertForMaskedLM attends causally" in line
+
+
+def test_a_class_whose_attention_nothing_can_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mpnet"
+    for file in folder.iterdir():
+        if "token" in file.name:
+            path.mkdir(exist_ok=True)
+            (path / file.name).write_bytes(file.read_bytes())
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MPNetConfig(vocab_size=VOCAB, max_position_embeddings=24, **sizes)
+    transformers.MPNetForMaskedLM(config).save_pretrained(path)
+    given = command(path, "--prompt", "w1 [MASK] w3")
+    line = failure(given, capsys)
+    assert "model_type 'mpnet' is none that is known here; --adapter names" in line
+    given += ["--adapter", "masked-lm"]
+    line = failure(given, capsys)
+    assert (
+        "MPNetForMaskedLM writes its attention out by hand, so that nothing can read it; --attention" in line
+    )
+    assert main([*given, "--attention", "eager", "--policy", "confidence"]) == 0
+    assert len(capsys.readouterr().out.split()) == 3
+
+
+@pytest.mark.parametrize("name", ["albert", "roberta", "esm", "distilbert", "modernbert"])
+def test_checkpoints_of_other_classes_load(name: str, tmp_path: Path) -> None:
+    checkpoint = load(str(save(tmp_path, name)), device="cpu")
+    assert checkpoint.options["mask_token_id"] == MASK
+    assert "eos_token_id" not in checkpoint.options
+    texts, generation = decode(checkpoint, ["w1", "w5 [MASK] w6"], gen_length=2, suffixes=["w2", ""])
+    words = [text.split() for text in texts]
+    assert words[0][0] == "w1"
+    assert words[0][3:] == ["w2"]
+    assert words[1][0] == "w5"
+    assert words[1][2] == "w6"
+    assert len(words[1]) == 5
+    assert all(word in WORDS[4:MASK] for row in words for word in row)
+    assert generation.tokens[:, -1].tolist() == [2, 2]  # [SEP] stands behind what was filled in
+
+
+def test_decode_names_what_is_wrong(folder: Path) -> None:
+    checkpoint = load(str(folder), device="cpu")
+    with pytest.raises(ValueError, match="suffix: expected one for each of 1 prompts, got 2"):
+        decode(checkpoint, ["w1"], gen_length=1, suffixes=["w2", "w3"])
+    with pytest.raises(ValueError, match="prompt 1: expected "):
+        decode(checkpoint, ["w1"])
+    with pytest.raises(LoadError, match="no such folder"):
+        load("/no/such")
+    assert DEFAULT_GEN_LENGTH > 0
