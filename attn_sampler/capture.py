@@ -273,8 +273,9 @@ class AttentionCapture(TorchFunctionMode):
             raise DecodingError(
                 "AttentionCapture saw no call of torch.nn.functional.scaled_dot_product_attention: the "
                 "model may use nn.MultiheadAttention, flash-attn, a fused custom operator or attention "
-                "written out by hand (attn_implementation='eager' in transformers), or no forward pass ran "
-                "inside the context; an attention that knows its log-sum-exp can call report_attention"
+                "written out by hand (attn_implementation='eager' in transformers, whose 'sdpa' is seen), or "
+                "no forward pass ran inside the context; an attention that knows its log-sum-exp can call "
+                "report_attention"
             )
         chosen = chosen_layers(self._selection, self.num_calls)
         if not chosen or min(chosen) < 0 or max(chosen) >= self.num_calls:

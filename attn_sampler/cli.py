@@ -191,7 +191,19 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PATH", help="a folder, or an id on the hub")
     parser.add_argument(
-        "--prompt", type=command_line.text, required=True, nargs="+", metavar="TEXT", help="decoded together"
+        "--prompt",
+        type=command_line.text,
+        required=True,
+        nargs="+",
+        metavar="TEXT",
+        help="decoded together; mask tokens in their text are filled in, and the whole text is printed",
+    )
+    parser.add_argument(
+        "--suffix",
+        type=command_line.text,
+        nargs="+",
+        metavar="TEXT",
+        help="what follows the new tokens: one for all prompts, or one for each",
     )
     parser.add_argument(
         "--policy", choices=sorted(POLICIES), metavar="NAME", default="attn", help="the rule (default: attn)"
@@ -201,10 +213,10 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gen-length",
-        type=command_line.integer(1, _MAX_GEN_LENGTH),
-        default=128,
+        type=command_line.integer(0, _MAX_GEN_LENGTH),
         metavar="N",
-        help="tokens to append (default: 128)",
+        help="new tokens behind each prompt (default: 128; none for masked language models such as BERT, "
+        "which fill in those that the prompt masks)",
     )
     parser.add_argument(
         "--block-length",
@@ -254,6 +266,10 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
             make_policy(options.policy, tau=options.tau)
         except TypeError:
             parser.error(f"argument --tau: the rule {options.policy} does not read it")
+    count = len(options.prompt)
+    suffixes = options.suffix * count if options.suffix and len(options.suffix) == 1 else options.suffix
+    if suffixes and len(suffixes) != count:
+        parser.error(f"argument --suffix: expected 1 or {count}, as there are prompts, got {len(suffixes)}")
     try:
         checkpoint = load(
             options.model,
@@ -269,6 +285,7 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
             checkpoint,
             options.prompt,
             chat=options.chat,
+            suffixes=suffixes,
             policy=options.policy,
             tau=options.tau,
             gen_length=options.gen_length,
@@ -281,7 +298,7 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
             trace=options.trace is not None,
             progress=sys.stderr.isatty(),
         )
-    except (LoadError, ImportError, ValueError, RuntimeError) as error:
+    except (LoadError, ImportError, TypeError, ValueError, RuntimeError) as error:
         return command_line.fail(error)
     for text in texts:
         print(text)

@@ -1,8 +1,9 @@
-"""The published masked-diffusion models, as ``generate`` calls them.
+"""The published masked-diffusion models and masked language models, as ``generate`` calls them.
 
 ``FAMILIES`` holds what is to be known of a family of checkpoints; its adapter says how the modelling code
-that comes with them is called. ``adapt(model)`` finds both. That code is remote code on the hub, which is not
-part of this package's tests: those run small models of their own with the same call structure.
+that comes with them is called. ``adapt(model)`` finds both. The code of masked-diffusion models is remote
+code on the hub, which is not part of this package's tests: those run small models of their own with the same
+call structure. Masked language models (BERT, ESM, ...) are transformers' own classes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,9 @@ from attn_sampler import checks
 
 if TYPE_CHECKING:
     from attn_sampler.adapters.remote_code import RowCache
+
+WHOLE_TEXT = 1 << 31
+"""A block length beyond any text, all of which is then one block."""
 
 
 class Adapter:
@@ -34,6 +38,7 @@ class Adapter:
     """
 
     caches: tuple[str, ...] = ()
+    infills = False  # whether the model fills in what a text masks, rather than continuing it
 
     def __init__(self, model: torch.nn.Module, causal_block: int | None = None) -> None:
         self.model = model
@@ -56,14 +61,81 @@ class Adapter:
             return
         tokens = torch.tensor([[0, 2], [1, 2]], device=device)
         mask = torch.tensor([[False, True]], device=device).expand(2, 2)
-        masked, seen = (self(tokens, attention_mask=m)[:, 1].float() for m in (mask, None))
+        # Logits that are never predicted are -inf in both rows.
+        masked, seen = (self(tokens, attention_mask=m)[:, 1].float().diff(dim=0) for m in (mask, None))
         # How far the padding's token moves the logits; rounding may leave a little, in low precision.
-        if (masked[0] - masked[1]).norm() > 0.1 * (seen[0] - seen[1]).norm():
+        if masked.nan_to_num().norm() > 0.1 * seen.nan_to_num().norm():
             raise ValueError(
                 f"attention_mask: {type(self.model).__name__} ignores it, so that padding would be read as "
                 "text; decode the prompts one by one, or those of one length together"
             )
         self._padding_is_masked = True
+
+
+class MaskedLM(Adapter):
+    """A masked language model, of a class of ``AutoModelForMaskedLM``: BERT, RoBERTa, ESM and their kin.
+
+    Position ids count a row's tokens without its padding, from where the model's own begin, so that a padded
+    row has the logits that it has alone.
+
+    Parameters
+    ----------
+    model, causal_block
+        As in ``Adapter``.
+    suppressed_token_ids
+        The tokens that are never predicted: their logits are -inf in what the adapter returns. Default: the
+        bos, cls, eos, pad, sep and unk tokens, as far as the model's config names them.
+
+    Raises
+    ------
+    ValueError
+        A suppressed token is outside the vocabulary, or the model is a decoder or has no head for tokens. In
+        a call: a row has more tokens than the model's table has positions.
+    """
+
+    infills = True
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        causal_block: int | None = None,
+        suppressed_token_ids: Iterable[int] | None = None,
+    ) -> None:
+        super().__init__(model, causal_block)
+        config: Any = model.config
+        name, vocab_size = type(model).__name__, config.vocab_size
+        if getattr(config, "is_decoder", False):
+            raise ValueError(f"model: {name} attends causally, as is_decoder of its config says; unset it")
+        head = getattr(model, "get_output_embeddings", None)
+        if head is not None and head() is None:
+            raise ValueError(f"model: {name} predicts no tokens; AutoModelForMaskedLM loads what does")
+        if suppressed_token_ids is None:
+            named = (getattr(config, f"{token}_token_id", None) for token in _SPECIAL_TOKENS)
+            suppressed_token_ids = [x for x in named if isinstance(x, int) and 0 <= x < vocab_size]
+        self._suppressed = torch.tensor(
+            [checks.integer("suppressed_token_ids", x, 0, vocab_size) for x in suppressed_token_ids],
+            dtype=torch.int64,
+        )
+        tables = (x for name, x in model.named_modules() if name.endswith("position_embeddings"))
+        table = next((x for x in tables if isinstance(x, torch.nn.Embedding)), None)
+        self._first_position, self._max_length = 0, sys.maxsize  # of rotary positions, which have no table
+        if table is not None:  # RoBERTa and its kin count from behind the position of padding
+            self._first_position = 0 if table.padding_idx is None else table.padding_idx + 1
+            self._max_length = table.num_embeddings - self._first_position
+
+    def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        visible = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        positions = (visible.cumsum(dim=1) - 1).clamp(min=0)  # [B, T]
+        if tokens.shape[1] > self._max_length and (longest := int(positions.max()) + 1) > self._max_length:
+            raise ValueError(
+                f"prompt_ids: expected at most {self._max_length} tokens, as {type(self.model).__name__} has "
+                f"positions for (max_position_embeddings), got {longest}, those to fill in included"
+            )
+        taken = "position_ids" in self._takes
+        options = {"position_ids": positions + self._first_position} if taken else {}
+        logits = self.model(tokens, attention_mask=attention_mask, **options).logits
+        self._suppressed = self._suppressed.to(logits.device)
+        return logits.index_fill(-1, self._suppressed, -torch.inf)
 
 
 class RowCached(Adapter):
@@ -237,6 +309,15 @@ class LLaDA2(BlockCausal):
         return self.model(tokens, attention_mask=mask, position_ids=positions, **cache).logits
 
 
+_SPECIAL_TOKENS = ("bos", "cls", "eos", "pad", "sep", "unk")
+
+_MASKED_LM_TYPES = (
+    *("albert", "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "esm", "esmc"),
+    *("eurobert", "gte", "modernbert", "nomic_bert", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    "xlm-roberta-xl",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What ``generate`` is to be told about the checkpoints of a family."""
@@ -266,6 +347,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "llada2": Family(LLaDA2, ("llada2_moe",), 156895, 156892, causal_block=32),
     "sdar": Family(SDAR, ("sdar", "sdar_moe"), 151669, 151645, block_length=4, causal_block=4),
+    "masked-lm": Family(
+        MaskedLM, _MASKED_LM_TYPES, None, None, block_length=WHOLE_TEXT, auto_class="AutoModelForMaskedLM"
+    ),
     "bidirectional": Family(Bidirectional, (), None, None),
 }
 
@@ -276,7 +360,9 @@ def find_family(config: Any) -> str | None:
     return next((name for name, family in FAMILIES.items() if model_type in family.model_types), None)
 
 
-def adapt(model: torch.nn.Module, family: str | None = None) -> tuple[Adapter, dict[str, Any]]:
+def adapt(
+    model: torch.nn.Module, family: str | None = None, suppressed_token_ids: Iterable[int] | None = None
+) -> tuple[Adapter, dict[str, Any]]:
     """An adapter around a model, and the options of ``generate`` that go with its family.
 
     Parameters
@@ -285,6 +371,9 @@ def adapt(model: torch.nn.Module, family: str | None = None) -> tuple[Adapter, d
         A model of transformers, or of the code that comes with a checkpoint, with its ``config``.
     family
         A name of ``FAMILIES``. Default: found by ``config.model_type``.
+    suppressed_token_ids
+        Of a masked language model, the tokens that are never predicted, as in ``MaskedLM``: those that its
+        tokenizer calls special, but for the mask token.
 
     Returns
     -------
@@ -295,7 +384,8 @@ def adapt(model: torch.nn.Module, family: str | None = None) -> tuple[Adapter, d
     Raises
     ------
     ValueError
-        The family is unknown, or is not found.
+        The family is unknown, or is not found; or tokens are suppressed in a family that is not
+        ``"masked-lm"``.
     """
     config = getattr(model, "config", None)
     name = find_family(config) if family is None else family
@@ -317,7 +407,11 @@ def adapt(model: torch.nn.Module, family: str | None = None) -> tuple[Adapter, d
         value = getattr(config, named_by, None) if named_by else None
         if isinstance(value, int) or default is not None:
             options[key] = value if isinstance(value, int) else default
-    return facts.adapter(model, causal_block), options
+    if suppressed_token_ids is None:
+        return facts.adapter(model, causal_block), options
+    if not issubclass(facts.adapter, MaskedLM):
+        raise ValueError(f"suppressed_token_ids: expected none with the family {name}, which predicts all")
+    return facts.adapter(model, causal_block, suppressed_token_ids), options
 
 
 def _row_cache(past: RowCache | None, rows: slice, store: bool) -> RowCache:

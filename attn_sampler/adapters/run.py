@@ -22,6 +22,10 @@ TESTED_VERSIONS = ("5.24", "5.25")
 """The first version of transformers that the tests cover, and the first that they do not."""
 
 
+DEFAULT_GEN_LENGTH = 128
+"""The tokens that ``decode`` appends, where the model continues a text."""
+
+
 class LoadError(Exception):
     """A checkpoint cannot be decoded here; the message says why in one line."""
 
@@ -117,16 +121,27 @@ def load(
         raise
     except Exception as error:  # of any type: tokenizers, for one, raises Exception itself at a broken file
         raise LoadError(f"cannot load {path}: {_reason(error)}") from error
+    if attention == "attn_sampler" and not getattr(model, "_supports_sdpa", True):
+        raise LoadError(
+            f"{path}: {type(model).__name__} writes its attention out by hand, so that nothing can read it; "
+            "--attention eager decodes by the rules that need not (--policy confidence, for one)"
+        )
     model.to(device)
     if family == "bidirectional":
         from attn_sampler.adapters.transformers import make_bidirectional
 
         make_bidirectional(model)
-    adapter, options = adapt(model, family)
+    infills = FAMILIES[family].adapter.infills
+    _check_vocabulary(config, [mask_token_id])
+    suppressed = _never_predicted(config, tokenizer, mask_token_id) if infills else None
+    try:
+        adapter, options = adapt(model, family, suppressed)
+    except ValueError as error:
+        raise LoadError(f"{path}: {error}") from None
     options["mask_token_id"] = mask_token_id
-    if not _has(tokenizer, options.get("eos_token_id")):
+    if not infills and not _has(tokenizer, options.get("eos_token_id")):
         options["eos_token_id"] = getattr(tokenizer, "eos_token_id", None)
-    _check_vocabulary(config, filter(None, [mask_token_id, options["eos_token_id"]]))
+    _check_vocabulary(config, filter(None, [options.get("eos_token_id")]))
     if named:  # by the user, who may be wrong: one token tells
         try:
             with torch.no_grad():
@@ -139,38 +154,89 @@ def load(
 
 
 def decode(
-    checkpoint: Checkpoint, prompts: Sequence[str], *, chat: bool = True, **options: Any
+    checkpoint: Checkpoint,
+    prompts: Sequence[str],
+    *,
+    chat: bool = True,
+    gen_length: int | None = None,
+    suffixes: Sequence[str] | None = None,
+    **options: Any,
 ) -> tuple[list[str], Generation]:
-    """The continuations of prompts, as text, and what ``generate`` returned.
+    """The texts of prompts, filled in or continued, and what ``generate`` returned.
 
     Parameters
     ----------
     checkpoint
         As ``load`` gives it.
     prompts
-        As many as are to be decoded together.
+        As many as are to be decoded together. The mask token's text in them stands for a token to fill in.
     chat
         Whether prompts are put into the tokenizer's chat template, where it has one.
+    gen_length
+        Masked tokens behind each prompt. Default: none for masked language models, ``DEFAULT_GEN_LENGTH``
+        for others.
+    suffixes
+        A text for each prompt that follows the masked tokens. The tokenizer's own tokens at the end
+        ([SEP]) stand behind it; for a masked language model they stand behind the masked tokens in any case.
     **options
         Of ``generate``; those that are None are left to the checkpoint's family.
+
+    Returns
+    -------
+    texts, generation
+        Without special tokens: what follows the prompts; or, where one of them or a suffix makes it
+        infilling, the whole texts.
+
+    Raises
+    ------
+    LoadError
+        A prompt cannot be encoded, or has a token that the model does not know.
+    ValueError
+        A prompt has nothing to fill; the suffixes are of another number than the prompts, or the model does
+        not see them; or as ``generate``, which raises other errors too.
     """
-    tokenizer = checkpoint.tokenizer
+    adapter, tokenizer, family_options = checkpoint
+    mask_token_id = family_options["mask_token_id"]
+    mask = tokenizer.convert_ids_to_tokens(mask_token_id)
+    if gen_length is None:
+        gen_length = 0 if adapter.infills else DEFAULT_GEN_LENGTH
+    if suffixes is not None and adapter.causal_block is not None:
+        raise ValueError(
+            f"suffix: {type(adapter).__name__} is block-causal, so that no block sees the text behind it"
+        )
+    inside = adapter.infills or suffixes is not None  # the masked tokens stand in the text
+    behind = [""] * len(prompts) if suffixes is None else suffixes
+    if len(behind) != len(prompts):
+        raise ValueError(f"suffix: expected one for each of {len(prompts)} prompts, got {len(behind)}")
+    chat = chat and bool(getattr(tokenizer, "chat_template", None))
     ids = []
     try:
-        for prompt in prompts:
-            if chat and getattr(tokenizer, "chat_template", None):
+        for prompt, suffix in zip(prompts, behind, strict=True):
+            if chat:
                 message = [{"role": "user", "content": prompt}]
                 prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-                ids.append(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            else:
-                ids.append(tokenizer(prompt)["input_ids"])
+            text = f"{prompt}{mask * gen_length}{suffix}" if inside else prompt
+            ids.append(tokenizer(text, add_special_tokens=not chat)["input_ids"])
     except Exception as error:  # of any type, as the template and the tokenizer come with the checkpoint
         raise LoadError(f"the prompt cannot be encoded: {_reason(error)}") from error
-    _check_vocabulary(checkpoint.adapter.model.config, itertools.chain(*ids))
+    _check_vocabulary(adapter.model.config, itertools.chain(*ids))
+    masked = [row.count(mask_token_id) for row in ids]
+    for number, count in enumerate(masked, start=1):
+        if inside and count < gen_length:
+            raise LoadError(
+                f"the tokenizer does not read {mask!r}, the text of the mask token, as that token"
+            )
+        if not count and not gen_length:
+            raise ValueError(
+                f"prompt {number}: expected {mask} where it is to be filled, or a gen_length > 0"
+            )
     given = {name: value for name, value in options.items() if value is not None}
-    generation = generate(checkpoint.adapter, ids, **{**checkpoint.options, **given})
+    given["gen_length"] = 0 if inside else gen_length
+    generation = generate(adapter, ids, **{**family_options, **given})
     length = max(map(len, ids))
-    return tokenizer.batch_decode(generation.tokens[:, length:], skip_special_tokens=True), generation
+    starts = [length - len(row) if any(masked) else length for row in ids]
+    tokens = [row[start:] for row, start in zip(generation.tokens.tolist(), starts, strict=True)]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True), generation
 
 
 def _reason(error: Exception) -> str:
@@ -198,6 +264,14 @@ def _mask_token(path: str, given: int | None, config: Any, tokenizer: Any, famil
     if not _has(tokenizer, mask_token_id):
         raise LoadError(f"{path}: its tokenizer has no token {mask_token_id}, which was to be the mask token")
     return mask_token_id
+
+
+def _never_predicted(config: Any, tokenizer: Any, mask_token_id: int) -> list[int]:
+    """The ids that a masked language model is not to fill in: special tokens, and those of no token."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    special = {*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)}
+    words = set(tokenizer.get_vocab().values()) - special | {mask_token_id}
+    return [token_id for token_id in range(config.vocab_size) if token_id not in words]
 
 
 def _has(tokenizer: Any, token_id: int | None) -> bool:

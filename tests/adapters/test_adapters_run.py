@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import published_models as published
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from attn_sampler import DecodeTrace, generate
 from attn_sampler.adapters.models import adapt
+from attn_sampler.adapters.run import Checkpoint, decode
 from attn_sampler.adapters.transformers import make_bidirectional
 
 WORDS = ["[UNK]", "[PAD]", "[EOS]", *(f"w{i}" for i in range(28)), "[MASK]"]
@@ -125,6 +127,40 @@ def test_a_chat_template_is_used_unless_told_not_to(
     assert main(arguments(path, "--prompt", "w1")) == 0
     assert main(arguments(path, "--prompt", "w1", "--no-chat")) == 0
     assert seen == [[[12, 4, 11]], [[4]]]
+
+
+def test_masked_tokens_before_a_suffix_and_inside_a_prompt(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models that continue a text fill in as well; the whole text is then told."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="attn_sampler").eval()
+    adapter, options = adapt(make_bidirectional(model), "bidirectional")
+    options |= {"block_length": 4, "mask_token_id": MASK, "eos_token_id": 2}
+
+    def told(prompts: list[list[int]], **more: Any) -> list[str]:
+        filled = generate(adapter, prompts, **options, **more)
+        rows = [row[seen].tolist() for row, seen in zip(filled.tokens, filled.attention_mask, strict=True)]
+        return [" ".join(WORDS[t] for t in row if t > 2) for row in rows]
+
+    given = ["--prompt", "w1 w2 w3", "w4", "--suffix", " w5 w6"]
+    assert main(arguments(folder, *given)) == 0
+    expected = told([[4, 5, 6, *[MASK] * 12, 8, 9], [7, *[MASK] * 12, 8, 9]])
+    assert capsys.readouterr().out.splitlines() == expected
+    assert all(text.endswith("w5 w6") for text in expected)
+    assert main([*arguments(folder, "--prompt", "w1 [MASK] w3"), "--gen-length", "2"]) == 0
+    assert capsys.readouterr().out.splitlines() == told([[4, MASK, 6]], gen_length=2)
+    assert main([*arguments(folder, "--prompt", "w1 [MASK] w3"), "--gen-length", "0"]) == 0
+    assert capsys.readouterr().out.splitlines() == told([[4, MASK, 6]])
+    line = failure([*arguments(folder, "--prompt", "w1"), "--gen-length", "0"], capsys)
+    assert "prompt 1: expected [MASK] where it is to be filled, or a gen_length > 0" in line
+
+
+def test_a_suffix_that_no_block_sees(folder: Path) -> None:
+    adapter, options = adapt(published.SDARForCausalLM())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    checkpoint = Checkpoint(adapter, tokenizer, options | {"mask_token_id": MASK})
+    with pytest.raises(ValueError, match="suffix: SDAR is block-causal, so that no block sees the text"):
+        decode(checkpoint, ["w1"], suffixes=["w2"])
 
 
 def test_remote_code_runs_where_it_is_trusted(
@@ -239,7 +275,7 @@ def test_eval_calls_a_checkpoint_as_its_adapter_says(
 def test_an_unknown_family_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = failure(["generate", "--model", str(folder), "--prompt", "w1"], capsys)
     assert f"{folder}: its model_type 'llama' is none that is known here; --adapter names" in line
-    assert "llada, dream, fast-dllm-v2, llada2, sdar, bidirectional" in line
+    assert "llada, dream, fast-dllm-v2, llada2, sdar, masked-lm, bidirectional" in line
 
 
 def test_a_mask_token_that_the_tokenizer_lacks(
@@ -305,8 +341,12 @@ def test_versions(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         (["--prompt", "w"], "required: --model"),
         (["--model", "m"], "required: --prompt"),
         (
-            ["--model", "m", "--prompt", "w", "--gen-length", "0"],
-            "argument --gen-length: expected an integer from 1",
+            ["--model", "m", "--prompt", "w", "--gen-length", "-1"],
+            "argument --gen-length: expected an integer from 0",
+        ),
+        (
+            ["--model", "m", "--prompt", "w", "v", "u", "--suffix", "a", "b"],
+            "argument --suffix: expected 1 or 3, as there are prompts, got 2",
         ),
         (["--model", "m", "--prompt", "w", "--cache", "all"], "argument --cache: invalid choice: 'all'"),
         (["--model", "m", "--prompt", "w", "--adapter", "gpt"], "argument --adapter: invalid choice: 'gpt'"),
