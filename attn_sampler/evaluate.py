@@ -8,13 +8,15 @@ to a JSON file after every batch; a rerun with the same file goes on where it st
 decoding, ``--order-log-likelihood`` measures an order by itself: the true answer is revealed in the order
 that the rule chooses, and log p(true token | what is revealed) is added up.
 
-Problems are those of the bundled tasks, or a JSON Lines file with one problem a line::
+Problems are those of the bundled tasks, those made for published models (``attn-sampler models``), which are
+fetched first, or a JSON Lines file with one problem a line::
 
     {"prompt": [4, 7, 99, 99, 2], "answer": [5, 1]}      token ids; the mask token at the blanks
     {"prompt": [4, 7], "answer": [5, 1]}                  no blank: as many as the answer has are appended
     {"prompt": "def f(", "answer": "x):"}                 text, for a model that comes with a tokenizer
 
-An answer is right where it equals the true one token by token (for bundled tasks: where it obeys the rules).
+An answer is right where it equals the true one token by token (for bundled tasks: where it obeys the rules;
+for reactions: where it is the same chemistry).
 """
 
 from __future__ import annotations
@@ -41,11 +43,14 @@ from attn_sampler.generate import Generation, generate
 from attn_sampler.policy import Decision, Policy, StepState
 from attn_sampler.problem_sets import (
     BUNDLED,
+    PUBLISHED_TASKS,
     SPLITS,
     EvaluatedModel,
     ProblemSet,
     bundled_problems,
     load_model,
+    parse_published,
+    published_problems,
     read_problems,
 )
 from attn_sampler.reference import StepResult
@@ -203,10 +208,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task",
         nargs="+",
-        choices=BUNDLED,
+        type=_task,
         default=list(BUNDLED[:2]),
         metavar="NAME",
-        help=f"bundled problems, of {', '.join(BUNDLED)} (default: {' '.join(BUNDLED[:2])})",
+        help=f"bundled problems, of {', '.join(BUNDLED)} (default: {' '.join(BUNDLED[:2])}); or those of "
+        "published models: reactions-product, reactions-reagent, heavy-cdr, heavy-framework, light-cdr, "
+        "light-framework, or a percentage of all positions, as in reactions-70",
     )
     parser.add_argument(
         "--task-file",
@@ -258,7 +265,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         choices=SPLITS,
         default=SPLITS[0],
-        help="bundled problems to report on, or others to choose rules by (default: heldout)",
+        help="problems of --task to report on, or others to choose rules by (default: heldout)",
     )
     parser.add_argument(
         "--order-log-likelihood",
@@ -405,11 +412,26 @@ def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedMo
         yield problems, model, options.model + called
         return
     for name in dict.fromkeys(options.task):
-        spec = options.model or name.partition("-")[0]
-        model = _load(spec, options)
-        problems = bundled_problems(name, options.problems, options.split)
+        if name in BUNDLED:
+            spec = options.model or name.partition("-")[0]
+            model = _load(spec, options)
+            problems = bundled_problems(name, options.problems, options.split)
+        else:
+            spec = options.model or PUBLISHED_TASKS[name.partition("-")[0]].model
+            model = _load(spec, options)
+            problems = published_problems(name, options.problems, model, options.split)
         problems.check_model(model)
         yield problems, model, spec
+
+
+def _task(name: str) -> str:
+    """A name of problems, for argparse."""
+    if name not in BUNDLED:
+        try:
+            parse_published(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}; bundled are {', '.join(BUNDLED)}") from None
+    return name
 
 
 def _load(spec: str, options: argparse.Namespace) -> EvaluatedModel:

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +29,20 @@ BUNDLED = ("sudoku", "addition", "addition-first", "addition-second")
 #: Disjoint problems: rules and thresholds are chosen on "dev" and reported on "heldout".
 SPLITS = ("heldout", "dev")
 _DEV_SEED = 21
-#: Problems for published models: the model that decodes them by default, and what can be blank as a whole.
+
+
+class PublishedTask(NamedTuple):
+    """Problems for a published model."""
+
+    model: str  # that decodes them by default
+    blanks: tuple[str, ...]  # what can be blank as a whole
+
+
+#: By what they are made of.
 PUBLISHED_TASKS = {
-    "reactions": ("rxnmapper", ("product", "reagent")),
-    "heavy": ("sapiens-heavy", ("cdr", "framework")),
-    "light": ("sapiens-light", ("cdr", "framework")),
+    "reactions": PublishedTask("rxnmapper", ("product", "reagent")),
+    "heavy": PublishedTask("sapiens-heavy", ("cdr", "framework")),
+    "light": PublishedTask("sapiens-light", ("cdr", "framework")),
 }
 
 
@@ -277,13 +286,13 @@ def parse_published(name: str) -> tuple[str, str]:
     """
     kind, _, blank = name.partition("-")
     if kind in PUBLISHED_TASKS:
-        _, blanks = PUBLISHED_TASKS[kind]
+        blanks = PUBLISHED_TASKS[kind].blanks
         blank = blank or blanks[0]
         if blank in blanks or (blank.isdigit() and str(int(blank)) == blank and 1 <= int(blank) <= 100):
             return kind, blank
-    accepted = [f"{kind}-{blank}" for kind, (_, blanks) in PUBLISHED_TASKS.items() for blank in blanks]
+    accepted = [f"{kind}-{blank}" for kind, task in PUBLISHED_TASKS.items() for blank in task.blanks]
     raise ValueError(
-        f"task: expected one of {', '.join(accepted)}, or a percentage of the positions in the last place "
+        f"expected one of {', '.join(accepted)}, or a percentage of the positions in the last place "
         f"(reactions-70), got {name!r}"
     )
 
