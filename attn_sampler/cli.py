@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from attn_sampler import __version__, collect_env, command_line, evaluate
+from attn_sampler import __version__, collect_env, command_line, evaluate, ranks
 from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
@@ -124,12 +124,13 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from attn_sampler.adapters.run import LoadError
 
-    try:
-        return evaluate.run(options)
-    except (LoadError, DecodingError) as error:
-        return command_line.fail(error)
-    except ValueError as error:
-        parser.error(str(error))
+    with ranks.joined() as group:  # left, which ends the others, when what went wrong has been told
+        try:
+            return evaluate.run(options, group)
+        except (LoadError, DecodingError) as error:
+            return command_line.fail(error)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
