@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["attn_sampler.cli", "torch._dynamo"])  # which the bundled models take long for
+_CONTEXT.set_forkserver_preload(
+    ["attn_sampler.cli", "torch._dynamo"]
+)  # which the bundled models take long for
 _TIME_LIMIT = 100  # seconds
 
 

@@ -21,6 +21,7 @@ from attn_sampler import evaluate
 from attn_sampler.cli import main
 from attn_sampler.errors import DecodingError
 from attn_sampler.problem_sets import EvaluatedModel, load_model
+from attn_sampler.ranks import ALONE, Ranks
 
 # Five batches of each rule, the last one smaller.
 WORDS = [
@@ -158,3 +159,9 @@ def test_ranks_agree_on_the_time(alone: Path, tmp_path: Path) -> None:
     assert first.err == "68 of 88 decodings are left: run again with the same --out\n"
     assert main([*WORDS, ORDERS, "--out", str(tmp_path / "out.json")]) == 0
     assert same_results(tmp_path, alone)
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [Ranks(11, 16).device(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+    assert ALONE.device("cuda") == "cuda"
