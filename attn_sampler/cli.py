@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 
-from attn_sampler import __version__, collect_env, command_line, evaluate
+from attn_sampler import __version__, collect_env, command_line, evaluate, ranks
 from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
@@ -128,12 +129,15 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _guarded(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from attn_sampler.adapters.run import LoadError
 
-    try:
-        return (evaluate if options.command == "eval" else published).run(options)
-    except (LoadError, FetchError, ImportError, DecodingError) as error:
-        return command_line.fail(error)
-    except ValueError as error:
-        parser.error(str(error))
+    # What is joined is left, which ends the others, when what went wrong has been told.
+    joined = ranks.joined() if options.command == "eval" else contextlib.nullcontext()
+    with joined as group:
+        try:
+            return published.run(options) if group is None else evaluate.run(options, group)
+        except (LoadError, FetchError, ImportError, DecodingError) as error:
+            return command_line.fail(error)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

@@ -17,6 +17,14 @@ fetched first, or a JSON Lines file with one problem a line::
 
 An answer is right where it equals the true one token by token (for bundled tasks: where it obeys the rules;
 for reactions: where it is the same chemistry).
+
+Several processes, on one machine or more, share the batches::
+
+    torchrun --nproc-per-node 8 -m attn_sampler eval --device cuda --out results.json
+
+Each holds the whole model, on a GPU of its own with ``--device cuda``, and takes ``--threads`` of the CPU.
+The first one reads and writes the files, which hold the same bytes as those of one process; any number of
+processes goes on where others stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +39,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +61,7 @@ from attn_sampler.problem_sets import (
     published_problems,
     read_problems,
 )
+from attn_sampler.ranks import ALONE, Ranks
 from attn_sampler.reference import StepResult
 from attn_sampler.report import markdown, picture_path, plot_frontier, summarise
 from attn_sampler.results import Results
@@ -141,6 +150,33 @@ def _generate(
     )
 
 
+class _Batch(NamedTuple):
+    """Problems to decode together, by one rule."""
+
+    problems: ProblemSet
+    indices: range
+    model: EvaluatedModel
+    rule: Rule
+    run: Callable[..., dict[str, list]]
+    held: dict[str, dict[str, list]]  # what there is of each rule, to which the values are appended
+
+    def decode(self) -> dict[str, list]:
+        try:
+            return self.run(self.problems, self.indices, self.model, self.rule)
+        except DecodingError as error:
+            raise DecodingError(f"{self.problems.name} by {self.rule.label}: {error}") from error
+
+    def keep(self, values: dict[str, list], path: Path | None) -> None:
+        held = self.held.setdefault(self.rule.label, {key: [] for key in values})
+        if held.keys() != values.keys():
+            raise ValueError(
+                f"{path}: holds {', '.join(held)} of {self.problems.name} by {self.rule.label}, "
+                f"not {', '.join(values)}; name another file"
+            )
+        for key, value in values.items():
+            held[key] += value
+
+
 def evaluate(
     work: Sequence[tuple[ProblemSet, EvaluatedModel, str]],
     rules: Sequence[Rule],
@@ -150,6 +186,7 @@ def evaluate(
     batch_size: int = 100,
     time_limit: float = math.inf,
     on_batch: Callable[[str, str, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Decode what ``results`` does not hold yet, and save it after every batch; a summary at the end.
 
@@ -165,6 +202,9 @@ def evaluate(
         Seconds after which no further batch begins.
     on_batch
         Called with the task, the rule and the number of problems, after each batch.
+    ranks
+        Processes that share the batches, one each at a time. They are cut as one process cuts them, and all
+        ranks get all values. Only the first has results with a file.
 
     Returns
     -------
@@ -175,30 +215,30 @@ def evaluate(
     jobs: list[tuple[str, Callable[..., dict[str, list]]]] = [("rules", decode)]
     if orders:
         jobs.append(("orders", order_log_likelihood))
-    for problems, model, model_name in work:
-        cell = results.of(problems, model_name)
-        for kind, run in jobs:
-            for rule in rules:
-                done = cell[kind].get(rule.label, {})
-                for first in range(len(done.get("passes", ())), len(problems), batch_size):
-                    indices = range(first, min(first + batch_size, len(problems)))
-                    if time.monotonic() - began > time_limit:
-                        left += len(problems) - first
-                        break
-                    try:
-                        values = run(problems, indices, model, rule)
-                    except DecodingError as error:
-                        raise DecodingError(f"{problems.name} by {rule.label}: {error}") from error
-                    if done and done.keys() != values.keys():
-                        raise ValueError(
-                            f"{results.path}: holds {', '.join(done)} of {problems.name} by {rule.label}, "
-                            f"not {', '.join(values)}; name another file"
-                        )
-                    done = {key: [*done.get(key, ()), *value] for key, value in values.items()}
-                    cell[kind][rule.label] = done
-                    results.save()
-                    if on_batch is not None:
-                        on_batch(problems.name, rule.label, len(indices))
+    batches = [
+        _Batch(problems, range(first, min(first + batch_size, len(problems))), model, rule, run, cell[kind])
+        for problems, model, model_name in work
+        for cell in [results.of(problems, model_name)]
+        for kind, run in jobs
+        for rule in rules
+        for first in range(len(cell[kind].get(rule.label, {}).get("passes", ())), len(problems), batch_size)
+    ]
+    for start in range(0, len(batches), ranks.size):
+        if any(ranks.gather(time.monotonic() - began > time_limit)):  # by any clock, and for all
+            left = sum(len(batch.indices) for batch in batches[start:])
+            break
+        dealt, values = batches[start : start + ranks.size], {}
+        with ranks.together():
+            if ranks.rank < len(dealt):
+                values = dealt[ranks.rank].decode()
+        gathered = ranks.gather(values)
+        with ranks.together():
+            for batch, values in zip(dealt, gathered, strict=False):  # the last round is not for all
+                batch.keep(values, results.path)
+            results.save()
+        if on_batch is not None:
+            for batch in dealt:
+                on_batch(batch.problems.name, batch.rule.label, len(batch.indices))
     results.save(with_summary=True)
     return left
 
@@ -314,8 +354,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    """What ``attn-sampler eval`` does.
+def run(options: argparse.Namespace, ranks: Ranks = ALONE) -> int:
+    """What ``attn-sampler eval`` does, in each of the processes that share the work.
 
     Raises
     ------
@@ -325,29 +365,38 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    checks.device("--device", options.device)
-    if options.plot is not None:
-        options.plot = picture_path(options.plot)
-    files = {f"--{name}": getattr(options, name) for name in ("out", "table", "plot")}
-    command_line.check_distinct({"--task-file": options.task_file, "--model": _file(options.model), **files})
-    if options.plot is not None:
-        _check_plot(options.plot)
-    rules = _rules(options)
-    results = Results(options.out, options.baseline)
-    labels = {rule.label for rule in rules}.union(*(cell["rules"] for cell in results.cells.values()))
-    if results.baseline not in {BASELINE, *labels}:
-        raise ValueError(
-            f"--baseline: expected one of the rules ({', '.join(sorted(labels))}), got {options.baseline}"
+    if ranks.rank > 0:  # the first one's alone
+        options.out = options.table = options.plot = None
+    with ranks.together():
+        options.device = checks.device("--device", ranks.device(options.device))
+        if options.plot is not None:
+            options.plot = picture_path(options.plot)
+        files = {f"--{name}": getattr(options, name) for name in ("out", "table", "plot")}
+        command_line.check_distinct(
+            {"--task-file": options.task_file, "--model": _file(options.model), **files}
         )
-    work = list(_work(options))
+        if options.plot is not None:
+            _check_plot(options.plot)
+        rules = _rules(options, quiet=ranks.rank > 0)
+        results = Results(options.out, options.baseline)
+        labels = {rule.label for rule in rules}.union(*(cell["rules"] for cell in results.cells.values()))
+        if ranks.rank == 0 and results.baseline not in {BASELINE, *labels}:
+            raise ValueError(
+                f"--baseline: expected one of the rules ({', '.join(sorted(labels))}), got {options.baseline}"
+            )
+        work = list(_work(options))
+    results.cells = ranks.gather(results.cells)[0]
     total = len(rules) * sum(len(problems) for problems, *_ in work) * (1 + options.order_log_likelihood)
 
-    done = sum(
-        _held(results.of(problems, name), rules, options.order_log_likelihood) for problems, _, name in work
-    )
+    with ranks.together():
+        done = sum(
+            _held(results.of(problems, name), rules, options.order_log_likelihood)
+            for problems, _, name in work
+        )
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    shown = console.is_terminal and ranks.rank == 0
+    progress = Progress(*columns, console=console, transient=True, disable=not shown)
     with command_line.cpu_threads(options.threads), progress:
         bar = progress.add_task("", total=total, completed=done)
         left = evaluate(
@@ -360,7 +409,10 @@ def run(options: argparse.Namespace) -> int:
             on_batch=lambda task, rule, count: progress.update(
                 bar, description=f"{task} {rule}", advance=count
             ),
+            ranks=ranks,
         )
+    if ranks.rank > 0:
+        return 0
     rows = summarise(results.cells, results.baseline)
     table = markdown(rows, results.baseline)
     if options.table is None:
@@ -385,13 +437,13 @@ def _check_plot(path: Path) -> None:
         raise ValueError(f"--plot: expected a name that ends in one of {', '.join(accepted)}, got {path}")
 
 
-def _rules(options: argparse.Namespace) -> list[Rule]:
+def _rules(options: argparse.Namespace, quiet: bool) -> list[Rule]:
     """The rules to decode by. What is to be said of how they are written is said."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DeprecationWarning)  # which Python shows to programmers alone
         rules = expand([*options.rule, *(SWITCHES if options.switches else ())], options.tau)
         options.baseline = current(options.baseline)
-    for warning in caught:
+    for warning in () if quiet else caught:
         print(f"attn-sampler: {warning.message}", file=sys.stderr)
     return rules
 

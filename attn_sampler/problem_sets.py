@@ -284,10 +284,10 @@ def parse_published(name: str) -> tuple[str, str]:
     ValueError
         There are no such problems.
     """
-    kind, _, blank = name.partition("-")
+    kind, dash, blank = name.partition("-")
     if kind in PUBLISHED_TASKS:
         blanks = PUBLISHED_TASKS[kind].blanks
-        blank = blank or blanks[0]
+        blank = blank if dash else blanks[0]
         if blank in blanks or (blank.isdigit() and str(int(blank)) == blank and 1 <= int(blank) <= 100):
             return kind, blank
     accepted = [f"{kind}-{blank}" for kind, task in PUBLISHED_TASKS.items() for blank in task.blanks]

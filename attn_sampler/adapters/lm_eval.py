@@ -12,12 +12,21 @@ In Python, importing it is enough: ``lm_eval.simple_evaluate(model="attn_sampler
 (arXiv 2502.09992, its evaluation), which needs bidirectional attention. Of a task's ``generation_kwargs``,
 which ``--gen_kwargs`` changes, ``GEN_KWARGS`` are served; another that asks for something is an error that
 names it. Tested with lm_eval 0.4.13.
+
+Several processes share the documents where torchrun or ``accelerate launch`` starts them, each with the whole
+checkpoint, on a GPU of its own; the first one reports what one process would (with a ``batch_size`` above 1,
+which pads other prompts together then, up to rounding)::
+
+    torchrun --nproc-per-node 8 -m attn_sampler.adapters.lm_eval --model attn_sampler ...
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +38,7 @@ from torch import Tensor
 from attn_sampler import checks
 from attn_sampler.adapters._engine import require, unserved
 from attn_sampler.generate import generate
+from attn_sampler.ranks import ALONE, join
 from attn_sampler.sampler import Policy, make_policy
 
 NAME = "attn_sampler"
@@ -69,6 +79,7 @@ class _Job(NamedTuple):
     """A request to generate."""
 
     number: int
+    seed: int
     prompt: list[int]
     until: list[str]
 
@@ -82,15 +93,17 @@ class AttnSamplerLM(_api.TemplateLM):
         A folder or an id on the hub, for the loader of ``attn-sampler generate``. Or give ``model`` and
         ``tokenizer``.
     model, tokenizer
-        As ``generate`` takes the model, and a tokenizer of transformers' kind.
+        As ``generate`` takes the model, and a tokenizer of transformers' kind. Where several processes have
+        been launched, each answers all requests, as the model may be one that is spread over them.
     mask_token_id, eos_token_id
         Default: what the loader or the tokenizer says.
     device, dtype, family, attention, trust_remote_code
         For the loader, and so not with ``model``. The harness's command line asks for ``cuda:0`` unless told
         otherwise; where torch sees no GPU the model runs on the CPU then, as the harness's own do, with a
-        warning.
+        warning. Of several processes each takes the GPU of its number then.
     policy, tau, seed
-        As in ``generate``; request i draws from the stream ``seed + i``.
+        As in ``generate``; request i of a task draws from the stream ``seed + i``, and the masks of a
+        likelihood depend on ``seed`` and on the tokens.
     batch_size
         Requests decoded together, padded on the left: more than 1 needs a model that masks padding.
     max_batch_size
@@ -152,6 +165,8 @@ class AttnSamplerLM(_api.TemplateLM):
         loading: dict[str, Any] = {"device": device, "dtype": dtype, "family": family, "attention": attention}
         loading["trust_remote_code"] = trust_remote_code
         options: dict[str, Any] = {}
+        self._ranks = ALONE if pretrained is None else join()
+        self._rank, self._world_size = self._ranks.rank, self._ranks.size  # as the harness reads them
         if pretrained is None:
             idle = unserved(loading, neutral={"dtype": ["auto"], "trust_remote_code": [False]})
             if idle:
@@ -160,6 +175,8 @@ class AttnSamplerLM(_api.TemplateLM):
             if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
                 _LOGGER.warning("torch sees no GPU: the model runs on the CPU instead of on %s", device)
                 loading["device"] = "cpu"
+            elif self.world_size > 1 and device in (None, "cuda:0") and torch.cuda.is_available():
+                loading["device"] = self._ranks.device("cuda")
             run: Any = importlib.import_module("attn_sampler.adapters.run")  # imports transformers
             model, tokenizer, options = run.load(pretrained, mask_token_id=mask_token_id, **loading)
         if tokenizer is None:
@@ -198,6 +215,18 @@ class AttnSamplerLM(_api.TemplateLM):
     def tokenizer_name(self) -> str:
         return str(getattr(self.tokenizer, "name_or_path", type(self.tokenizer).__name__)).replace("/", "__")
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """For the harness, which asks how many requests each rank has, to repeat some where these are fewer.
+
+        That is for models whose ranks run in step. These do not: each gives its own number for all.
+        """
+        return tensor.expand(self.world_size)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """What the ranks have measured, put together as if one had, for rank ``dst``."""
+        gathered = self._ranks.gather(obj)
+        return [_in_order(gathered)] if self.rank == dst else None
+
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
@@ -224,7 +253,7 @@ class AttnSamplerLM(_api.TemplateLM):
         """
         answers = [""] * len(requests)
         jobs: dict[tuple[int, float, int], list[_Job]] = {}
-        for index, request in enumerate(requests):
+        for index, (request, number) in enumerate(zip(requests, _numbers(requests), strict=True)):
             context, keywords = request.args
             keywords = _utils.normalize_gen_kwargs(keywords, self._max_gen_toks)
             length, temperature = keywords["max_gen_toks"], keywords.get("temperature", 0.0)
@@ -237,15 +266,16 @@ class AttnSamplerLM(_api.TemplateLM):
             prompt = self._fitting(self.tok_encode(context), length)
             # A block-causal model takes padding by whole blocks.
             residue = len(prompt) % (getattr(self.model, "causal_block", None) or 1)
-            jobs.setdefault((length, temperature, residue), []).append(_Job(index, prompt, keywords["until"]))
+            job = _Job(index, self._seed + number, prompt, keywords["until"])
+            jobs.setdefault((length, temperature, residue), []).append(job)
         batches: list[tuple[int, float, list[_Job]]] = []
         for (length, temperature, _), members in jobs.items():
             members.sort(key=lambda job: len(job.prompt))  # little padding
             for start in range(0, len(members), self.batch_size):
                 batches.append((length, temperature, members[start : start + self.batch_size]))
         for length, temperature, batch in _track(batches, "Decoding", disable_tqdm):
-            seeds = [self._seed + job.number for job in batch]
-            rows = self._decode([job.prompt for job in batch], length, temperature, seeds)
+            prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
+            rows = self._decode(prompts, length, temperature, seeds)
             for job, row in zip(batch, rows, strict=True):
                 text = self.tokenizer.decode(row, skip_special_tokens=True)
                 answers[job.number] = _utils.postprocess_generated_text(text, job.until, None)
@@ -267,13 +297,12 @@ class AttnSamplerLM(_api.TemplateLM):
                 "is block-causal, and was trained with whole blocks before the masked one"
             )
         results = []
-        numbered = list(enumerate(requests))
-        for index, (texts, context, target) in _track(numbered, "Estimating", disable_tqdm):
+        for texts, context, target in _track(requests, "Estimating", disable_tqdm):
             if not target:
                 raise ValueError(f"continuation: expected at least one token, got none in {texts!r}")
             context = self._fitting(context, len(target))
             greedy = self._check_greedy and self._decode([context], len(target), 0.0, [0])[0] == target
-            results.append((self._estimate(context, target, index), greedy))
+            results.append((self._estimate(context, target), greedy))
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, results[-1])
         return results
@@ -299,15 +328,18 @@ class AttnSamplerLM(_api.TemplateLM):
         return generation.tokens[:, -length:].tolist()
 
     @torch.no_grad()
-    def _estimate(self, context: list[int], target: list[int], index: int) -> float:
+    def _estimate(self, context: list[int], target: list[int]) -> float:
         """LLaDA's estimate of log p(target | context), in nats.
 
         The mean, over a number n of masks that is uniform in 1 to L and a random choice of n tokens, of L / n
         times the log-probability of the masked ones. The numbers are spread evenly over the samples.
+
+        What is drawn depends on the request alone, and not on which others this process has.
         """
         length = len(target)
         samples = self._mc_samples if length > 1 else 1  # there is one way of masking a single token
-        generator = torch.Generator().manual_seed(self._seed + index)
+        own = zlib.crc32(str((context, target)).encode())
+        generator = torch.Generator().manual_seed(self._seed + own)
         spread = torch.arange(samples) + torch.rand(1, generator=generator)
         counts = (spread * (length / samples)).long().clamp(max=length - 1) + 1
         order = torch.rand(samples, length, generator=generator).argsort(dim=1)
@@ -335,7 +367,29 @@ class AttnSamplerLM(_api.TemplateLM):
         return logits
 
 
-def _track(items: list[Any], what: str, disable: bool) -> Iterable[Any]:
+def _numbers(requests: Sequence[Any]) -> list[int]:
+    """The number of each request among those of its task, whichever of them this process has."""
+    numbers, asked = [], Counter[tuple[Any, int]]()
+    for index, request in enumerate(requests):
+        if request.doc_id is None:  # a request of no task
+            numbers.append(index)
+            continue
+        document = request.task_name, request.doc_id
+        numbers.append(request.doc_id * (request.repeats or 1) + asked[document])
+        asked[document] += 1
+    return numbers
+
+
+def _in_order(parts: list[Any]) -> Any:
+    """Lists of all ranks, in dictionaries, as one: the harness deals documents to the ranks in turn."""
+    if isinstance(parts[0], dict):
+        return {key: _in_order([part[key] for part in parts]) for key in parts[0]}
+    nothing = object()
+    turns = itertools.zip_longest(*parts, fillvalue=nothing)
+    return [value for turn in turns for value in turn if value is not nothing]
+
+
+def _track(items: Sequence[Any], what: str, disable: bool) -> Iterable[Any]:
     """The items, with a progress bar beside the harness's output."""
     return track(items, what, console=Console(stderr=True), disable=disable)
 

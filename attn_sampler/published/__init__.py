@@ -208,9 +208,12 @@ def _unpack(published: Published, wheel: zipfile.ZipFile, name: str, cache: Path
             "files": files,
         }
         (made / _SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(made, target)
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            os.replace(made, target)
+        except OSError:  # another process was faster: the same wheel makes the same files
+            if not is_here(name, cache):
+                raise
     return target
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from launcher import launch
 from torch import Tensor
 from toy_model import EOS, MASK, ToyModel
 
@@ -309,7 +310,7 @@ def test_harness_runs_local_tasks(tasks: Path, monkeypatch: pytest.MonkeyPatch):
     )
     assert results["results"]["letters"]["exact_match,none"] == pytest.approx(2 / 3)
     pairs = [(lm._encode_pair(c, t)) for c in (*CONTEXTS[:2], "a") for t in ("c", "de")]
-    values = [lm._estimate(c, t, i) for i, (c, t) in enumerate(pairs)]
+    values = [lm._estimate(c, t) for c, t in pairs]
     first = sum(values[i] > values[i + 1] for i in (0, 2, 4))
     assert results["results"]["choice"]["acc,none"] == pytest.approx(first / 3)
 
@@ -363,6 +364,55 @@ def test_command_line(
     main()
     assert loaded[0][0] == "some/model"
     assert re.search(r"\|letters\|.*\|exact_match\|.*0\.6667", capsys.readouterr().out)
+
+
+def evaluate_tasks(tasks: Path) -> int:
+    """What a rank does: the tasks with sampling, its report and how many prompts it decoded to files."""
+    prompts = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal prompts
+        prompts += len(arguments[1])
+        return generate(*arguments, **options)
+
+    adapter.generate = counted
+    sys.modules["attn_sampler.adapters.run"] = ModuleType("run")
+    sys.modules["attn_sampler.adapters.run"].load = lambda *_, **__: (
+        ToyModel(),
+        Letters(),
+        {"mask_token_id": MASK, "eos_token_id": EOS},
+    )
+    report = lm_eval.simple_evaluate(
+        "attn_sampler",
+        model_args=f"{ARGUMENTS},mc_samples=4,batch_size=2",
+        tasks=["letters", "choice"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        gen_kwargs="do_sample=true,temperature=3.0",
+    )
+    if report is not None:
+        kept = {name: report[name] for name in ("results", "samples", "n-samples")}
+        (tasks / "report.json").write_text(json.dumps(kept, default=str))
+    (tasks / f"prompts{os.environ.get('RANK')}").write_text(str(prompts))
+    return 0
+
+
+@pytest.mark.slow
+def test_ranks_report_what_one_process_does(tasks: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three documents on two ranks, and none is asked for again to make these equal."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tasks / "cache"))
+    monkeypatch.setitem(sys.modules, "attn_sampler.adapters.run", None)
+    (tasks / "letters.yaml").write_text((tasks / "letters.yaml").read_text() + "repeats: 2\n")
+    monkeypatch.setattr(adapter, "generate", generate)  # and what the function puts in its place is undone
+    evaluate_tasks(tasks)
+    expected = json.loads((tasks / "report.json").read_text())
+    (tasks / "report.json").unlink()
+    first, second = launch(2, tasks, evaluate_tasks, tasks)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert json.loads((tasks / "report.json").read_text()) == expected
+    assert (tasks / "prompts0").read_text() == "4", "two documents of three, each twice"
+    assert (tasks / "prompts1").read_text() == "2"
+    sampled = [sample["resps"][0] for sample in expected["samples"]["letters"]]
+    assert [len(set(texts)) for texts in sampled] == [2, 2, 2]
 
 
 def test_checkpoint_in_a_folder(tmp_path: Path):
