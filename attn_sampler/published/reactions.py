@@ -160,8 +160,8 @@ def canonical(smiles: str) -> str:
     ValueError
         It is no molecule.
     """
-    molecules = [_chem().MolFromSmiles(part) for part in smiles.split("~")]
-    if not smiles or any(molecule is None for molecule in molecules):
+    molecules = [_chem().MolFromSmiles(part) if part else None for part in smiles.split("~")]
+    if any(molecule is None for molecule in molecules):
         raise ValueError(f"smiles: expected SMILES, got {smiles!r}")
     return "~".join(sorted(_chem().MolToSmiles(molecule) for molecule in molecules))
 
