@@ -51,14 +51,12 @@ from attn_sampler.generate import Generation, generate
 from attn_sampler.policy import Decision, Policy, StepState
 from attn_sampler.problem_sets import (
     BUNDLED,
-    PUBLISHED_TASKS,
     SPLITS,
     EvaluatedModel,
     ProblemSet,
-    bundled_problems,
+    default_model,
     load_model,
-    parse_published,
-    published_problems,
+    make_problems,
     read_problems,
 )
 from attn_sampler.ranks import ALONE, Ranks
@@ -464,25 +462,18 @@ def _work(options: argparse.Namespace) -> Iterable[tuple[ProblemSet, EvaluatedMo
         yield problems, model, options.model + called
         return
     for name in dict.fromkeys(options.task):
-        if name in BUNDLED:
-            spec = options.model or name.partition("-")[0]
-            model = _load(spec, options)
-            problems = bundled_problems(name, options.problems, options.split)
-        else:
-            spec = options.model or PUBLISHED_TASKS[name.partition("-")[0]].model
-            model = _load(spec, options)
-            problems = published_problems(name, options.problems, model, options.split)
-        problems.check_model(model)
+        spec = options.model or default_model(name)
+        model = _load(spec, options)
+        problems = make_problems(name, options.problems, model, options.split)
         yield problems, model, spec
 
 
 def _task(name: str) -> str:
     """A name of problems, for argparse."""
-    if name not in BUNDLED:
-        try:
-            parse_published(name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}; bundled are {', '.join(BUNDLED)}") from None
+    try:
+        default_model(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return name
 
 

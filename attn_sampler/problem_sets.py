@@ -179,6 +179,36 @@ class ProblemSet:
         return torch.equal(tokens, self.truth(index, mask_token_id))
 
 
+def default_model(name: str) -> str:
+    """The model, as ``load_model`` takes it, that decodes the problems of that name unless told otherwise.
+
+    Raises
+    ------
+    ValueError
+        There are no such problems.
+    """
+    if name in BUNDLED:
+        return name.partition("-")[0]
+    kind, _ = parse_published(name)
+    return PUBLISHED_TASKS[kind].model
+
+
+def make_problems(name: str, count: int, model: EvaluatedModel, split: str = "heldout") -> ProblemSet:
+    """Problems, bundled or for published models, that the model can be asked.
+
+    Raises
+    ------
+    ValueError, published.FetchError
+        As ``bundled_problems`` and ``published_problems``; or the model does not know one of their tokens.
+    """
+    if name in BUNDLED:
+        problems = bundled_problems(name, count, split)
+    else:
+        problems = published_problems(name, count, model, split)
+    problems.check_model(model)
+    return problems
+
+
 def bundled_problems(name: str, count: int, split: str = "heldout") -> ProblemSet:
     """Problems of a bundled task, none of them seen in training, and none in two splits.
 
@@ -292,8 +322,8 @@ def parse_published(name: str) -> tuple[str, str]:
             return kind, blank
     accepted = [f"{kind}-{blank}" for kind, task in PUBLISHED_TASKS.items() for blank in task.blanks]
     raise ValueError(
-        f"expected one of {', '.join(accepted)}, or a percentage of the positions in the last place "
-        f"(reactions-70), got {name!r}"
+        f"expected one of {', '.join([*BUNDLED, *accepted])}, or a percentage of the positions in the last "
+        f"place (reactions-70), got {name!r}"
     )
 
 

@@ -401,7 +401,7 @@ def test_chains_are_germline(fetched: Callable[[str], Path]) -> None:
     ["reactions-0", "reactions-101", "reactions-007", "reactions-cdr", "heavy-product", "proteins", "heavy-"],
 )
 def test_unknown_problems(name: str) -> None:
-    with pytest.raises(ValueError, match=f"expected one of reactions-product, .*, got '{name}'"):
+    with pytest.raises(ValueError, match=f"expected one of sudoku, .*reactions-product, .*, got '{name}'"):
         parse_published(name)
 
 
