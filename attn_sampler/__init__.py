@@ -4,7 +4,7 @@ from attn_sampler._version import __version__
 from attn_sampler.attention import attention_map, column_scores
 from attn_sampler.backends import BackendUnavailableError, Support, is_backend_supported
 from attn_sampler.capture import AttentionCapture, CapturedLayer, report_attention
-from attn_sampler.dependency import ADAS, CLAD, DAPD, DAWN, DOS
+from attn_sampler.dependency import ADAS, CLAD, DAPD, DAWN, DOS, Grounded
 from attn_sampler.functional import decode_step, revise_tokens, select_tokens, token_confidence
 
 # Not left to a lazy attribute: the name of the module would hide the function.
@@ -33,6 +33,7 @@ __all__ = [
     "Decision",
     "DecodeTrace",
     "Generation",
+    "Grounded",
     "Policy",
     "Prediction",
     "Saber",

@@ -235,6 +235,32 @@ class DOS(MapPolicy):
         return state.masked & torch.zeros_like(state.masked).scatter(1, order, rank < self.count)
 
 
+@dataclasses.dataclass
+class Grounded(MapPolicy):
+    """Ours: confidence, less what it leans on that is itself doubtful.
+
+    A masked position's value is p_i x (1 - sum over masked j of a_ij (1 - p_j)), its own column included: a
+    prediction that was read off other blanks is as doubtful as they are. Committed are the positions of value
+    >= ``tau``, at least the one of the largest; with ``tau=None``, that one. Where masked positions look at
+    what is known, this is confidence; where they look at each other, as in an answer that is masked as a
+    whole, the attention they give to masks counts. So the rule tells by itself which of the two it is in.
+    """
+
+    tau: float | None = 0.9
+
+    def __post_init__(self) -> None:
+        if self.tau is not None:
+            checks.unit_interval("tau", self.tau)
+
+    def select(self, state: StepState) -> Tensor:
+        p, masked = state.confidence.to(torch.float64), state.masked
+        doubt = (1 - p.nan_to_num(nan=0.0)) * masked
+        lean = (attention_weights(state, keep_diagonal=True) * doubt[:, None, :]).sum(dim=2)
+        value = (p * (1 - lean)).to(torch.float32)
+        best = top_positions(value, masked, 1)
+        return best if self.tau is None else best | (masked & (value >= self.tau))
+
+
 def attention_weights(state: StepState, keep_diagonal: bool = False) -> Tensor:
     """The attention map [B, C, C], float64, in which sums of its weights hardly round, and without NaN."""
     assert state.attention_map is not None
@@ -279,3 +305,4 @@ register_policy("dapd", DAPD)
 register_policy("clad", CLAD)
 register_policy("adas", ADAS)
 register_policy("dos", DOS)
+register_policy("grounded", Grounded)

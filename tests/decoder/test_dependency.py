@@ -18,6 +18,7 @@ from attn_sampler import (
     DAWN,
     DOS,
     AttentionCapture,
+    Grounded,
     Policy,
     StepState,
     generate,
@@ -137,6 +138,21 @@ def dos(policy: DOS, p: Row, attention: Map, masked: Mask, open_share: float) ->
     return set(sorted(mass, key=lambda i: (-mass[i], by_p.index(i)))[: policy.count])
 
 
+def grounded(policy: Grounded, p: Row, attention: Map, masked: Mask, open_share: float) -> set[int]:
+    nodes = open_positions(masked)
+    known = [0.0 if math.isnan(x) else x for x in p]
+    value = [NAN] * len(p)
+    for i in nodes:
+        lean = sum(
+            a * (1.0 - known[j]) for j, a in enumerate(attention[i]) if j in nodes and not math.isnan(a)
+        )
+        value[i] = p[i] * (1.0 - lean)
+    commit = set(ranked(value, masked)[:1])
+    if policy.tau is not None:
+        commit |= {i for i in nodes if value[i] >= as_float32(policy.tau)}
+    return commit
+
+
 CASES: list[tuple[Policy, Callable[..., set[int]]]] = [
     (DAWN(), dawn),
     (DAWN(tau_sink=1.0, tau_edge=0.25), dawn),
@@ -156,6 +172,9 @@ CASES: list[tuple[Policy, Callable[..., set[int]]]] = [
     (ADAS(count=3, strength=2.0), adas),
     (DOS(), dos),
     (DOS(count=3), dos),
+    (Grounded(), grounded),
+    (Grounded(tau=0.25), grounded),
+    (Grounded(tau=None), grounded),
 ]
 # Dyadic and few: sums are exact in every order, and ties and thresholds are hit.
 WEIGHTS = [0.0, 0.0, 0.0, 0.03125, 0.0625, 0.125, 0.25, 0.5]
@@ -205,7 +224,8 @@ def test_rule(policy: Policy, rule: Callable[..., set[int]]) -> None:
                 for i in commit:
                     masked[b][i] = False
             rows = [b for b in rows if any(masked[b])]
-    assert sizes >= ({1} if policy in (ADAS(count=1), DOS()) else {1, 2, 3})
+    one = policy in (ADAS(count=1), DOS(), Grounded(tau=None))
+    assert sizes >= ({1} if one else {1, 2, 3})
 
 
 def test_dawn_worked_example() -> None:
@@ -304,7 +324,7 @@ def test_step_wants_a_map() -> None:
     assert torch.equal(result.scores, attention.sum(dim=1))
 
 
-@pytest.mark.parametrize("name", ["dawn", "dapd", "clad", "adas", "dos"])
+@pytest.mark.parametrize("name", ["dawn", "dapd", "clad", "adas", "dos", "grounded"])
 def test_generate_batch_equals_one_by_one(name: str) -> None:
     model = ToyModel(3)
     prompts = [torch.randint(0, MASK, (n,), generator=torch.Generator().manual_seed(n)) for n in (3, 8, 5)]
@@ -328,6 +348,7 @@ def test_generate_batch_equals_one_by_one(name: str) -> None:
         ("adas", {"count": 0}, "count: "),
         ("adas", {"strength": NAN}, "strength: "),
         ("dos", {"count": 0}, "count: "),
+        ("grounded", {"tau": 1.5}, "tau: "),
     ],
 )
 def test_bad_options(name: str, options: dict, message: str) -> None:
@@ -337,7 +358,12 @@ def test_bad_options(name: str, options: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    [DAWN(tau=0.3, tau_induced=0.2, tau_low=0.1, tau_sink=0.05, tau_edge=0.05), CLAD(tau=0.2), DAPD(tau=0.3)],
+    [
+        DAWN(tau=0.3, tau_induced=0.2, tau_low=0.1, tau_sink=0.05, tau_edge=0.05),
+        CLAD(tau=0.2),
+        DAPD(tau=0.3),
+        Grounded(tau=0.2),
+    ],
     ids=lambda policy: type(policy).__name__,
 )
 def test_padding_inside_a_block_changes_nothing(policy: Policy) -> None:

@@ -339,6 +339,7 @@ def test_registry_names() -> None:
         "clad": "CLAD",
         "adas": "ADAS",
         "dos": "DOS",
+        "grounded": "Grounded",
         "t2t": "T2T",
         "t2m": "T2M",
         "saber": "Saber",

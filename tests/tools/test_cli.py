@@ -129,7 +129,7 @@ def test_demo_prints_every_rule_with_the_numbers_of_its_decoding(capsys: pytest.
     rows = table_rows(output)
     assert [row[0].split()[0] for row in rows] == [*RULES, *RULES]  # both tasks, all rules
     # All but those on the attention map, whose thresholds are for longer sequences, the control, and shadows.
-    left_out = {"adas", "clad", "dapd", "dawn", "dos", "attn-random", "wino"}
+    left_out = {"adas", "clad", "dapd", "dawn", "dos", "grounded", "attn-random", "wino"}
     shown = {make_policy(p).__class__ for p in POLICIES.keys() - left_out}
     assert {make_policy(rule).__class__ for rule in RULES} == shown
     for i, (label, solved, interval, passes, speed, share) in enumerate(rows):
