@@ -12,7 +12,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,8 +44,10 @@ class Ranks:
         values: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(values, value, group=self.group)
-        except RuntimeError:  # as gloo says that a connection is closed
-            self._end("another process of this run has ended")
+        except RuntimeError as error:  # as gloo says that a connection is closed
+            if self.rank > 0:
+                raise SystemExit(1) from None  # at once: who is connected to this one alone waits for that
+            raise DecodingError("another process of this run has ended") from error
         return values
 
     @contextlib.contextmanager
@@ -65,21 +67,22 @@ class Ranks:
                 message = f"{type(error).__name__}: {error}"
                 traceback.print_exception(error)
         for told in self.gather(message):
+            if told is not None and self.rank == 0:
+                raise DecodingError(told)
             if told is not None:
-                self._end(told)
+                self._await_the_first()
+                raise SystemExit(1)
 
     def device(self, name: str) -> str:
         """Where this rank's model is put when ``name`` is asked for: each has a GPU of its own."""
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.size > 1 and name == "cuda" else name
 
-    def _end(self, message: str) -> NoReturn:
-        if self.rank == 0:
-            raise DecodingError(message)
+    def _await_the_first(self) -> None:
+        """Until rank 0 has told what went wrong: torchrun stops all processes when the first has failed."""
         import torch.distributed as dist
 
-        with contextlib.suppress(RuntimeError):  # until rank 0 has told it, and is gone: torchrun stops
-            dist.recv(torch.empty(1), src=0, group=self.group)  # all processes when the first has failed
-        raise SystemExit(1)
+        with contextlib.suppress(RuntimeError):  # that it is gone
+            dist.recv(torch.empty(1), src=0, group=self.group)
 
 
 ALONE = Ranks()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +40,9 @@ def launch(size: int, folder: Path, target: Callable[..., int | None], *argument
     try:
         for process in processes:
             process.start()
+        end = time.monotonic() + _TIME_LIMIT
         for process in processes:
-            process.join(_TIME_LIMIT)
+            process.join(max(0.0, end - time.monotonic()))
         statuses = [process.exitcode for process in processes]
     finally:
         for process in processes:

@@ -50,13 +50,13 @@ def evaluate_with(fault: str, words: list[str]) -> int:
 
 
 def model() -> EvaluatedModel:
-    """The bundled one, in which something happens to rank 1 in its second batch."""
+    """The bundled one, in which something happens to a rank, mostly 1, in its second batch."""
     loaded, passes = load_model("addition"), itertools.count()
 
     def happen(*_: Any) -> None:
-        if next(passes) != 12 or os.environ.get("RANK") != "1":
+        if next(passes) != 12 or os.environ.get("RANK") != (_fault.partition("killed ")[2] or "1"):
             return
-        if _fault == "killed":
+        if _fault.startswith("killed "):
             os.kill(os.getpid(), signal.SIGKILL)
         if _fault == "refused":
             raise DecodingError("the model\nrefuses")
@@ -115,7 +115,7 @@ def test_started_by_torchrun(alone: Path, tmp_path: Path) -> None:
 
 
 def test_others_go_on_where_a_rank_was_killed(alone: Path, tmp_path: Path) -> None:
-    first, second = run(2, tmp_path, ORDERS, fault="killed")
+    first, second = run(2, tmp_path, ORDERS, fault="killed 1")
     assert second.status == -signal.SIGKILL
     assert (first.status, first.err) == (1, "attn-sampler: another process of this run has ended\n")
     held = json.loads((tmp_path / "out.json").read_text())["tasks"]["addition"]["rules"]
@@ -126,6 +126,14 @@ def test_others_go_on_where_a_rank_was_killed(alone: Path, tmp_path: Path) -> No
     assert [rank.status for rank in run(3, tmp_path, ORDERS)] == [0, 0, 0]
     assert same_results(tmp_path / "by one", alone)
     assert same_results(tmp_path, alone)
+
+
+@pytest.mark.parametrize(("size", "killed"), [(2, 0), (5, 2)])
+def test_none_waits_for_a_rank_that_was_killed(size: int, killed: int, tmp_path: Path) -> None:
+    """Of five, those that are no neighbours of it in the ring of a gather learn it from others."""
+    ranks = run(size, tmp_path, ORDERS, fault=f"killed {killed}")
+    assert [rank.status for rank in ranks] == [-9 if i == killed else 1 for i in range(size)]
+    assert {rank.err for rank in ranks[1:]} == {""}
 
 
 @pytest.mark.parametrize(
