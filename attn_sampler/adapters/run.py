@@ -75,7 +75,7 @@ def load(
     ------
     LoadError
         transformers is missing or untested, torch cannot use the device, the checkpoint is not to be had, its
-        family is unknown, or its tokenizer lacks the mask token.
+        family is unknown, its class is not served, or its tokenizer lacks the mask token.
     """
     try:
         version = importlib.metadata.version("transformers")
@@ -139,9 +139,9 @@ def load(
     except ValueError as error:
         raise LoadError(f"{path}: {error}") from None
     options["mask_token_id"] = mask_token_id
-    if not infills and not _has(tokenizer, options.get("eos_token_id")):
-        options["eos_token_id"] = getattr(tokenizer, "eos_token_id", None)
-    _check_vocabulary(config, filter(None, [options.get("eos_token_id")]))
+    if not _has(tokenizer, options.get("eos_token_id")):  # text that is filled in does not end early
+        options["eos_token_id"] = None if infills else getattr(tokenizer, "eos_token_id", None)
+    _check_vocabulary(config, filter(None, [options["eos_token_id"]]))
     if named:  # by the user, who may be wrong: one token tells
         try:
             with torch.no_grad():

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 import attn_sampler.adapters.transformers  # noqa: F401
 from attn_sampler import AttentionCapture, generate
 from attn_sampler.adapters.models import FAMILIES, WHOLE_TEXT, MaskedLM, adapt
-from attn_sampler.adapters.run import DEFAULT_GEN_LENGTH, LoadError, decode, load
+from attn_sampler.adapters.run import LoadError, decode, load
 from attn_sampler.cli import main
 from attn_sampler.command_line import cpu_threads
 from attn_sampler.sampler import POLICIES, make_policy
@@ -370,7 +370,7 @@ def test_a_class_whose_attention_nothing_can_read(
 def test_checkpoints_of_other_classes_load(name: str, tmp_path: Path) -> None:
     checkpoint = load(str(save(tmp_path, name)), device="cpu")
     assert checkpoint.options["mask_token_id"] == MASK
-    assert "eos_token_id" not in checkpoint.options
+    assert checkpoint.options["eos_token_id"] is None
     texts, generation = decode(checkpoint, ["w1", "w5 [MASK] w6"], gen_length=2, suffixes=["w2", ""])
     words = [text.split() for text in texts]
     assert words[0][0] == "w1"
@@ -390,4 +390,3 @@ def test_decode_names_what_is_wrong(folder: Path) -> None:
         decode(checkpoint, ["w1"])
     with pytest.raises(LoadError, match="no such folder"):
         load("/no/such")
-    assert DEFAULT_GEN_LENGTH > 0

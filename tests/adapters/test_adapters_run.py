@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from attn_sampler import DecodeTrace, generate
 from attn_sampler.adapters.models import adapt
-from attn_sampler.adapters.run import Checkpoint, decode
+from attn_sampler.adapters.run import Checkpoint, decode, load
 from attn_sampler.adapters.transformers import make_bidirectional
 
 WORDS = ["[UNK]", "[PAD]", "[EOS]", *(f"w{i}" for i in range(28)), "[MASK]"]
@@ -153,6 +153,13 @@ def test_masked_tokens_before_a_suffix_and_inside_a_prompt(
     assert capsys.readouterr().out.splitlines() == told([[4, MASK, 6]])
     line = failure([*arguments(folder, "--prompt", "w1"), "--gen-length", "0"], capsys)
     assert "prompt 1: expected [MASK] where it is to be filled, or a gen_length > 0" in line
+
+
+def test_what_is_continued_has_128_new_tokens_unless_told_otherwise(folder: Path) -> None:
+    checkpoint = load(str(folder), family="bidirectional", device="cpu")
+    options = {"policy": "threshold", "tau": 0.0}
+    assert decode(checkpoint, ["w1 w2"], **options)[1].tokens.shape == (1, 2 + 128)
+    assert decode(checkpoint, ["w1 w2"], gen_length=3, **options)[1].tokens.shape == (1, 2 + 3)
 
 
 def test_a_suffix_that_no_block_sees(folder: Path) -> None:
