@@ -13,12 +13,14 @@ from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
 from attn_sampler.caching import CACHES
 from attn_sampler.errors import DecodingError
+from attn_sampler.problem_sets import parse_published
 from attn_sampler.published import FetchError
 from attn_sampler.published import command as published
 from attn_sampler.sampler import POLICIES, make_policy
 
 _MAX_PROBLEMS = 1000  # as many sudoku puzzles are packaged
 _DEFAULT_PROBLEMS = 100
+_FEW_PROBLEMS = 8
 _MAX_GEN_LENGTH = 2**20
 
 
@@ -65,7 +67,14 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", choices=(*TASKS, "both"), default="both", help="default: both")
+    parser.add_argument(
+        "--task",
+        type=_demo_task,
+        default="both",
+        metavar="NAME",
+        help="sudoku, addition or both (default); or problems of published models, as in eval: reactions, "
+        "heavy-framework, light-30",
+    )
     parser.add_argument(
         "--policy",
         nargs="+",
@@ -82,9 +91,9 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--problems",
         type=command_line.integer(1, _MAX_PROBLEMS),
-        default=_DEFAULT_PROBLEMS,
         metavar="N",
-        help=f"held-out problems for each task, 1 to {_MAX_PROBLEMS} (default: {_DEFAULT_PROBLEMS})",
+        help=f"held-out problems for each task, 1 to {_MAX_PROBLEMS} (default: {_DEFAULT_PROBLEMS}, or "
+        f"{_FEW_PROBLEMS} for a published model)",
     )
     parser.add_argument(
         "--temperature",
@@ -126,6 +135,16 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _demo_task(name: str) -> str:
+    """A name of problems to show, for argparse."""
+    if name not in (*TASKS, "both"):
+        try:
+            parse_published(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"both, or {error}") from None
+    return name
+
+
 def _guarded(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from attn_sampler.adapters.run import LoadError
 
@@ -146,13 +165,16 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from attn_sampler.demo import RULES, default_tau, run_demo
 
     tasks = TASKS if options.task == "both" else (options.task,)
-    policies = tuple(dict.fromkeys(options.policy or RULES))
+    bundled = set(tasks) <= set(TASKS)
+    # No published model was trained to judge what it sees, which rules that take back need.
+    default = RULES if bundled else [rule for rule in RULES if not make_policy(rule).revises]
+    policies = tuple(dict.fromkeys(options.policy or default))
     if options.tau is not None and all(default_tau(policy) is None for policy in policies):
         parser.error(f"argument --tau: none of the chosen rules reads it ({', '.join(policies)})")
     support = is_backend_supported("decode_step", options.backend) if options.backend != "auto" else None
     if support is not None and not support.supported:
         parser.error(f"argument --backend: {options.backend} cannot run here: {support.reason}")
-    if options.layers != "all":
+    if bundled and options.layers != "all":
         depth = min(load_model(task).config.num_layers for task in tasks)
         for layer in options.layers:
             if not -depth <= layer < depth:
@@ -168,20 +190,27 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, 100))
-    with command_line.cpu_threads(options.threads):
-        runs = run_demo(
-            console,
-            tasks=tasks,
-            policies=policies,
-            tau=options.tau,
-            problems=options.problems,
-            temperature=options.temperature,
-            seed=options.seed,
-            layers=options.layers,
-            backend=options.backend,
-            live=options.live,
-            svg=options.svg,
-        )
+    from attn_sampler.adapters.run import LoadError
+
+    try:
+        with command_line.cpu_threads(options.threads):
+            runs = run_demo(
+                console,
+                tasks=tasks,
+                policies=policies,
+                tau=options.tau,
+                problems=options.problems or (_DEFAULT_PROBLEMS if bundled else _FEW_PROBLEMS),
+                temperature=options.temperature,
+                seed=options.seed,
+                layers=options.layers,
+                backend=options.backend,
+                live=options.live,
+                svg=options.svg,
+            )
+    except (LoadError, FetchError, ImportError, DecodingError, TypeError, ValueError) as error:
+        if bundled:
+            raise  # which is a fault of ours
+        return command_line.fail(error)
     if options.trace is not None:
         for run in runs:
             path = options.trace

@@ -1,4 +1,4 @@
-"""The demonstration: the bundled models decode held-out problems by every rule, side by side.
+"""The demonstration: bundled or published models decode held-out problems by every rule, side by side.
 
 For each task: the boards fill in live, each cell coloured by the step that committed it; then the order of
 commitment on one problem, and a table of what each rule costs and how often it is right.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import re
 import time
@@ -28,10 +29,10 @@ from rich.text import Text
 from attn_sampler import documents
 from attn_sampler._version import __version__
 from attn_sampler.backends import choose_backend
-from attn_sampler.bundled import load_model, load_task
-from attn_sampler.bundled.model import TinyMaskedLM
-from attn_sampler.bundled.tasks import Score, Task
+from attn_sampler.bundled import TASKS, load_task
+from attn_sampler.bundled.tasks import Score
 from attn_sampler.generate import Generation, StepEvent, generate
+from attn_sampler.problem_sets import EvaluatedModel, default_model, load_model, make_problems
 from attn_sampler.sampler import make_policy
 from attn_sampler.trace import DecodeTrace, step_colour, step_commits
 
@@ -66,10 +67,28 @@ sampling: the share of the sampling step in the time of it and the model.
 
 
 @dataclasses.dataclass
+class Shown:
+    """Problems to decode, and how they are drawn."""
+
+    name: str
+    prompts: list[torch.Tensor]  # int64 [L] each
+    mask_token_id: int
+    judge: Callable[[int, torch.Tensor], bool]  # of a problem's index and filled prompt, int64 [L]
+    symbols: Sequence[str]  # of each token
+    grid_width: int | None = None  # cells a line; None: one line of symbols of any width
+    cell_separator: str = ""
+
+    @property
+    def padding(self) -> list[int]:
+        """Positions that ``generate`` puts at the left of each prompt."""
+        return [max(map(len, self.prompts)) - len(prompt) for prompt in self.prompts]
+
+
+@dataclasses.dataclass
 class Run:
     """One task decoded by one rule."""
 
-    task: Task
+    task: Shown
     policy: str
     label: str
     score: Score
@@ -127,7 +146,8 @@ def run_demo(
     console
         Where to print. Without a terminal nothing is animated.
     tasks, policies
-        Names of ``bundled.TASKS`` and ``sampler.POLICIES``.
+        Names of ``bundled.TASKS`` or of problems for published models (``problem_sets.make_problems``), which
+        are fetched where they are not here; and of ``sampler.POLICIES``.
     tau
         Confidence threshold of the rules that read one. Default: each rule's own.
     problems
@@ -156,19 +176,16 @@ def run_demo(
     runs: list[Run] = []
     drawings: list[RenderableType] = []
     for name in tasks:
-        task = load_task(name)
-        models = {spec: load_model(spec).to(device) for spec in {_model_of(name, rule) for rule in policies}}
-        prompt = torch.from_numpy(task.problems(problems, seed=seed)[0])
+        specs = {rule: _model_of(name, rule) for rule in policies}
+        models = {spec: load_model(spec, str(device)) for spec in set(specs.values())}
+        task = _shown(name, problems, seed, models[specs[policies[0]]])
         options = {"tau": tau, "temperature": temperature, "seed": seed, "layers": layers, "backend": backend}
-        first = models[_model_of(name, policies[0])]
-        _decode(first, task, prompt[:2], policies[0], options, None)  # start-up costs stay out of the table
-        blanks = int((prompt == task.mask_token_id).sum())
+        few = dataclasses.replace(task, prompts=task.prompts[:2])
+        _decode(models[specs[policies[0]]], few, policies[0], options, None)  # start-up costs stay out
+        blanks = sum(int((prompt == task.mask_token_id).sum()) for prompt in task.prompts)
         console.print(f"\n[bold]{name}[/]: {problems} held-out problems, {blanks / problems:.1f} blanks each")
-        with _live_view(console if live else None, task, prompt, blanks * len(policies)) as watch:
-            task_runs = [
-                _decode(models[_model_of(name, rule)], task, prompt, rule, options, watch(rule))
-                for rule in policies
-            ]
+        with _live_view(console if live else None, task, blanks * len(policies)) as watch:
+            task_runs = [_decode(models[specs[rule]], task, rule, options, watch(rule)) for rule in policies]
         drawings.append(_draw_orders(task_runs[:_DRAWN_RULES]))
         console.print(drawings[-1], Text(), _tabulate(task_runs), Text(), sep="\n")
         verdict = _verdict(task_runs)
@@ -181,16 +198,35 @@ def run_demo(
     return runs
 
 
+def _shown(name: str, count: int, seed: int, model: EvaluatedModel) -> Shown:
+    if name not in TASKS:
+        problems = make_problems(name, count, model)
+        names = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
+        names[model.mask_token_id] = "·"
+        for special in {*model.tokenizer.all_special_ids} - {model.mask_token_id}:
+            names[special] = ""
+        judge = functools.partial(problems.judge, mask_token_id=model.mask_token_id)
+        return Shown(name, problems.prompts, model.mask_token_id, judge, names)
+    task = load_task(name)
+    prompt = task.problems(count, seed=seed)[0]
+
+    def obeys_rules(index: int, tokens: torch.Tensor) -> bool:
+        return bool(task.check(tokens[None].numpy(), prompt[index : index + 1])[0])
+
+    drawn = (task.symbols, task.grid_width, task.cell_separator)
+    return Shown(name, list(torch.from_numpy(prompt)), task.mask_token_id, obeys_rules, *drawn)
+
+
 def _model_of(task: str, policy: str) -> str:
-    """The bundled model that a rule decodes with: one that judges what it sees, where the rule asks that."""
+    """The model that a rule decodes with; a bundled one that judges what it sees, for those that take back."""
     rule = make_policy(policy)
-    return f"{task}-edits" if rule.revises and not rule.shadows else task
+    judging = task in TASKS and rule.revises and not rule.shadows
+    return f"{task}-edits" if judging else default_model(task)
 
 
 def _decode(
-    model: TinyMaskedLM,
-    task: Task,
-    prompt: torch.Tensor,  # [n, L]
+    model: EvaluatedModel,
+    task: Shown,
     policy: str,
     options: dict[str, Any],
     on_step: Callable[[StepEvent], None] | None,
@@ -200,25 +236,30 @@ def _decode(
     if tau is not None:
         tau = tau if options["tau"] is None else options["tau"]
         label = f"{policy} tau={tau:g}"
-    if _model_of(task.name, policy) != task.name:
+    if _model_of(task.name, policy) != default_model(task.name):
         label += " *"
     generation = generate(
-        model,
-        prompt.to(model.is_mask_token.device),
-        mask_token_id=task.mask_token_id,
-        block_length=task.length,
+        model.model,
+        task.prompts,
         policy=policy,
         trace=True,
         on_step=on_step,
-        **{**options, "tau": tau},
+        **{
+            "block_length": max(map(len, task.prompts)),
+            **model.options,
+            "mask_token_id": task.mask_token_id,
+            **options,
+            "tau": tau,
+        },
     )
-    right = task.check(generation.tokens.cpu().numpy(), prompt.numpy())
-    return Run(task, policy, label, Score.of(right), right.tolist(), generation)
+    filled = zip(generation.tokens.cpu(), generation.attention_mask.cpu(), strict=True)
+    right = [task.judge(i, tokens[visible]) for i, (tokens, visible) in enumerate(filled)]
+    return Run(task, policy, label, Score(sum(right), len(right)), right, generation)
 
 
 @contextlib.contextmanager
 def _live_view(
-    console: Console | None, task: Task, prompt: torch.Tensor, total: int
+    console: Console | None, task: Shown, total: int
 ) -> Iterator[Callable[[str], Callable[[StepEvent], None] | None]]:
     """Boards that fill in above a progress bar; ``watch(policy)`` gives the callback for one run."""
     if console is None or not console.is_terminal or console.is_dumb_terminal:
@@ -232,7 +273,9 @@ def _live_view(
     with Live(console=console, auto_refresh=False, transient=True) as screen:
 
         def watch(policy: str) -> Callable[[StepEvent], None]:
-            trace = DecodeTrace(prompt[:_LIVE_PROBLEMS].tolist(), task.mask_token_id, policy)
+            padding = task.padding[:_LIVE_PROBLEMS]
+            rows = [[0] * pad + row.tolist() for pad, row in zip(padding, task.prompts, strict=False)]
+            trace = DecodeTrace(rows, task.mask_token_id, policy, padding=padding)
             drawn = 0.0
 
             def on_step(event: StepEvent) -> None:
@@ -253,12 +296,14 @@ def _live_view(
         yield watch
 
 
-def _board(task: Task, trace: DecodeTrace, sequence: int) -> Text:
+def _board(task: Shown, trace: DecodeTrace, sequence: int) -> Text:
     return trace.render(sequence, task.symbols, width=task.grid_width if task.cell_separator else None)
 
 
-def _step_numbers(task: Task, trace: DecodeTrace, sequence: int) -> Text:
+def _step_numbers(task: Shown, trace: DecodeTrace, sequence: int) -> Text:
     """The step, from 1, that committed each position, under the same colours as the board."""
+    if task.grid_width is None:
+        return Text()
     steps = trace.steps(sequence)
     last = max(step for step in steps if step is not None)
     width = len(str(trace.prompt[sequence].count(task.mask_token_id)))
@@ -275,7 +320,7 @@ def _step_numbers(task: Task, trace: DecodeTrace, sequence: int) -> Text:
 def _draw_orders(runs: Sequence[Run]) -> Group:
     """The first problem: its answer by each rule, and the step that committed each position."""
     task = runs[0].task
-    gap = "\n\n" if task.cell_separator else "\n"
+    gap = "" if task.grid_width is None else "\n\n" if task.cell_separator else "\n"
     cells = [
         (
             Text(run.policy, style="bold"),
@@ -287,6 +332,9 @@ def _draw_orders(runs: Sequence[Run]) -> Group:
         for run in runs
     ]
     grid = Table.grid(padding=(0, 3, 1, 0))
+    if task.grid_width is None:  # a line may be longer than the screen
+        for overflow in ("ellipsis", "fold", "ellipsis"):
+            grid.add_column(overflow=overflow)
     # Square boards stand side by side, one-line problems below each other.
     for row in zip(*cells, strict=True) if task.cell_separator else cells:
         grid.add_row(*row)
@@ -322,7 +370,7 @@ def _verdict(runs: Sequence[Run]) -> str:
     attention, confidence = by_policy["attn-sequential"], by_policy["confidence"]
     line = f"attn-sequential solves {attention.rate:.1%}, confidence {confidence.rate:.1%}"
     if attention.interval[1] < confidence.interval[0]:
-        line += ": attention alone is a weak guide in a model this small"
+        line += ": attention alone is a weak guide here"
     return line + "."
 
 
