@@ -218,7 +218,7 @@ def _shown(name: str, count: int, seed: int, model: EvaluatedModel) -> Shown:
 
 
 def _model_of(task: str, policy: str) -> str:
-    """The model that a rule decodes with; a bundled one that judges what it sees, for those that take back."""
+    """The model that a rule decodes with; that of the task, or its twin that judges what it sees."""
     rule = make_policy(policy)
     judging = task in TASKS and rule.revises and not rule.shadows
     return f"{task}-edits" if judging else default_model(task)
