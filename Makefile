@@ -28,6 +28,9 @@ lint: $(VENV)/dev ## Check style, types and formatting
 bench: $(VENV)/dev ## Measure the kernels on this machine (options: ARGS="--quick")
 	$(bin)/python -m bench $(ARGS)
 
+evidence: $(VENV)/dev ## Decode published models by every rule, after a download (options: ARGS=--full)
+	$(bin)/python -m bench.evidence $(ARGS)
+
 clean: ## Remove what the other verbs made
 	rm -rf $(VENV) build dist *.egg-info attn_sampler/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -44,4 +47,4 @@ $(VENV)/dev: $(VENV)/torch $(sources)
 	$(pip) --editable '.[dev,test,triton]'
 	touch $(VENV)/installed $@
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench evidence clean

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -157,7 +158,8 @@ def table(results: dict[str, dict], tasks: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
+    """Judge what ``--out`` does not hold yet, and write its table beside it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -166,8 +168,14 @@ def main() -> int:
     parser.add_argument("--problems", type=command_line.positive, default=1000, metavar="N")
     parser.add_argument("--split", choices=("heldout", "dev"), default="heldout")
     parser.add_argument("--threads", type=command_line.threads, default=1, metavar="N")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON; tasks in it are kept")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON, whose tasks are kept; a table is written beside it",
+    )
+    options = parser.parse_args(words)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     with command_line.cpu_threads(options.threads):
         for name in options.task:
@@ -176,7 +184,7 @@ def main() -> int:
             model = load_model(options.model or default_model(name))
             results[name] = judge(make_problems(name, options.problems, model, options.split), model)
             documents.write(options.out, json.dumps(results, indent=1) + "\n")
-    print(table(results, options.task))
+    documents.write(options.out.with_suffix(".md"), table(results, list(results)))
     return 0
 
 

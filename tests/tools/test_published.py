@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import io
@@ -28,11 +29,13 @@ from attn_sampler.problem_sets import (
     parse_published,
     published_problems,
 )
-from attn_sampler.published import FetchError, Published, antibodies, convert, reactions
+from attn_sampler.published import FetchError, Published, antibodies, reactions
 
 REACTION = "CCN(CC)CC.CN1CCNCC1.ClCCl.O=C(Cl)c1ccccc1>>CN1CCN(C(=O)c2ccccc2)CC1"
 VOCABULARY = [
     *("[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ">>", "~", "[Pd]", "Cl", "Br", "%10"),
+    *("[N+]", "[O-]", "[Na+]", "[K+]", "[Cs+]", "[Li+]", "[OH-]", "[H-]", "[BH-]", "[BH3-]", "[BH4-]"),
+    *("[AlH4-]", "[Cl-]", "[NH4+]", "[Mn]", "[Cr]", "[nH]", "[nH+]", "[Fe]", "[Cu]"),
     *"BCNOFPSIcnos()=#.-+/\\123456789",
 ]
 
@@ -276,19 +279,11 @@ def test_published_models_fill_in_what_they_were_trained_on(
 
 @pytest.fixture(scope="module")
 def speller(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedModel:
-    """No model, but a tokenizer that spells reactions and chains."""
-    from transformers import AutoTokenizer
-
+    """A small model of random weights with a tokenizer that spells reactions."""
     folder = tmp_path_factory.mktemp("speller")
-    brackets = ["[N+]", "[O-]", "[Na+]", "[K+]", "[Cs+]", "[Li+]", "[OH-]", "[H-]", "[BH-]", "[BH3-]"]
-    brackets += ["[BH4-]", "[AlH4-]", "[Cl-]", "[NH4+]", "[Mn]", "[Cr]", "[nH]", "[nH+]", "[Fe]", "[Cu]"]
-    letters = [x for x in "ADEGHKLMQRTVWY" if x not in VOCABULARY]
-    convert._write_tokenizer(
-        [*VOCABULARY, *brackets, *letters], convert._SMILES, convert._REACTION_SPECIALS, folder
-    )
-    return EvaluatedModel(
-        lambda tokens: tokens, VOCABULARY.index("[MASK]"), AutoTokenizer.from_pretrained(folder)
-    )
+    wheel = folder / "rxnmapper-0.4.3-py3-none-any.whl"
+    (made,) = published.fetch(albert_wheel(wheel), archive=wheel, cache=folder)
+    return load_model(f"hub:{made}")
 
 
 def spelled(model: EvaluatedModel, tokens: torch.Tensor) -> str:
@@ -372,6 +367,58 @@ def test_percentages_are_nested_and_splits_disjoint(speller: EvaluatedModel) -> 
     dev = published_problems("reactions-20", 20, speller, "dev")
     held_out = {spelled(speller, few.truth(i, mask)) for i in range(20)}
     assert held_out.isdisjoint(spelled(speller, dev.truth(i, mask)) for i in range(20))
+
+
+def test_eval_and_demo_fetch_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wheel = tmp_path / "rxnmapper-0.4.3-py3-none-any.whl"
+    known = albert_wheel(wheel)
+    monkeypatch.setattr(published, "PUBLISHED", (known,))
+    monkeypatch.setattr(published, "_download", lambda *_: wheel)
+    out = tmp_path / "results.json"
+    words = ["--task", "reactions-20", "reactions-reagent", "--problems", "3", "--batch", "2"]
+    rules = ["confidence", "grounded:tau=0.05", "attn-sequential:query_rows=masked"]
+    table = tmp_path / "table.md"
+    assert main(["eval", *words, "--rule", *rules, "--out", str(out), "--table", str(table)]) == 0
+    assert published.is_here("rxnmapper")
+    cells = json.loads(out.read_text())["tasks"]
+    for task in ("reactions-20", "reactions-reagent"):
+        assert cells[task]["model"] == "rxnmapper"
+        assert cells[task]["rules"].keys() == {*rules}
+        for values in cells[task]["rules"].values():
+            assert values.keys() == {"right", "tokens", "valid", "passes"}
+            assert all(0 <= share <= 1 for share in values["tokens"])
+    assert min(cells["reactions-20"]["rules"]["confidence"]["passes"]) >= 5
+    heading = next(line for line in table.read_text().splitlines() if line.startswith("| rule"))
+    assert heading.endswith("| tokens | less confidence | 95 % | valid | less confidence | 95 % |")
+    capsys.readouterr()
+    shown = ["--task", "reactions-20", "--problems", "2", "--policy", "confidence", "threshold"]
+    assert main(["demo", *shown, "--trace", str(tmp_path / "trace.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "reactions-20: 2 held-out problems" in printed
+    assert printed.count("passes\n") == 2
+    trace = json.loads((tmp_path / "trace-reactions-20-confidence.json").read_text())
+    lengths = [len(row) - pad for row, pad in zip(trace["prompt"], trace["padding"], strict=True)]
+    assert lengths == [len(p) for p in published_problems("reactions-20", 2, load_model("rxnmapper")).prompts]
+    assert main(["demo", "--task", "reactions", "--policy", "wino"]) == 1  # told in one line
+    assert "forward_shadow" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["demo", "--task", "sudokus"])
+    assert "expected one of" in capsys.readouterr().err
+
+
+def test_several_processes_may_fetch_the_same(tmp_path: Path) -> None:
+    wheel = tmp_path / "rxnmapper-0.4.3-py3-none-any.whl"
+    known = albert_wheel(wheel)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: published.fetch(known, archive=wheel), range(8)))
+    assert len({folder for (folder,) in folders}) == 1
+    (folder,) = folders[0]
+    source = json.loads((folder / "SOURCE.json").read_text())
+    assert all(
+        hashlib.sha256((folder / name).read_bytes()).hexdigest() == d for name, d in source["files"].items()
+    )
 
 
 def test_chains_are_germline(fetched: Callable[[str], Path]) -> None:
