@@ -371,7 +371,8 @@ def read_problems(
             continue
         try:
             record = documents.parse_json(line)
-            prompt, answer = (_token_ids(record[key], model) for key in ("prompt", "answer"))
+            prompt, answer = record["prompt"], _token_ids(record["answer"], model)
+            prompt = _token_ids(_masked_text(prompt, len(answer), model), model, whole=True)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: expected prompt and answer: {error!r}") from None
         blanks = int((prompt == model.mask_token_id).sum())
@@ -390,11 +391,20 @@ def read_problems(
     return ProblemSet(name, prompts, answers, block_length)
 
 
-def _token_ids(value: Any, model: EvaluatedModel) -> Tensor:
+def _masked_text(prompt: Any, blanks: int, model: EvaluatedModel) -> Any:
+    """For a model that fills in texts, a text with its blanks, which its special tokens go around."""
+    if not isinstance(prompt, str) or not getattr(model.model, "infills", False):
+        return prompt
+    mask = model.tokenizer.mask_token
+    return prompt if mask in prompt else prompt + mask * blanks
+
+
+def _token_ids(value: Any, model: EvaluatedModel, whole: bool = False) -> Tensor:
     if isinstance(value, str):
         if model.tokenizer is None:
             raise ValueError("text, but the model comes without a tokenizer")
-        value = model.tokenizer.encode(value, add_special_tokens=False)
+        special = whole and getattr(model.model, "infills", False)
+        value = model.tokenizer.encode(value, add_special_tokens=special)
     if not isinstance(value, list) or not all(type(x) is int and 0 <= x < 1 << 31 for x in value):
         raise ValueError("expected text or a list of token ids, which are not negative")
     return torch.tensor(value, dtype=torch.int64)

@@ -111,16 +111,14 @@ def judge(problems: ProblemSet, model: EvaluatedModel) -> dict[str, object]:
             firsts[name].append(float(right[value[masked].argmax()]))
             if right.any() and not right.all():
                 aucs[name].append(auc(value[masked], right))
-    summary = {
-        name: {
-            "auc": bootstrap_mean(aucs[name]),
-            "auc less confidence": bootstrap_mean(
-                [x - y for x, y in zip(aucs[name], aucs["confidence"], strict=True)]
-            ),
+    summary = {}
+    for name in firsts:
+        less = [x - y for x, y in zip(aucs[name], aucs["confidence"], strict=True)]
+        summary[name] = {
+            "auc": bootstrap_mean(aucs[name]) if less else None,
+            "auc less confidence": bootstrap_mean(less) if less else None,
             "first choice": bootstrap_mean(firsts[name]),
         }
-        for name in aucs
-    }
     return {
         "problems": len(problems),
         "with both": len(aucs["confidence"]),
@@ -147,13 +145,14 @@ def table(results: dict[str, dict], tasks: list[str]) -> str:
         cells = []
         for task in tasks:
             signal = results[task]["signals"][name]
-            cell = f"{signal['auc'][0]:.3f}"
-            cells.append(f"**{cell}**" if signal["auc less confidence"][1] > 0 else cell)
+            cell = f"{signal['auc'][0]:.3f}" if signal["auc"] else "none"
+            above = signal["auc"] and signal["auc less confidence"][1] > 0
+            cells.append(f"**{cell}**" if above else cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     cells = []
     for task in tasks:
-        heads = {k: v["auc"][0] for k, v in results[task]["signals"].items() if "head" in k}
-        cells.append(f"{min(heads.values()):.2f} to {max(heads.values()):.2f}")
+        heads = [v["auc"][0] for k, v in results[task]["signals"].items() if "head" in k and v["auc"]]
+        cells.append(f"{min(heads):.2f} to {max(heads):.2f}" if heads else "none")
     lines.append("| received, each head | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from wheels import VOCABULARY, albert_wheel
 
 from attn_sampler import published
 from attn_sampler.cli import main
@@ -28,16 +29,11 @@ from attn_sampler.problem_sets import (
     load_model,
     parse_published,
     published_problems,
+    read_problems,
 )
-from attn_sampler.published import FetchError, Published, antibodies, reactions
+from attn_sampler.published import FetchError, antibodies, reactions
 
 REACTION = "CCN(CC)CC.CN1CCNCC1.ClCCl.O=C(Cl)c1ccccc1>>CN1CCN(C(=O)c2ccccc2)CC1"
-VOCABULARY = [
-    *("[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ">>", "~", "[Pd]", "Cl", "Br", "%10"),
-    *("[N+]", "[O-]", "[Na+]", "[K+]", "[Cs+]", "[Li+]", "[OH-]", "[H-]", "[BH-]", "[BH3-]", "[BH4-]"),
-    *("[AlH4-]", "[Cl-]", "[NH4+]", "[Mn]", "[Cr]", "[nH]", "[nH+]", "[Fe]", "[Cu]"),
-    *"BCNOFPSIcnos()=#.-+/\\123456789",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -59,40 +55,6 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             pytest.skip(f"nothing can be fetched here: {error}")
 
     return folder
-
-
-def albert_wheel(path: Path, weights: bytes | None = None) -> Published:
-    """A wheel like rxnmapper's, with a small ALBERT of random weights."""
-    from transformers import AlbertConfig, AlbertForMaskedLM
-
-    config = AlbertConfig(
-        vocab_size=len(VOCABULARY),
-        embedding_size=16,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=160,
-    )
-    torch.manual_seed(0)
-    model = AlbertForMaskedLM(config)
-    inside = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/"
-    if weights is None:
-        buffer = io.BytesIO()
-        # What language modelling does not read is there too.
-        torch.save(
-            {**model.state_dict(), "albert.pooler.weight": torch.ones(32, 32)},
-            buffer,
-            _use_new_zipfile_serialization=False,
-        )
-        weights = buffer.getvalue()
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"{inside}config.json", json.dumps(config.to_dict()))
-        wheel.writestr(f"{inside}vocab.txt", "\n".join(VOCABULARY) + "\n")
-        wheel.writestr(f"{inside}pytorch_model.bin", weights)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    known = next(p for p in published.PUBLISHED if p.package == "rxnmapper")
-    return dataclasses.replace(known, sha256=digest)
 
 
 def test_a_wheel_becomes_a_folder_that_transformers_opens(tmp_path: Path) -> None:
@@ -450,6 +412,23 @@ def test_chains_are_germline(fetched: Callable[[str], Path]) -> None:
 def test_unknown_problems(name: str) -> None:
     with pytest.raises(ValueError, match=f"expected one of sudoku, .*reactions-product, .*, got '{name}'"):
         parse_published(name)
+
+
+def test_texts_for_a_model_that_fills_in(speller: EvaluatedModel, tmp_path: Path) -> None:
+    """Its special tokens stand around the text, blanks and all."""
+    file = tmp_path / "texts.jsonl"
+    texts = [{"prompt": "CC[MASK].O>>C[MASK]", "answer": "NF"}, {"prompt": "CO>>", "answer": "CBrC"}]
+    file.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    problems = read_problems(file, speller, 32)
+    decoded = [speller.tokenizer.convert_ids_to_tokens(prompt.tolist()) for prompt in problems.prompts]
+    assert decoded == [
+        ["[CLS]", "C", "C", "[MASK]", ".", "O", ">>", "C", "[MASK]", "[SEP]"],
+        ["[CLS]", "C", "O", ">>", "[MASK]", "[MASK]", "[MASK]", "[SEP]"],
+    ]
+    assert [spelled(speller, problems.truth(i, speller.mask_token_id)) for i in (0, 1)] == [
+        "CCN.O>>CF",
+        "CO>>CBrC",
+    ]
 
 
 def test_models_that_do_not_spell_the_problems(speller: EvaluatedModel) -> None:
