@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from wheels import albert_wheel
+from wheels import VOCABULARY, albert_wheel
 
 from attn_sampler import published
 from attn_sampler.problem_sets import EvaluatedModel, load_model, published_problems
@@ -19,7 +19,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> EvaluatedModel:
     folder = tmp_path_factory.mktemp("model")
     wheel = folder / "rxnmapper-0.4.3-py3-none-any.whl"
     (made,) = published.fetch(albert_wheel(wheel), archive=wheel, cache=folder)
-    return load_model(f"hub:{made}")
+    model = load_model(f"hub:{made}")
+    with torch.no_grad():  # so that some predictions are right: it always says carbon
+        model.model.model.get_output_embeddings().bias[VOCABULARY.index("C")] += 5
+    return model
 
 
 def test_auc_counts_pairs() -> None:
