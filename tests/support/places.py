@@ -155,7 +155,7 @@ def _cuda_host(device: int, tests: Mapping[str, str]) -> Place:
         "cpu",
         tests,
         {"OMP_NUM_THREADS": "1", "ATTN_SAMPLER_CPU_ISA": ""},
-        one_seed_in=2,
+        one_seed_in=3,
         stand_in=lambda factory: ("CudaHost", cuda_host(factory), device),
     )
 
@@ -201,7 +201,7 @@ PLACES = {
         {"TRITON_INTERPRET": "1"},
         unavailable=_triton_unavailable,
         left_out=_triton_runs_here,
-        one_seed_in=4,
+        one_seed_in=8,
     ),
     "triton@compiler": Place(
         "triton", {TRITON_COMPILE: ""}, {"TRITON_INTERPRET": "0"}, unavailable=_triton_unavailable
