@@ -14,7 +14,7 @@ from attn_sampler.bundled import TASKS, load_model
 from attn_sampler.caching import CACHES
 from attn_sampler.errors import DecodingError
 from attn_sampler.problem_sets import parse_published
-from attn_sampler.published import FetchError
+from attn_sampler.published import MODELS, FetchError, folder
 from attn_sampler.published import command as published
 from attn_sampler.sampler import POLICIES, make_policy
 
@@ -222,7 +222,12 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="PATH", help="a folder, or an id on the hub")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help=f"a folder, an id on the hub, or one of attn-sampler models ({', '.join(MODELS)})",
+    )
     parser.add_argument(
         "--prompt",
         type=command_line.text,
@@ -304,8 +309,9 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
     if suffixes and len(suffixes) != count:
         parser.error(f"argument --suffix: expected 1 or {count}, as there are prompts, got {len(suffixes)}")
     try:
+        known = options.model in MODELS
         checkpoint = load(
-            options.model,
+            str(folder(options.model)) if known else options.model,
             family=options.adapter,
             mask_token_id=options.mask_token_id,
             device=options.device,
@@ -331,7 +337,7 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
             trace=options.trace is not None,
             progress=sys.stderr.isatty(),
         )
-    except (LoadError, ImportError, TypeError, ValueError, RuntimeError) as error:
+    except (LoadError, FetchError, ImportError, TypeError, ValueError, RuntimeError) as error:
         return command_line.fail(error)
     for text in texts:
         print(text)
