@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -355,6 +356,9 @@ def test_eval_and_demo_fetch_what_they_need(
     heading = next(line for line in table.read_text().splitlines() if line.startswith("| rule"))
     assert heading.endswith("| tokens | less confidence | 95 % | valid | less confidence | 95 % |")
     capsys.readouterr()
+    prompt = ["--prompt", "CC[MASK].O>>C[MASK]", "--policy", "threshold"]
+    assert main(["generate", "--model", "rxnmapper", *prompt]) == 0
+    assert re.fullmatch(r"CC.+\.O>>C.+\n", capsys.readouterr().out)
     shown = ["--task", "reactions-20", "--problems", "2", "--policy", "confidence", "threshold"]
     assert main(["demo", *shown, "--trace", str(tmp_path / "trace.json")]) == 0
     printed = capsys.readouterr().out
