@@ -270,9 +270,11 @@ def published_problems(name: str, count: int, model: EvaluatedModel, split: str 
     if model.tokenizer is None:
         raise ValueError(f"{name}: needs a model with a tokenizer")
     texts: dict[str, list[bool]] = {}  # each with its positions that may be blank
-    rng = random.Random(kind)
+    rng, draws = random.Random(kind), 0
     while len(texts) < count:
         text, among = _drawn(kind, blank, rng, model)
+        if (draws := draws + 1) > 20 * count + 1000:
+            raise ValueError(f"{name}: expected at most some {len(texts)} different problems, got {count}")
         if int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % len(SPLITS) == SPLITS.index(split):
             texts.setdefault(text, among)
     prompts, answers = [], []

@@ -1,9 +1,9 @@
 """Human antibody chains from germline genes: problems for the models of antibodies.
 
-A chain is a V gene, a loop and a J gene, as recombination joins them: of a heavy chain, the loop is random in
-length and letters; of a light chain, there is none. What mutation adds later is left out, so that an answer
-can be checked: outside the loop it is the germline's. Positions are IMGT's, which say what is framework and
-what is a complementarity-determining region (CDR): 27 to 38, 56 to 65 and 105 to 117.
+A chain is a V gene, a loop and a J gene, as recombination joins them; the loop, of two to ten letters in a
+heavy chain and none to three in a light one, is random. What mutation adds later is left out, so that an
+answer can be checked: outside the loop it is the germline's. Positions are IMGT's, which say what is
+framework and what is a complementarity-determining region (CDR): 27 to 38, 56 to 65 and 105 to 117.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHAINS = {"heavy": "H", "light": "KL"}
 _CDR = (range(27, 39), range(56, 66), range(105, 118))
 # Of human loops, roughly: tyrosine, glycine, serine, aspartate and arginine are common.
 _LOOP_LETTERS = "GGGGSSSSYYYYDDDRRRAATTVVPPLLNNEWWFKQIHM"
-_LOOP_LENGTHS = range(2, 11)
+_LOOP_LENGTHS = {"heavy": range(2, 11), "light": range(4)}
 
 
 def draw(kind: str, rng: random.Random, germlines: Path) -> tuple[str, list[bool]]:
@@ -39,7 +39,7 @@ def draw(kind: str, rng: random.Random, germlines: Path) -> tuple[str, list[bool
     tables = _tables(germlines)
     locus = rng.choice(CHAINS[kind])
     v, j = (_gene(tables[gene][locus], rng) for gene in "VJ")
-    loop = rng.choices(_LOOP_LETTERS, k=rng.choice(_LOOP_LENGTHS)) if kind == "heavy" else []
+    loop = rng.choices(_LOOP_LETTERS, k=rng.choice(_LOOP_LENGTHS[kind]))
     letters = [letter for letter, _ in v] + loop + [letter for letter, _ in j]
     in_cdr = [cdr for _, cdr in v] + [True] * len(loop) + [cdr for _, cdr in j]
     return "".join(letters), in_cdr

@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -416,6 +417,13 @@ def test_chains_are_germline(fetched: Callable[[str], Path]) -> None:
 def test_unknown_problems(name: str) -> None:
     with pytest.raises(ValueError, match=f"expected one of sudoku, .*reactions-product, .*, got '{name}'"):
         parse_published(name)
+
+
+def test_no_more_problems_than_there_are(speller: EvaluatedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = itertools.cycle(["CCO", "CCN", "CCF"])
+    monkeypatch.setattr(reactions, "draw", lambda _: (["C"], ["N"], next(products)))
+    with pytest.raises(ValueError, match=r"reactions: expected at most some [0-3] different problems, got 4"):
+        published_problems("reactions", 4, speller)
 
 
 def test_texts_for_a_model_that_fills_in(speller: EvaluatedModel, tmp_path: Path) -> None:
