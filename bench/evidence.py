@@ -33,6 +33,7 @@ class Run(NamedTuple):
     tasks: tuple[str, ...]
     problems: int
     rules: tuple[str, ...]
+    model: str | None = None  # None: that of the tasks
 
 
 RUNS = (
@@ -44,6 +45,8 @@ RUNS = (
     ),
     Run("published_rxnmapper", ("reactions-product",), 150, (*ORDERS, THRESHOLDS[0])),
     Run("published_rxnmapper", ("reactions-50",), 100, (*ORDERS[:3], "random", THRESHOLDS[0])),
+    # A model that no rule was made on.
+    Run("published_rxnfp", ("reactions-reagent",), 300, (*ORDERS, *THRESHOLDS), "rxnfp"),
     Run("published_sapiens", ("heavy-framework", "light-framework"), 300, (*ORDERS, *THRESHOLDS)),
     Run("published_sapiens", ("heavy-100",), 100, ORDERS),
     Run("published_sapiens", ("heavy-30",), 300, (*ORDERS[:3], "random", THRESHOLDS[0])),
