@@ -47,9 +47,9 @@ RUNS = (
     Run("published_rxnmapper", ("reactions-50",), 100, (*ORDERS[:3], "random", THRESHOLDS[0])),
     # A model that no rule was made on.
     Run("published_rxnfp", ("reactions-reagent",), 300, (*ORDERS, *THRESHOLDS), "rxnfp"),
-    Run("published_sapiens", ("heavy-framework", "light-framework"), 300, (*ORDERS, *THRESHOLDS)),
-    Run("published_sapiens", ("heavy-100",), 100, ORDERS),
-    Run("published_sapiens", ("heavy-30",), 300, (*ORDERS[:3], "random", THRESHOLDS[0])),
+    Run("published_sapiens", ("heavy-framework", "light-framework"), 100, (*ORDERS, *THRESHOLDS)),
+    Run("published_sapiens", ("heavy-30",), 100, (*ORDERS[:3], "random", THRESHOLDS[0])),
+    Run("published_sapiens", ("heavy-100",), 50, ORDERS),
 )
 SIGNALS = (
     *("reactions-product", "reactions-reagent", "reactions-20", "reactions-50", "reactions-80"),
