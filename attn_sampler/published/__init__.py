@@ -146,8 +146,11 @@ def folder(name: str, cache: Path | None = None) -> Path:
     published, path = find(name), _folder(name, cache)
     if not is_here(name, cache):
         fetch(published, cache=cache)
-    source = json.loads(documents.read_text(path / _SOURCE))
-    for file, digest in source["files"].items():
+    try:
+        written = documents.parse_json(documents.read_text(path / _SOURCE))["files"]
+    except (KeyError, TypeError, ValueError):
+        written = {_SOURCE: None}
+    for file, digest in written.items():
         if not (path / file).is_file() or _sha256(path / file) != digest:
             raise FetchError(f"{path / file}: was changed since it was fetched; remove {path}")
     return path

@@ -138,6 +138,9 @@ def test_files_changed_since_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         file.write(b"\0")
     with pytest.raises(FetchError, match=r"model\.safetensors: was changed since it was fetched; remove"):
         published.folder("rxnmapper")
+    (folder / "SOURCE.json").write_text("{")
+    with pytest.raises(FetchError, match=r"SOURCE\.json: was changed since it was fetched; remove"):
+        published.folder("rxnmapper")
     published.fetch(known, archive=wheel)  # takes its place
     assert published.folder("rxnmapper") == folder
 
