@@ -37,17 +37,19 @@ from attn_sampler.options import RULES, check_temperature
 from attn_sampler.policy import top_positions
 from attn_sampler.reference import REPLACED
 
-_configuration, _scheduling, _refinement = (
-    require(f"diffusers.{module}", "diffusers", "pip install 'attn_sampler[diffusers]'", "0.42", "1")
-    for module in (
-        "configuration_utils",
-        "schedulers.scheduling_utils",
-        "schedulers.scheduling_block_refinement",
-    )
-)  # type: Any, Any, Any
+
+def _part(name: str) -> Any:
+    """A module of diffusers."""
+    return require(f"diffusers.{name}", "diffusers", "pip install 'attn_sampler[diffusers]'", "0.42", "1")
 
 
-class AttnSamplerScheduler(_scheduling.SchedulerMixin, _configuration.ConfigMixin):
+_configuration: Any = _part("configuration_utils")
+_refinement: Any = _part("schedulers.scheduling_block_refinement")
+# By this name here ``from_pretrained`` of a whole pipeline knows that this module's scheduler is one.
+SchedulerMixin: Any = _part("schedulers.scheduling_utils").SchedulerMixin
+
+
+class AttnSamplerScheduler(SchedulerMixin, _configuration.ConfigMixin):
     """Commits by the attention that positions receive, or by another rule of ``decode_step``.
 
     Parameters

@@ -16,6 +16,7 @@ import pytest
 import torch
 from engine_toy import installed, needs_installed, sources, stub, toy
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_model import MASK, VOCAB, ToyModel
 
 from attn_sampler import AttentionCapture, decode_step, generate
@@ -318,6 +319,33 @@ def test_attention(adapter: Any, options: dict[str, Any], steps: int):
     torch.testing.assert_close(output.sampled_probs, result.log_prob.exp())
 
 
+class HostReads(TorchDispatchMode):
+    """Refuses what waits for the device where tensors are on one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = str(func.overloadpacket)
+        assert name not in ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal"), (
+            name
+        )
+        indices = args[1] if name in ("aten.index", "aten.index_put", "aten.index_put_") else ()
+        assert all(i is None or i.dtype != torch.bool for i in indices), "a boolean index waits"
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("rule", ["parallel", "threshold"])
+def test_nothing_waits_for_the_device(adapter: Any, rule: str):
+    model, tokens = hf_toy(), torch.full((2, 3 * BLOCK), MASK)
+    scheduler = adapter.AttnSamplerScheduler(rule=rule, block_length=BLOCK, num_inference_steps=2)
+    options = {"temperature": 0.9, "top_k": 5, "top_p": 0.8, "threshold": 0.4, "editing_threshold": 0.5}
+    with scheduler.attach(model):
+        logits = model(tokens, attention_mask=torch.ones_like(tokens)).logits[:, -BLOCK:]
+    prompt = torch.tensor([True, False, False, False])
+    with HostReads():
+        scheduler.step(logits, 0, tokens[:, -BLOCK:], mask_token_id=MASK, prompt_mask=prompt, **options)
+    with HostReads(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        bool(tokens.any())
+
+
 def test_attention_that_is_missing(adapter: Any):
     model, tokens = hf_toy(), torch.full((1, BLOCK), MASK)
     scheduler = adapter.AttnSamplerScheduler(block_length=BLOCK)
@@ -480,6 +508,14 @@ def pipeline(scheduler: Any, model: Any) -> Any:
     pipe = importlib.import_module("diffusers").LLaDA2Pipeline(model=model, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@real
+def test_pipeline_is_saved_and_loaded(adapter: Any, tmp_path: Any):
+    pipeline(adapter.AttnSamplerScheduler(rule="sequential"), None).save_pretrained(tmp_path)
+    loaded = importlib.import_module("diffusers").LLaDA2Pipeline.from_pretrained(tmp_path, model=None)
+    assert type(loaded.scheduler) is adapter.AttnSamplerScheduler
+    assert loaded.scheduler.config.rule == "sequential"
 
 
 CALL = {"mask_token_id": MASK, "block_length": BLOCK, "eos_early_stop": False, "output_type": "seq"}
