@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INT64_END = 1 << 63
 FLOAT8 = torch.float8_e4m3fn
 ATTENTION_DTYPES = (*FLOAT_DTYPES, FLOAT8)
 
@@ -163,6 +164,13 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
         upper = "inf" if high is None else high
         raise ValueError(f"{name}: expected an integer in [{lower}, {upper}), got {_shown(value)}")
     return value  # type: ignore[return-value]
+
+
+def integers(name: str, value: object, low: int | None = None, high: int | None = INT64_END) -> list[int]:
+    """A sequence of integers in [low, high)."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a sequence of integers, got {type(value).__name__}")
+    return [integer(name, x, low, high) for x in value]
 
 
 def pair(name: str, value: object, what: str, low: int, high: int) -> None:

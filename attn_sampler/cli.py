@@ -262,6 +262,32 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="positions decoded together (default: the model's)",
     )
+    parser.add_argument(
+        "--eos-token-id",
+        type=command_line.seed,
+        nargs="+",
+        metavar="ID",
+        help="tokens that end a text (default: the model's)",
+    )
+    parser.add_argument(
+        "--eos-last",
+        action="store_true",
+        help="leave the end of text for last in each block, as models that predict it too early need",
+    )
+    parser.add_argument(
+        "--stop",
+        type=command_line.text,
+        nargs="+",
+        metavar="TEXT",
+        help="texts that end a continuation, and are cut off",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=command_line.non_negative,
+        default=0.0,
+        metavar="W",
+        help="of classifier-free guidance, which takes a second pass in each step (default: 0, none)",
+    )
     parser.add_argument("--cache", choices=CACHES, default="none", help="of keys and values (default: none)")
     parser.add_argument(
         "--layers",
@@ -325,6 +351,10 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
             options.prompt,
             chat=options.chat,
             suffixes=suffixes,
+            stop=options.stop,
+            eos_token_id=options.eos_token_id,
+            eos_last=options.eos_last,
+            guidance_scale=options.guidance_scale,
             policy=options.policy,
             tau=options.tau,
             gen_length=options.gen_length,

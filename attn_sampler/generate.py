@@ -6,25 +6,26 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attn_sampler import checks
+from attn_sampler import checks, prompts
 from attn_sampler.backends import choose_backend
 from attn_sampler.caching import ForwardPasses
 from attn_sampler.capture import AttentionCapture
-from attn_sampler.options import QUERY_ROWS, check_temperature, renamed, signed_seed
+from attn_sampler.endings import GOES_ON, TextEnds
+from attn_sampler.functional import token_confidence
+from attn_sampler.logits import LogitEdits, guided
+from attn_sampler.options import QUERY_ROWS, check_temperature, renamed
 from attn_sampler.policy import Policy, check_progress
 from attn_sampler.reference import StepResult, masked_rows
 from attn_sampler.sampler import make_policy
 from attn_sampler.trace import Commit, DecodeTrace, step_commits
 
 STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
-_INT64_END = 1 << 63
-_MAX_LENGTH = 1 << 40  # far beyond any model's; the memory is asked for next
 
 
 @dataclasses.dataclass
@@ -33,7 +34,7 @@ class Generation:
 
     tokens: Tensor  # [B, T] int64, prompts (left-padded) and their continuations
     attention_mask: Tensor  # [B, T] bool, False at padding
-    num_forward_passes: Tensor  # [B] int64, the passes that each sequence took
+    num_forward_passes: Tensor  # [B] int64, the passes that each sequence took, those that guide left out
     forward_seconds: float  # in the model, attention capture included
     sampling_seconds: float  # in scores, confidence, selection and commit
     trace: DecodeTrace | None  # where asked for
@@ -60,8 +61,15 @@ def generate(
     temperature: float = 0.0,
     seed: int | Sequence[int] = 0,
     attention_mask: Tensor | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    eos_last: bool = False,
+    stop: Sequence[str] = (),
+    decode: Callable[[list[int]], str] | None = None,
     pad_token_id: int | None = None,
+    suppress_token_ids: Sequence[int] = (),
+    logit_bias: Mapping[int, float] | Tensor | None = None,
+    guidance_scale: float = 0.0,
+    unconditional_prompt_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | None = None,
     logit_shift: bool = False,
     cache: str = "none",
     layers: str | slice | Sequence[int] = "all",
@@ -115,11 +123,28 @@ def generate(
     attention_mask
         Boolean [B, T] for a left-padded ``prompt_ids`` tensor: False at padding.
     eos_token_id
-        A sequence that has committed this token and everything before it stops at the end of the
-        block; its later masked positions become this token.
+        A sequence that has committed this token, or the first of several, and everything before it stops at
+        the end of the block; its later masked positions become this token (of several, the one named first).
+    eos_last
+        True leaves a position that predicts the end of text masked while the sequence has a masked position
+        in the block that predicts something else; the policy does not see it as masked then. Models that
+        were trained on texts filled up with that token predict it early, and surely. Costs a second
+        prediction in each step.
+    stop, decode
+        Texts that end a sequence as eos_token_id does, and what gives the text of token ids (a tokenizer's
+        ``decode``). The tokens filled in, given ones left out, are searched after each block, and the one
+        that completes a stop text is the last. What follows becomes eos_token_id, or else pad_token_id.
     pad_token_id
         What ragged prompts are padded with, not mask_token_id. Default: eos_token_id, or else 0 (or 1). It is
         masked from attention.
+    suppress_token_ids, logit_bias
+        Tokens that are never predicted, and what is added to the logits: a finite number or -inf for each of
+        some tokens, or a tensor [V], taken in float32.
+    guidance_scale, unconditional_prompt_ids
+        Classifier-free guidance, as in LLaDA's generate.py (arXiv 2502.09992): above 0 the logits
+        are ``u + (guidance_scale + 1) * (c - u)``, c the model's and u those of another pass, in which all
+        given tokens are mask_token_id, or those of unconditional_prompt_ids, prompts of the same lengths.
+        Scores count the attention of the pass for c alone. Goes with ``cache="none"``.
     logit_shift
         True for models that predict position j from hidden row j - 1 (Dream, Fast-dLLM v2). A sequence's
         first position, which nothing but padding precedes, is predicted from its own row.
@@ -150,7 +175,7 @@ def generate(
     -------
     Generation
         Times are the host's: on an accelerator, which works behind the host, the wait for the model
-        counts as sampling. A pass that only fills a cache counts as time, not as a pass.
+        counts as sampling. A pass that only fills a cache, or only guides, counts as time, not as a pass.
 
     Raises
     ------
@@ -164,27 +189,49 @@ def generate(
     if not callable(model):
         raise TypeError(f"model: expected a callable, got {type(model).__name__}")
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
-    checks.integer("mask_token_id", mask_token_id, 0, _INT64_END)
+    checks.integer("mask_token_id", mask_token_id, 0, checks.INT64_END)
     checks.integer("block_length", block_length, 1)
     check_temperature(temperature)
     checks.choice("query_rows", query_rows, QUERY_ROWS)
-    flags = {"logit_shift": logit_shift, "keep_layers": keep_layers, "progress": progress, "trace": trace}
+    flags = {
+        "eos_last": eos_last,
+        "logit_shift": logit_shift,
+        "keep_layers": keep_layers,
+        "progress": progress,
+        "trace": trace,
+    }
     for name, flag in flags.items():
         checks.flag(name, flag)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step: expected a callable, got {type(on_step).__name__}")
+    ends = TextEnds(eos_token_id, stop, decode, mask_token_id)
+    if eos_last and not ends.token_ids:
+        raise ValueError("eos_last: expected an eos_token_id to go with it, got none")
+    edits = LogitEdits(suppress_token_ids, {} if logit_bias is None else logit_bias, mask_token_id)
     keep = keep_layers or chosen.needs_map
     capture = AttentionCapture(
         layers=layers, keep=keep, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
     )
     forward = ForwardPasses(model, cache, logit_shift, chosen.shadows)
-    tokens, visible = _prompts(model, prompt_ids, attention_mask, mask_token_id, eos_token_id, pad_token_id)
+    if pad_token_id is None:
+        pad_token_id = next(iter(ends.token_ids), int(mask_token_id == 0))
+    source = (model, attention_mask, mask_token_id, pad_token_id)
+    tokens, visible = prompts.read("prompt_ids", prompt_ids, *source)
+    unconditional = None
+    if checks.non_negative("guidance_scale", guidance_scale) > 0.0:
+        if cache != "none":
+            raise ValueError(f"guidance_scale: goes with cache='none', got {cache!r}")
+        unconditional = prompts.unconditional(unconditional_prompt_ids, tokens, visible, *source)
+    elif unconditional_prompt_ids is not None:
+        raise ValueError("unconditional_prompt_ids: goes with a guidance_scale > 0, got 0")
     prompt_length = tokens.shape[1]
     if forward.causal_block is not None:
-        _check_alignment(visible, forward.causal_block, block_length)
+        prompts.check_alignment(visible, forward.causal_block, block_length)
         prompt_length = 0  # where blocks are counted from
-    tokens, visible = _append(tokens, visible, gen_length, mask_token_id)
-    seeds = _sequence_seeds(seed, tokens)
+    tokens, visible = prompts.append_masked(tokens, visible, gen_length, mask_token_id)
+    if unconditional is not None:
+        unconditional = torch.nn.functional.pad(unconditional, (0, gen_length), value=mask_token_id)
+    seeds = prompts.sequence_seeds(seed, tokens)
     choose_backend("decode_step", backend, tokens)
     to_fill = tokens == mask_token_id
     if len(tokens) and not to_fill.any():
@@ -204,7 +251,12 @@ def generate(
             to_fill,
             seeds,
             mask_token_id=mask_token_id,
-            eos_token_id=eos_token_id,
+            ends=ends,
+            eos_last=eos_last,
+            filler=next(iter(ends.token_ids), pad_token_id),
+            edits=edits,
+            unconditional=unconditional,
+            guidance_scale=guidance_scale,
             query_rows=query_rows,
             options={"temperature": temperature, "backend": backend},
             trace=record,
@@ -229,7 +281,12 @@ class _Run:
     to_fill: Tensor  # [B, T] bool, masked at the start
     seeds: Tensor  # [B] int64
     mask_token_id: int
-    eos_token_id: int | None
+    ends: TextEnds
+    eos_last: bool
+    filler: int  # behind the end of a text
+    edits: LogitEdits
+    unconditional: Tensor | None  # [B, T] int64, what stands in the place of given tokens in a guiding pass
+    guidance_scale: float
     query_rows: str
     options: dict[str, Any]  # of the policy's step
     trace: DecodeTrace | None
@@ -242,7 +299,7 @@ class _Run:
         shifts_padding = self.padded and self.forward.logit_shift
         self.last_begin = int((~self.visible).sum(dim=1).max()) if shifts_padding else -1
         self.passes = torch.zeros_like(self.seeds)  # [B]
-        self.finished = torch.zeros_like(self.seeds, dtype=torch.bool)
+        self.last = torch.full_like(self.seeds, GOES_ON)  # [B], the position where the text ends
         self.budget = torch.zeros_like(self.tokens, dtype=torch.int32)  # [B, T], of revisions
         if self.policy.revises:
             self.budget.masked_fill_(self.to_fill, checks.integer("max_edits", self.policy.max_edits, 0))
@@ -251,16 +308,17 @@ class _Run:
     def decode_block(self, block: slice) -> None:
         """Fill a block of the sequences whose text has not ended."""
         self.policy.reset()
-        active = (self.to_fill[:, block].any(dim=1) & ~self.finished).nonzero().squeeze(1)
+        started = (self.to_fill[:, block].any(dim=1) & (self.last == GOES_ON)).nonzero().squeeze(1)
+        active = started
         if len(active):
             began = time.perf_counter()
             self.forward.enter(self.tokens, self.visible if self.padded else None, block)
             self.forward_seconds += time.perf_counter() - began
         while len(active):
             active = active[self._step(block, active)]
-        if self.eos_token_id is not None:
-            filled = self.to_fill[:, : block.stop] & (self.tokens[:, : block.stop] == self.eos_token_id)
-            self.finished |= filled.any(dim=1)
+        if self.ends:
+            so_far = slice(block.stop)
+            self.last[started] = self.ends.find(self.tokens[started, so_far], self.to_fill[started, so_far])
 
     def _step(self, block: slice, active: Tensor) -> Tensor:
         """One step of the sequences ``active``, and which of them are not done with the block."""
@@ -270,7 +328,11 @@ class _Run:
         positions = self.forward.rows(block, tokens.shape[1])
         with self._captured(tokens, visible, block, positions) if needs_scores else contextlib.nullcontext():
             output = self.forward.logits(tokens, visible if self.padded else None, block, active)
+        logits = self._block_logits(output, tokens[:, positions], block, positions.start, active)
+        if self.unconditional is not None:
+            logits = self._guided(logits, tokens, visible, block, active)
         passed = time.perf_counter()
+        logits = self.edits(logits)
         attention, options = self.capture.step_input(self.policy.needs_map) if needs_scores else (None, {})
         if self.padded and self.policy.needs_map:
             options["padding"] = ~visible[:, block]
@@ -278,17 +340,28 @@ class _Run:
             options["budget"] = self.budget[active, block]
             options["recheck"] = torch.zeros_like(active, dtype=torch.bool)
         masked = tokens[:, block] == self.mask_token_id
+        seeds = self.seeds[active] + self.passes[active] * STEP_STRIDE
+        held = self._held(logits, masked, seeds) if self.eos_last else None
+        if held is not None:  # to the policy these positions are neither masked nor its own to revise
+            tokens[:, block].masked_fill_(held, self.filler)
+            if self.policy.revises:
+                options["budget"].masked_fill_(held, 0)
         result = self.policy.step(
             tokens,
-            self._block_logits(output, tokens[:, positions], block, positions.start, active),
+            logits,
             attention,
             block=block,
             mask_token_id=self.mask_token_id,
             sequence=active,
-            seeds=self.seeds[active] + self.passes[active] * STEP_STRIDE,
+            seeds=seeds,
             **self.options,
             **options,
         )
+        if held is not None:
+            tokens[:, block].masked_fill_(held, self.mask_token_id)
+            if self.policy.revises:
+                budget = self.budget[active, block]
+                options["budget"] = torch.where(held, budget, options["budget"])
         left = result.tokens[:, block] == self.mask_token_id
         scores, revised = result.scores if needs_scores else None, result.revised
         count = check_progress(left, result.selected, result.confidence, scores, active, block.start, revised)
@@ -308,6 +381,25 @@ class _Run:
         if self.on_step is not None:
             self.on_step(StepEvent(self.num_steps, block, active, result))
         return more
+
+    def _guided(
+        self, logits: Tensor, tokens: Tensor, visible: Tensor, block: slice, active: Tensor
+    ) -> Tensor:
+        """The block's logits, guided by those of a pass without the given tokens."""
+        assert self.unconditional is not None
+        tokens = torch.where(self.to_fill[active], tokens, self.unconditional[active])
+        output = self.forward.logits(tokens, visible if self.padded else None, block, active)
+        rows = self.forward.rows(block, tokens.shape[1])
+        without = self._block_logits(output, tokens[:, rows], block, rows.start, active)
+        return guided(logits, without, self.guidance_scale)
+
+    def _held(self, logits: Tensor, masked: Tensor, seeds: Tensor) -> Tensor:
+        """The masked positions [B, C] that predict the end of text where others of their row do not."""
+        predicted = token_confidence(
+            logits, seed=seeds, exclude_token_id=self.mask_token_id, **self.options
+        ).token_ids
+        ends = masked & self.ends.is_end(predicted)
+        return ends & (masked & ~ends).any(dim=1, keepdim=True)
 
     def _captured(self, tokens: Tensor, visible: Tensor, block: slice, positions: slice) -> AttentionCapture:
         """The capture, for a pass whose queries stand at ``positions``."""
@@ -346,101 +438,16 @@ class _Run:
         return torch.where(self.begins[active, block][..., None], own, shifted)
 
     def end_texts(self) -> None:
-        """The end-of-text token behind the first one that was filled in."""
-        if self.eos_token_id is None:
-            return
-        is_end = self.tokens == self.eos_token_id
-        ended = self.to_fill & ((is_end & self.to_fill).cumsum(dim=1) > 0) & ~is_end
-        self.tokens = self.tokens.masked_fill(ended, self.eos_token_id)
+        """The filler behind the last token of the texts that have ended."""
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        ended = self.to_fill & (position > self.last[:, None]) & (self.tokens != self.filler)
+        self.tokens = self.tokens.masked_fill(ended, self.filler)
         if self.trace is not None:
             nan = float("nan")
             self.trace.commits += [
-                Commit(sequence, int(self.passes[sequence]), position, self.eos_token_id, nan, nan)
+                Commit(sequence, int(self.passes[sequence]), position, self.filler, nan, nan)
                 for sequence, position in ended.nonzero().tolist()
             ]
-
-
-def _prompts(
-    model: Callable[..., Any],
-    prompt_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]],
-    attention_mask: Tensor | None,
-    mask_token_id: int,
-    eos_token_id: int | None,
-    pad_token_id: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T], a copy, and which of them are not padding."""
-    for name, token_id in (("eos_token_id", eos_token_id), ("pad_token_id", pad_token_id)):
-        if token_id is not None:
-            checks.integer(name, token_id, 0, _INT64_END)
-            if token_id == mask_token_id:
-                raise ValueError(f"{name}: expected another token than mask_token_id, got {token_id}")
-    if isinstance(prompt_ids, Tensor):
-        checks.tensor("prompt_ids", prompt_ids, "[B, T]", (torch.int64,))
-        if attention_mask is None:
-            return prompt_ids.clone(), torch.ones_like(prompt_ids, dtype=torch.bool)
-        shape = prompt_ids.shape
-        checks.tensor("attention_mask", attention_mask, "[B, T]", (torch.bool,), like=prompt_ids)
-        checks.shape("attention_mask", attention_mask, "[B, T]", shape)
-        if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
-            raise ValueError("attention_mask: expected padding on the left: False, then True, in each row")
-        if ((prompt_ids == mask_token_id) & ~attention_mask).any():
-            raise ValueError("prompt_ids: expected no mask_token_id at the padding of attention_mask")
-        return prompt_ids.clone(), attention_mask.clone()
-    if attention_mask is not None:
-        raise ValueError("attention_mask: goes with a prompt_ids tensor, not with a list of prompts")
-    if isinstance(prompt_ids, str) or not isinstance(prompt_ids, Sequence):
-        raise TypeError(f"prompt_ids: expected a tensor or a sequence, got {type(prompt_ids).__name__}")
-    try:
-        rows = [torch.as_tensor(row) for row in prompt_ids]
-    except (TypeError, ValueError, RuntimeError) as error:  # text that is yet to be tokenized, for one
-        raise TypeError(f"prompt_ids: expected a sequence of token ids for each prompt: {error}") from None
-    if any(row.dim() != 1 or (len(row) and row.dtype != torch.int64) for row in rows):
-        raise ValueError("prompt_ids: expected [B, T], or a sequence of 1-dimensional int64 prompts")
-    if pad_token_id is None:
-        pad_token_id = int(mask_token_id == 0) if eos_token_id is None else eos_token_id
-    parameter = next(model.parameters(), None) if hasattr(model, "parameters") else None
-    device = rows[0].device if parameter is None and rows else getattr(parameter, "device", None)
-    length = max(map(len, rows), default=0)
-    tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.int64, device=device)
-    visible = torch.zeros_like(tokens, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, length - len(row) :] = row
-        visible[i, length - len(row) :] = True
-    return tokens, visible
-
-
-def _check_alignment(visible: Tensor, causal_block: int, block_length: int) -> None:
-    """The blocks that are decoded lie in those of a block-causal model."""
-    if causal_block % block_length != 0:
-        raise ValueError(
-            f"block_length: expected a divisor of the model's blocks of {causal_block}, got {block_length}"
-        )
-    if ((~visible).sum(dim=1) % causal_block != 0).any():
-        raise ValueError(
-            f"prompt_ids: expected padding by multiples of the model's blocks of {causal_block}, so prompts "
-            f"whose lengths agree modulo {causal_block}, got lengths {visible.sum(dim=1).tolist()}"
-        )
-
-
-def _append(tokens: Tensor, visible: Tensor, count: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
-    """The prompts with ``count`` masked positions behind each."""
-    checks.integer("gen_length", count, 0, _MAX_LENGTH)
-    shape = (len(tokens), count)
-    masked = tokens.new_full(shape, mask_token_id)
-    return torch.cat([tokens, masked], dim=1), torch.cat([visible, visible.new_ones(shape)], dim=1)
-
-
-def _sequence_seeds(seed: int | Sequence[int], tokens: Tensor) -> Tensor:
-    """One int64 seed a sequence."""
-    batch = len(tokens)
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
-        values = [checks.integer("seed", s) for s in seed]
-        if len(values) != batch:
-            raise ValueError(f"seed: expected an integer or {batch} of them, got {len(values)}")
-    else:
-        first = checks.integer("seed", seed)
-        values = [first + i for i in range(batch)]
-    return torch.tensor([signed_seed(x) for x in values], dtype=torch.int64, device=tokens.device)
 
 
 def _blocks(prompt_length: int, length: int, block_length: int) -> Iterator[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import itertools
@@ -16,6 +17,7 @@ import torch
 from attn_sampler import checks
 from attn_sampler.adapters import untested_version
 from attn_sampler.adapters.models import FAMILIES, Adapter, Family, adapt, find_family
+from attn_sampler.endings import cut
 from attn_sampler.generate import Generation, generate
 
 TESTED_VERSIONS = ("5.24", "5.25")
@@ -117,6 +119,7 @@ def load(
         given = {} if attention is None else {"attn_implementation": attention}
         auto_class = getattr(transformers, FAMILIES[family].auto_class)
         model = auto_class.from_pretrained(path, dtype=dtype, **given, **code).eval()
+        ends = _ends_named(path)
     except LoadError:
         raise
     except Exception as error:  # of any type: tokenizers, for one, raises Exception itself at a broken file
@@ -139,9 +142,11 @@ def load(
     except ValueError as error:
         raise LoadError(f"{path}: {error}") from None
     options["mask_token_id"] = mask_token_id
-    if not _has(tokenizer, options.get("eos_token_id")):  # text that is filled in does not end early
-        options["eos_token_id"] = None if infills else getattr(tokenizer, "eos_token_id", None)
-    _check_vocabulary(config, filter(None, [options["eos_token_id"]]))
+    end = options.get("eos_token_id")
+    end = end if _has(tokenizer, end) else getattr(tokenizer, "eos_token_id", None)
+    ends = [x for x in dict.fromkeys([end, *ends]) if _has(tokenizer, x)]
+    options["eos_token_id"] = None if infills or not ends else ends  # what is filled in does not end early
+    _check_vocabulary(config, options["eos_token_id"] or ())
     if named:  # by the user, who may be wrong: one token tells
         try:
             with torch.no_grad():
@@ -160,6 +165,7 @@ def decode(
     chat: bool = True,
     gen_length: int | None = None,
     suffixes: Sequence[str] | None = None,
+    stop: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[list[str], Generation]:
     """The texts of prompts, filled in or continued, and what ``generate`` returned.
@@ -178,6 +184,8 @@ def decode(
     suffixes
         A text for each prompt that follows the masked tokens. The tokenizer's own tokens at the end
         ([SEP]) stand behind it; for a masked language model they stand behind the masked tokens in any case.
+    stop
+        Texts that end what is continued, and are cut off with what follows.
     **options
         Of ``generate``; those that are None are left to the checkpoint's family.
 
@@ -192,8 +200,9 @@ def decode(
     LoadError
         A prompt cannot be encoded, or has a token that the model does not know.
     ValueError
-        A prompt has nothing to fill; the suffixes are of another number than the prompts, or the model does
-        not see them; or as ``generate``, which raises other errors too.
+        A prompt has nothing to fill; a stop text is given, and something to fill in; the suffixes are of
+        another number than the prompts, or the model does not see them; or as ``generate``, which raises
+        other errors too.
     """
     adapter, tokenizer, family_options = checkpoint
     mask_token_id = family_options["mask_token_id"]
@@ -230,13 +239,18 @@ def decode(
             raise ValueError(
                 f"prompt {number}: expected {mask} where it is to be filled, or a gen_length > 0"
             )
+    if stop and (inside or any(masked)):
+        raise ValueError("stop: goes with text that is continued, not with text that is filled in")
     given = {name: value for name, value in options.items() if value is not None}
     given["gen_length"] = 0 if inside else gen_length
+    if stop:
+        given |= {"stop": stop, "decode": functools.partial(tokenizer.decode, skip_special_tokens=True)}
     generation = generate(adapter, ids, **{**family_options, **given})
     length = max(map(len, ids))
     starts = [length - len(row) if any(masked) else length for row in ids]
     tokens = [row[start:] for row, start in zip(generation.tokens.tolist(), starts, strict=True)]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True), generation
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text[: cut(text, stop or ())] for text in texts], generation
 
 
 def _reason(error: Exception) -> str:
@@ -272,6 +286,17 @@ def _never_predicted(config: Any, tokenizer: Any, mask_token_id: int) -> list[in
     special = {*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)}
     words = set(tokenizer.get_vocab().values()) - special | {mask_token_id}
     return [token_id for token_id in range(config.vocab_size) if token_id not in words]
+
+
+def _ends_named(path: str) -> list[int | None]:
+    """The end-of-text tokens that the checkpoint's generation_config.json names, where it has one."""
+    import transformers
+
+    try:
+        named = transformers.GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        return []
+    return named if isinstance(named, list) else [named]
 
 
 def _has(tokenizer: Any, token_id: int | None) -> bool:

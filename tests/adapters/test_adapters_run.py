@@ -155,6 +155,44 @@ def test_masked_tokens_before_a_suffix_and_inside_a_prompt(
     assert "prompt 1: expected [MASK] where it is to be filled, or a gen_length > 0" in line
 
 
+def test_ends_of_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that the checkpoint names, those that the command names, and stop texts, which are cut off."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="attn_sampler").eval()
+    adapter, options = adapt(make_bidirectional(model), "bidirectional")
+    options |= {"block_length": 4, "mask_token_id": MASK, "gen_length": 12, "temperature": 20.0, "seed": 0}
+    ids = generate(adapter, [[4, 5]], eos_token_id=2, **options).tokens[0, 2:].tolist()
+    assert len(set(ids)) > 6
+    assert min(ids) > 2
+    middle = ids[5]
+    at = ids.index(middle)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    named = {"eos_token_id": [2, middle, 126081], "transformers_version": transformers.__version__}
+    (tmp_path / "generation_config.json").write_text(json.dumps(named))
+    assert load(str(tmp_path), family="bidirectional", device="cpu").options["eos_token_id"] == [2, middle]
+    assert load(str(folder), family="bidirectional", device="cpu").options["eos_token_id"] == [2]
+
+    def told(path: Path, *more: str) -> list[str]:
+        assert main(arguments(path, "--prompt", "w1 w2", "--temperature", "20", *more)) == 0
+        return capsys.readouterr().out.splitlines()[0].split()
+
+    words = [WORDS[i] for i in ids]
+    assert told(tmp_path) == words[: at + 1]
+    assert told(folder, "--eos-token-id", "2", str(middle)) == words[: at + 1]
+    assert told(folder, "--eos-token-id", "0", "1") == words
+    stop = " ".join(words[5:7])
+    assert told(folder, "--stop", "none", stop) == " ".join(words).partition(stop)[0].split()
+    guided = generate(adapter, [[4, 5]], eos_token_id=2, guidance_scale=2.0, **options).tokens[0, 2:].tolist()
+    assert told(folder, "--guidance-scale", "2") == [WORDS[i] for i in guided if i > 2]
+    last = generate(adapter, [[4, 5]], eos_token_id=middle, eos_last=True, **options).tokens[0, 2:].tolist()
+    assert last != generate(adapter, [[4, 5]], eos_token_id=middle, **options).tokens[0, 2:].tolist()
+    assert told(folder, "--eos-token-id", str(middle), "--eos-last") == [WORDS[i] for i in last if i > 2]
+    line = failure(arguments(folder, "--prompt", "w1", "--guidance-scale", "1", "--cache", "dual"), capsys)
+    assert "guidance_scale: goes with cache='none', got 'dual'" in line
+    line = failure(arguments(folder, "--prompt", "w1 [MASK]", "--stop", "w3"), capsys)
+    assert "stop: goes with text that is continued, not with text that is filled in" in line
+
+
 def test_what_is_continued_has_128_new_tokens_unless_told_otherwise(folder: Path) -> None:
     checkpoint = load(str(folder), family="bidirectional", device="cpu")
     options = {"policy": "threshold", "tau": 0.0}
