@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -271,8 +272,9 @@ def published_problems(name: str, count: int, model: EvaluatedModel, split: str 
         raise ValueError(f"{name}: needs a model with a tokenizer")
     texts: dict[str, list[bool]] = {}  # each with its positions that may be blank
     rng, draws = random.Random(kind), 0
+    num_tokens = functools.cache(lambda part: len(model.tokenizer.encode(part, add_special_tokens=False)))
     while len(texts) < count:
-        text, among = _drawn(kind, blank, rng, model)
+        text, among = _drawn(kind, blank, rng, num_tokens)
         if (draws := draws + 1) > 20 * count + 1000:
             raise ValueError(f"{name}: expected at most some {len(texts)} different problems, got {count}")
         if int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) % len(SPLITS) == SPLITS.index(split):
@@ -329,7 +331,9 @@ def parse_published(name: str) -> tuple[str, str]:
     )
 
 
-def _drawn(kind: str, blank: str, rng: random.Random, model: EvaluatedModel) -> tuple[str, list[bool]]:
+def _drawn(
+    kind: str, blank: str, rng: random.Random, num_tokens: Callable[[str], int]
+) -> tuple[str, list[bool]]:
     """A text, and which of its tokens may be blank."""
     if kind == "reactions":
         reactants, reagents, product = reactions.draw(rng)
@@ -342,11 +346,7 @@ def _drawn(kind: str, blank: str, rng: random.Random, model: EvaluatedModel) -> 
             (letter, {"cdr": cdr, "framework": not cdr}.get(blank, False))
             for letter, cdr in zip(chain, in_cdr, strict=True)
         ]
-    among = [
-        chosen or blank.isdigit()
-        for text, chosen in pieces
-        for _ in model.tokenizer.encode(text, add_special_tokens=False)
-    ]
+    among = [chosen or blank.isdigit() for text, chosen in pieces for _ in range(num_tokens(text))]
     return "".join(text for text, _ in pieces), among
 
 
