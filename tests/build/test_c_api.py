@@ -44,6 +44,7 @@ def test_c_program_decodes_a_block(tmp_path_factory: pytest.TempPathFactory, san
         assert "100% tests passed" in output
         assert f"attn_sampler {attn_sampler.__version__}, CPU kernels: {isa}" in output
         assert "refused: params.tau: expected a number in [0, 1], got 1.5" in output
+        assert len(re.findall(r"(?:parallel|sequential|threshold):(?: \d+){21}  \(\d+ passes\)", output)) == 3
         if sanitizers:
             assert_fuzzed(output, isa, 3000)
     if not sanitizers:  # they export symbols of their own
