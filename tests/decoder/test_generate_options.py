@@ -277,7 +277,6 @@ def test_guidance_and_a_shift_of_logits() -> None:
             "unconditional_prompt_ids: expected a tensor or a sequence, got str",
         ),
     ],
-    ids=str,
 )
 def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
@@ -294,7 +293,6 @@ def test_bad_arguments(options: dict, error: type[Exception], message: str) -> N
         ({"stop": ["x"], "decode": str.split}, TypeError, "descriptor 'split'"),
         ({"stop": ["x"], "decode": list}, TypeError, "decode: expected a function that returns a str, got"),
     ],
-    ids=str,
 )
 def test_what_the_first_pass_tells(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
