@@ -140,8 +140,11 @@ def _demo_task(name: str) -> str:
     if name not in (*TASKS, "both"):
         try:
             parse_published(name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"both, or {error}") from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected both, {', '.join(TASKS)} or problems of published models (reactions, "
+                f"heavy-framework, light-30), got {name!r}"
+            ) from None
     return name
 
 

@@ -140,7 +140,7 @@ def test_parts_of_reduced_rows_combine(reduction: str, per_head: bool) -> None:
 def test_same_bits_every_run(reduction: str) -> None:
     q, k = normal(3, 2, 4, 130, 16).to(DEVICE), normal(4, 2, 2, 140, 16).to(DEVICE)
     first = column_scores(q, k, reduction=reduction, backend="triton")
-    for _ in range(3 if launch.INTERPRET else 20):
+    for _ in range(1 if launch.INTERPRET else 20):  # interpreted, one order is all there is
         assert torch.equal(column_scores(q, k, reduction=reduction, backend="triton"), first)
 
 
@@ -280,15 +280,18 @@ def test_decode_step_of_several_chunks(
     rule: str, fallback: str, in_kernel: bool, revision: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "last_program_commits", lambda device: in_kernel)
-    tokens = torch.randint(VOCAB, (2, 340), generator=generator(0))
+    batch = 1 if launch.INTERPRET and rule != "sequential" else 2  # of a minute's work, half
+    tokens = torch.randint(VOCAB, (batch, 340), generator=generator(0))
     tokens[torch.rand(tokens.shape, generator=generator(1)) < 0.6] = MASK
-    layers = [(normal(2, 2, 2, 340, 16).to(DEVICE), normal(3, 2, 1, 340, 16).to(DEVICE), None)]
-    logits = (4.0 * normal(4, 2, 300, VOCAB)).to(DEVICE)
+    layers = [(normal(2, batch, 2, 340, 16).to(DEVICE), normal(3, batch, 1, 340, 16).to(DEVICE), None)]
+    logits = (4.0 * normal(4, batch, 300, VOCAB)).to(DEVICE)
     options = {"block": slice(20, 320), "mask_token_id": MASK, "tau": 0.7}
     step = Step(tokens.to(DEVICE), logits, layers, {**options, "rule": rule, "fallback": fallback})
     plain = step.copy().run(reference.decode_step)
     more = [
-        {**revision, "budget": torch.full((2, 300), 2, dtype=torch.int32, device=DEVICE)} if revision else {}
+        {**revision, "budget": torch.full((batch, 300), 2, dtype=torch.int32, device=DEVICE)}
+        if revision
+        else {}
         for _ in range(2)
     ]
     expected = step.double().run(reference.decode_step, **more[0])
@@ -296,7 +299,7 @@ def test_decode_step_of_several_chunks(
     assert_accurate(result.confidence, plain.confidence, expected.confidence)
     for name in ("tokens", "selected", *(("revised", "budget") if revision else ())):
         assert torch.equal(getattr(result, name), getattr(expected, name))
-    assert not revision or (result.revised > 0).sum(dim=1).tolist() == [9, 9]
+    assert not revision or (result.revised > 0).sum(dim=1).tolist() == [9] * batch
 
 
 def test_many_layers_take_no_more_launches(names: list[str]) -> None:

@@ -319,7 +319,7 @@ def test_no_live_reaches_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         ([], "required: command"),
         (["decode"], "invalid choice: 'decode'"),
         (["info", "--xml"], "unrecognized arguments: --xml"),
-        (["demo", "--task", "chess"], "argument --task: invalid choice: 'chess'"),
+        (["demo", "--task", "chess"], "argument --task: expected both, sudoku, addition or problems of"),
         (["demo", "--policy", "greedy"], "argument --policy: invalid choice: 'greedy'"),
         (["demo", "--policy"], "argument --policy: expected at least one argument"),
         (["demo", "--tau", "1.5"], "argument --tau: expected a number in [0, 1], got '1.5'"),
