@@ -375,7 +375,9 @@ def test_eval_and_demo_fetch_what_they_need(
     assert "forward_shadow" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["demo", "--task", "sudokus"])
-    assert "expected one of" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "argument --task: expected both, sudoku, addition or problems of published models (" in told
+    assert told.endswith("got 'sudokus'\n")
 
 
 def test_several_processes_may_fetch_the_same(tmp_path: Path) -> None:
