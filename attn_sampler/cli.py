@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from attn_sampler import __version__, collect_env, command_line, evaluate, ranks
 from attn_sampler.adapters.models import FAMILIES
@@ -61,8 +60,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "info":
         return collect_env.run(options)
-    if options.command in ("eval", "models"):
-        return _guarded(evaluation if options.command == "eval" else models, options)
+    if options.command == "models":
+        return _told(models, lambda: published.run(options))
+    if options.command == "eval":
+        with ranks.joined() as group:  # left, which ends the others, when what went wrong has been told
+            return _told(evaluation, lambda: evaluate.run(options, group))
     return _generate(generate, options) if options.command == "generate" else _demo(demo, options)
 
 
@@ -148,18 +150,15 @@ def _demo_task(name: str) -> str:
     return name
 
 
-def _guarded(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _told(parser: argparse.ArgumentParser, run: Callable[[], int]) -> int:
     from attn_sampler.adapters.run import LoadError
 
-    # What is joined is left, which ends the others, when what went wrong has been told.
-    joined = ranks.joined() if options.command == "eval" else contextlib.nullcontext()
-    with joined as group:
-        try:
-            return published.run(options) if group is None else evaluate.run(options, group)
-        except (LoadError, FetchError, ImportError, DecodingError) as error:
-            return command_line.fail(error)
-        except ValueError as error:
-            parser.error(str(error))
+    try:
+        return run()
+    except (LoadError, FetchError, ImportError, DecodingError) as error:
+        return command_line.fail(error)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

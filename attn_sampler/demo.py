@@ -32,7 +32,7 @@ from attn_sampler.backends import choose_backend
 from attn_sampler.bundled import TASKS, load_task
 from attn_sampler.bundled.tasks import Score
 from attn_sampler.generate import Generation, StepEvent, generate
-from attn_sampler.problem_sets import EvaluatedModel, default_model, load_model, make_problems
+from attn_sampler.problem_sets import EvaluatedModel, default_model, load_model, make_problems, rules_of
 from attn_sampler.sampler import make_policy
 from attn_sampler.trace import DecodeTrace, step_colour, step_commits
 
@@ -208,13 +208,9 @@ def _shown(name: str, count: int, seed: int, model: EvaluatedModel) -> Shown:
         judge = functools.partial(problems.judge, mask_token_id=model.mask_token_id)
         return Shown(name, problems.prompts, model.mask_token_id, judge, names)
     task = load_task(name)
-    prompt = task.problems(count, seed=seed)[0]
-
-    def obeys_rules(index: int, tokens: torch.Tensor) -> bool:
-        return bool(task.check(tokens[None].numpy(), prompt[index : index + 1])[0])
-
+    prompts = list(torch.from_numpy(task.problems(count, seed=seed)[0]))
     drawn = (task.symbols, task.grid_width, task.cell_separator)
-    return Shown(name, list(torch.from_numpy(prompt)), task.mask_token_id, obeys_rules, *drawn)
+    return Shown(name, prompts, task.mask_token_id, rules_of(task, prompts), *drawn)
 
 
 def _model_of(task: str, policy: str) -> str:

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from attn_sampler import checks, documents, published
 from attn_sampler.bundled import MODELS, load_task
 from attn_sampler.bundled import load_model as load_bundled_model
 from attn_sampler.bundled.model import load_weights
-from attn_sampler.bundled.tasks import Addition, make_sudoku_puzzles
+from attn_sampler.bundled.tasks import Addition, Task, make_sudoku_puzzles
 from attn_sampler.published import antibodies, reactions
 
 #: Names of the bundled problem sets; a suffix says which number of an addition is blank.
@@ -233,11 +233,12 @@ def bundled_problems(name: str, count: int, split: str = "heldout") -> ProblemSe
         prompt, solution = task.problems(count)
     prompts = list(torch.from_numpy(prompt))
     answers = [torch.from_numpy(s)[p == task.mask_token_id] for p, s in zip(prompts, solution, strict=True)]
+    return ProblemSet(name, prompts, answers, task.length, rules_of(task, prompts))
 
-    def obeys_rules(index: int, tokens: Tensor) -> bool:
-        return bool(task.check(tokens[None].numpy(), prompts[index][None].numpy())[0])
 
-    return ProblemSet(name, prompts, answers, task.length, obeys_rules)
+def rules_of(task: Task, prompts: Sequence[Tensor]) -> Callable[[int, Tensor], bool]:
+    """Whether a bundled task's prompt, by its index, filled in to int64 [L], obeys the task's rules."""
+    return lambda index, tokens: bool(task.check(tokens[None].numpy(), prompts[index][None].numpy())[0])
 
 
 def published_problems(name: str, count: int, model: EvaluatedModel, split: str = "heldout") -> ProblemSet:

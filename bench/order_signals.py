@@ -32,9 +32,10 @@ from attn_sampler.report import bootstrap_mean
 
 
 def attention(model: EvaluatedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [T, V] and attention [layers, H, T, T] of one sequence [T], float64."""
+    """Logits [T, V], the mask token's -inf, and attention [layers, H, T, T] of a sequence [T], float64."""
     with torch.no_grad(), AttentionCapture(keep=True) as capture:
-        logits = model.model(tokens[None])[0].double()
+        logits = model.model(tokens[None])[0].to(torch.float64, copy=True)
+    logits[:, model.mask_token_id] = -torch.inf
     maps = []
     for q, k, softmax_lse in capture.layers:
         q, k = q[0].double(), k[0].double()  # [H, T, D]
@@ -47,8 +48,6 @@ def attention(model: EvaluatedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def signals(logits: Tensor, maps: Tensor, tokens: Tensor, model: EvaluatedModel) -> dict[str, Tensor]:
     """The signals, [T] each, larger where a prediction should be right."""
-    logits = logits.clone()
-    logits[:, model.mask_token_id] = -torch.inf
     p = logits.softmax(dim=-1)
     confidence = p.amax(dim=-1)
     masked = tokens == model.mask_token_id
@@ -102,9 +101,7 @@ def judge(problems: ProblemSet, model: EvaluatedModel) -> dict[str, object]:
         logits, maps = attention(model, prompt)
         masked = prompt == model.mask_token_id
         values = signals(logits, maps, prompt, model)
-        predicted = logits.clone()
-        predicted[:, model.mask_token_id] = -torch.inf
-        right = predicted.argmax(dim=-1)[masked] == answer
+        right = logits.argmax(dim=-1)[masked] == answer
         base.append(float(right.double().mean()))
         self_reliance.append(float(maps.mean(dim=(0, 1))[masked][:, masked].sum(dim=1).mean()))
         for name, value in values.items():
