@@ -93,6 +93,15 @@ def optional(
         shape(name, value, axes, expected)
 
 
+def of_rows(name: str, value: object, batch: Sequence[int], dtype: torch.dtype, like: Tensor) -> bool:
+    """Whether it is given for each row: then a tensor [B] of this dtype on the same device."""
+    if not isinstance(value, Tensor):
+        return False
+    tensor(name, value, "[B]", (dtype,), like=like)
+    shape(name, value, "[B]", batch)
+    return True
+
+
 def choice(name: str, value: object, accepted: Sequence[str]) -> None:
     """One of a few words."""
     if not isinstance(value, str) or value not in accepted:

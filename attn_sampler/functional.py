@@ -42,9 +42,13 @@ def token_confidence(
     logits: Tensor,  # [B, C, V]
     *,
     metric: str = "probability",
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     exclude_token_id: int | None = None,
+    token_bitmask: Tensor | None = None,  # [B, W] or [B, C, W]
     vocab_start: int = 0,
     current_ids: Tensor | None = None,  # [B, C]
     backend: str = "auto",
@@ -61,7 +65,17 @@ def token_confidence(
         ``softmax(logits)``, without the temperature.
     temperature
         0 takes the most probable token (the lowest on ties); above 0 samples from
-        ``softmax(logits / temperature)`` with Philox-Gumbel noise.
+        ``softmax(logits / temperature)`` with Philox-Gumbel noise. A number, or a float32 tensor ``[B]`` on
+        the logits' device with one for each row: no host reads it, and what is no temperature there (below
+        2^-120, NaN) takes the most probable token.
+    top_k, top_p, min_p
+        What may be drawn: the ``top_k`` most probable tokens (0: all); of those, the most probable ones that
+        make up ``top_p`` of their mass (in (0, 1]); and, of these, those at least ``min_p`` (in [0, 1]) times
+        as probable as the most probable one: the filters of ``transformers``, in its order, at the
+        temperature. They are exact and keep or drop ties together: a token is out that k others are above,
+        or that p of the mass is above, counted in integers, so that every backend draws the same token.
+        Each is a number or a tensor ``[B]``, int32 for top_k and float32 for the others, in which a value
+        that is none (0 or less, NaN, a top_p from 1 on) keeps all.
     seed
         Needed where temperature > 0. An integer: every row of the batch draws from that one stream, so
         that splitting a batch changes nothing (and equal rows draw equal tokens). An int64 tensor ``[B]``: a
@@ -69,6 +83,10 @@ def token_confidence(
         to the last bit on every backend.
     exclude_token_id
         A token treated as absent from the vocabulary (such as the mask token).
+    token_bitmask
+        int32 ``[B, W]`` or ``[B, C, W]``, ``W >= ceil(V / 32)``: the tokens whose bit is 0 are treated as
+        absent. Token t has bit ``t % 32`` of word ``t // 32``, as in grammar engines (xgrammar, llguidance).
+        Where none is left, everything but the token is NaN.
     vocab_start
         Where ``logits`` are a part of the vocabulary, the place of the first one in the whole: at least 0,
         and ``vocab_start + V`` at most 2^34. It moves the noise and nothing else: token t draws that of token
@@ -95,7 +113,10 @@ def token_confidence(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
-    given = (metric, temperature, seed, exclude_token_id, vocab_start)
+    given = (
+        *(metric, temperature, seed, exclude_token_id, vocab_start),
+        *(top_k, top_p, min_p, token_bitmask),
+    )
     direct, has_current = ops.direct(backend, logits), current_ids is not None
     if direct is not None and logits.dim() == 3:
         result = outputs.attempted(outputs.predictions, logits, has_current)
@@ -114,8 +135,8 @@ def select_tokens(
     confidence: Tensor,  # [B, C]
     masked: Tensor,  # [B, C]
     *,
-    rule: str = "parallel",
-    tau: float = 0.9,
+    rule: str | Tensor = "parallel",
+    tau: float | Tensor = 0.9,
     fallback: str = "confidence",
     backend: str = "auto",
     policy: str | None = None,
@@ -136,10 +157,12 @@ def select_tokens(
     masked
         bool ``[B, C]``: the positions still to fill.
     rule
-        ``"parallel"``, ``"sequential"`` or ``"threshold"``. (``policy`` is its former name, taken for one
-        release more.)
+        ``"parallel"``, ``"sequential"`` or ``"threshold"``; or an int32 tensor ``[B]`` on the same device with
+        the ``attn_sampler.reference.RULE_CODES`` of each row's rule (anything else is ``"parallel"``).
+        (``policy`` is its former name, taken for one release more.)
     tau
-        Confidence threshold in [0, 1]; not read by ``"sequential"``.
+        Confidence threshold in [0, 1], or a float32 tensor ``[B]`` with one for each row; not read by
+        ``"sequential"``.
     fallback
         What the single position of a step without a passing one maximises: ``"confidence"`` or ``"score"``.
     backend
@@ -273,8 +296,8 @@ def decode_step(
     scores: Tensor | None = None,  # [B, C]
     block: slice,
     mask_token_id: int,
-    rule: str = "parallel",
-    tau: float = 0.9,
+    rule: str | Tensor = "parallel",
+    tau: float | Tensor = 0.9,
     fallback: str = "confidence",
     budget: Tensor | None = None,  # [B, C]
     replace_tau: float = math.inf,
@@ -282,8 +305,12 @@ def decode_step(
     max_revisions: int | None = None,
     revision_order: str = "product",
     metric: str = "probability",
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
+    token_bitmask: Tensor | None = None,  # [B, W] or [B, C, W]
     query_rows: str = "all",
     columns: slice | None = None,
     lse_base: str = "e",
@@ -329,7 +356,7 @@ def decode_step(
     budget, replace_tau, remask_tau, max_revisions, revision_order
         As in ``revise_tokens``; what stands there and its probability are found on the way. Default: nothing
         is revised.
-    metric, temperature, seed
+    metric, temperature, top_k, top_p, min_p, seed, token_bitmask
         As in ``token_confidence``.
     query_rows
         Which query rows count: ``"all"``, or ``"masked"`` (those at a position that is still masked).
@@ -369,7 +396,7 @@ def decode_step(
     masks = (key_mask, query_mask, None) if scores is None else (None, None, None)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, False, False)
     attention = (bounds(columns), None, query_start, *how, window_size)
-    sampling = (metric, temperature, seed, None, 0)
+    sampling = (metric, temperature, seed, None, 0, top_k, top_p, min_p, token_bitmask)
     selection = (rule, fallback, tau, replace_tau, remask_tau, max_revisions, revision_order)
     place = (bounds(block), mask_token_id, query_rows)
     one_given = (layers is None) != (scores is None)

@@ -82,8 +82,10 @@ class Function:
                     )
                 if not argument:
                     yield "scores", out.scores
-            elif isinstance(argument, Step) and isinstance(argument.sampling.seed, Tensor):
-                yield "seed", argument.sampling.seed
+            for record in argument if isinstance(argument, Step) else (argument,):
+                if isinstance(record, (Sampling, Selection)):
+                    options = zip(record._fields, record, strict=True)
+                    yield from ((name, x) for name, x in options if isinstance(x, Tensor))
 
     def _run_flat(self, *values: Any) -> None:
         """What the operator does."""

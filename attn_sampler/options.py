@@ -24,6 +24,7 @@ MAX_ROWS = 1 << 32  # of the queries of all heads and sequences: a view of few e
 MAX_KEYS = (1 << 30) - 1  # the kernels count keys, and the positions of a block, in 32 bits
 MAX_HEADDIM = 512  # of the GPU kernels: a tile of keys has to fit the shared memory
 MAX_VOCAB = 1 << 34  # the sampling stream counts groups of 4 tokens in 32 bits
+MAX_TOP_P_VOCAB = 1 << 32  # the sum of so many weights of 30 bits is less than 2^63
 MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
 MAX_SCALE = 2.35e38  # finite in float32, its product with log2(e) too
 MIN_TEMPERATURE = 2.0**-120  # logits are multiplied by its inverse, in float32
@@ -36,6 +37,7 @@ RULES = ("parallel", "sequential", "threshold")
 REVISION_ORDERS = ("product", "doubt", "score")
 _SCALES = f"a finite number of magnitude up to {MAX_SCALE:.3g}"
 _INT64_MIN, _INT64_END, _UINT64_END = -(1 << 63), 1 << 63, 1 << 64
+_INT32_MAX = (1 << 31) - 1
 
 
 class Layer(NamedTuple):
@@ -156,10 +158,14 @@ class Sampling(NamedTuple):
     """How tokens are predicted; the C API's attn_sampler_sampling_params."""
 
     metric: str
-    temperature: float
-    seed: int | Tensor | None
+    temperature: float | Tensor  # a number, or [B] float32: one for each row, as of what follows
+    seed: int | Tensor | None  # [B] int64
     exclude_token_id: int | None = None
     vocab_start: int = 0
+    top_k: int | Tensor = 0  # [B] int32
+    top_p: float | Tensor = 1.0
+    min_p: float | Tensor = 0.0
+    token_bitmask: Tensor | None = None  # [B, W] or [B, C, W] int32
 
     def checked(self, logits: Tensor) -> "Sampling":
         """With a signed seed of 64 bits or one a row; the logits [B, C, V] are checked here too."""
@@ -176,11 +182,13 @@ class Sampling(NamedTuple):
         return self.of_stream(logits)
 
     def of_stream(self, logits: Tensor) -> "Sampling":
-        """With metric, temperature and seed checked alone."""
+        """With all but the vocabulary's part checked."""
         checks.choice("metric", self.metric, ("probability", "margin", "entropy"))
-        temperature, seed = check_temperature(self.temperature), self.seed
+        temperature, seed, batch = self.temperature, self.seed, logits.shape[:1]
+        if not checks.of_rows("temperature", temperature, batch, torch.float32, logits):
+            temperature = check_temperature(temperature)
         if seed is None:
-            if temperature > 0.0:
+            if isinstance(temperature, Tensor) or temperature > 0.0:
                 raise ValueError("seed: needed where temperature > 0 (an integer, or an int64 tensor [B])")
             seed = 0
         elif isinstance(seed, Tensor):
@@ -188,15 +196,26 @@ class Sampling(NamedTuple):
             checks.shape("seed", seed, "[B]", logits.shape[:1])
         else:
             seed = signed_seed(checks.integer("seed", seed, _INT64_MIN, _UINT64_END))
-        return Sampling(self.metric, temperature, seed, *self[3:])
+        top_k, top_p, min_p = self.top_k, self.top_p, self.min_p
+        if not checks.of_rows("top_k", top_k, batch, torch.int32, logits):
+            top_k = min(checks.integer("top_k", top_k, 0, _INT64_END), _INT32_MAX)
+        if not checks.of_rows("top_p", top_p, batch, torch.float32, logits):
+            top_p = checks.number("top_p", top_p, "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
+        if not checks.of_rows("min_p", min_p, batch, torch.float32, logits):
+            min_p = checks.unit_interval("min_p", min_p)
+        if logits.shape[2] > MAX_TOP_P_VOCAB and (isinstance(top_p, Tensor) or top_p < 1.0):
+            raise ValueError(f"top_p: served for at most {MAX_TOP_P_VOCAB} tokens, got V = {logits.shape[2]}")
+        check_bitmask(self.token_bitmask, logits)
+        exclude = (self.exclude_token_id, self.vocab_start)
+        return Sampling(self.metric, temperature, seed, *exclude, top_k, top_p, min_p, self.token_bitmask)
 
 
 class Selection(NamedTuple):
     """Which positions are committed, and which revised; the C API's attn_sampler_selection_params."""
 
-    rule: str
+    rule: str | Tensor  # a word, or [B] int32 of reference.RULE_CODES
     fallback: str
-    tau: float
+    tau: float | Tensor  # a number, or [B] float32
     replace_tau: float = math.inf
     remask_tau: float = 0.0
     max_revisions: int | None = None
@@ -204,9 +223,12 @@ class Selection(NamedTuple):
 
     def checked(self, budget: Tensor | None, like: Tensor, shape: Sequence[int]) -> "Selection":
         """With numbers for what was left out; the budget, int32 of this shape, is checked too."""
-        checks.choice("rule", self.rule, RULES)
+        tau = self.tau
+        if not checks.of_rows("rule", self.rule, shape[:1], torch.int32, like):
+            checks.choice("rule", self.rule, RULES)
         checks.choice("fallback", self.fallback, ("confidence", "score"))
-        tau = checks.unit_interval("tau", self.tau)
+        if not checks.of_rows("tau", tau, shape[:1], torch.float32, like):
+            tau = checks.unit_interval("tau", tau)
         replace = checks.number("replace_tau", self.replace_tau, "a number >= 0", lambda x: x >= 0.0)
         remask = checks.unit_interval("remask_tau", self.remask_tau)
         most = MAX_KEYS if self.max_revisions is None else self.max_revisions
@@ -341,6 +363,22 @@ def check_logits_size(logits: Tensor) -> None:
             raise ValueError(f"logits: expected at most {limit} {what}, got {length}")
 
 
+def check_bitmask(bitmask: object, logits: Tensor) -> None:
+    """None, or words of 32 bits for all tokens, a row of them for each position or for all of a sequence."""
+    if bitmask is None:
+        return
+    axes = "[B, C, W]" if isinstance(bitmask, Tensor) and bitmask.dim() == 3 else "[B, W]"
+    words = checks.tensor("token_bitmask", bitmask, axes, (torch.int32,), like=logits).shape[-1]
+    least = -(-logits.shape[2] // 32)
+    if words < least:
+        raise ValueError(
+            f"token_bitmask: expected at least {least} words of 32 bits for {logits.shape[2]} tokens, got {words}"
+        )
+    given: Tensor = bitmask  # type: ignore[assignment]
+    checks.shape("token_bitmask", given, axes, (*logits.shape[: given.dim() - 1], words))
+    checks.size("token_bitmask", given.shape, MAX_ELEMENTS)
+
+
 def check_temperature(value: object) -> float:
     """Zero, or a number whose inverse, by which logits are multiplied in float32, is far from overflow."""
     temperature = checks.non_negative("temperature", value)
@@ -378,12 +416,18 @@ _ARGUMENTS = {
     tuple[int, int]: "SymInt {0}_left, SymInt {0}_right",
     int: "SymInt {}",
     int | None: "SymInt? {}",
-    int | Tensor | None: "SymInt {0}, Tensor? {0}s",
+    int | Tensor | None: "SymInt {0}, Tensor? {0}_rows",
+    int | Tensor: "SymInt {0}, Tensor? {0}_rows",
+    float | Tensor: "float {0}, Tensor? {0}_rows",
+    str | Tensor: "str {0}, Tensor? {0}_rows",
     float: "float {}",
     float | None: "float {}",
     str: "str {}",
     bool: "bool {}",
 }
+
+# What stands in the place of a value where each row has one.
+_OF_ROWS: dict[Any, Any] = {int | Tensor | None: 0, int | Tensor: 0, float | Tensor: 0.0, str | Tensor: ""}
 
 Record = TypeVar("Record", bound=tuple)
 
@@ -399,9 +443,10 @@ def schema(record: type) -> str:
 def flat(record: tuple) -> list[Any]:
     """A checked record's fields as these arguments."""
     values: list[Any] = []
-    for name, value in zip(record._fields, record, strict=True):  # type: ignore[attr-defined]
-        if name == "seed":
-            values += (0, value) if isinstance(value, Tensor) else (value, None)
+    kinds = record.__annotations__.values()
+    for kind, value in zip(kinds, record, strict=True):
+        if kind in _OF_ROWS:
+            values += (_OF_ROWS[kind], value) if isinstance(value, Tensor) else (value, None)
         elif isinstance(value, tuple):
             values += flat(value) if hasattr(value, "_fields") else value
         else:
@@ -412,14 +457,14 @@ def flat(record: tuple) -> list[Any]:
 def unflat(record: type[Record], values: Iterator[Any]) -> Record:
     """The record of these arguments."""
     fields: list[Any] = []
-    for name, kind in record.__annotations__.items():
+    for kind in record.__annotations__.values():
         if kind in (slice | Span, slice | Span | None):
             fields.append(Span(next(values), next(values)))
         elif kind == tuple[int, int]:
             fields.append((next(values), next(values)))
-        elif name == "seed":
-            seed, seeds = next(values), next(values)
-            fields.append(seed if seeds is None else seeds)
+        elif kind in _OF_ROWS:
+            value, of_rows = next(values), next(values)
+            fields.append(value if of_rows is None else of_rows)
         elif kind in _ARGUMENTS:
             fields.append(next(values))
         else:

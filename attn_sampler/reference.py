@@ -24,6 +24,9 @@ _INF = math.inf
 #: What ``StepResult.revised`` says of a position; 0: its token was kept.
 REPLACED, REMASKED = 1, 2
 
+#: What an int32 tensor of rules holds for each; anything else counts as "parallel".
+RULE_CODES = {"sequential": 0, "parallel": 1, "threshold": 2}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
@@ -222,27 +225,41 @@ def token_confidence(
     logits: Tensor,  # [B, C, V]
     *,
     metric: str = "probability",
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,  # one number, or [B] float32, as those of the truncation
+    top_k: int | Tensor = 0,  # [B] int32
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     seed: int | Tensor | None = None,  # one stream, or [B] int64: one for each row
     exclude_token_id: int | None = None,
+    token_bitmask: Tensor | None = None,  # [B, W] or [B, C, W] int32, a bit for each token
     vocab_start: int = 0,  # whose noise the first token draws
     current_ids: Tensor | None = None,  # [B, C] int64
 ) -> Prediction:
     """The predicted token of each position, and how likely it and the current one are."""
     vocab = torch.arange(logits.shape[-1], device=logits.device)
-    present = torch.ones_like(vocab, dtype=torch.bool)
-    if exclude_token_id is not None:
-        present = vocab != exclude_token_id
+    not_excluded = vocab != (-1 if exclude_token_id is None else exclude_token_id)
+    present = not_excluded.expand(logits.shape)
+    if token_bitmask is not None:
+        present = present & _unpacked(token_bitmask, logits.shape)
     x = logits.to(_compute_dtype(logits)).masked_fill(~present, -_INF)
 
+    inverse = _inverse_temperature(_of_rows(temperature, torch.float32, logits))  # 0: greedy
     key = x
-    if temperature > 0.0:
+    if isinstance(temperature, Tensor) or temperature > 0.0:
         assert seed is not None
-        # In float32 for every dtype, the inverse too: the product and the sum are each rounded once.
+        # In float32 for every dtype: the product and the sum are each rounded once.
+        scaled = x.to(torch.float32) * inverse
         noise = gumbel_noise(logits.shape, seed, logits.device, vocab_start)
-        key = x.to(torch.float32) * (1.0 / temperature) + noise
+        rows = [
+            _of_rows(value, dtype, logits)
+            for value, dtype in ((top_k, torch.int32), (top_p, torch.float32), (min_p, torch.float32))
+        ]
+        sampled = (scaled + noise).masked_fill(~truncation(scaled, *rows), -_INF)
+        key = torch.where(inverse > 0.0, sampled.to(x.dtype), x)
     key = key.masked_fill(key.isnan(), -_INF)
-    best = (key == key.amax(dim=-1, keepdim=True)) & present
+    # Where no token is present any that is not excluded has to do.
+    possible = torch.where(present.any(dim=-1, keepdim=True), present, not_excluded)
+    best = (key == key.amax(dim=-1, keepdim=True)) & possible
     token_ids = vocab.where(best, logits.shape[-1]).amin(dim=-1)  # the lowest token wins ties
 
     p = torch.softmax(x, dim=-1)
@@ -266,11 +283,18 @@ def select_tokens(
     confidence: Tensor,  # [B, C]
     masked: Tensor,  # [B, C] bool
     *,
-    rule: str = "parallel",
-    tau: float = 0.9,
+    rule: str | Tensor = "parallel",  # or [B] int32 of RULE_CODES
+    tau: float | Tensor = 0.9,  # or [B] float32
     fallback: str = "confidence",
 ) -> Tensor:
     """The positions to commit, [B, C] bool (arXiv 2604.08564, dynamic attention threshold)."""
+    if isinstance(rule, Tensor):
+        chosen = [
+            select_tokens(scores, confidence, masked, rule=name, tau=tau, fallback=fallback)
+            for name in RULE_CODES
+        ]
+        code = torch.where((rule < 0) | (rule > 2), RULE_CODES["parallel"], rule.long())
+        return torch.stack(chosen)[code, torch.arange(code.shape[0], device=code.device)]
     candidates = masked & ~scores.isnan()
     if rule == "sequential":
         return _first_largest(scores, candidates)
@@ -315,8 +339,10 @@ def revise_tokens(
     return (replaces * REPLACED + remasks * REMASKED).masked_fill(~chosen, 0).to(torch.uint8)
 
 
-def _at_least(x: Tensor, bound: float) -> Tensor:
-    """x >= bound, in float32 on every backend."""
+def _at_least(x: Tensor, bound: float | Tensor) -> Tensor:
+    """x >= bound, a number or one for each row, in float32 on every backend."""
+    if isinstance(bound, Tensor):
+        return x.to(torch.float32) >= bound[:, None]
     return x.to(torch.float32) >= torch.tensor(bound, dtype=torch.float32)
 
 
@@ -347,8 +373,8 @@ def decode_step(
     scores: Tensor | None = None,  # [B, C], where there are no layers
     block: slice,
     mask_token_id: int,
-    rule: str = "parallel",
-    tau: float = 0.9,
+    rule: str | Tensor = "parallel",
+    tau: float | Tensor = 0.9,
     fallback: str = "confidence",
     budget: Tensor | None = None,  # [B, C] int32, updated in place; revises nothing without one
     replace_tau: float = _INF,
@@ -356,8 +382,12 @@ def decode_step(
     max_revisions: int = 1 << 30,
     revision_order: str = "product",
     metric: str = "probability",
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
+    token_bitmask: Tensor | None = None,
     query_rows: str = "all",
     columns: slice | None = None,
     query_mask: Tensor | None = None,
@@ -395,8 +425,12 @@ def decode_step(
         logits,
         metric=metric,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         seed=seed,
         exclude_token_id=mask_token_id,
+        token_bitmask=token_bitmask,
         current_ids=block_tokens,
     )
     token_ids, confidence = predicted
@@ -438,6 +472,68 @@ def commit_tokens(
 
 # The sampling stream. Twin of csrc/include/attn_sampler_random.h, equal to the last bit: additions,
 # subtractions and multiplications in float32, each rounded once, and no library logarithm.
+
+
+def truncation(
+    scaled: Tensor,  # [B, C, V] float32, logits times the inverse temperature
+    top_k: Tensor,  # [B, 1, 1] int32, as the others
+    top_p: Tensor,
+    min_p: Tensor,
+) -> Tensor:
+    """Which tokens may be drawn: bool [B, C, V].
+
+    Everything is said of a token's distance below the largest, in float32, so that ties are kept or dropped
+    together. ``top_k`` keeps the tokens that fewer than k are above; ``top_p``, of the mass of those, the
+    tokens above which less than p of it lies; ``min_p`` those whose probability is at least min_p times
+    the largest. A token of the largest logit always stays. The mass is counted in integers: its sums do not
+    depend on an order.
+    """
+    scaled = scaled.masked_fill(scaled.isnan(), -_INF)
+    top = scaled.amax(dim=-1, keepdim=True)
+    distance = torch.where(scaled < top, scaled - top, 0.0)
+
+    ordered = distance.sort(dim=-1, descending=True).values
+    first = torch.searchsorted(-ordered, -ordered)  # how many lie above each
+    k = torch.where(top_k > 0, top_k, distance.shape[-1])
+    weights = token_weight(ordered).where(first < k, 0)
+    above = (weights.cumsum(dim=-1) - weights).gather(-1, first)
+    mass = weights.sum(dim=-1, keepdim=True)
+    kept = first < k
+    within = above.to(torch.float64) < top_p.to(torch.float64) * mass.to(torch.float64)
+    kept = kept & (within | ~((top_p > 0.0) & (top_p < 1.0)))
+    least = -_exact_neg_log(min_p.clamp(2.0**-126, 1.0))
+    kept = (kept & ((ordered >= least) | ~(min_p > 0.0))) | (ordered == 0.0)
+    lowest = ordered.masked_fill(~kept, 0.0).amin(dim=-1, keepdim=True)
+    return distance >= lowest
+
+
+def token_weight(distance: Tensor) -> Tensor:
+    """exp(distance) in units of 2^-30, rounded down; int64 of float32 distances <= 0. The same everywhere."""
+    t = (distance * float.fromhex("0x1.715476p+0")).clamp(min=-64.0)
+    whole = t.to(torch.int32)  # rounded towards 0
+    f = t - whole.to(torch.float32)  # in (-1, 0]
+    p = torch.full_like(f, _EXP2_POLYNOMIAL[0])
+    for coefficient in _EXP2_POLYNOMIAL[1:]:
+        p = p * f + coefficient
+    scale = ((whole + (127 + 30)) << 23).view(torch.float32)
+    return (p * scale).to(torch.int64)
+
+
+def _of_rows(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A number for all rows, or one for each, as [B | 1, 1, 1]."""
+    return torch.as_tensor(value, dtype=dtype, device=like.device).reshape(-1, 1, 1)
+
+
+def _inverse_temperature(temperature: Tensor) -> Tensor:
+    """1 / temperature in float32, a normal number, or 0 for what is none: 0, below the least, or NaN."""
+    return torch.where(temperature >= 2.0**-120, 1.0 / temperature.clamp(max=2.0**126), 0.0)
+
+
+def _unpacked(bitmask: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bits of int32 words [B, W] or [B, C, W], the lowest first, as bool [B, C, V]."""
+    bits = (bitmask[..., None] >> torch.arange(32, device=bitmask.device)) & 1
+    bits = bits.flatten(-2).to(torch.bool)[..., : shape[-1]]
+    return (bits[:, None, :] if bits.dim() == 2 else bits).expand(shape)
 
 
 def gumbel_noise(
@@ -482,6 +578,14 @@ def philox(seed: Tensor, group: Tensor, position: Tensor) -> tuple[Tensor, ...]:
     return c0, c1, c2, c3
 
 
+# 2^f on (-1, 0], highest power first, 1 at 0.
+_EXP2_POLYNOMIAL = tuple(
+    float.fromhex(c)
+    for c in (
+        *("0x1.eeabe2p-11", "0x1.2d8974p-7", "0x1.c4f802p-5", "0x1.ebe2eap-3"),
+        *("0x1.62e3b6p-1", "0x1p+0"),
+    )
+)
 # log(1 + f) = f - f^2 / 2 + f^3 p(f) on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first.
 _LOG_POLYNOMIAL = tuple(
     float.fromhex(c)

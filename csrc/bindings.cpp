@@ -163,32 +163,48 @@ uint64_t seed_of(py::handle value) {
     return large;
 }
 
+/* A number for all rows, or a tensor with one for each: then `all` is 0. */
+template <typename T, typename Read>
+void of_rows(py::handle value, T &all, const attn_sampler_tensor *&own, Views &view, Read read) {
+    if (PyLong_CheckExact(value.ptr()) || PyFloat_CheckExact(value.ptr()) || PyUnicode_Check(value.ptr()))
+        all = read(value);
+    else
+        own = view(value);
+}
+
 /* `seed` is an integer, or a tensor with a stream for each row, or None where nothing is sampled. */
 attn_sampler_sampling_params sampling_params(py::handle source, const attn_sampler_tensor &logits,
                                              Views &view) {
-    const Record fields(source, 5);
+    const Record fields(source, 9);
     attn_sampler_sampling_params params{};
     params.metric = choice(fields[0], {"probability", "margin", "entropy"});
-    params.temperature = number(fields[1]);
+    of_rows(fields[1], params.temperature, params.temperatures, view, number);
     if (PyLong_CheckExact(fields[2].ptr()))
         params.seed = seed_of(fields[2]);
     else
         params.seeds = view.optional(fields[2]);
-    if (fields[2].is_none() && params.temperature > 0.0)
+    if (fields[2].is_none() && (params.temperature > 0.0 || params.temperatures != nullptr))
         throw Refused("expected a seed");
     params.exclude_token_id = fields[3].is_none() ? -1 : integer(fields[3]);
     if (!fields[3].is_none() && (params.exclude_token_id < 0 || params.exclude_token_id >= logits.shape[2]))
         throw Refused("expected a token of the vocabulary");
     params.vocab_start = integer(fields[4]);
+    of_rows(fields[5], params.top_k, params.top_ks, view, integer);
+    of_rows(fields[6], params.top_p, params.top_ps, view, number);
+    of_rows(fields[7], params.min_p, params.min_ps, view, number);
+    if (params.top_ps == nullptr && !(params.top_p > 0.0))
+        throw Refused("expected a number above 0");
+    params.token_bitmask = view.optional(fields[8]);
     return params;
 }
 
-attn_sampler_selection_params selection_params(py::handle source) {
+attn_sampler_selection_params selection_params(py::handle source, Views &view) {
     const Record fields(source, 7);
     attn_sampler_selection_params params{};
-    params.rule = choice(fields[0], {"sequential", "parallel", "threshold"});
+    of_rows(fields[0], params.rule, params.rules, view,
+            [](py::handle x) { return choice(x, {"sequential", "parallel", "threshold"}); });
     params.fallback = choice(fields[1], {"confidence", "score"});
-    params.tau = number(fields[2]);
+    of_rows(fields[2], params.tau, params.taus, view, number);
     params.replace_tau = number(fields[3]);
     params.remask_tau = number(fields[4]);
     params.max_revisions = fields[5].is_none() ? ATTN_SAMPLER_MAX_KEYS : integer(fields[5]);
@@ -252,7 +268,7 @@ int64_t attention(py::handle out, py::handle layer, py::handle masks, py::handle
 int64_t token_confidence(py::handle out, py::handle logits, py::handle current_ids, py::handle options,
                          py::handle where) {
     Views view;
-    view.reserve(7);
+    view.reserve(12);
     const Record outputs(out, 4);
     const auto *const token_ids = view(outputs[0]), *const confidence = view(outputs[1]),
                       *const log_prob = view(outputs[2]), *const current = view.optional(outputs[3]),
@@ -267,14 +283,14 @@ int64_t token_confidence(py::handle out, py::handle logits, py::handle current_i
 int64_t select_tokens(py::handle out, py::handle scores, py::handle confidence, py::handle masked,
                       py::handle current, py::handle differs, py::handle options, py::handle where) {
     Views view;
-    view.reserve(8);
+    view.reserve(10);
     const Record outputs(out, 3);
     const auto *const selected = view(outputs[0]), *const scores_ = view(scores),
                       *const confidence_ = view(confidence), *const masked_ = view(masked);
     const attn_sampler_revision revision = {view.optional(outputs[2]), view.optional(outputs[1]),
                                             view.optional(current), view.optional(differs), nullptr};
     const bool revises = revision.budget != nullptr;
-    const attn_sampler_selection_params params = selection_params(options);
+    const attn_sampler_selection_params params = selection_params(options, view);
     return run(where, [&](attn_sampler_exec *exec) {
         return attn_sampler_select_tokens(scores_, confidence_, masked_, &params, selected,
                                           revises ? &revision : nullptr, exec);
@@ -289,7 +305,7 @@ int64_t decode_step(py::handle out, py::handle logits, py::handle layers, py::ha
     const Py_ssize_t count = given == nullptr ? 0 : PyTuple_GET_SIZE(given);
     if (given != nullptr && count == 0) /* the scores are not to be read */
         throw Refused("expected at least one layer");
-    view.reserve(14 + 5 * static_cast<size_t>(count));
+    view.reserve(21 + 5 * static_cast<size_t>(count));
     const Record outputs(out, 9), fields(options, 6);
     const auto *const tokens = view(outputs[0]), *const token_ids = view(outputs[1]),
                       *const confidence = view(outputs[2]), *const scores = view(outputs[3]),
@@ -315,7 +331,7 @@ int64_t decode_step(py::handle out, py::handle logits, py::handle layers, py::ha
     params.attention = attention_params(fields[3], count == 0 ? none : *layers_[0].q,
                                         count == 0 ? none : *layers_[0].k, {"sum", "mean", "max"}, fields[0]);
     params.sampling = sampling_params(fields[4], *logits_, view);
-    params.selection = selection_params(fields[5]);
+    params.selection = selection_params(fields[5], view);
     return run(where, [&](attn_sampler_exec *exec) {
         return attn_sampler_decode_step(tokens, logits_, layers_.data(), count, &masks_, &params, scores,
                                         token_ids, confidence, selected, revises ? &revision : nullptr, exec);

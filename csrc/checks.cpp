@@ -167,6 +167,64 @@ Error of_layer(int64_t layer, const Error &error) {
     return error;
 }
 
+/* The value of a row: of its own, from a tensor of this dtype, or that of all. */
+template <typename T>
+void set_of_rows(OfRows<T> &values, const char *name, const Tensor *own, int dtype, double all,
+                 int64_t batch) {
+    check_optional(name, own, dtype, {batch});
+    set_view(values.own, own);
+    values.all = static_cast<T>(all);
+}
+
+/* What each row draws by. */
+Draws draws_of(const attn_sampler_sampling_params &params, int64_t batch, int64_t vocab) {
+    const double t = params.temperature, top_p = params.top_p > 0.0 ? params.top_p : 1.0;
+    if (!(t == 0.0 || (t >= ATTN_SAMPLER_MIN_TEMPERATURE && std::isfinite(t))))
+        throw Error(kInvalid, "params.temperature: expected 0, or a finite number >= 2^-120, got %g", t);
+    if (params.top_k < 0)
+        throw Error(kInvalid, "params.top_k: expected at least 0, got %" PRId64, params.top_k);
+    check_unit("params.top_p", params.top_p);
+    check_unit("params.min_p", params.min_p);
+    if (vocab > ATTN_SAMPLER_MAX_TOP_P_VOCAB && (params.top_ps != nullptr || top_p < 1.0))
+        throw Error(kInvalid, "params.top_p: served for at most 2^32 tokens, got %" PRId64, vocab);
+    constexpr int kFloat = ATTN_SAMPLER_FLOAT32;
+    Draws draws{};
+    set_of_rows(draws.temperature, "params.temperatures", params.temperatures, kFloat, std::min(t, 0x1p126),
+                batch);
+    set_of_rows(draws.top_k, "params.top_ks", params.top_ks, ATTN_SAMPLER_INT32,
+                static_cast<double>(min_of(params.top_k, INT32_MAX)), batch);
+    set_of_rows(draws.top_p, "params.top_ps", params.top_ps, kFloat, top_p, batch);
+    set_of_rows(draws.min_p, "params.min_ps", params.min_ps, kFloat, params.min_p, batch);
+    set_of_rows(draws.seed, "params.seeds", params.seeds, ATTN_SAMPLER_INT64, 0.0, batch);
+    draws.seed.all = static_cast<int64_t>(params.seed);
+    return draws;
+}
+
+/* Words of a bit for each token, of each position or of all of a sequence. */
+View<const uint32_t, 3> bitmask_of(const Tensor *t, int64_t batch, int64_t positions, int64_t vocab) {
+    View<const uint32_t, 3> view{};
+    if (t == nullptr)
+        return view;
+    const bool of_positions = t->ndim == 3;
+    const int64_t words = ceil_div(vocab, 32);
+    check_tensor("params.token_bitmask", t, of_positions ? 3 : 2);
+    check_dtype("params.token_bitmask", t, ATTN_SAMPLER_INT32);
+    check_size("params.token_bitmask", t, 0, batch);
+    if (of_positions)
+        check_size("params.token_bitmask", t, 1, positions);
+    if (t->shape[t->ndim - 1] < words)
+        throw Error(kInvalid, "params.token_bitmask: expected at least %" PRId64 " words, got %" PRId64, words,
+                    t->shape[t->ndim - 1]);
+    if (of_positions) {
+        set_view(view, t);
+    } else {
+        View<const uint32_t, 2> of_sequence;
+        set_view(of_sequence, t);
+        view = {of_sequence.data, {of_sequence.stride[0], 0, of_sequence.stride[1]}};
+    }
+    return view;
+}
+
 void check_selection_params(const attn_sampler_selection_params &params) {
     check_choice("params.rule", params.rule, 3);
     check_choice("params.fallback", params.fallback, 2);
@@ -200,6 +258,8 @@ SelectProblem selection(const Tensor *scores, const Tensor *confidence, const Te
     set_view(p.masked, masked);
     set_view(p.selected, selected);
     p.params = params;
+    set_of_rows(p.rule, "params.rules", params.rules, ATTN_SAMPLER_INT32, params.rule, p.batch);
+    set_of_rows(p.tau, "params.taus", params.taus, ATTN_SAMPLER_FLOAT32, params.tau, p.batch);
     if (revision != nullptr) {
         set_view(p.budget, revision->budget);
         set_view(p.revised, revision->revised);
@@ -273,7 +333,6 @@ ConfidenceProblem check_token_confidence(const Tensor *logits, const Tensor *cur
         throw Error(kInvalid, "logits: expected fewer than 2^30 positions, got %" PRId64, p.positions);
     if (p.vocab - (params.exclude_token_id >= 0 && params.exclude_token_id < p.vocab) < 1)
         throw Error(kInvalid, "logits: expected a vocabulary of at least one token to choose");
-    check_optional("params.seeds", params.seeds, ATTN_SAMPLER_INT64, {p.batch});
     check_output("token_ids", token_ids, ATTN_SAMPLER_INT64, {p.batch, p.positions});
     check_output("confidence", confidence, ATTN_SAMPLER_FLOAT32, {p.batch, p.positions});
     Written written;
@@ -291,23 +350,23 @@ ConfidenceProblem check_token_confidence(const Tensor *logits, const Tensor *cur
     }
     written.read("current_ids", current_ids);
     written.read("logits", logits);
-    written.read("params.seeds", params.seeds);
+    written.read(params);
     check_choice("params.metric", params.metric, 3);
-    const double t = params.temperature;
-    if (!(t == 0.0 || (t >= ATTN_SAMPLER_MIN_TEMPERATURE && std::isfinite(t))))
-        throw Error(kInvalid, "params.temperature: expected 0, or a finite number >= 2^-120, got %g", t);
     if (params.vocab_start < 0 || params.vocab_start > ATTN_SAMPLER_MAX_VOCAB - p.vocab)
         throw Error(kInvalid, "params.vocab_start: expected 0 to %" PRId64 ", got %" PRId64,
                     ATTN_SAMPLER_MAX_VOCAB - p.vocab, params.vocab_start);
+    p.draws = draws_of(params, p.batch, p.vocab);
+    p.bitmask = bitmask_of(params.token_bitmask, p.batch, p.positions, p.vocab);
     p.dtype = logits->dtype;
     set_view(p.logits, logits);
-    set_view(p.seeds, params.seeds);
     set_view(p.token_ids, token_ids);
     set_view(p.confidence, confidence);
     set_view(p.log_prob, log_prob);
     set_view(p.current_ids, current_ids);
     set_view(p.current, current);
-    p.params = params;
+    p.metric = params.metric;
+    p.excluded = params.exclude_token_id;
+    p.vocab_start = params.vocab_start;
     p.num_threads = num_threads(exec);
     return p;
 }
@@ -336,6 +395,7 @@ SelectProblem check_select_tokens(const Tensor *scores, const Tensor *confidence
     written.read("scores", scores);
     written.read("confidence", confidence);
     written.read("masked", masked);
+    written.read(params);
     return p;
 }
 
@@ -387,7 +447,8 @@ StepProblem check_decode_step(const Tensor *tokens, const Tensor *logits, const 
     else
         written.add("scores", scores);
     written.read("logits", logits);
-    written.read("params.sampling.seeds", sampling.seeds);
+    written.read(sampling);
+    written.read(params.selection);
     check_choice("params.query_rows", params.query_rows, 2);
     if (num_layers < 0 || (num_layers > 0 && layers == nullptr))
         throw Error(kInvalid, "layers: expected an address and a count >= 0");

@@ -181,6 +181,18 @@ class Written {
         read("q_descale", x.q_descale, layer);
         read("k_descale", x.k_descale, layer);
     }
+    void read(const attn_sampler_sampling_params &x) const {
+        read("params.seeds", x.seeds);
+        read("params.temperatures", x.temperatures);
+        read("params.top_ks", x.top_ks);
+        read("params.top_ps", x.top_ps);
+        read("params.min_ps", x.min_ps);
+        read("params.token_bitmask", x.token_bitmask);
+    }
+    void read(const attn_sampler_selection_params &x) const {
+        read("params.rules", x.rules);
+        read("params.taus", x.taus);
+    }
     void read(const attn_sampler_masks *masks) const {
         if (masks == nullptr)
             return;

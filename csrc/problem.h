@@ -8,6 +8,9 @@
 #include "attn_sampler.h"
 #include "attn_sampler_random.h" /* ATTN_SAMPLER_HD */
 
+/* No function of its own, which the linker might share between files of different instruction sets. */
+#define ATTN_SAMPLER_LOCAL __attribute__((always_inline))
+
 namespace attn_sampler {
 
 /* Where a tensor's elements are, strides in elements; without one, the address is null and the strides are 0.
@@ -59,23 +62,91 @@ struct Window {
     }
 };
 
+/* One row's value: of its own, or that of all. */
+template <typename T>
+struct OfRows {
+    View<const T, 1> own; /* may be none */
+    T all;
+
+    ATTN_SAMPLER_HD ATTN_SAMPLER_LOCAL T at(int64_t b) const {
+        return own.data == nullptr ? all : own.data[b * own.stride[0]];
+    }
+};
+
+/* How a row's tokens are drawn. */
+struct Draw {
+    uint64_t seed;
+    float inverse_temperature; /* 0: none is drawn */
+    int32_t top_k;             /* 0: all */
+    float top_p;               /* 1: all */
+    float least;               /* log(min_p); -inf: all */
+
+    ATTN_SAMPLER_HD ATTN_SAMPLER_LOCAL bool samples() const { return inverse_temperature > 0.0f; }
+    ATTN_SAMPLER_HD ATTN_SAMPLER_LOCAL bool truncates() const {
+        return top_k > 0 || top_p < 1.0f || least > -__builtin_inff();
+    }
+};
+
+struct Draws {
+    OfRows<int64_t> seed;
+    OfRows<int32_t> top_k;
+    OfRows<float> temperature, top_p, min_p;
+};
+
+/* That of row b. */
+template <typename Lane = ScalarLane>
+ATTN_SAMPLER_HD ATTN_SAMPLER_LOCAL inline Draw draw_of(const Draws &draws, int64_t b) {
+    const float t = draws.temperature.at(b), p = draws.top_p.at(b), m = draws.min_p.at(b);
+    const int32_t k = draws.top_k.at(b);
+    Draw draw{static_cast<uint64_t>(draws.seed.at(b)), 0.0f, k > 0 ? k : 0, p > 0.0f && p < 1.0f ? p : 1.0f,
+              -__builtin_inff()};
+    if (t >= 0x1p-120f)
+        draw.inverse_temperature = 1.0f / (t < 0x1p126f ? t : 0x1p126f);
+    if (m > 0.0f)
+        draw.least = -exact_neg_log<Lane>(m < 0x1p-126f ? 0x1p-126f : m < 1.0f ? m : 1.0f);
+    return draw;
+}
+
+/* How far a logit, times the inverse temperature, is below the largest; neither is NaN. */
+ATTN_SAMPLER_HD static inline float distance_below(float top, float scaled) {
+    return scaled < top ? scaled - top : 0.0f;
+}
+
+/* Whether a token may be drawn that has so much of the mass above it. */
+ATTN_SAMPLER_HD static inline bool is_within(float top_p, int64_t above, int64_t mass) {
+    return static_cast<double>(above) < static_cast<double>(top_p) * static_cast<double>(mass);
+}
+
 struct ConfidenceProblem {
     int64_t batch, positions, vocab;
     int dtype;
+    int32_t metric;
     View<const void, 2> logits;
-    View<const int64_t, 1> seeds; /* may be none */
-    attn_sampler_sampling_params params;
+    Draws draws;
+    int64_t excluded; /* negative for none */
+    int64_t vocab_start;
+    View<const uint32_t, 3> bitmask; /* may be none; batch, position, word */
     View<const int64_t, 2> current_ids; /* may be none, as log_prob and current */
     View<int64_t, 2> token_ids;
     View<float, 2> confidence, log_prob, current;
     int num_threads;
 };
 
+/* Whether a token is not excluded, and its bit of the mask is set. */
+static inline bool is_present(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t token) {
+    const int64_t *const stride = p.bitmask.stride;
+    return token != p.excluded &&
+           (p.bitmask.data == nullptr ||
+            (p.bitmask.data[b * stride[0] + c * stride[1] + token / 32 * stride[2]] >> (token % 32) & 1) != 0);
+}
+
 struct SelectProblem {
     int64_t batch, columns;
     View<const float, 2> scores, confidence;
     View<const uint8_t, 2> masked; /* select_tokens only */
     View<uint8_t, 2> selected;
+    OfRows<int32_t> rule; /* attn_sampler_rule */
+    OfRows<float> tau;
     attn_sampler_selection_params params;
     View<int32_t, 2> budget; /* may be none, as what follows: nothing is revised */
     View<uint8_t, 2> revised;

@@ -3,8 +3,7 @@
 #ifndef ATTN_SAMPLER_SELECTION_H_
 #define ATTN_SAMPLER_SELECTION_H_
 
-#include "attn_sampler.h"
-#include "attn_sampler_random.h" /* ATTN_SAMPLER_HD */
+#include "problem.h"
 
 namespace attn_sampler {
 
@@ -43,11 +42,22 @@ struct SelectionRule {
     }
 };
 
-inline SelectionRule selection_rule(const attn_sampler_selection_params &params) {
-    const bool by_confidence =
-        params.rule != ATTN_SAMPLER_RULE_SEQUENTIAL && params.fallback == ATTN_SAMPLER_FALLBACK_CONFIDENCE;
-    return {params.rule, by_confidence, static_cast<float>(params.tau)};
-}
+/* The rule of each sequence. */
+struct SelectionRules {
+    OfRows<int32_t> rule;
+    OfRows<float> tau;
+    int32_t fallback;
+
+    ATTN_SAMPLER_HD SelectionRule at(int64_t b) const {
+        const int32_t own = rule.at(b);
+        const bool by_confidence =
+            own != ATTN_SAMPLER_RULE_SEQUENTIAL && fallback == ATTN_SAMPLER_FALLBACK_CONFIDENCE;
+        const bool is_known = own == ATTN_SAMPLER_RULE_SEQUENTIAL || own == ATTN_SAMPLER_RULE_THRESHOLD;
+        return {is_known ? own : int32_t{ATTN_SAMPLER_RULE_PARALLEL}, by_confidence, tau.at(b)};
+    }
+};
+
+inline SelectionRules selection_rules(const SelectProblem &p) { return {p.rule, p.tau, p.params.fallback}; }
 
 /* The rule by which committed tokens are taken back. */
 struct RevisionRule {

@@ -118,6 +118,8 @@ class Reference(Backend):
             _check_attention(layer, f"layers[{index}] ")
         _check_memory("logits", "[B, C, V]", logits, *logits.shape)
         given = {"layers": layers} if layers else {"scores": out.scores}
+        sampling = options.sampling._asdict()
+        del sampling["exclude_token_id"], sampling["vocab_start"]
         result = reference.decode_step(
             out.tokens,
             logits,
@@ -127,9 +129,7 @@ class Reference(Backend):
             query_rows=options.query_rows,
             **options.selection._asdict(),
             budget=out.budget,
-            metric=options.sampling.metric,
-            temperature=options.sampling.temperature,
-            seed=options.sampling.seed,
+            **sampling,
             **_keywords(masks, options.attention, "rows", "per_head", "accumulate", "column_mask"),
         )
         _copy(out[1:], result[1:])

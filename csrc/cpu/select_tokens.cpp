@@ -67,11 +67,11 @@ void revise_sequence(const SelectProblem &p, const RevisionRule &rule, int64_t b
 namespace cpu {
 
 int64_t select_tokens(const SelectProblem &p, const attn_sampler_exec &) {
-    const SelectionRule rule = selection_rule(p.params);
+    const SelectionRules rules = selection_rules(p);
     const RevisionRule revision = revision_rule(p.params);
     std::vector<std::pair<float, int64_t>> failing;
     for (int64_t b = 0; b < p.batch; ++b) {
-        select_sequence(p, rule, b);
+        select_sequence(p, rules.at(b), b);
         if (p.budget.data != nullptr)
             revise_sequence(p, revision, b, failing);
     }

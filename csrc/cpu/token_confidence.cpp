@@ -3,9 +3,11 @@
  * Each logit is read once, where it lies, and everything is taken from it then: the largest values, and the
  * sum of exponentials relative to the largest value so far. Which token holds the largest is looked up at the
  * end, in the one chunk that has it. Chunks that need an edit (the end of the vocabulary, an excluded token)
- * and those to sample from are widened into a buffer in the first-level cache first. This file is compiled
- * without contraction of multiply-adds, because the noise is fixed to the last bit.
+ * and those to sample from are widened into a buffer in the first-level cache first. Where only some tokens may
+ * be drawn, a second look at the whole position, whose largest logit is known then, finds them. This file is
+ * compiled without contraction of multiply-adds, because the noise is fixed to the last bit.
  */
+#include <algorithm>
 #include <cmath>
 
 #include "arithmetic.h"
@@ -186,6 +188,9 @@ struct Chunk {
     }
 };
 
+/* As in simd.h: what is made with it is this file's own. */
+struct OneLane : ScalarLane {};
+
 /* Two vectors of counters, to keep the multipliers busy. */
 struct Counters {
     VecL a, b;
@@ -209,6 +214,7 @@ struct VectorLane {
     static Float to_float(T x) {
         return __builtin_convertvector(x, VecF);
     }
+    static Int to_int(Float x) { return __builtin_convertvector(x, VecI); }
     static Wide multiply(Wide x, uint32_t y) {
         return {multiply_low_halves(x.a, VecL{} + y), multiply_low_halves(x.b, VecL{} + y)};
     }
@@ -233,15 +239,23 @@ struct Sampler {
         return (VecF) __builtin_convertvector(clamp_lanes(bits, 0.0f, 255.0f * kUnit), VecI);
     }
 
-    /* Takes the token of the largest key among the n of a chunk, if it exceeds the state's. The first begins
-     * a group of the stream. Few tokens can win, and only their noise is worked out. */
-    void choose(const float *x, int64_t n, int64_t first_token, State &state) const {
+    /* Takes the token of the largest key among n, of which logits(i) is a vector from i on, if it exceeds the
+     * state's. The first begins a group of the stream. Few tokens can win, and only their noise is worked out;
+     * where kMostAbsent, not even words where all logits are -inf. */
+    template <bool kMostAbsent, typename Logits>
+    void choose(const Logits &logits, int64_t n, int64_t first_token, State &state) const {
         Counters group; /* each counter good for four tokens */
         for (int i = 0; i < kLanes / 2; ++i)
             group.a[i] =
                 static_cast<uint64_t>((vocab_start + first_token) / 4 + i / 2 + i % 2 * (kLanes / 4));
         group.b = group.a + kLanes / 2;
         for (int64_t i = 0; i < n; i += 4 * kLanes, group = group + kLanes) {
+            VecF x[4];
+            for (int v = 0; v < 4; ++v)
+                x[v] = logits(i + v * kLanes);
+            if (kMostAbsent &&
+                !any_at_least(larger(larger(x[0], x[1]), larger(x[2], x[3])), splat(-__FLT_MAX__)))
+                continue;
             const PhiloxWords<Counters> w = philox<VectorLane>(seed, group, position);
             const Counters even = w.word[0] | w.word[1] << 32, odd = w.word[2] | w.word[3] << 32;
             VecL words[4];
@@ -250,14 +264,13 @@ struct Sampler {
 #pragma GCC unroll 4
             for (int v = 0; v < 4; ++v) {
                 const int64_t at = i + v * kLanes;
-                const VecF logits = load<VecF>(x + at);
                 const VecU word = (VecU)words[v];
-                if (!any_at_least(word_bound(logits, state.best_key), VectorLane::to_float(word)))
+                if (!any_at_least(word_bound(x[v], state.best_key), VectorLane::to_float(word)))
                     continue;
-                const VecF keys = key(logits, word);
+                const VecF keys = key(x[v], word);
                 for (int lane = 0; lane < kLanes && at + lane < n; ++lane)
                     if (keys[lane] > state.best_key)
-                        state.choose(keys[lane], logits[lane], first_token + at + lane);
+                        state.choose(keys[lane], x[v][lane], first_token + at + lane);
             }
         }
     }
@@ -285,33 +298,47 @@ int64_t find(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, fl
         float in_order[kStep];
         convert_to_float(logits, kDtype, n, in_order);
         for (int64_t i = 0; i < n; ++i)
-            if (in_order[i] >= value && v + i != p.params.exclude_token_id)
+            if (in_order[i] >= value && is_present(p, b, c, v + i))
                 return v + i;
     }
 }
 
-/* Tokens [first, last) of one position; first is a multiple of 4. The chosen one is that with the largest
+/* Whether some of the tokens [first, first + n) may be absent. */
+bool edits(const ConfidenceProblem &p, int64_t first, int64_t n) {
+    return p.bitmask.data != nullptr || (p.excluded >= first && p.excluded < first + n);
+}
+
+/* Puts -inf in the place of logits of absent tokens [first, first + n); first is a multiple of 32. */
+void remove_absent(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int64_t n, float *x) {
+    for (int64_t i = 0; p.bitmask.data != nullptr && i < n; i += 32) {
+        const int64_t *const stride = p.bitmask.stride;
+        const uint32_t word =
+            p.bitmask.data[b * stride[0] + c * stride[1] + (first + i) / 32 * stride[2]];
+        for (int64_t bit = 0; word != ~0u && bit < min_of(32, n - i); ++bit)
+            x[i + bit] = (word >> bit & 1) != 0 ? x[i + bit] : -kInf;
+    }
+    if (p.excluded >= first && p.excluded < first + n)
+        x[p.excluded - first] = -kInf;
+}
+
+/* Tokens [first, last) of one position; first is a multiple of 32. The chosen one is that with the largest
  * logit in the chunk from state.best on, or, when sampling, state.best itself. */
 template <int kDtype, int kMetric>
 State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int64_t last) {
     constexpr int64_t kSize = element_size(kDtype);
     const char *const row = logits_of<kDtype>(p, b, c);
-    const bool sample = p.params.temperature > 0.0;
-    const Sampler sampler{
-        p.seeds.data == nullptr ? p.params.seed : static_cast<uint64_t>(p.seeds.data[b * p.seeds.stride[0]]),
-        static_cast<uint32_t>(c), p.params.vocab_start,
-        sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f};
-    const int64_t excluded = p.params.exclude_token_id;
+    const Draw draw = draw_of<OneLane>(p.draws, b);
+    const bool sample = draw.samples() && !draw.truncates();
+    const Sampler sampler{draw.seed, static_cast<uint32_t>(c), p.vocab_start, draw.inverse_temperature};
     State state;
     /* A chunk may begin within a group of the stream: the sampler then begins at `lead` logits of -inf. */
-    const int64_t lead = p.params.vocab_start % 4;
+    const int64_t lead = p.vocab_start % 4;
     alignas(64) float buffer[kPadding + kChunk + kPadding];
     float *const widened = buffer + kPadding;
     for (int64_t i = 1; i <= lead; ++i)
         widened[-i] = -kInf;
     for (int64_t v = first; v < last; v += kChunk) {
         const int64_t n = min_of(kChunk, last - v), padded = round_up(n, kPadding);
-        const bool excludes = excluded >= v && excluded < v + n;
         const char *const logits = row + v * kSize;
         const char *const next =
             row + min_of(v + kChunk, p.vocab - 1) * kSize; /* a fetch past the end is no read */
@@ -322,33 +349,229 @@ State scan(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int6
             if (!sample && chunk_max > state.best_key)
                 state.choose(chunk_max, chunk_max, v);
         };
-        if (n == padded && !excludes && !sample) {
+        if (n == padded && !sample && !edits(p, v, n)) {
             take(Chunk<kDtype>{logits, n});
         } else {
             convert_to_float(logits, kDtype, n, widened);
             for (int64_t i = n; i < round_up(lead + n, kPadding); ++i)
                 widened[i] = -kInf;
-            if (excludes)
-                widened[excluded - v] = -kInf;
+            remove_absent(p, b, c, v, n, widened);
             take(Chunk<ATTN_SAMPLER_FLOAT32>{reinterpret_cast<const char *>(widened), padded});
         }
         /* Any token is better than none. */
-        if (state.best < 0 && !(n == 1 && excludes)) {
-            const int64_t lowest = v == excluded;
-            float logit;
-            convert_to_float(logits + lowest * kSize, kDtype, 1, &logit);
-            state.choose(-kInf, logit, v + lowest);
-        }
+        for (int64_t token = v; state.best < 0 && token < v + n; ++token)
+            if (is_present(p, b, c, token)) {
+                float logit;
+                convert_to_float(row + token * kSize, kDtype, 1, &logit);
+                state.choose(-kInf, logit, token);
+            }
         if (sample)
-            sampler.choose(widened - lead, lead + n, v - lead, state);
+            sampler.choose<false>([&](int64_t i) { return load<VecF>(widened - lead + i); }, lead + n,
+                                  v - lead, state);
     }
     return state;
+}
+
+/* Sums of weights in two parts, in 32 bits for as many vectors as kFew. */
+struct Mass {
+    static constexpr int64_t kFew = 4096;
+    VecU low{}, high{};
+
+    void add(VecU weights) {
+        low += weights & 0xFFFF;
+        high += weights >> 16;
+    }
+    int64_t sum() const {
+        int64_t total = 0;
+        for (int lane = 0; lane < kLanes; ++lane)
+            total += (static_cast<int64_t>(high[lane]) << 16) + low[lane];
+        return total;
+    }
+};
+
+/* One position of which only some tokens may be drawn. What is said of it is said of distances below its
+ * largest logit. */
+class Truncated {
+  public:
+    /* Bytes of memory. */
+    static int64_t memory_size(int64_t vocab) {
+        return 2 * (round_up(vocab, kPadding) + 2 * kPadding) * static_cast<int64_t>(sizeof(float));
+    }
+
+    Truncated(const Draw &draw, int64_t vocab, float top, void *memory)
+        : draw_(draw), vocab_(vocab), padded_(round_up(vocab, kPadding)),
+          top_(top * draw.inverse_temperature), scaled_(static_cast<float *>(memory) + kPadding),
+          others_(scaled_ + padded_ + kPadding) {}
+
+    template <int kDtype>
+    void take(const ConfidenceProblem &p, int64_t b, int64_t c) {
+        const bool by_mass = draw_.top_p < 1.0f, counts = draw_.top_k > 0 && draw_.top_k < vocab_;
+        std::fill(scaled_ - kPadding, scaled_, -kInf);
+        std::fill(scaled_ + padded_, scaled_ + padded_ + kPadding, -kInf);
+        for (int64_t first = 0; first < vocab_; first += kChunk) {
+            const int64_t n = min_of(kChunk, vocab_ - first);
+            float *const x = scaled_ + first;
+            const char *const logits = logits_of<kDtype>(p, b, c) + first * element_size(kDtype);
+            const char *from = logits;
+            if (kDtype != ATTN_SAMPLER_FLOAT32 || n < kChunk || edits(p, first, n)) {
+                convert_to_float(logits, kDtype, n, x);
+                remove_absent(p, b, c, first, n, x);
+                std::fill(x + n, x + round_up(n, kPadding), -kInf);
+                from = reinterpret_cast<const char *>(x);
+            }
+            Mass mass;
+            for (int64_t i = 0; i < round_up(n, kPadding); i += kLanes) {
+                VecF y = load<VecF>(from + 4 * i) * draw_.inverse_temperature;
+                y = y == y ? y : splat(-kInf);
+                store(x + i, y);
+                if (by_mass && !counts)
+                    mass.add((VecU)token_weight<VectorLane>(distance(y)));
+            }
+            mass_ += mass.sum();
+        }
+        if (counts)
+            kth_ = distance_below(top_, kth_largest(draw_.top_k));
+        if (by_mass && counts)
+            mass_ = mass_above(std::nextafter(kth_, -kInf));
+    }
+
+    /* The largest key among those that may be drawn. */
+    State choose(Sampler sampler) const {
+        sampler.inverse_temperature = 1.0f; /* it is multiplied in */
+        const int64_t lead = sampler.vocab_start % 4;
+        const bool by_mass = draw_.top_p < 1.0f;
+        float least = std::max(kth_, draw_.least);
+        if (by_mass) { /* so many tokens, this far below the largest, do not make up what is left out */
+            const double left_out = 0.99 * (1.0 - static_cast<double>(draw_.top_p)) * static_cast<double>(mass_);
+            const double share = std::min(left_out / (static_cast<double>(vocab_) * 0x1p30), 1.0);
+            least = std::max(least, static_cast<float>(std::log(share)));
+        }
+        for (;;) {
+            State state;
+            const auto logits = [&](int64_t i) {
+                const VecF y = load<VecF>(scaled_ - lead + i);
+                return distance(y) >= least ? y : splat(-kInf);
+            };
+            sampler.choose<true>(logits, lead + vocab_, -lead, state);
+            const float drawn = distance_below(top_, state.best_logit);
+            /* A draw from more than may be drawn is right if it may be. If not, nothing below it may. */
+            if (!by_mass || drawn == 0.0f || is_within(draw_.top_p, mass_above(drawn), mass_))
+                return state;
+            least = std::nextafter(drawn, 1.0f);
+        }
+    }
+
+  private:
+    VecF distance(VecF y) const { return y < top_ ? y - top_ : VecF{}; }
+
+    int64_t mass_above(float least) const {
+        const float next = std::nextafter(least, 1.0f);
+        int64_t total = 0;
+        for (int64_t first = 0; first < padded_; first += Mass::kFew * kLanes) {
+            Mass mass;
+            for (int64_t i = first; i < min_of(first + Mass::kFew * kLanes, padded_); i += kLanes) {
+                const VecF d = distance(load<VecF>(scaled_ + i));
+                if (any_at_least(d, splat(next)))
+                    mass.add((VecU)(token_weight<VectorLane>(d) & (d > least)));
+            }
+            total += mass.sum();
+        }
+        return total;
+    }
+
+    /* The k-th largest, k being less than the vocabulary. As many as k are no smaller than the k-th largest
+     * of the maxima of groups, and few others where groups are many: those alone are searched then. */
+    float kth_largest(int64_t k) {
+        const int64_t vectors = padded_ / kLanes, group = padded_ / max_of(1024, 4 * k);
+        if (group < kLanes)
+            return kth_largest(scaled_, padded_, k, k);
+        int64_t count = 0;
+        for (int64_t first = 0; first < vectors; first += group / kLanes, count += kLanes) {
+            VecF top = splat(-kInf);
+            for (int64_t i = first; i < min_of(first + group / kLanes, vectors); ++i)
+                top = larger(load<VecF>(scaled_ + i * kLanes), top);
+            store(others_ + count, top);
+        }
+        const float bound = kth_largest(others_, count, k, k + k / 8);
+        count = 0;
+        for (int64_t i = 0; i < padded_; i += kLanes) {
+            const VecF y = load<VecF>(scaled_ + i);
+            if (any_at_least(y, splat(bound)))
+                for (int lane = 0; lane < kLanes; ++lane) {
+                    others_[count] = y[lane];
+                    count += y[lane] >= bound;
+                }
+        }
+        std::fill(others_ + count, others_ + round_up(count, kLanes), -kInf);
+        return kth_largest(others_, round_up(count, kLanes), k, k);
+    }
+
+    /* The least of the k to `most` largest of n, a multiple of the lanes; those equal to it are not counted.
+     * Found by halving what it may be, in the order of the bits. */
+    static float kth_largest(const float *x, int64_t n, int64_t k, int64_t most) {
+        const auto value = [](int64_t key) {
+            const auto bits = static_cast<uint32_t>(key < 0 ? ~key | int64_t{0x80000000} : key);
+            float y;
+            memcpy(&y, &bits, sizeof(y));
+            return y;
+        };
+        int64_t low = -0x7F800001, high = 0x7F800001; /* -inf, at which there are enough; beyond inf */
+        while (high - low > 1) {
+            const int64_t middle = low + (high - low) / 2;
+            const int64_t count = count_from(x, n, value(middle));
+            (count >= k ? low : high) = middle;
+            if (count >= k && count <= most)
+                break;
+        }
+        VecF least = splat(kInf);
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const VecF y = load<VecF>(x + i);
+            least = smaller(y >= value(low) ? y : splat(kInf), least);
+        }
+        return -largest_lane(-least);
+    }
+
+    static int64_t count_from(const float *x, int64_t n, float bound) {
+        VecI count[4] = {};
+        int64_t i = 0;
+        for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+            for (int v = 0; v < 4; ++v)
+                count[v] -= load<VecF>(x + i + v * kLanes) >= bound;
+        for (; i < n; i += kLanes)
+            count[0] -= load<VecF>(x + i) >= bound;
+        int64_t total = 0;
+        for (int lane = 0; lane < kLanes; ++lane)
+            for (const VecI &part : count)
+                total += part[lane];
+        return total;
+    }
+
+    const Draw draw_;
+    const int64_t vocab_, padded_;
+    const float top_;
+    float *const scaled_; /* logits by the inverse temperature, and -inf around them */
+    float *const others_; /* room for as many */
+    float kth_ = -kInf;   /* the top_k-th largest */
+    int64_t mass_ = 0;    /* of those, where it is asked for */
+};
+
+/* The token that is drawn at a position of which all else is known. */
+template <int kDtype>
+void draw_truncated(const ConfidenceProblem &p, int64_t b, int64_t c, State &state, void *memory) {
+    const Draw draw = draw_of<OneLane>(p.draws, b);
+    Truncated truncated(draw, p.vocab, state.max, memory);
+    truncated.take<kDtype>(p, b, c);
+    const State drawn = truncated.choose({draw.seed, static_cast<uint32_t>(c), p.vocab_start, 0.0f});
+    float logit;
+    convert_to_float(logits_of<kDtype>(p, b, c) + drawn.best * element_size(kDtype), kDtype, 1, &logit);
+    state.choose(drawn.best_key, logit, drawn.best);
 }
 
 /* The code for a dtype and metric. */
 struct Code {
     State (*scan)(const ConfidenceProblem &, int64_t b, int64_t c, int64_t first, int64_t last);
     int64_t (*find)(const ConfidenceProblem &, int64_t b, int64_t c, int64_t first, float value);
+    void (*draw_truncated)(const ConfidenceProblem &, int64_t b, int64_t c, State &, void *memory);
 };
 
 template <int kDtype>
@@ -356,7 +579,7 @@ Code code_for(int metric) {
     return {metric == ATTN_SAMPLER_METRIC_ENTROPY  ? scan<kDtype, ATTN_SAMPLER_METRIC_ENTROPY>
             : metric == ATTN_SAMPLER_METRIC_MARGIN ? scan<kDtype, ATTN_SAMPLER_METRIC_MARGIN>
                                                    : scan<kDtype, ATTN_SAMPLER_METRIC_PROBABILITY>,
-            find<kDtype>};
+            find<kDtype>, draw_truncated<kDtype>};
 }
 
 Code code_for(int dtype, int metric) {
@@ -383,7 +606,7 @@ float confidence_of(const State &s, int metric) {
 float probability_of(const ConfidenceProblem &p, const State &s, int64_t b, int64_t c, int64_t token) {
     if (token < 0 || token >= p.vocab)
         return __builtin_nanf("");
-    if (token == p.params.exclude_token_id)
+    if (!is_present(p, b, c, token))
         return 0.0f;
     const int64_t offset = b * p.logits.stride[0] + c * p.logits.stride[1] + token;
     float logit;
@@ -395,7 +618,7 @@ float probability_of(const ConfidenceProblem &p, const State &s, int64_t b, int6
 void write_confidence(const ConfidenceProblem &p, const State &s, int64_t b, int64_t c) {
     const bool defined = is_defined(s);
     const float nan = __builtin_nanf("");
-    element(p.confidence, b, c) = defined ? confidence_of(s, p.params.metric) : nan;
+    element(p.confidence, b, c) = defined ? confidence_of(s, p.metric) : nan;
     if (p.log_prob.data != nullptr)
         element(p.log_prob, b, c) =
             defined ? static_cast<float>(static_cast<double>(s.best_logit) - s.shift - std::log(s.sum)) : nan;
@@ -412,29 +635,47 @@ bool token_confidence(const ConfidenceProblem &p) {
     /* By the vocabulary alone: a position has the same bits alone and in a batch. */
     const int64_t splits = clamp(p.vocab / kMinSplit, 1, kTasks);
     const int64_t tokens_per_split = ceil_div(ceil_div(p.vocab, splits), kChunk) * kChunk;
-    const int64_t splits_per_task = rows >= kTasks ? splits : 1; /* a core fetches whole rows best */
-    const Workspace work(0, 0, rows * splits * static_cast<int64_t>(sizeof(State)));
+    bool any_truncates = false;
+    for (int64_t b = 0; b < p.batch; ++b) {
+        const Draw draw = draw_of<OneLane>(p.draws, b);
+        any_truncates = any_truncates || (draw.samples() && draw.truncates());
+    }
+    const Workspace work(any_truncates ? p.num_threads : 0,
+                         Truncated::memory_size(any_truncates ? p.vocab : 0),
+                         rows * splits * static_cast<int64_t>(sizeof(State)));
     if (!work)
         return false;
     State *const state = static_cast<State *>(work.shared());
-    const Code code = code_for(p.dtype, p.params.metric);
-    auto task = [&](int64_t index, int) {
-        for (int64_t i = index * splits_per_task; i < (index + 1) * splits_per_task; ++i) {
-            const int64_t row = i / splits, first = min_of(i % splits * tokens_per_split, p.vocab);
-            const int64_t last = min_of(first + tokens_per_split, p.vocab);
-            state[i] = code.scan(p, row / p.positions, row % p.positions, first, last);
-        }
+    const Code code = code_for(p.dtype, p.metric);
+    auto scan_split = [&](int64_t i, int) {
+        const int64_t row = i / splits, first = min_of(i % splits * tokens_per_split, p.vocab);
+        const int64_t last = min_of(first + tokens_per_split, p.vocab);
+        state[i] = code.scan(p, row / p.positions, row % p.positions, first, last);
     };
-    parallel_for(p.num_threads, rows * splits / splits_per_task, task);
-    for (int64_t row = 0; row < rows; ++row) {
+    auto finish = [&](int64_t row, int worker) {
         State total = state[row * splits];
         for (int64_t split = 1; split < splits; ++split)
             total.merge(state[row * splits + split]);
         const int64_t b = row / p.positions, c = row % p.positions;
-        if (p.params.temperature == 0.0 && total.best_key > -kInf)
+        const Draw draw = draw_of<OneLane>(p.draws, b);
+        if (!draw.samples() && total.best_key > -kInf)
             total.best = code.find(p, b, c, total.best, total.best_logit);
-        element(p.token_ids, b, c) = total.best;
+        else if (draw.samples() && draw.truncates() && total.max > -kInf)
+            code.draw_truncated(p, b, c, total, work.of_worker(worker));
+        element(p.token_ids, b, c) = total.best >= 0 ? total.best : p.excluded == 0;
         write_confidence(p, total, b, c);
+    };
+    auto whole = [&](int64_t row, int worker) {
+        for (int64_t split = 0; split < splits; ++split)
+            scan_split(row * splits + split, worker);
+        finish(row, worker);
+    };
+    /* A core fetches whole rows best, and finds them in its cache the second time. */
+    if (rows >= (any_truncates ? p.num_threads : kTasks)) {
+        parallel_for(p.num_threads, rows, whole);
+    } else {
+        parallel_for(p.num_threads, rows * splits, scan_split);
+        parallel_for(any_truncates ? p.num_threads : 1, rows, finish);
     }
     return true;
 }

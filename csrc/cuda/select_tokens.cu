@@ -21,7 +21,7 @@ SelectArgs select_args(const SelectProblem &p) {
     s.selected = p.selected;
     s.batch = static_cast<int32_t>(p.batch);
     s.columns = static_cast<int32_t>(p.columns);
-    s.rule = selection_rule(p.params);
+    s.rules = selection_rules(p);
     s.budget = p.budget;
     s.revised = p.revised;
     s.current = p.current;

@@ -17,7 +17,7 @@ struct SelectArgs {
     uint32_t *arrived; /* [B]: tickets of the parts of a step; null where there is no selection */
     uint32_t parts;
     int32_t batch, columns;
-    SelectionRule rule;
+    SelectionRules rules;
     View<int32_t, 2> budget; /* null, as what follows: nothing is revised */
     View<uint8_t, 2> revised;
     View<const float, 2> current;
@@ -96,10 +96,11 @@ __device__ inline void select_sequence(const SelectArgs &s, int b) {
             element(s.tokens, b, c) = __ldcg(&element(s.token_ids, b, c));
     };
 
+    const SelectionRule rule = s.rules.at(b);
     float theta = kLowest;
 #pragma unroll 1 /* a thread has one position, rarely more */
-    for (int c = threadIdx.x; s.rule.is_parallel() && c < s.columns; c += kThreads)
-        if (masked(c) && !s.rule.is_confident(confidence(c)))
+    for (int c = threadIdx.x; rule.is_parallel() && c < s.columns; c += kThreads)
+        if (masked(c) && !rule.is_confident(confidence(c)))
             theta = score(c) > theta ? score(c) : theta;
     theta = block_reduce(
         theta, [](float x, int distance) { return __shfl_xor_sync(kAllLanes, x, distance); },
@@ -116,9 +117,9 @@ __device__ inline void select_sequence(const SelectArgs &s, int b) {
         const bool was_masked = masked(c);
         if (was_masked) {
             const float own_score = score(c), own_confidence = confidence(c);
-            chosen = s.rule.passes(own_score, own_confidence, theta);
-            if (s.rule.is_candidate(own_score))
-                best = better(best, {s.rule.rank(own_score, own_confidence), c});
+            chosen = rule.passes(own_score, own_confidence, theta);
+            if (rule.is_candidate(own_score))
+                best = better(best, {rule.rank(own_score, own_confidence), c});
         }
         element(s.selected, b, c) = chosen;
         if (s.budget.data != nullptr)

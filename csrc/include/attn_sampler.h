@@ -34,6 +34,7 @@
 #define ATTN_SAMPLER_MAX_POSITION (INT64_C(1) << 62) /* sums of positions stay far from overflow */
 #define ATTN_SAMPLER_MAX_SCALE 2.35e38               /* finite in float32, times log2(e) too */
 #define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120        /* logits are multiplied by its inverse in float32 */
+#define ATTN_SAMPLER_MAX_TOP_P_VOCAB (INT64_C(1) << 32) /* weights of 30 bits add up to less than 2^63 */
 
 #ifdef __cplusplus
 extern "C" {
@@ -233,12 +234,20 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map(const attn_sampl
 /* One token and its confidence for each position.
  *
  * Greedy (temperature 0): token = arg max of the logits; sampled: arg max of
- * fl(fl(x * inv_temperature) + gumbel(seed_b, c, v)) in float32, inv_temperature = fl(1 / temperature).
+ * fl(fl(x * inv_temperature) + gumbel(seed_b, c, v)) in float32, inv_temperature = fl(1 / fl(temperature)),
  * The lowest token wins ties; NaN counts as -inf. gumbel() is fixed to the last bit: see
  * csrc/include/attn_sampler_random.h. Its stream depends on the row's seed, the position c
  * and the token v, not on the batch. Where logits are a part of a vocabulary, vocab_start is the place of
  * the first in the whole: token v draws the noise of token vocab_start + v then. Nothing else depends on it;
  * token ids are counted in logits.
+ *
+ * Only some tokens are drawn from: those of which d = fl(y - max y), y = fl(x * inv_temperature), says that
+ * fewer than top_k tokens have a larger d; that, of the mass of these, less than top_p has a larger d; and
+ * that d >= log(min_p). Tokens of the largest y always are. The mass is the sum of floor(2^30 exp(d)), with an
+ * exponential that is fixed to the last bit: attn_sampler_random.h.
+ *
+ * token_bitmask [B,W] or [B,C,W] int32, W >= ceil(V / 32): tokens whose bit, t % 32 of word t / 32, is 0 are
+ * absent, like the excluded one. Where none is left, the lowest that is not excluded is taken.
  *
  * Confidence is of softmax(logits) at temperature 1: the token's probability; its margin over the
  * most probable other token; or the negated entropy in nats. It is NaN where the softmax is undefined (a
@@ -251,6 +260,14 @@ typedef struct attn_sampler_sampling_params {
     const attn_sampler_tensor *seeds; /* [B] int64 or NULL: one stream per row */
     int64_t exclude_token_id;         /* a token treated as absent; negative for none */
     int64_t vocab_start;              /* at least 0, and vocab_start + V at most ATTN_SAMPLER_MAX_VOCAB */
+    int64_t top_k;                    /* at least 0, which is all */
+    double top_p;                     /* in [0, 1], of which 0, too, is all; else V is at most 2^32 */
+    double min_p;                     /* in [0, 1] */
+    /* [B] each, in the place of the number above, or NULL: temperatures, top_ps, min_ps float32, top_ks int32.
+     * What is no temperature, below the least or NaN, is greedy; a value that is no top_k, top_p or min_p, 0
+     * or less or NaN or a top_p from 1 on, is all. */
+    const attn_sampler_tensor *temperatures, *top_ks, *top_ps, *min_ps;
+    const attn_sampler_tensor *token_bitmask; /* or NULL */
 } attn_sampler_sampling_params;
 
 /* logits [B,C,V] float32 | float16 | bfloat16, last stride 1. token_ids [B,C] int64, confidence [B,C]
@@ -291,6 +308,9 @@ typedef struct attn_sampler_selection_params {
     double remask_tau;      /* in [0, 1]; nothing is re-masked at 0 */
     int64_t max_revisions;  /* at least 0 */
     int32_t revision_order; /* attn_sampler_revision_order */
+    /* [B] each, in the place of the number above, or NULL: attn_sampler_rule int32, of which what is none is
+     * parallel; float32. */
+    const attn_sampler_tensor *rules, *taus;
 } attn_sampler_selection_params;
 
 /* What a revision reads and answers. */

@@ -31,6 +31,8 @@ struct ScalarLane {
     ATTN_SAMPLER_HD static Float to_float(T x) {
         return static_cast<Float>(x);
     }
+    /* Rounded towards 0. */
+    ATTN_SAMPLER_HD static Int to_int(Float x) { return static_cast<Int>(x); }
     /* The product of the low halves. */
     ATTN_SAMPLER_HD static Wide multiply(Wide a, uint32_t b) {
         return static_cast<Wide>(static_cast<uint32_t>(a)) * b;
@@ -88,6 +90,25 @@ ATTN_SAMPLER_HD inline typename Lane::Float exact_neg_log(typename Lane::Float x
     y = y + e * -0x1.bd0106p-13f; /* log(2) = 0x1.63p-1 + -0x1.bd0106p-13, the first short enough for e */
     y = y - 0.5f * z;
     return -((f + y) + e * 0x1.63p-1f);
+}
+
+/* exp(distance) in units of 2^-30, rounded down, of a distance <= 0: the weight of a token so far below the
+ * largest. Of integers, so that sums depend on no order. */
+template <typename Lane = ScalarLane>
+ATTN_SAMPLER_HD inline typename Lane::Int token_weight(typename Lane::Float distance) {
+    using Float = typename Lane::Float;
+    Float t = distance * 0x1.715476p+0f;
+    t = t > -64.0f ? t : Float{} + -64.0f;
+    const typename Lane::Int whole = Lane::to_int(t), bits = (whole + (127 + 30)) << 23;
+    const Float f = t - Lane::to_float(whole); /* in (-1, 0] */
+    Float scale;
+    memcpy(&scale, &bits, sizeof(scale));
+    Float p = 0x1.eeabe2p-11f * f + 0x1.2d8974p-7f;
+    p = p * f + 0x1.c4f802p-5f;
+    p = p * f + 0x1.ebe2eap-3f;
+    p = p * f + 0x1.62e3b6p-1f;
+    p = p * f + 1.0f;
+    return Lane::to_int(p * scale);
 }
 
 /* Standard Gumbel noise from a random word: -log(-log(1 - w)), w uniform on (0, 1). */
