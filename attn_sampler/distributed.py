@@ -276,7 +276,8 @@ class _Shard:
         checks.optional("current_ids", current_ids, "[B, C]", logits.shape[:2], (torch.int64,), logits)
         self.current_ids, self.vocab_size = current_ids, vocab_size
         sampling = Sampling(metric, temperature, seed).of_stream(logits)
-        self.metric, self.temperature = sampling.metric, sampling.temperature
+        self.metric, self.temperature = sampling.metric, temperature
+        self.inverse_temperature = float(reference.inverse_temperature(torch.tensor(temperature)))
         self.seed = 0 if sampling.seed is None else sampling.seed
         self.backend = backend
 
@@ -385,7 +386,7 @@ class _Shard:
             vocab_start=self.start,
             backend=self.backend,
         )
-        return ids, self._logit(ids).float() * (1.0 / self.temperature) + self._noise(ids + self.start)
+        return ids, self._logit(ids).float() * self.inverse_temperature + self._noise(ids + self.start)
 
     def _noise(self, ids: Tensor) -> Tensor:
         """The noise of one token [B, C] at each position."""

@@ -243,7 +243,7 @@ def token_confidence(
         present = present & _unpacked(token_bitmask, logits.shape)
     x = logits.to(_compute_dtype(logits)).masked_fill(~present, -_INF)
 
-    inverse = _inverse_temperature(_of_rows(temperature, torch.float32, logits))  # 0: greedy
+    inverse = inverse_temperature(_of_rows(temperature, torch.float32, logits))  # 0: greedy
     key = x
     if isinstance(temperature, Tensor) or temperature > 0.0:
         assert seed is not None
@@ -524,7 +524,7 @@ def _of_rows(value: float | Tensor, dtype: torch.dtype, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=dtype, device=like.device).reshape(-1, 1, 1)
 
 
-def _inverse_temperature(temperature: Tensor) -> Tensor:
+def inverse_temperature(temperature: Tensor) -> Tensor:
     """1 / temperature in float32, a normal number, or 0 for what is none: 0, below the least, or NaN."""
     return torch.where(temperature >= 2.0**-120, 1.0 / temperature.clamp(max=2.0**126), 0.0)
 

@@ -29,8 +29,8 @@ ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher) {
     check_extent("logits: positions", p.batch * p.positions, kMaxPositions);
     ConfidenceArgs a{};
     a.logits = p.logits;
-    a.seeds = p.seeds;
-    a.seed = p.params.seed;
+    a.draws = p.draws;
+    a.bitmask = p.bitmask;
     a.current_ids = p.current_ids;
     a.token_ids = p.token_ids;
     a.confidence = p.confidence;
@@ -39,14 +39,11 @@ ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher) {
     a.batch = static_cast<int32_t>(p.batch);
     a.positions = static_cast<int32_t>(p.positions);
     a.vocab = static_cast<int32_t>(p.vocab);
-    const int64_t excluded = p.params.exclude_token_id;
-    a.excluded = excluded >= 0 && excluded < p.vocab ? static_cast<int32_t>(excluded) : -1;
-    a.noise_group = static_cast<uint32_t>(p.params.vocab_start / 4);
-    a.noise_place = static_cast<int32_t>(p.params.vocab_start % 4);
+    a.excluded = p.excluded >= 0 && p.excluded < p.vocab ? static_cast<int32_t>(p.excluded) : -1;
+    a.noise_group = static_cast<uint32_t>(p.vocab_start / 4);
+    a.noise_place = static_cast<int32_t>(p.vocab_start % 4);
     a.dtype = p.dtype;
-    a.metric = p.params.metric;
-    a.sample = p.params.temperature > 0.0;
-    a.inverse_temperature = a.sample ? static_cast<float>(1.0 / p.params.temperature) : 0.0f;
+    a.metric = p.metric;
     /* A group more than the vocabulary fills: rows may start within one. */
     const int64_t rows = p.batch * p.positions, groups = p.vocab / kGroup + 2;
     const int64_t wanted = 2 * launcher.target_blocks(4, 0) / clamp(rows, 1, INT32_MAX);

@@ -3,6 +3,9 @@
  * Logits are read 16 bytes at a time, eight tokens a group, several groups in flight. The running state is
  * rescaled only where a group holds a new maximum, and the chosen token is looked for only there, so that
  * most tokens cost a conversion, a comparison, a multiply-add, an exponential and an addition.
+ *
+ * Where only some tokens may be drawn, the last of a row's blocks, which knows its largest logit, looks at the
+ * whole row again: for the top_k-th largest, for the mass, for a token, and whether that may be drawn.
  */
 #ifndef ATTN_SAMPLER_CUDA_TOKEN_CONFIDENCE_CUH_
 #define ATTN_SAMPLER_CUDA_TOKEN_CONFIDENCE_CUH_
@@ -29,8 +32,8 @@ struct Confidence {
 
 struct ConfidenceArgs {
     View<const void, 2> logits;
-    View<const int64_t, 1> seeds; /* may be null */
-    uint64_t seed;
+    Draws draws;
+    View<const uint32_t, 3> bitmask;    /* may be null */
     View<const int64_t, 2> current_ids; /* may be null, as log_prob and current */
     View<int64_t, 2> token_ids;
     View<float, 2> confidence, log_prob, current;
@@ -41,8 +44,6 @@ struct ConfidenceArgs {
     uint32_t noise_group; /* of the sampling stream, and the place in it: where the first token's noise is */
     int32_t noise_place;
     int32_t dtype, metric;
-    float inverse_temperature;
-    bool sample;
 };
 
 __device__ inline float exp_fast(float x) { return exp2_fast(x * kLog2eHigh); }
@@ -82,6 +83,14 @@ __device__ inline Confidence exchange(Confidence s, int distance) {
 struct LogitRow {
     const void *data;
     int dtype;
+    int32_t excluded;
+    const uint32_t *words; /* of a bit for each token, or null */
+    int64_t word_stride;
+
+    __device__ bool is_present(int32_t token) const {
+        return token != excluded &&
+               (words == nullptr || (words[token / 32 * word_stride] >> (token % 32) & 1) != 0);
+    }
 
     __device__ float at(int64_t v) const {
         if (dtype == ATTN_SAMPLER_FLOAT32)
@@ -116,12 +125,13 @@ struct LogitRow {
 
 /* Takes in eight tokens from v on. */
 template <bool kSample>
-__device__ inline void add_group(const ConfidenceArgs &a, uint64_t seed, int position, int v,
-                                 float (&x)[kGroup], Confidence &s) {
-    if (static_cast<uint32_t>(a.excluded - v) < kGroup)
+__device__ inline void add_group(const ConfidenceArgs &a, const LogitRow &row, const Draw &draw, int position,
+                                 int v, float (&x)[kGroup], Confidence &s) {
+    if (row.words != nullptr || static_cast<uint32_t>(a.excluded - v) < kGroup)
 #pragma unroll
         for (int i = 0; i < kGroup; ++i)
-            x[i] = v + i == a.excluded ? -infinity() : x[i];
+            if (v + i >= 0 && v + i < a.vocab && !row.is_present(v + i))
+                x[i] = -infinity();
     float largest = x[0] == x[0] ? x[0] : -infinity();
 #pragma unroll
     for (int i = 1; i < kGroup; ++i)
@@ -155,19 +165,19 @@ __device__ inline void add_group(const ConfidenceArgs &a, uint64_t seed, int pos
     }
     /* Strictly larger, so that the lowest token wins. */
     if constexpr (kSample) {
-        decltype(philox(seed, 0, 0)) words;
+        decltype(philox(draw.seed, 0, 0)) words;
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
             const int token = v + i, place = a.noise_place + token, part = place & 3;
             if (i == 0 || part == 0)
-                words = philox(seed, a.noise_group + static_cast<uint32_t>(place) / 4,
+                words = philox(draw.seed, a.noise_group + static_cast<uint32_t>(place) / 4,
                                static_cast<uint32_t>(position));
             const auto word = part == 0   ? words.word[0]
                               : part == 1 ? words.word[1]
                               : part == 2 ? words.word[2]
                                           : words.word[3];
             const float noise = gumbel(static_cast<uint32_t>(word));
-            const float key = __fadd_rn(__fmul_rn(x[i], a.inverse_temperature), noise);
+            const float key = __fadd_rn(__fmul_rn(x[i], draw.inverse_temperature), noise);
             if (key > s.best_key) {
                 s.best_key = key;
                 s.best = token;
@@ -197,7 +207,7 @@ __device__ inline float probability_of(const ConfidenceArgs &a, const Confidence
                                        int64_t token) {
     if (token < 0 || token >= a.vocab)
         return not_a_number();
-    return token == a.excluded ? 0.0f : exp_fast(row.at(token) - s.max) / s.sum;
+    return row.is_present(static_cast<int32_t>(token)) ? exp_fast(row.at(token) - s.max) / s.sum : 0.0f;
 }
 
 __device__ inline void write_confidence(const ConfidenceArgs &a, const Confidence &s, const LogitRow &row,
@@ -214,8 +224,8 @@ __device__ inline void write_confidence(const ConfidenceArgs &a, const Confidenc
 
 /* What this thread makes of its groups of a split, kGroups of them in flight. */
 template <bool kSample, int kGroups>
-__device__ inline Confidence scan(const ConfidenceArgs &a, const LogitRow &row, uint64_t seed, int position,
-                                  int split) {
+__device__ inline Confidence scan(const ConfidenceArgs &a, const LogitRow &row, const Draw &draw,
+                                  int position, int split) {
     Confidence s = {-infinity(), -infinity(), 0.0f, 0.0f, -infinity(), INT32_MAX};
     const int before = row.misalignment(), groups = (a.vocab + before + kGroup - 1) / kGroup;
     const int first = split * a.groups_per_split, last = min(first + a.groups_per_split, groups);
@@ -239,25 +249,163 @@ __device__ inline Confidence scan(const ConfidenceArgs &a, const LogitRow &row, 
 #pragma unroll
                 for (int n = 0; n < kGroup; ++n)
                     x[n] = v[i] + n >= 0 && v[i] + n < a.vocab ? row.at(v[i] + n) : -infinity();
-            add_group<kSample>(a, seed, position, v[i], x, s);
+            add_group<kSample>(a, row, draw, position, v[i], x, s);
         }
     }
     return s;
 }
+
+/* A row of which only some tokens may be drawn, and its block. What is said of tokens is said of their
+ * distances above the largest logit, by the inverse temperature, which are 0 or more. */
+struct Truncated {
+    const ConfidenceArgs &a;
+    const LogitRow &row;
+    const Draw &draw;
+    float top;
+
+    static constexpr int kNearest = 8;           /* that each thread keeps */
+    static constexpr uint32_t kNone = 0x7F800000; /* infinity's bits: as far as what is absent */
+
+    __device__ float scaled(int32_t token) const {
+        const float y = token >= 0 && token < a.vocab && row.is_present(token)
+                            ? __fmul_rn(row.at(token), draw.inverse_temperature)
+                            : -infinity();
+        return y == y ? y : -infinity();
+    }
+    /* In the order of what they stand for. */
+    __device__ uint32_t bits(float y) const { return __float_as_uint(y < top ? top - y : 0.0f); }
+    __device__ uint32_t bits(int32_t token) const { return bits(scaled(token)); }
+
+    template <typename T>
+    __device__ static T sum(T value) {
+        return block_reduce(
+            value, [](T x, int distance) { return __shfl_xor_sync(kAllLanes, x, distance); },
+            [](T x, T y) { return x + y; });
+    }
+
+    /* The least number of bits of which count(at most as many) is k or more: found from the highest down. */
+    template <typename Count>
+    __device__ static uint32_t find(int k, const Count &count) {
+        uint32_t below = 0; /* fewer than k are */
+#pragma unroll 1
+        for (uint32_t bit = 1u << 30; bit != 0; bit /= 2)
+            if (below + bit <= kNone && count(below + bit - 1) < k)
+                below += bit;
+        return below;
+    }
+
+    /* How far the top_k-th largest is. Of each thread's tokens the nearest are enough to know, unless one has
+     * that many nearer ones. */
+    __device__ uint32_t kth_nearest() const {
+        if (draw.top_k <= 0 || draw.top_k >= a.vocab)
+            return kNone;
+        if (draw.top_k <= kThreads) {
+            uint32_t near[kNearest];
+#pragma unroll
+            for (int i = 0; i < kNearest; ++i)
+                near[i] = kNone;
+#pragma unroll 1
+            for (int32_t v = threadIdx.x; v < a.vocab; v += kThreads) {
+                uint32_t x = bits(v);
+                if (x >= near[kNearest - 1])
+                    continue;
+#pragma unroll
+                for (int i = 0; i < kNearest; ++i) {
+                    const uint32_t larger = max(near[i], x);
+                    near[i] = min(near[i], x);
+                    x = larger;
+                }
+            }
+            const uint32_t kth = find(draw.top_k, [&](uint32_t most) {
+                int count = 0;
+#pragma unroll
+                for (int i = 0; i < kNearest; ++i)
+                    count += near[i] <= most;
+                return sum(count);
+            });
+            if (!__syncthreads_or(near[kNearest - 1] < kth))
+                return kth;
+        }
+        return find(draw.top_k, [&](uint32_t most) {
+            int count = 0;
+#pragma unroll 1
+            for (int32_t v = threadIdx.x; v < a.vocab; v += kThreads)
+                count += bits(v) <= most;
+            return sum(count);
+        });
+    }
+
+    /* Of the tokens that are at most, or nearer than, so far. */
+    __device__ int64_t mass(uint32_t most) const {
+        int64_t total = 0;
+#pragma unroll 1
+        for (int32_t v = threadIdx.x; v < a.vocab; v += kThreads) {
+            const uint32_t x = bits(v);
+            total += x <= most ? token_weight(-__uint_as_float(x)) : 0;
+        }
+        return sum(total);
+    }
+
+    /* The token of the largest key of those that are at most so far. */
+    __device__ Confidence draw_from(int position, uint32_t most) const {
+        Confidence s = {-infinity(), -infinity(), 0.0f, 0.0f, -infinity(), INT32_MAX};
+        const int32_t groups = (a.noise_place + a.vocab + 3) / 4;
+#pragma unroll 1
+        for (int32_t g = threadIdx.x; g < groups; g += kThreads) {
+            const int32_t first = 4 * g - a.noise_place;
+            float y[4];
+            bool any = false;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                y[i] = scaled(first + i);
+                any = any || (y[i] > -infinity() && bits(y[i]) <= most);
+            }
+            if (!any)
+                continue;
+            const auto words =
+                philox(draw.seed, a.noise_group + static_cast<uint32_t>(g), static_cast<uint32_t>(position));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float key = __fadd_rn(y[i], gumbel(static_cast<uint32_t>(words.word[i])));
+                if (key > s.best_key && bits(y[i]) <= most) {
+                    s.best_key = key;
+                    s.best = first + i;
+                }
+            }
+        }
+        return block_reduce(s, exchange, merge);
+    }
+
+    __device__ int32_t choose(int position) const {
+        const uint32_t kth = kth_nearest(), by_probability = __float_as_uint(0.0f - draw.least);
+        uint32_t most = min(kth, by_probability);
+        const bool by_mass = draw.top_p < 1.0f;
+        const int64_t all = by_mass ? mass(kth) : 0;
+        for (;;) {
+            const int32_t token = draw_from(position, most).best;
+            const uint32_t x = bits(token);
+            /* A draw from more than may be drawn is right if it may be. If not, nothing that far may. */
+            if (!by_mass || x == 0 || is_within(draw.top_p, mass(x - 1), all))
+                return token;
+            most = x - 1;
+        }
+    }
+};
 
 /* Block `index` of batch * positions * splits. True in the one block of a row that has written its results.
  */
 __device__ inline bool confidence_block(const ConfidenceArgs &a, int index) {
     const int split = index % a.splits, row_index = index / a.splits;
     const int b = row_index / a.positions, c = row_index % a.positions;
-    LogitRow row = {nullptr, a.dtype};
+    LogitRow row = {nullptr, a.dtype, a.excluded, nullptr, a.bitmask.stride[2]};
+    if (a.bitmask.data != nullptr)
+        row.words = a.bitmask.data + b * a.bitmask.stride[0] + c * a.bitmask.stride[1];
     row.data = static_cast<const char *>(a.logits.data) +
                (b * a.logits.stride[0] + c * a.logits.stride[1]) * row.element_size();
-    const uint64_t seed =
-        a.seeds.data == nullptr ? a.seed : static_cast<uint64_t>(a.seeds.data[b * a.seeds.stride[0]]);
+    const Draw draw = draw_of(a.draws, b);
 
-    Confidence s =
-        a.sample ? scan<true, 1>(a, row, seed, c, split) : scan<false, kFlight>(a, row, seed, c, split);
+    Confidence s = draw.samples() && !draw.truncates() ? scan<true, 1>(a, row, draw, c, split)
+                                                       : scan<false, kFlight>(a, row, draw, c, split);
     s = block_reduce(s, exchange, merge);
     if (a.splits > 1) {
         Confidence *const partial = a.partial + static_cast<int64_t>(row_index) * a.splits;
@@ -273,9 +421,15 @@ __device__ inline bool confidence_block(const ConfidenceArgs &a, int index) {
         }
         s = block_reduce(s, exchange, merge);
     }
+    if (draw.samples() && draw.truncates() && s.max > -infinity())
+        s.best = Truncated{a, row, draw, __fmul_rn(s.max, draw.inverse_temperature)}.choose(c);
     if (threadIdx.x == 0) {
-        if (s.best == INT32_MAX) /* no key above -inf: the lowest token that may be chosen */
-            s.best = a.excluded == 0 ? 1 : 0;
+        if (s.best == INT32_MAX) { /* no key above -inf: the lowest token that may be chosen */
+            const int32_t lowest = a.excluded == 0 ? 1 : 0;
+            for (s.best = lowest; s.best < a.vocab && !row.is_present(s.best);)
+                ++s.best;
+            s.best = s.best < a.vocab ? s.best : lowest;
+        }
         write_confidence(a, s, row, b, c);
     }
     return true;

@@ -117,7 +117,16 @@ def _isa(isa: str) -> Place:
         "cpu",
         {
             **dict.fromkeys(
-                (COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
+                (
+                    COLUMN_SCORES,
+                    ATTENTION_MAP,
+                    TOKEN_CONFIDENCE,
+                    ROW_SAMPLING,
+                    DECODE_STEP,
+                    LOGIT_RANGE,
+                    WINDOWS,
+                ),
+                "",
             ),
             REVISION: "reduced|column_mask|tell_of|parts",  # the rest is the same on all
         },
@@ -171,10 +180,14 @@ TOKEN_CONFIDENCE, SELECT_TOKENS = "contract/test_token_confidence.py", "contract
 DECODE_STEP, ERRORS = "contract/test_decode_step.py", "contract/test_errors.py"
 LOGIT_RANGE, OPERANDS = "contract/test_logit_range.py", "contract/test_operands.py"
 WINDOWS, REVISION = "contract/test_windows.py", "contract/test_revision.py"
+ROW_SAMPLING = "contract/test_row_sampling.py"
 #: All but what says nothing there: programs run one after another, alike in every run, and the noise of
 #: samples is compared with the CPU's bit by bit.
 INTERPRETED = "^(?!.*(reruns_give_the_same_bits|samples_follow_the_softmax))"
-FUNCTIONS = (COLUMN_SCORES, ATTENTION_MAP, WINDOWS, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP)
+FUNCTIONS = (
+    *(COLUMN_SCORES, ATTENTION_MAP, WINDOWS),
+    *(TOKEN_CONFIDENCE, ROW_SAMPLING, SELECT_TOKENS, DECODE_STEP),
+)
 TABLE, AMX_EMULATOR = "backends/test_backends.py", "backends/test_amx_emulator.py"
 TRITON_KERNELS, TRITON_COMPILE = "backends/test_triton_kernels.py", "backends/test_triton_compile.py"
 
@@ -213,7 +226,17 @@ PLACES = {
     "cuda@host": _cuda_host(
         WITHOUT_WGMMA,
         dict.fromkeys(
-            (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, REVISION, LOGIT_RANGE, WINDOWS), ""
+            (
+                COLUMN_SCORES,
+                TOKEN_CONFIDENCE,
+                ROW_SAMPLING,
+                SELECT_TOKENS,
+                DECODE_STEP,
+                REVISION,
+                LOGIT_RANGE,
+                WINDOWS,
+            ),
+            "",
         ),
     ),
     "cuda@host-wgmma": _cuda_host(
