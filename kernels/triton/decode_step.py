@@ -22,9 +22,9 @@ from attn_sampler.reference import StepResult
 
 from . import launch
 from .column_scores import plan_columns, reduce_columns
-from .select_tokens import Commit, Options, Revision, commit_row
+from .select_tokens import Commit, Options, Revision, Rules, commit_row
 from .tile import Matrix, gather
-from .token_confidence import Logits, token_partials
+from .token_confidence import Bitmask, Logits, token_partials
 
 MAX_LAYERS = 128
 
@@ -61,6 +61,7 @@ def _commit_arguments(out: StepResult, logits: Tensor, partials: Tensor, options
     _, rows, splits = partials.shape
     how, metric = options.selection, options.sampling.metric
     revision = Revision.of(out, out.current, None, how)
+    rules, rule, tau = Rules.of(how)
     width = launch.next_power_of_2(splits)
     block = min(launch.next_power_of_2(out.selected.shape[1]), 256, max(1, 1024 // width))
     return {
@@ -72,14 +73,16 @@ def _commit_arguments(out: StepResult, logits: Tensor, partials: Tensor, options
             out.token_ids,
             out.confidence,
             out.selected,
-            how.tau,
+            rules,
+            tau,
             None if revision is None else Logits.of(logits),
+            None if revision is None else Bitmask.optional(options.sampling.token_bitmask),
             out.log_prob,
             revision,
         ),
         "plane": rows * splits,
         "n_splits": splits,
-        "COMMIT": Options(how.rule, how.fallback, block, metric, width, how.revision_order),
+        "COMMIT": Options(rule, how.fallback, block, metric, width, how.revision_order),
     }
 
 

@@ -14,14 +14,23 @@ import triton.language as tl
 from torch import Tensor
 
 from attn_sampler.options import Selection
-from attn_sampler.reference import REMASKED, REPLACED, Selected, StepResult
+from attn_sampler.reference import REMASKED, REPLACED, RULE_CODES, Selected, StepResult
 
 from . import launch
 from .tile import Matrix
-from .token_confidence import Logits, confidence_of, log_prob_of, merge_partials, probability_of
+from .token_confidence import (
+    Bitmask,
+    Logits,
+    Rows,
+    confidence_of,
+    log_prob_of,
+    merge_partials,
+    probability_of,
+)
 
 _NONE = tl.constexpr(2**31 - 1)  # loses every tie to a real position
 _INF = tl.constexpr(float("inf"))
+_SEQUENTIAL, _THRESHOLD = tl.constexpr(RULE_CODES["sequential"]), tl.constexpr(RULE_CODES["threshold"])
 _REPLACED, _REMASKED = tl.constexpr(REPLACED), tl.constexpr(REMASKED)
 _PAIRS = tl.constexpr(2048)  # of positions compared at a time; more would spill
 
@@ -29,7 +38,7 @@ _PAIRS = tl.constexpr(2048)  # of positions compared at a time; more would spill
 class Options(NamedTuple):
     """Compile-time options of a selection; those of the confidence where it is still in partials."""
 
-    rule: str
+    rule: str  # or "", where each row has its own
     fallback: str
     block: int  # positions at a time
     metric: str = ""
@@ -79,6 +88,20 @@ class Revision(NamedTuple):
         return cls(*tensors, options.replace_tau, options.remask_tau, most)
 
 
+class Rules(NamedTuple):
+    """What is selected by, where each row has its own."""
+
+    rule: Rows | None
+    tau: Rows | None
+
+    @classmethod
+    def of(cls, options: Selection) -> tuple[Rules, str, float]:
+        """Those of each row, and those of all; no rule of all is ""."""
+        rule, _ = Rows.split(options.rule)  # type: ignore[arg-type]
+        taus, tau = Rows.split(options.tau)
+        return cls(rule, taus), options.rule if rule is None else "", float(tau)
+
+
 class Commit(NamedTuple):
     """The end of a decoding step. Tensors that are no matrices are [B, C] and contiguous."""
 
@@ -86,8 +109,10 @@ class Commit(NamedTuple):
     token_ids: Tensor  # int64
     confidence: Tensor
     selected: Tensor
+    rules: Rules | None
     tau: float
     logits: Logits | None  # None without a revision, as what follows
+    bitmask: Bitmask | None
     log_prob: Tensor | None
     revision: Revision | None
 
@@ -137,18 +162,45 @@ def _is_masked(marks, mask_token_id, at, ok):
 
 
 @triton.jit
-def _first_look(look, scores, confidence, masked, offs, tau, OPTIONS: tl.constexpr):
+def _rule_of(rules, b):
+    """The code of row b's rule, where rows have their own."""
+    rule = 0
+    if rules.rule is not None:
+        rule = tl.load(rules.rule.data + b * rules.rule.stride)
+    return rule
+
+
+@triton.jit
+def _tau_of(rules, tau, b):
+    own = tau
+    if rules.tau is not None:
+        own = tl.load(rules.tau.data + b * rules.tau.stride)
+    return own
+
+
+@triton.jit
+def _first_look(look, scores, confidence, masked, offs, rule, tau, OPTIONS: tl.constexpr):
     """Carry over one more chunk."""
     high = masked & (confidence >= tau)
-    if OPTIONS.rule == "threshold":  # which no score can fail
-        candidate = masked if OPTIONS.fallback == "confidence" else masked & (scores == scores)
+    scored = masked & (scores == scores)
+    by_threshold = masked if OPTIONS.fallback == "confidence" else scored  # which no score can fail
+    if OPTIONS.rule == "threshold":
+        candidate = by_threshold
         theta = look.theta
         top_high = tl.maximum(look.top_high, tl.max(tl.where(high, 0.0, -_INF), 0))
     else:
-        candidate = masked & (scores == scores)
+        candidate = scored
         theta = tl.maximum(look.theta, tl.max(tl.where(candidate & ~high, scores, -_INF), 0))
         top_high = tl.maximum(look.top_high, tl.max(tl.where(candidate & high, scores, -_INF), 0))
+        if OPTIONS.rule == "":
+            is_threshold = rule == _THRESHOLD
+            candidate = tl.where(is_threshold, by_threshold, candidate)
+            theta = tl.where(is_threshold, look.theta, theta)
+            any_high = tl.maximum(look.top_high, tl.max(tl.where(high, 0.0, -_INF), 0))
+            top_high = tl.where(is_threshold, any_high, top_high)
     value = scores if OPTIONS.rule == "sequential" or OPTIONS.fallback == "score" else confidence
+    if OPTIONS.rule == "":
+        value = tl.where(rule == _SEQUENTIAL, scores, value)
     value = tl.where(candidate & (value == value), value, -_INF)
     best = tl.max(value, 0)
     best_at = tl.min(tl.where(candidate & (value == best), offs, _NONE), 0)
@@ -157,7 +209,7 @@ def _first_look(look, scores, confidence, masked, offs, tau, OPTIONS: tl.constex
 
 
 @triton.jit
-def _second_look(look, scores, confidence, masked, offs, tau, OPTIONS: tl.constexpr):
+def _second_look(look, scores, confidence, masked, offs, rule, tau, OPTIONS: tl.constexpr):
     """The selected positions of a chunk."""
     single = offs == look.best_at
     if OPTIONS.rule == "sequential":
@@ -166,7 +218,11 @@ def _second_look(look, scores, confidence, masked, offs, tau, OPTIONS: tl.conste
         passing = masked & (confidence >= tau)
         if OPTIONS.rule == "parallel":
             passing = passing & (scores > look.theta)
+        if OPTIONS.rule == "":
+            passing = passing & tl.where(rule == _THRESHOLD, passing, scores > look.theta)
         selected = tl.where(look.top_high > look.theta, passing, single)
+        if OPTIONS.rule == "":
+            selected = tl.where(rule == _SEQUENTIAL, single, selected)
     return selected
 
 
@@ -222,6 +278,7 @@ def _select_row(
     tokens,
     revision,
     n_positions,
+    rule,
     tau,
     OPTIONS: tl.constexpr,
 ):
@@ -236,7 +293,13 @@ def _select_row(
             value = _load(confidence, offs, ok, 0.0)
         else:
             best = merge_partials(
-                tokens.partials, tokens.plane, tokens.first + offs, ok, tokens.n_splits, OPTIONS.splits
+                tokens.partials,
+                tokens.plane,
+                tokens.first + offs,
+                ok,
+                tokens.n_splits,
+                mask_token_id,
+                OPTIONS.splits,
             )
             value = confidence_of(best, OPTIONS.metric)
             tl.store(tokens.ids + offs, best.token.to(tl.int64), mask=ok)
@@ -248,14 +311,16 @@ def _select_row(
                 differs = _load(revision.differs, offs, ok, 0) != 0
             else:
                 stands = _load(marks, offs, ok, 0)
-                current = probability_of(best, tokens.logits, mask_token_id, tokens.b, offs, stands, ok)
+                current = probability_of(
+                    best, tokens.logits, tokens.bitmask, mask_token_id, tokens.b, offs, stands, ok
+                )
                 differs = best.token != stands
                 tl.store(tokens.log_prob + tokens.first + offs, log_prob_of(best), mask=ok)
                 _store(revision.current, offs, current, ok)
             verdict = _verdicts(revision, value, masked, current, differs, offs, ok)
             _store(revision.revised, offs, verdict, ok)
             failing += tl.sum((verdict != 0).to(tl.int32), 0)
-        look = _first_look(look, _load(scores, offs, ok, 0.0), value, masked, offs, tau, OPTIONS)
+        look = _first_look(look, _load(scores, offs, ok, 0.0), value, masked, offs, rule, tau, OPTIONS)
     WRITES: tl.constexpr = (tokens is not None) or (revision is not None)
     if WRITES:
         # The second look reads what other threads of this program wrote in the first.
@@ -265,7 +330,7 @@ def _select_row(
         ok = offs < n_positions
         value = _load(confidence, offs, ok, 0.0)
         masked = _is_masked(marks, mask_token_id, offs, ok)
-        chosen = _second_look(look, _load(scores, offs, ok, 0.0), value, masked, offs, tau, OPTIONS)
+        chosen = _second_look(look, _load(scores, offs, ok, 0.0), value, masked, offs, rule, tau, OPTIONS)
         _store(selected, offs, chosen, ok)
         if revision is not None:
             verdict = _load(revision.revised, offs, ok, 0)
@@ -288,7 +353,7 @@ def _select_row(
 
 @triton.jit(do_not_specialize=["n_positions", "tau"])
 def select_tokens_kernel(
-    scores, confidence, masked, selected, revision, n_positions, tau, OPTIONS: tl.constexpr
+    scores, confidence, masked, selected, revision, n_positions, rules, tau, OPTIONS: tl.constexpr
 ):
     b = tl.program_id(0).to(tl.int64)
     _select_row(
@@ -300,7 +365,8 @@ def select_tokens_kernel(
         None,
         _row_of_revision(revision, b),
         n_positions,
-        tau,
+        _rule_of(rules, b),
+        _tau_of(rules, tau, b),
         OPTIONS,
     )
 
@@ -315,6 +381,7 @@ class Predictions(NamedTuple):
     ids: Any
     log_prob: Any  # of all rows, as the logits
     logits: Any
+    bitmask: Any
     b: Any
 
 
@@ -349,11 +416,13 @@ def commit_row(
             commit.token_ids + first,
             commit.log_prob,
             commit.logits,
+            commit.bitmask,
             b,
         ),
         _row_of_revision(commit.revision, wide),
         n_positions,
-        commit.tau,
+        _rule_of(commit.rules, wide),
+        _tau_of(commit.rules, commit.tau, wide),
         OPTIONS,
     )
 
@@ -371,6 +440,7 @@ def select_tokens(
     if batch == 0 or positions == 0:
         return
     block = min(1024, launch.next_power_of_2(positions))
+    rules, rule, tau = Rules.of(options)
     launch.launch(
         select_tokens_kernel,
         batch,
@@ -381,8 +451,9 @@ def select_tokens(
             "selected": Matrix.of(out.selected),
             "revision": Revision.of(out, current, differs, options),
             "n_positions": positions,
-            "tau": options.tau,
-            "OPTIONS": Options(options.rule, options.fallback, block, order=options.revision_order),
+            "rules": rules,
+            "tau": tau,
+            "OPTIONS": Options(rule, options.fallback, block, order=options.revision_order),
         },
         launch.Config(1, block, 1 if block <= 128 else 4, 1),
         device=scores.device,
