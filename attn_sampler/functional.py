@@ -157,8 +157,8 @@ def select_tokens(
     masked
         bool ``[B, C]``: the positions still to fill.
     rule
-        ``"parallel"``, ``"sequential"`` or ``"threshold"``; or an int32 tensor ``[B]`` on the same device with
-        the ``attn_sampler.reference.RULE_CODES`` of each row's rule (anything else is ``"parallel"``).
+        ``"parallel"``, ``"sequential"`` or ``"threshold"``; or an int32 tensor ``[B]`` on the same device
+        with the ``attn_sampler.reference.RULE_CODES`` of each row's rule (anything else is ``"parallel"``).
         (``policy`` is its former name, taken for one release more.)
     tau
         Confidence threshold in [0, 1], or a float32 tensor ``[B]`` with one for each row; not read by

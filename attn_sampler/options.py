@@ -372,7 +372,8 @@ def check_bitmask(bitmask: object, logits: Tensor) -> None:
     least = -(-logits.shape[2] // 32)
     if words < least:
         raise ValueError(
-            f"token_bitmask: expected at least {least} words of 32 bits for {logits.shape[2]} tokens, got {words}"
+            f"token_bitmask: expected at least {least} words of 32 bits for {logits.shape[2]} tokens, "
+            f"got {words}"
         )
     given: Tensor = bitmask  # type: ignore[assignment]
     checks.shape("token_bitmask", given, axes, (*logits.shape[: given.dim() - 1], words))
@@ -426,8 +427,11 @@ _ARGUMENTS = {
     bool: "bool {}",
 }
 
-# What stands in the place of a value where each row has one.
-_OF_ROWS: dict[Any, Any] = {int | Tensor | None: 0, int | Tensor: 0, float | Tensor: 0.0, str | Tensor: ""}
+# Fields that are a value of all rows, or a tensor with one for each: then this stands in its place.
+_OF_ROWS: dict[str, Any] = {
+    **{"seed": 0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+    **{"rule": "", "tau": 0.0},
+}
 
 Record = TypeVar("Record", bound=tuple)
 
@@ -443,10 +447,9 @@ def schema(record: type) -> str:
 def flat(record: tuple) -> list[Any]:
     """A checked record's fields as these arguments."""
     values: list[Any] = []
-    kinds = record.__annotations__.values()
-    for kind, value in zip(kinds, record, strict=True):
-        if kind in _OF_ROWS:
-            values += (_OF_ROWS[kind], value) if isinstance(value, Tensor) else (value, None)
+    for name, value in zip(record._fields, record, strict=True):  # type: ignore[attr-defined]
+        if name in _OF_ROWS:
+            values += (_OF_ROWS[name], value) if isinstance(value, Tensor) else (value, None)
         elif isinstance(value, tuple):
             values += flat(value) if hasattr(value, "_fields") else value
         else:
@@ -457,12 +460,12 @@ def flat(record: tuple) -> list[Any]:
 def unflat(record: type[Record], values: Iterator[Any]) -> Record:
     """The record of these arguments."""
     fields: list[Any] = []
-    for kind in record.__annotations__.values():
+    for name, kind in record.__annotations__.items():
         if kind in (slice | Span, slice | Span | None):
             fields.append(Span(next(values), next(values)))
         elif kind == tuple[int, int]:
             fields.append((next(values), next(values)))
-        elif kind in _OF_ROWS:
+        elif name in _OF_ROWS:
             value, of_rows = next(values), next(values)
             fields.append(value if of_rows is None else of_rows)
         elif kind in _ARGUMENTS:

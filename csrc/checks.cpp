@@ -213,8 +213,8 @@ View<const uint32_t, 3> bitmask_of(const Tensor *t, int64_t batch, int64_t posit
     if (of_positions)
         check_size("params.token_bitmask", t, 1, positions);
     if (t->shape[t->ndim - 1] < words)
-        throw Error(kInvalid, "params.token_bitmask: expected at least %" PRId64 " words, got %" PRId64, words,
-                    t->shape[t->ndim - 1]);
+        throw Error(kInvalid, "params.token_bitmask: expected at least %" PRId64 " words, got %" PRId64,
+                    words, t->shape[t->ndim - 1]);
     if (of_positions) {
         set_view(view, t);
     } else {

@@ -125,7 +125,7 @@ struct ConfidenceProblem {
     Draws draws;
     int64_t excluded; /* negative for none */
     int64_t vocab_start;
-    View<const uint32_t, 3> bitmask; /* may be none; batch, position, word */
+    View<const uint32_t, 3> bitmask;    /* may be none; batch, position, word */
     View<const int64_t, 2> current_ids; /* may be none, as log_prob and current */
     View<int64_t, 2> token_ids;
     View<float, 2> confidence, log_prob, current;
@@ -137,7 +137,8 @@ static inline bool is_present(const ConfidenceProblem &p, int64_t b, int64_t c, 
     const int64_t *const stride = p.bitmask.stride;
     return token != p.excluded &&
            (p.bitmask.data == nullptr ||
-            (p.bitmask.data[b * stride[0] + c * stride[1] + token / 32 * stride[2]] >> (token % 32) & 1) != 0);
+            (p.bitmask.data[b * stride[0] + c * stride[1] + token / 32 * stride[2]] >> (token % 32) & 1) !=
+                0);
 }
 
 struct SelectProblem {

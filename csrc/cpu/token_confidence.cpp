@@ -3,9 +3,9 @@
  * Each logit is read once, where it lies, and everything is taken from it then: the largest values, and the
  * sum of exponentials relative to the largest value so far. Which token holds the largest is looked up at the
  * end, in the one chunk that has it. Chunks that need an edit (the end of the vocabulary, an excluded token)
- * and those to sample from are widened into a buffer in the first-level cache first. Where only some tokens may
- * be drawn, a second look at the whole position, whose largest logit is known then, finds them. This file is
- * compiled without contraction of multiply-adds, because the noise is fixed to the last bit.
+ * and those to sample from are widened into a buffer in the first-level cache first. Where only some tokens
+ * may be drawn, a second look at the whole position, whose largest logit is known then, finds them. This file
+ * is compiled without contraction of multiply-adds, because the noise is fixed to the last bit.
  */
 #include <algorithm>
 #include <cmath>
@@ -240,8 +240,8 @@ struct Sampler {
     }
 
     /* Takes the token of the largest key among n, of which logits(i) is a vector from i on, if it exceeds the
-     * state's. The first begins a group of the stream. Few tokens can win, and only their noise is worked out;
-     * where kMostAbsent, not even words where all logits are -inf. */
+     * state's. The first begins a group of the stream. Few tokens can win, and only their noise is worked
+     * out; where kMostAbsent, not even words where all logits are -inf. */
     template <bool kMostAbsent, typename Logits>
     void choose(const Logits &logits, int64_t n, int64_t first_token, State &state) const {
         Counters group; /* each counter good for four tokens */
@@ -312,8 +312,7 @@ bool edits(const ConfidenceProblem &p, int64_t first, int64_t n) {
 void remove_absent(const ConfidenceProblem &p, int64_t b, int64_t c, int64_t first, int64_t n, float *x) {
     for (int64_t i = 0; p.bitmask.data != nullptr && i < n; i += 32) {
         const int64_t *const stride = p.bitmask.stride;
-        const uint32_t word =
-            p.bitmask.data[b * stride[0] + c * stride[1] + (first + i) / 32 * stride[2]];
+        const uint32_t word = p.bitmask.data[b * stride[0] + c * stride[1] + (first + i) / 32 * stride[2]];
         for (int64_t bit = 0; word != ~0u && bit < min_of(32, n - i); ++bit)
             x[i + bit] = (word >> bit & 1) != 0 ? x[i + bit] : -kInf;
     }
@@ -442,7 +441,8 @@ class Truncated {
         const bool by_mass = draw_.top_p < 1.0f;
         float least = std::max(kth_, draw_.least);
         if (by_mass) { /* so many tokens, this far below the largest, do not make up what is left out */
-            const double left_out = 0.99 * (1.0 - static_cast<double>(draw_.top_p)) * static_cast<double>(mass_);
+            const double left_out =
+                0.99 * (1.0 - static_cast<double>(draw_.top_p)) * static_cast<double>(mass_);
             const double share = std::min(left_out / (static_cast<double>(vocab_) * 0x1p30), 1.0);
             least = std::max(least, static_cast<float>(std::log(share)));
         }

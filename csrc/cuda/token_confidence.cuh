@@ -4,8 +4,8 @@
  * rescaled only where a group holds a new maximum, and the chosen token is looked for only there, so that
  * most tokens cost a conversion, a comparison, a multiply-add, an exponential and an addition.
  *
- * Where only some tokens may be drawn, the last of a row's blocks, which knows its largest logit, looks at the
- * whole row again: for the top_k-th largest, for the mass, for a token, and whether that may be drawn.
+ * Where only some tokens may be drawn, the last of a row's blocks, which knows its largest logit, looks at
+ * the whole row again: for the top_k-th largest, for the mass, for a token, and whether that may be drawn.
  */
 #ifndef ATTN_SAMPLER_CUDA_TOKEN_CONFIDENCE_CUH_
 #define ATTN_SAMPLER_CUDA_TOKEN_CONFIDENCE_CUH_
@@ -263,7 +263,7 @@ struct Truncated {
     const Draw &draw;
     float top;
 
-    static constexpr int kNearest = 8;           /* that each thread keeps */
+    static constexpr int kNearest = 8;            /* that each thread keeps */
     static constexpr uint32_t kNone = 0x7F800000; /* infinity's bits: as far as what is absent */
 
     __device__ float scaled(int32_t token) const {

@@ -243,8 +243,8 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_attention_map(const attn_sampl
  *
  * Only some tokens are drawn from: those of which d = fl(y - max y), y = fl(x * inv_temperature), says that
  * fewer than top_k tokens have a larger d; that, of the mass of these, less than top_p has a larger d; and
- * that d >= log(min_p). Tokens of the largest y always are. The mass is the sum of floor(2^30 exp(d)), with an
- * exponential that is fixed to the last bit: attn_sampler_random.h.
+ * that d >= log(min_p). Tokens of the largest y always are. The mass is the sum of floor(2^30 exp(d)), with
+ * an exponential that is fixed to the last bit: attn_sampler_random.h.
  *
  * token_bitmask [B,W] or [B,C,W] int32, W >= ceil(V / 32): tokens whose bit, t % 32 of word t / 32, is 0 are
  * absent, like the excluded one. Where none is left, the lowest that is not excluded is taken.
@@ -263,9 +263,9 @@ typedef struct attn_sampler_sampling_params {
     int64_t top_k;                    /* at least 0, which is all */
     double top_p;                     /* in [0, 1], of which 0, too, is all; else V is at most 2^32 */
     double min_p;                     /* in [0, 1] */
-    /* [B] each, in the place of the number above, or NULL: temperatures, top_ps, min_ps float32, top_ks int32.
-     * What is no temperature, below the least or NaN, is greedy; a value that is no top_k, top_p or min_p, 0
-     * or less or NaN or a top_p from 1 on, is all. */
+    /* [B] each, in the place of the number above, or NULL: temperatures, top_ps, min_ps float32, top_ks
+     * int32. What is no temperature, below the least or NaN, is greedy; a value that is no top_k, top_p or
+     * min_p, 0 or less or NaN or a top_p from 1 on, is all. */
     const attn_sampler_tensor *temperatures, *top_ks, *top_ps, *min_ps;
     const attn_sampler_tensor *token_bitmask; /* or NULL */
 } attn_sampler_sampling_params;

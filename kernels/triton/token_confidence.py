@@ -311,9 +311,7 @@ class Options(NamedTuple):
     block_w: int
 
 
-@triton.jit(
-    do_not_specialize=["first_group", "seed", "top_k", "exclude", "n_splits", "split_size", "n_counters"]
-)
+@triton.jit(do_not_specialize=["first_group", "seed", "top_k", "exclude", "n_splits", "n_counters"])
 def token_partials_kernel(
     logits,
     bitmask,
@@ -397,7 +395,7 @@ def token_partials_kernel(
             present = there & (here != exclude)
             clean = tl.where(raw == raw, raw, -_INF)
             keys = clean
-            if SAMPLE:
+            if SAMPLE:  # noqa: SIM102 (of the two the first is the compiler's)
                 if samples:
                     group = (start + LEAD) // 4 + (
                         tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4) + tl.arange(0, BLOCK_W // 4)[None, :]
@@ -524,9 +522,7 @@ def _kth_nearest(row, k, BLOCK: tl.constexpr):
         kth = 0
         for bit in range(30, -1, -1):
             tried = kth + (1 << bit) - 1
-            if tried < _ALL:
-                if _count(row, tried, BLOCK) < k:
-                    kth = tried + 1
+            kth = tl.where((tried < _ALL) & (_count(row, tried, BLOCK) < k), tried + 1, kth)
     return kth
 
 
@@ -734,7 +730,7 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
                 "SPLITS": launch.next_power_of_2(splits),
                 "BLOCK": tile // 4,
             },
-            parameters,
+            launch.Config(1, tile // 4, 8, 1),
             device=logits.device,
             fuse_multiply_add=False,
         )

@@ -121,22 +121,25 @@ attention_map = functools.partial(attention, kernels.attention_map, reduction="n
 
 def confidence(
     metric: str = "probability",
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     dtype: torch.dtype = torch.bfloat16,
     vocab: int = 126464,
     vocab_start: int = 0,
     current: bool = False,
+    **rows: Any,
 ) -> None:
     logits, ids = torch.empty(1, 32, vocab, dtype=dtype), torch.empty(1, 32, dtype=torch.int64)
     outputs = ids, torch.empty(1, 32), torch.empty(1, 32), torch.empty(1, 32) if current else None
-    options = Sampling(metric, temperature, 7, 126336, vocab_start)
+    options = Sampling(metric, temperature, 7, 126336, vocab_start, **rows)
     kernels.token_confidence(outputs, logits, ids if current else None, options)
 
 
 REVISING = Selection("threshold", "confidence", 0.9, 0.9, 0.1, 4)
 
 
-def select(positions: int = 32, revises: bool = False) -> None:
+def select(
+    positions: int = 32, revises: bool = False, rule: str | Tensor = "parallel", tau: float | Tensor = 0.9
+) -> None:
     scores, masked = torch.empty(8, positions), torch.empty(8, positions, dtype=torch.bool)
     if revises:
         revision = masked.to(torch.uint8), masked.to(torch.int32)
@@ -144,7 +147,7 @@ def select(positions: int = 32, revises: bool = False) -> None:
         kernels.select_tokens(out, scores, scores, masked, scores, masked, REVISING)
     else:
         out = Selected(masked, None, None)
-        kernels.select_tokens(out, scores, scores, masked, None, None, Selection("parallel", "score", 0.9))
+        kernels.select_tokens(out, scores, scores, masked, None, None, Selection(rule, "score", tau))
 
 
 def step(
@@ -242,7 +245,22 @@ SCENARIOS: dict[str, Callable[[], None]] = {
         confidence, temperature=0.7, vocab_start=(1 << 34) - 126464
     ),
     "confidence, entropy, float32": functools.partial(confidence, metric="entropy", dtype=torch.float32),
+    "confidence, of what may be drawn": functools.partial(
+        confidence, temperature=0.7, current=True, top_k=50, top_p=0.9
+    ),
+    "confidence, each row by its own": functools.partial(
+        confidence,
+        metric="margin",
+        temperature=torch.empty(1),
+        top_k=torch.empty(1, dtype=torch.int32),
+        top_p=torch.empty(1),
+        min_p=torch.empty(1),
+        token_bitmask=torch.empty(1, 32, 3952, dtype=torch.int32),
+    ),
     "select": select,
+    "select, each row by its own rule": functools.partial(
+        select, rule=torch.empty(8, dtype=torch.int32), tau=torch.empty(8)
+    ),
     "select and revise": functools.partial(select, revises=True),
     "select and revise, 2048 positions": functools.partial(select, positions=2048, revises=True),
     "step, 32 layers": step,

@@ -135,7 +135,9 @@ def test_a_number_is_a_tensor_of_it(backend, device):
         for name, value in numbers.items()
     }
     expected = token_confidence(logits, seed=5, backend=backend, **numbers)
-    assert torch.equal(token_confidence(logits, seed=5, backend=backend, **rows).token_ids, expected.token_ids)
+    assert torch.equal(
+        token_confidence(logits, seed=5, backend=backend, **rows).token_ids, expected.token_ids
+    )
     for name, value in rows.items():
         mixed = token_confidence(logits, seed=5, backend=backend, **{**numbers, name: value})
         assert torch.equal(mixed.token_ids, expected.token_ids)
@@ -211,14 +213,18 @@ def test_bits_are_tokens(backend, device):
                 assert torch.equal(getattr(ours, name), getattr(plain, name))
     first = token_confidence(logits, token_bitmask=bitmask[:, 0], backend=backend)
     each = bitmask[:, :1].expand(2, 3, 5)
-    assert torch.equal(first.token_ids, token_confidence(logits, token_bitmask=each, backend=backend).token_ids)
+    assert torch.equal(
+        first.token_ids, token_confidence(logits, token_bitmask=each, backend=backend).token_ids
+    )
 
 
 def test_where_no_token_is_left(backend, device):
     logits = normal(3, 2, 3, 50).to(device)
     nothing = torch.zeros(2, 2, dtype=torch.int32, device=device)
     for options in ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "seed": 1, "top_p": 0.5}):
-        result = token_confidence(logits, token_bitmask=nothing, exclude_token_id=0, backend=backend, **options)
+        result = token_confidence(
+            logits, token_bitmask=nothing, exclude_token_id=0, backend=backend, **options
+        )
         assert torch.equal(result.token_ids, torch.ones_like(result.token_ids))
         assert result.confidence.isnan().all()
 
@@ -361,7 +367,7 @@ def test_what_is_read_is_not_written(backend, device):
     memory = torch.ones(64, dtype=torch.int32, device=device)
     tokens = torch.full((2, 3), MASK, device=device)
     logits = torch.zeros(2, 3, 40, device=device)
-    with pytest.raises(ValueError, match="budget: expected memory of its own, got some of that of .*top_k"):
+    with pytest.raises(ValueError, match=r"budget: expected memory of its own, got some of that of .*top_k"):
         decode_step(
             tokens,
             logits,

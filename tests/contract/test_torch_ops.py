@@ -70,14 +70,16 @@ def calls(x: dict, backend: str) -> dict:
     massed = mapped._replace(reduction="sum", per_head=True)
     scores = torch.zeros_like(x["scores"])
     ids = torch.zeros_like(scores, dtype=torch.int64)
-    sampled = Sampling("entropy", 0.7, x["seeds"], MASK, 6)
+    batch = x["seeds"].shape[0]
+    rows, words = torch.linspace(0.3, 0.9, batch, device=x["seeds"].device), x["tokens"][:, :1].int() | 7
+    sampled = Sampling("entropy", rows, x["seeds"], MASK, 6, rows.int() + 9, 0.9, rows / 9, words)
     current, differs = x["confidence"] * 0.9, ~x["masked"]
     revised, selected = torch.zeros_like(ids, dtype=torch.uint8), x["masked"].clone()
     outputs = (x["tokens"], ids, x["confidence"], x["scores"], selected)
     no_revision = (None,) * 4
     revising = (torch.zeros_like(scores), torch.zeros_like(scores), revised, x["budget"])
     commits = (math.inf, 0.0, 64, "product")
-    revises = Selection("threshold", "confidence", 0.5, 0.3, 0.6, 2, "doubt")
+    revises = Selection(rows.int() + 2, "confidence", rows, 0.3, 0.6, 2, "doubt")
     layers = ([x["q"]] * 2, [x["k"]] * 2, [x["lse"]] * 2, [], [])
     steps = [
         Step(Span(4, 8), MASK, "all", summed, sampled, Selection("parallel", "confidence", 0.1, *commits)),

@@ -162,7 +162,16 @@ Broken break_attention(Call &call) {
 Broken break_sampling(Call &call) {
     Random &random = call.random;
     attn_sampler_sampling_params &s = call.params.sampling;
-    switch (random.below(3)) {
+    switch (random.below(6)) {
+    case 3:
+        s.top_k = random.pick<int64_t>({-1, INT64_MIN});
+        return {"params.top_k", true};
+    case 4:
+        s.top_p = random.pick({double{NAN}, HUGE_VAL, -1e-9, 1.0001});
+        return {"params.top_p", true};
+    case 5:
+        s.min_p = random.pick({double{NAN}, -HUGE_VAL, -1e-9, 1.0001});
+        return {"params.min_p", true};
     case 0:
         return break_choice(random, s.metric, "params.metric", 3);
     case 1:

@@ -75,14 +75,20 @@ void check_selection(const Call &call, const std::vector<uint8_t> &masked) {
     const std::vector<float> scores = values<float>(call.scores, call);
     const std::vector<float> confidence = values<float>(call.confidence, call);
     const std::vector<uint8_t> selected = values<uint8_t>(call.selected, call);
-    const bool parallel = s.rule == ATTN_SAMPLER_RULE_PARALLEL,
-               threshold = s.rule == ATTN_SAMPLER_RULE_THRESHOLD;
-    const bool by_score = s.rule == ATTN_SAMPLER_RULE_SEQUENTIAL || s.fallback == ATTN_SAMPLER_FALLBACK_SCORE;
-    const auto is_high = [&](size_t i) { return confidence[i] >= static_cast<float>(s.tau); };
+    const std::vector<int32_t> rules = values<int32_t>(s.rules, call);
+    const std::vector<float> taus = values<float>(s.taus, call);
+    bool parallel, threshold, by_score;
+    float tau;
+    const auto is_high = [&](size_t i) { return confidence[i] >= tau; };
     const auto rank = [&](size_t i) { return std::fmax(by_score ? scores[i] : confidence[i], -HUGE_VALF); };
     std::vector<uint8_t> expected(selected.size());
     const size_t columns = static_cast<size_t>(call.selected->shape[1]);
     for (size_t first = 0; first < selected.size(); first += columns) {
+        const int32_t rule = rules.empty() ? s.rule : rules[first / columns];
+        tau = taus.empty() ? static_cast<float>(s.tau) : taus[first / columns];
+        threshold = rule == ATTN_SAMPLER_RULE_THRESHOLD;
+        parallel = !threshold && rule != ATTN_SAMPLER_RULE_SEQUENTIAL;
+        by_score = rule == ATTN_SAMPLER_RULE_SEQUENTIAL || s.fallback == ATTN_SAMPLER_FALLBACK_SCORE;
         float theta = -HUGE_VALF;
         size_t fallback = SIZE_MAX;
         for (size_t i = first; i < first + columns; ++i) {

@@ -366,6 +366,24 @@ struct Call {
         add(logits, "logits", Role::rows, dtype, {batch, positions, vocab}, -8, 8, {0, 1});
         if (random.chance(40))
             add(s.seeds, "params.seeds", Role::input, ATTN_SAMPLER_INT64, {batch}, -1e18, 1e18, {0}, false);
+        s.top_k = random.pick<int64_t>({0, 0, 1, 40, vocab, INT64_MAX});
+        s.top_p = random.pick({0.0, 1.0, 0.9, 5e-324});
+        s.min_p = random.pick({0.0, 0.0, 0.1, 1.0, 5e-324});
+        draw_row_value(s.temperatures, "params.temperatures", -1, 2);
+        draw_row_value(s.top_ps, "params.top_ps", -0.2, 1.2);
+        draw_row_value(s.min_ps, "params.min_ps", -0.2, 1.2);
+        if (random.chance(20))
+            add(s.top_ks, "params.top_ks", Role::input, ATTN_SAMPLER_INT32, {batch}, -2, 60, {0}, false);
+        if (random.chance(15)) { /* a word of 0 may leave no token, and NaN */
+            plain = false;
+            const int64_t words = (vocab + 31) / 32;
+            if (random.chance(50))
+                add(s.token_bitmask, "params.token_bitmask", Role::input, ATTN_SAMPLER_INT32, {batch, words},
+                    -2e9, 2e9, {0}, false);
+            else
+                add(s.token_bitmask, "params.token_bitmask", Role::input, ATTN_SAMPLER_INT32,
+                    {batch, positions, words}, -2e9, 2e9, {0, 1}, false);
+        }
         add_output(token_ids, "token_ids", ATTN_SAMPLER_INT64, {batch, positions});
         add_output(confidence, "confidence", ATTN_SAMPLER_FLOAT32, {batch, positions});
         if (function != kTokenConfidence)
@@ -381,11 +399,22 @@ struct Call {
         }
     }
 
+    /* For some calls, a number of each sequence, some of which are none. */
+    void draw_row_value(const attn_sampler_tensor *&slot, const char *name, double low, double high) {
+        const bool was_plain = plain;
+        if (random.chance(20))
+            add(slot, name, Role::input, ATTN_SAMPLER_FLOAT32, {batch}, low, high, {0}, false);
+        plain = was_plain; /* no number here makes a probability odd */
+    }
+
     /* Of a step, its confidence and masked positions are not given. */
     void draw_selection(int64_t columns, Role scores_role) {
         attn_sampler_selection_params &s = params.selection;
         s.rule = static_cast<int32_t>(random.below(3));
         s.fallback = static_cast<int32_t>(random.below(2));
+        draw_row_value(s.taus, "params.taus", -0.2, 1.2);
+        if (random.chance(20))
+            add(s.rules, "params.rules", Role::input, ATTN_SAMPLER_INT32, {batch}, -1, 3, {0}, false);
         for (double *tau : {&s.tau, &s.replace_tau, &s.remask_tau})
             *tau = random.pick({0.0, 1.0, random.real(0, 1)});
         s.replace_tau = random.chance(30) ? HUGE_VAL : s.replace_tau;
