@@ -24,9 +24,10 @@ from attn_sampler.attention import column_scores
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
+from attn_sampler.errors import DecodingError
 from attn_sampler.generate import STEP_STRIDE
 from attn_sampler.options import REDUCTIONS, check_temperature, signed_seed
-from attn_sampler.policy import Policy, check_progress
+from attn_sampler.policy import Policy, StepState, check_progress
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import make_policy
 
@@ -285,6 +286,45 @@ class BlockDecoder:
         scores = result.scores if self.policy.needs_scores else None
         check_progress(masked, result.selected, result.confidence, scores, sequence)
         return result
+
+    def step_predicted(
+        self,
+        tokens: Tensor,  # [B, C]
+        token_ids: Tensor,  # [B, C]
+        probability: Tensor,  # [B, C]
+        scores: Tensor | None,  # [B, C]
+    ) -> StepResult:
+        """As ``step``, where an engine tells no more than each most probable token and its probability.
+
+        Raises
+        ------
+        RuntimeError
+            As ``step``; the decoder's policy or temperature needs the logits; or a chosen position's most
+            probable token is the mask token, beside which nothing is known.
+        """
+        if self.policy.metric != "probability" or self.temperature > 0.0:
+            raise RuntimeError(
+                f"the engine tells each position's most probable token alone, and {self.policy!r} at "
+                f"temperature {self.temperature} needs all logits"
+            )
+        masked = tokens == self.mask_token_id
+        sequence = torch.arange(len(tokens), device=tokens.device)
+        seeds = step_seeds(self.seed, self._steps, sequence)
+        self._steps += 1
+        if not self.policy.needs_scores:
+            scores = None
+        confidence = probability.float().masked_fill(token_ids == self.mask_token_id, torch.nan)
+        seen = (masked, token_ids, confidence, scores, confidence.new_empty(*tokens.shape, 0))
+        answer = self.policy.select(StepState(*seen, self.mask_token_id, sequence, seeds, self.backend))
+        assert isinstance(answer, Tensor)
+        selected = masked & answer
+        try:
+            check_progress(masked, selected, confidence, scores, sequence)
+        except DecodingError as error:
+            raise DecodingError(f"{error}; of the mask token's rivals the engine tells nothing") from None
+        tokens.copy_(torch.where(selected, token_ids, tokens))
+        nothing = torch.full_like(confidence, torch.nan)
+        return StepResult(tokens, token_ids, confidence, nothing if scores is None else scores, selected)
 
 
 class BlockScores:

@@ -7,9 +7,14 @@ Install: ``pip install "sglang>=0.5.23,<0.6"`` beside attn_sampler, which SGLang
 
 ``OPTIONS`` are the keys of the file. A block's attention is read in each ``RadixAttention`` layer, with the
 log-sum-exp that the FlashInfer backend computes to join the block to the cached context, and then throws
-away; with other backends, ``softmax_scope: block``. Tensor parallelism works as it is: the ranks' heads are
-added up. Interface of version 0.5.23; tested without a GPU, so not yet with CUDA graphs
-(``--disable-cuda-graph`` turns them off).
+away, so that backend is chosen where scores are read; with ``softmax_scope: block`` others serve too. Tensor
+parallelism works as it is: the ranks' heads are added up.
+
+Interface of version 0.5.23, whose algorithm is given all logits, and of the main branch after it (commit
+0929d6d of ``dllm/algorithm/base.py``), where it is given ``LogitsProcessorOutput``: its logits or, where the
+ranks of the vocabulary exchange no more than that, the most probable token of each position and its
+probability. The latter serves policies that judge by probability, at ``temperature: 0``. Tested without a
+GPU, so not yet with CUDA graphs (``--disable-cuda-graph`` turns them off).
 
 The file alone says how tokens are drawn. SGLang applies its stops, lengths and ``n`` to the finished blocks;
 a request that asks for more (a temperature of its own, ``top_p``, penalties, a grammar, log-probabilities,
@@ -21,6 +26,7 @@ is warned of, where the file has another. ``--sampling-defaults openai`` keeps a
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from typing import Any
 
@@ -95,6 +101,34 @@ def register() -> None:
     hooks.HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.load_model", _watch_loaded, hooks.HookType.AFTER
     )
+
+
+def _configure(server_args: Any) -> None:
+    """Choose the attention backend whose log-sum-exp is read, where the options in the file need it."""
+    arguments = _require("sglang.srt.arg_groups.overrides")
+    view = arguments.resolving_view(server_args)
+    options: Any = {}
+    if view.dllm_algorithm_config is not None:
+        with open(view.dllm_algorithm_config) as file:
+            options = importlib.import_module("yaml").safe_load(file) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{NAME}: expected a mapping in {view.dllm_algorithm_config}")
+    policy = stateless_policy(options.get("policy", "attn"), options.get("tau"))
+    if not policy.needs_scores or options.get("softmax_scope", "sequence") != "sequence":
+        return
+    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    given = {name: getattr(view, name, None) for name in fields}
+    wanted = [name for name in fields if given[name] not in (None, "flashinfer")]
+    if given["attention_backend"] is None:
+        wanted.append("attention_backend")
+    if wanted:
+        told = ", ".join(f"{name}={given[name]}" for name in wanted)
+        warnings.warn(
+            f"{NAME} reads the log-sum-exp of the flashinfer attention backend, which takes the place of "
+            f"{told} (softmax_scope: block would do without)",
+            stacklevel=2,
+        )
+        arguments.declare_resolution(server_args, NAME, **dict.fromkeys(wanted, "flashinfer"))
 
 
 def _watch_loaded(result: Any, model_runner: Any, *_: Any, **__: Any) -> None:
@@ -230,6 +264,10 @@ def algorithm() -> type:
             self._scores: BlockScores | None = None
 
         @classmethod
+        def configure_server_args(cls, server_args: Any) -> None:
+            _configure(server_args)
+
+        @classmethod
         def validate_request(cls, req: Any) -> str | None:
             return _refusal(req)
 
@@ -237,9 +275,8 @@ def algorithm() -> type:
             if self._scores is None and self._decoder.policy.needs_scores:
                 self._scores = watch(model_runner.model, self.block_size, self.options)
 
-        def step(self, forward_batch: Any, full_logits: Any, states: list[Any]) -> list[bool]:
+        def step(self, forward_batch: Any, logits_output: Any, states: list[Any]) -> list[bool]:
             batch = forward_batch.batch_size
-            logits = full_logits.view(batch, self.block_size, full_logits.shape[-1])
             tokens = forward_batch.input_ids.view(batch, self.block_size).to(torch.int64, copy=True)
             # A mask token that a prompt holds as text is not to be filled.
             literal = getattr(forward_batch, "dllm_prompt_mask", None)
@@ -250,7 +287,16 @@ def algorithm() -> type:
             if all(done):
                 return done
             attention = None if self._scores is None else self._scores.read(batch)
-            result = self._decoder.step(tokens, logits, attention)
+            logits, compact = logits_output, None
+            if not isinstance(logits_output, Tensor):  # after 0.5.23
+                logits = logits_output.full_logits
+                compact = getattr(logits_output, "dllm_vocab_state", None)
+            if compact is None:
+                logits = logits.view(batch, self.block_size, logits.shape[-1])
+                result = self._decoder.step(tokens, logits, attention)
+            else:
+                best, p = (x.view(batch, self.block_size) for x in (compact.argmax_ids, compact.max_probs))
+                result = self._decoder.step_predicted(tokens, best, p, attention)
             kept = forward_batch.input_ids.view(batch, self.block_size)
             # In place: this is the tensor that CUDA graphs read.
             kept.copy_(torch.where(result.selected, result.token_ids, kept))
