@@ -111,25 +111,28 @@ def refuse_attention(block_length: int, **kinds: Any) -> None:
             raise NotImplementedError(f"{name}: attention with it is not served, got {given}")
 
 
-def _policy(policy: str | Policy, tau: float | None) -> Policy:
+def read_policy(policy: str | Policy, tau: float | None, *, revises: bool = False) -> Policy:
+    """A policy that reads column scores at most, and one that takes back only where ``revises`` says so."""
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
     if chosen.needs_map:
         raise ValueError(
             f"policy: {policy!r} reads the block's attention map, and of an engine's attention the adapters "
             "keep the column scores alone"
         )
-    if chosen.revises:
+    if chosen.revises and not revises:
         raise ValueError(
-            f"policy: {policy!r} takes back what was committed, and the adapters keep no budget of revisions "
-            "for an engine's requests"
+            f"policy: {policy!r} takes back what was committed, and this adapter keeps no budget of "
+            "revisions for an engine's requests"
         )
+    if chosen.shadows:
+        raise ValueError(f"policy: {policy!r} judges tokens at shadow positions, which no engine runs")
     return chosen
 
 
 def stateless_policy(policy: str | Policy, tau: float | None) -> Policy:
     """A policy for batches that mix requests and blocks: not one that carries something over."""
-    chosen = _policy(policy, tau)
-    if type(chosen).reset is not Policy.reset:
+    chosen = read_policy(policy, tau)
+    if carries_over(chosen):
         raise ValueError(
             f"policy: {policy!r} carries something over from step to step of one block, and the engine's "
             "batches mix requests and blocks"
@@ -184,6 +187,11 @@ def paged_column_scores(
     )
 
 
+def carries_over(policy: Policy) -> bool:
+    """Whether the policy carries something over from step to step of one block."""
+    return type(policy).reset is not Policy.reset
+
+
 def step_seeds(seed: int, step: int, sequence: Tensor) -> Tensor:
     """int64 [B]: a stream for each row of each step."""
     return sequence + signed_seed(seed + step * STEP_STRIDE)
@@ -204,6 +212,8 @@ class BlockDecoder:
     one_block
         Whether all rows are at the same block and ``policy.reset()`` is called before each. Rules that carry
         something over from step to step need that.
+    revises
+        Whether each step is given a ``budget``, which rules that take back need.
     """
 
     def __init__(
@@ -216,8 +226,12 @@ class BlockDecoder:
         seed: int = 0,
         backend: str = "auto",
         one_block: bool = False,
+        revises: bool = False,
     ) -> None:
-        self.policy = _policy(policy, tau) if one_block else stateless_policy(policy, tau)
+        if one_block:
+            self.policy = read_policy(policy, tau, revises=revises)
+        else:
+            self.policy = stateless_policy(policy, tau)
         self.mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
         self.temperature = check_temperature(temperature)
         self.seed = checks.integer("seed", seed)
@@ -232,9 +246,13 @@ class BlockDecoder:
         attention: Tensor | Sequence[Any] | None,
         *,
         temperatures: Sequence[float] | None = None,  # B
+        budget: Tensor | None = None,  # [B, C]
+        recheck: Tensor | None = None,  # [B]
         **score_options: Any,
     ) -> StepResult:
-        """One step on blocks ``[B, C]``, int64, updated in place; ``attention`` as ``Policy.step`` takes it.
+        """One step on blocks ``[B, C]``, int64, updated in place.
+
+        ``attention``, ``budget`` and ``recheck`` are what ``Policy.step`` takes.
 
         ``temperatures`` are those of the rows, in the place of the decoder's own. Rows of one temperature are
         decoded together, each as it would be in any other company; ``attention`` has to be scores then.
@@ -256,6 +274,8 @@ class BlockDecoder:
             attention = None
         else:
             options |= score_options
+        if budget is not None:
+            options |= {"budget": budget, "recheck": recheck}
         distinct = sorted(set(temperatures if temperatures is not None else [self.temperature]))
         if len(distinct) <= 1:
             options["temperature"] = distinct[0] if distinct else self.temperature
@@ -284,7 +304,9 @@ class BlockDecoder:
             tokens.copy_(result.tokens)
             result = result._replace(tokens=tokens)
         scores = result.scores if self.policy.needs_scores else None
-        check_progress(masked, result.selected, result.confidence, scores, sequence)
+        if result.revised is not None:
+            masked = tokens == self.mask_token_id
+        check_progress(masked, result.selected, result.confidence, scores, sequence, revised=result.revised)
         return result
 
     def step_predicted(

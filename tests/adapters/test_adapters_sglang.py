@@ -63,6 +63,12 @@ class DllmAlgorithm:
         self.mask_id = config.mask_id
         self.fdfo = config.first_done_first_out_mode
 
+    def init_step_state(self, forward_batch: Any) -> list[Any]:
+        return [None] * forward_batch.batch_size
+
+    def max_steps(self, block_size: int) -> int:
+        return block_size + 1
+
     def prepare_inputs(self, model_runner: Any, forward_batch: Any, states: list[Any]) -> None:
         pass
 
@@ -73,8 +79,11 @@ class DllmAlgorithm:
         batch = forward_batch.batch_size
         tokens = forward_batch.input_ids.view(batch, self.block_size)
         given = (tokens != self.mask_id).sum(dim=1).tolist()
-        states = [None] * batch
-        for _ in range(1 if self.fdfo else self.block_size + 1):
+        states = list(algo_states or [None] * batch)
+        if None in states:
+            fresh = self.init_step_state(forward_batch)
+            states = [new if state is None else state for state, new in zip(states, fresh, strict=True)]
+        for _ in range(1 if self.fdfo else self.max_steps(self.block_size)):
             self.prepare_inputs(model_runner, forward_batch, states)
             out = model_runner.forward(forward_batch, pp_proxy_tensors=None)
             if not self.fdfo and min(given) == self.block_size:
@@ -87,6 +96,7 @@ class DllmAlgorithm:
                 break
         if self.fdfo:
             lengths = [self.block_size if d else 0 for d in done]
+            states = [None if d else state for d, state in zip(done, states, strict=True)]
             return out.logits_output, tokens.tolist(), lengths, states, False
         return out.logits_output, [row[n:] for row, n in zip(tokens, given, strict=True)], None, None, False
 
@@ -219,16 +229,21 @@ def make_batch(requests: list[Request], **fields: Any) -> Any:
     )
 
 
-def serve(algorithm: Any, runner: ModelRunner, num_blocks: int) -> list[list[int]]:
+def serve(
+    algorithm: Any, runner: ModelRunner, num_blocks: int, prompts: list[list[int]] = PROMPTS
+) -> list[list[int]]:
     """All prompts at once, block after block, as the scheduler does."""
-    requests = [Request(prompt) for prompt in PROMPTS]
-    goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in PROMPTS]
+    requests = [Request(prompt) for prompt in prompts]
+    goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in prompts]
+    kept: dict[int, Any] = {}
     for _ in range(100):
         running = [r for r, goal in zip(requests, goals, strict=True) if r.cached < goal * BLOCK]
         if not running:
             return [request.tokens for request in requests]
         batch = make_batch(running)
-        _, tokens, lengths, *_ = algorithm.run(runner, batch)
+        carried = [kept.get(id(request)) for request in running]
+        _, tokens, lengths, states, _ = algorithm.run(runner, batch, carried)
+        kept = {id(request): state for request, state in zip(running, states or [], strict=False)}
         for place, request in enumerate(running):
             block = request.block()
             if lengths is None:  # what was asked for, of finished blocks
@@ -250,6 +265,37 @@ def test_serves_the_tokens_of_generate(adapter: Any, options: dict[str, Any], fd
     served = serve(adapter.algorithm()(config), ModelRunner(config), 2)
     expected = [decode_whole(toy(), prompt, 2, **({"policy": "attn"} | options)) for prompt in PROMPTS]
     assert served == expected
+
+
+@pytest.mark.parametrize("policy", ["klass", "t2t", "t2m", "saber", "attn-check", "rollback"])
+def test_rules_that_remember_their_steps_or_take_back(adapter: Any, policy: str):
+    """Each request with a policy and a budget of its own; prompts stay."""
+    expected = [decode_whole(toy(), prompt, 2, policy=policy) for prompt in PROMPTS[1:]]
+    for fdfo in (False, True):
+        config = DllmConfig({"policy": policy}, fdfo)
+        algorithm = adapter.algorithm()(config)
+        revisions = 0 if policy == "klass" else algorithm._decoder.policy.max_edits
+        assert algorithm.max_steps(BLOCK) == (BLOCK * (1 + 2 * revisions) + 2 if revisions else BLOCK + 1)
+        assert serve(algorithm, ModelRunner(config), 2, PROMPTS[1:]) == expected
+
+
+@over_stand_ins
+def test_a_rule_that_remembers_needs_all_logits(adapter: Any):
+    algorithm, batch = adapter.algorithm()(DllmConfig({"policy": "t2t"})), make_batch([Request([])])
+    output = SimpleNamespace(full_logits=None, dllm_vocab_state=SimpleNamespace())
+    with pytest.raises(RuntimeError, match=r"T2T.* needs all logits, which SGLang kept apart"):
+        algorithm.step(batch, output, algorithm.init_step_state(batch))
+
+
+@over_stand_ins
+def test_blocks_of_a_rule_that_remembers_draw_streams_of_their_own(adapter: Any):
+    algorithm = adapter.algorithm()(DllmConfig({"policy": "t2t", "tau": 0.0, "temperature": 1.0}))
+    drawn = []
+    for _ in range(2):
+        batch = make_batch([Request([]), Request([])])
+        algorithm.step(batch, torch.zeros(2 * BLOCK, MASK + 1), algorithm.init_step_state(batch))
+        drawn += batch.input_ids.view(2, BLOCK).tolist()
+    assert len({tuple(block) for block in drawn}) == 4
 
 
 @over_stand_ins
@@ -479,8 +525,8 @@ def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
         algorithm(DllmConfig({"backend": "gpu"}))
     with pytest.raises(ValueError, match="policy: 'clad' reads the block's attention map"):
         algorithm(DllmConfig({"policy": "clad"}))
-    with pytest.raises(ValueError, match="carries something over"):
-        algorithm(DllmConfig({"policy": "klass"}))
+    with pytest.raises(ValueError, match="policy: 'wino' judges tokens at shadow positions"):
+        algorithm(DllmConfig({"policy": "wino"}))
     config = DllmConfig({})
     runner = ModelRunner(config)
     runner.model.attention = nn.ModuleList()
