@@ -96,9 +96,8 @@ def register() -> None:
 def _wrap(cls: Any) -> None:
     """Let what this class of ModelState answers as its custom sampler follow the policy."""
     custom_sampler = vars(cls).get("custom_sampler")
-    if custom_sampler is None or cls.__module__.startswith(
-        "dllm_plugin"
-    ):  # that one has an adapter of its own
+    plugins = ("dllm_plugin", "vllm_dllm_plugin")  # which have an adapter of their own
+    if custom_sampler is None or cls.__module__.startswith(plugins):
         return
 
     @functools.wraps(custom_sampler)
@@ -184,6 +183,8 @@ class PolicySampler:
         self.step = kinds[kind](state, sampler, self._module, decoder, attention)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_sampler":  # of a copy that is yet to be filled
+            raise AttributeError(name)
         return getattr(self._sampler, name)
 
     def __call__(self, logits: Tensor, input_batch: Any, *arguments: Any, **keywords: Any) -> Any:
