@@ -429,6 +429,8 @@ def report(results: dict[str, Any]) -> str:
         "# Engines: what a step costs",
         "",
         f"Milliseconds a step, from logits to tokens, on the CPU: blocks of {what}.",
+        "Without `torch.compile`, which dInfer applies to its rule. In dInfer and diffusers attention is",
+        "read in the step, of one small layer; elsewhere its scores are there.",
         "`python -m bench.engines` wrote this.",
         "",
         "| engine | batch | its own rule | ours, the same rule | ours, by attention |",
