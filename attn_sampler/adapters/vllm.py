@@ -1,5 +1,7 @@
 """vLLM through vllm-project/dllm-plugin: attention-guided decoding in its sampler.
 
+For the diffusion models that vLLM has itself see ``vllm_model_state``.
+
 Install: ``pip install git+https://github.com/vllm-project/dllm-plugin`` (the package on PyPI is empty).
 
     llm = LLM("inclusionAI/LLaDA2.0-mini", enforce_eager=True, ...,

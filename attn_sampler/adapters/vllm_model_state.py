@@ -438,7 +438,7 @@ class _MaskedStep(_Step):
     def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
         call = self._named(arguments, keywords)
         slots, mask = call.decode_slots, call.mask_token_id
-        logits = call.logits.view(len(slots), call.CL, -1)
+        logits = call.logits.reshape(len(slots), call.CL, -1)
         committing, canvas = call.is_encoder_phase[slots], call.canvas[slots]
         real = torch.arange(call.CL, device=slots.device) < call.valid_canvas_len[:, None]
         masked = (canvas == mask) & real
