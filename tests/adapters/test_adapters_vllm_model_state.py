@@ -199,7 +199,9 @@ class Engine:
         for i, request in enumerate(running):
             emitted = int(output.num_sampled[i])
             if request.denoises:
-                request.tokens += output.sampled_token_ids[i, :emitted].tolist()
+                sampled = output.sampled_token_ids[i, :emitted].tolist()
+                assert sampled == request.input[:emitted], "the keys in the cache are of other tokens"
+                request.tokens += sampled
                 request.cached += emitted
             else:
                 request.cached += BLOCK
@@ -415,7 +417,8 @@ def canvas_step(
     vocab_size: int,
     CL: int,
 ) -> None:
-    """Accepts nothing, and is never done."""
+    """Accepts nothing, and is never done; what was committed goes on."""
+    is_encoder_phase[decode_slots] = False
     canvas[decode_slots] = torch.where(pin_mask[decode_slots], canvas[decode_slots], 0)
     draft_tokens[all_slots, :CL] = canvas[all_slots]
 
@@ -599,6 +602,17 @@ def test_a_random_canvas_keeps_what_the_policy_accepts(
         assert canvas.tolist() == torch.where(mine, tokens, noise).tolist()
         assert engine.sampler.req_states.draft_tokens[slots].tolist() == canvas.tolist()
     assert len(drawn) >= 3
+
+
+def test_a_canvas_that_vllm_commits_is_left_to_it(adapter: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = canvas_engine(adapter, monkeypatch, "stand-in", {"policy": "attn"})
+    states, slot = engine.sampler.diffusion_states, engine.requests[0].slot
+    for _ in range(2):
+        engine.step(engine.requests[:1])
+    assert states.canvas[slot].any()
+    states.is_encoder_phase[slot] = True
+    engine.step(engine.requests[:1])
+    assert not states.canvas[slot].any()
 
 
 @canvas_sources
