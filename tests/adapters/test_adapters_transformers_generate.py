@@ -100,15 +100,19 @@ def test_padded_prompts(model: Any, way: str):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_end_of_a_text_is_padded_and_nothing_is_longer_than_the_longest(model: Any, way: str):
-    whole = expected(model, gen_length=8, tau=0.05)
+    options = {"seed": 4, "temperature": 3.0}
+    whole = expected(model, gen_length=8, **options)
     ends = {int(whole[0, 6]), int(whole[1, 9])}
     pad = next(token for token in range(VOCAB) if token not in whole)
-    tokens = call(model, way, max_new_tokens=8, tau=0.05, eos_token_id=sorted(ends), pad_token_id=pad)
+    options |= {"do_sample": True, "top_k": 0, "eos_token_id": sorted(ends), "pad_token_id": pad}
+    tokens = call(model, way, max_new_tokens=8, **options)
+    assert (tokens == pad).any()
     for row, reference in zip(tokens.tolist(), whole.tolist(), strict=True):
         first = next(i for i, token in enumerate(reference) if i >= 5 and token in ends)
         assert row[: first + 1] == reference[: first + 1]
         assert set(row[first + 1 :]) <= {pad}
     last = [max(i for i, token in enumerate(row) if token != pad) for row in tokens.tolist()]
+    assert len(set(last)) == 2
     assert max(last) == tokens.shape[1] - 1
 
 

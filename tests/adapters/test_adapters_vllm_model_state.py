@@ -385,10 +385,10 @@ def test_a_request_s_temperature_of_0_is_served_beside_the_engine_s(adapter: Any
     greedy = masked_engine(adapter, {"policy": "attn", "tau": 0.3}).serve(1)
     drawing = masked_engine(adapter, {"policy": "attn", "tau": 0.3}, temperature=1.5)
     own = [request.slot for request in drawing.requests]
-    drawing.sampler.sampling_states.temperature.np[own[1]] = 0.0
+    drawing.sampler.sampling_states.temperature.np[own[2]] = 0.0
     served = drawing.serve(1)
-    assert served[1] == greedy[1]
-    assert served[0] != greedy[0] or served[2] != greedy[2]
+    assert served[2] == greedy[2]
+    assert served[0] != greedy[0] or served[1] != greedy[1]
 
 
 # A canvas of random tokens: a stand-in for DiffusionSampler of 0.33.0, or that itself.
@@ -639,38 +639,42 @@ def test_installed_sampler_decodes_to_the_end(adapter: Any, monkeypatch: pytest.
     assert [len(tokens) for tokens in served] == [len(prompt) + 2 * BLOCK for prompt in PROMPTS]
 
 
-def test_short_canvases(adapter: Any):
-    """Of 2 and 3 of 4 tokens, beside a prompt, as at the longest length of the model."""
+@pytest.mark.parametrize(
+    ("lengths", "all_tokens", "canvases"), [([2, 5, 3], [6, 5, 3], [0, 2]), ([3, 1], [3, 9], [0])]
+)
+def test_short_canvases(adapter: Any, lengths: list[int], all_tokens: list[int], canvases: list[int]):
+    """Of less than 4 tokens, beside a prompt, as at the longest length of the model."""
     weights = toy()
     model = FlatToy(weights, lambda i: Attention(weights))
     scores = adapter.BlockScores(BLOCK)
     attention = adapter.CanvasAttention(model, scores, "all")
-    lengths, totals = [2, 5, 3], torch.tensor([6, 5, 3], dtype=torch.int32)
-    starts = torch.tensor([0, 2, 7, 10])
-    table = torch.randperm(PAGES)[:9].view(3, 3).to(torch.int32)
+    count, totals = len(lengths), torch.tensor(all_tokens, dtype=torch.int32)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    table = torch.randperm(PAGES)[: 3 * count].view(count, 3).to(torch.int32)
+    drafts = [length * (i in canvases) for i, length in enumerate(lengths)]
     batch = SimpleNamespace(
-        num_reqs=3,
-        cu_num_logits_np=np.array([0, 2, 2, 5]),
-        num_draft_tokens=5,
+        num_reqs=count,
+        cu_num_logits_np=np.array([0, *itertools.accumulate(drafts)]),
+        num_draft_tokens=sum(drafts),
         seq_lens=totals,
         seq_lens_cpu_upper_bound=totals,
     )
     where = [page_places(table[i], int(n)) for i, n in enumerate(totals)]
     metadata = SimpleNamespace(query_start_loc=starts, seq_lens=totals, block_table=table)
     attention.begin(batch)
-    expected = torch.zeros(3, BLOCK)
+    expected = torch.zeros(count, BLOCK)
     for layer in model.attention:
-        q, context = torch.randn(10, 4, 8), [torch.randn(int(n), 2, 8) for n in totals]
+        q, context = torch.randn(sum(lengths), 4, 8), [torch.randn(n, 2, 8) for n in all_tokens]
         for place, k in zip(where, context, strict=True):
             layer.kv_cache.transpose(1, 2)[place] = torch.cat([k, k], dim=-1)
         layer.impl.forward(layer, q, None, None, layer.kv_cache, metadata, output=torch.zeros_like(q))
-        for i in (0, 2):
+        for i in canvases:
             rows, k = q[starts[i] : starts[i + 1]], context[i]
             columns = slice(len(k) - lengths[i], len(k))
             heads = (x.transpose(0, 1)[None] for x in (rows, k))
             expected[i, : lengths[i]] += column_scores(*heads, columns=columns)[0]
     read = attention.read()
-    for i in (0, 2):
+    for i in canvases:
         torch.testing.assert_close(read[i, : lengths[i]], expected[i, : lengths[i]])
     assert (read[1] == 0).all()
 
