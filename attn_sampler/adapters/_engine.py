@@ -3,7 +3,7 @@
 Engines with paged caches show an attention layer's block as flat tokens: queries ``[B * C, Hq, D]`` and the
 block's own keys ``[B * C, Hkv, D]``. That is all that column scores need, with the rows' log-sum-exp over the
 whole context; without it, the softmax is over the block's keys alone (``softmax_scope="block"``, the
-approximation of arXiv 2604.08564).
+approximation of arXiv 2604.08564), or the pages are read too, where the engine shows them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from attn_sampler.attention import column_scores
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.capture import check_layer_choice, chosen_layers
 from attn_sampler.distributed import sum_scores
+from attn_sampler.errors import DecodingError
 from attn_sampler.generate import STEP_STRIDE
 from attn_sampler.options import REDUCTIONS, check_temperature, signed_seed
-from attn_sampler.policy import Policy, check_progress
+from attn_sampler.policy import Policy, StepState, check_progress
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import make_policy
 
@@ -110,25 +111,85 @@ def refuse_attention(block_length: int, **kinds: Any) -> None:
             raise NotImplementedError(f"{name}: attention with it is not served, got {given}")
 
 
-def _policy(policy: str | Policy, tau: float | None) -> Policy:
+def read_policy(policy: str | Policy, tau: float | None, *, revises: bool = False) -> Policy:
+    """A policy that reads column scores at most, and one that takes back only where ``revises`` says so."""
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
     if chosen.needs_map:
         raise ValueError(
             f"policy: {policy!r} reads the block's attention map, and of an engine's attention the adapters "
             "keep the column scores alone"
         )
+    if chosen.revises and not revises:
+        raise ValueError(
+            f"policy: {policy!r} takes back what was committed, and this adapter keeps no budget of "
+            "revisions for an engine's requests"
+        )
+    if chosen.shadows:
+        raise ValueError(f"policy: {policy!r} judges tokens at shadow positions, which no engine runs")
     return chosen
 
 
 def stateless_policy(policy: str | Policy, tau: float | None) -> Policy:
     """A policy for batches that mix requests and blocks: not one that carries something over."""
-    chosen = _policy(policy, tau)
-    if type(chosen).reset is not Policy.reset:
+    chosen = read_policy(policy, tau)
+    if carries_over(chosen):
         raise ValueError(
             f"policy: {policy!r} carries something over from step to step of one block, and the engine's "
             "batches mix requests and blocks"
         )
     return chosen
+
+
+def key_pages(kv_cache: Tensor, head_size: int) -> Tensor:
+    """The keys of a paged cache, ``[pages, Hkv, page_size, D]``, without a copy.
+
+    Of a cache that holds keys and values side by side, ``[pages, Hkv, page_size, 2 * D]``, or in two halves,
+    ``[2, pages, page_size, Hkv, D]`` or ``[pages, 2, page_size, Hkv, D]``.
+
+    Raises
+    ------
+    NotImplementedError
+        It is of another shape, or of quantized elements.
+    """
+    if kv_cache.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if kv_cache.dim() == 4 and kv_cache.shape[3] == 2 * head_size:
+            return kv_cache[..., :head_size]
+        if kv_cache.dim() == 5 and kv_cache.shape[4] == head_size and 2 in kv_cache.shape[:2]:
+            return kv_cache.unbind(int(kv_cache.shape[0] != 2))[0].transpose(1, 2)
+    raise NotImplementedError(
+        f"kv_cache: expected unquantized pages of keys of {head_size} numbers, got {tuple(kv_cache.shape)} "
+        f"of {kv_cache.dtype}"
+    )
+
+
+def paged_column_scores(
+    q: Tensor,  # [B, Hq, C, D]
+    k_cache: Tensor,  # [pages, Hkv, page_size, D]
+    block_table: Tensor,  # [B, P] int32
+    seqlens_k: Tensor,  # [B] int32
+    longest: int,
+    **options: Any,
+) -> Tensor:
+    """Column scores [B, C] of each sequence's last C positions, where its queries stand too.
+
+    The pages are gathered into one tensor of ``longest`` positions, which no sequence exceeds, aligned at the
+    sequences' ends: there ``column_scores`` counts from.
+    """
+    longest = max(longest, q.shape[2])
+    position = seqlens_k[:, None].long() + torch.arange(-longest, 0, device=q.device)
+    visible = position >= 0
+    position = position.clamp(min=0)
+    page_size = k_cache.shape[2]
+    page = block_table.gather(1, position // page_size).long()
+    k = k_cache.transpose(1, 2)[page, position % page_size]  # [B, N, Hkv, D]
+    return column_scores(
+        q, k.transpose(1, 2), columns=slice(longest - q.shape[2], longest), key_mask=visible, **options
+    )
+
+
+def carries_over(policy: Policy) -> bool:
+    """Whether the policy carries something over from step to step of one block."""
+    return type(policy).reset is not Policy.reset
 
 
 def step_seeds(seed: int, step: int, sequence: Tensor) -> Tensor:
@@ -151,6 +212,8 @@ class BlockDecoder:
     one_block
         Whether all rows are at the same block and ``policy.reset()`` is called before each. Rules that carry
         something over from step to step need that.
+    revises
+        Whether each step is given a ``budget``, which rules that take back need.
     """
 
     def __init__(
@@ -163,8 +226,12 @@ class BlockDecoder:
         seed: int = 0,
         backend: str = "auto",
         one_block: bool = False,
+        revises: bool = False,
     ) -> None:
-        self.policy = _policy(policy, tau) if one_block else stateless_policy(policy, tau)
+        if one_block:
+            self.policy = read_policy(policy, tau, revises=revises)
+        else:
+            self.policy = stateless_policy(policy, tau)
         self.mask_token_id = checks.integer("mask_token_id", mask_token_id, 0)
         self.temperature = check_temperature(temperature)
         self.seed = checks.integer("seed", seed)
@@ -177,9 +244,18 @@ class BlockDecoder:
         tokens: Tensor,  # [B, C]
         logits: Tensor,  # [B, C, V]
         attention: Tensor | Sequence[Any] | None,
+        *,
+        temperatures: Sequence[float] | None = None,  # B
+        budget: Tensor | None = None,  # [B, C]
+        recheck: Tensor | None = None,  # [B]
         **score_options: Any,
     ) -> StepResult:
-        """One step on blocks ``[B, C]``, int64, updated in place; ``attention`` as ``Policy.step`` takes it.
+        """One step on blocks ``[B, C]``, int64, updated in place.
+
+        ``attention``, ``budget`` and ``recheck`` are what ``Policy.step`` takes.
+
+        ``temperatures`` are those of the rows, in the place of the decoder's own. Rows of one temperature are
+        decoded together, each as it would be in any other company; ``attention`` has to be scores then.
 
         Raises
         ------
@@ -192,21 +268,85 @@ class BlockDecoder:
         sequence = torch.arange(batch, device=tokens.device)
         seeds = step_seeds(self.seed, self._steps, sequence)
         self._steps += 1
-        result = self.policy.step(
-            tokens,
-            logits,
-            attention if self.policy.needs_scores else None,
-            block=slice(0, count),
-            mask_token_id=self.mask_token_id,
-            sequence=sequence,
-            seeds=seeds,
-            temperature=self.temperature,
-            backend=self.backend,
-            **(score_options if self.policy.needs_scores else {}),
-        )
+        options: dict[str, Any] = {"block": slice(0, count), "mask_token_id": self.mask_token_id}
+        options["backend"] = self.backend
+        if not self.policy.needs_scores:
+            attention = None
+        else:
+            options |= score_options
+        if budget is not None:
+            options |= {"budget": budget, "recheck": recheck}
+        distinct = sorted(set(temperatures if temperatures is not None else [self.temperature]))
+        if len(distinct) <= 1:
+            options["temperature"] = distinct[0] if distinct else self.temperature
+            result = self.policy.step(tokens, logits, attention, sequence=sequence, seeds=seeds, **options)
+        else:
+            assert temperatures is not None
+            rows = [
+                torch.tensor([i for i, t in enumerate(temperatures) if t == each], device=tokens.device)
+                for each in distinct
+            ]
+            parts = [
+                self.policy.step(
+                    tokens[mine],
+                    logits[mine],
+                    attention[mine] if isinstance(attention, Tensor) else None,
+                    sequence=sequence[mine],
+                    seeds=seeds[mine],
+                    temperature=each,
+                    **options,
+                )
+                for each, mine in zip(distinct, rows, strict=True)
+            ]
+            order = torch.cat(rows).argsort()
+            joined = (torch.cat(each)[order] for each in zip(*(part[:5] for part in parts), strict=True))
+            result = StepResult(*joined)
+            tokens.copy_(result.tokens)
+            result = result._replace(tokens=tokens)
         scores = result.scores if self.policy.needs_scores else None
-        check_progress(masked, result.selected, result.confidence, scores, sequence)
+        if result.revised is not None:
+            masked = tokens == self.mask_token_id
+        check_progress(masked, result.selected, result.confidence, scores, sequence, revised=result.revised)
         return result
+
+    def step_predicted(
+        self,
+        tokens: Tensor,  # [B, C]
+        token_ids: Tensor,  # [B, C]
+        probability: Tensor,  # [B, C]
+        scores: Tensor | None,  # [B, C]
+    ) -> StepResult:
+        """As ``step``, where an engine tells no more than each most probable token and its probability.
+
+        Raises
+        ------
+        RuntimeError
+            As ``step``; the decoder's policy or temperature needs the logits; or a chosen position's most
+            probable token is the mask token, beside which nothing is known.
+        """
+        if self.policy.metric != "probability" or self.temperature > 0.0:
+            raise RuntimeError(
+                f"the engine tells each position's most probable token alone, and {self.policy!r} at "
+                f"temperature {self.temperature} needs all logits"
+            )
+        masked = tokens == self.mask_token_id
+        sequence = torch.arange(len(tokens), device=tokens.device)
+        seeds = step_seeds(self.seed, self._steps, sequence)
+        self._steps += 1
+        if not self.policy.needs_scores:
+            scores = None
+        confidence = probability.float().masked_fill(token_ids == self.mask_token_id, torch.nan)
+        seen = (masked, token_ids, confidence, scores, confidence.new_empty(*tokens.shape, 0))
+        answer = self.policy.select(StepState(*seen, self.mask_token_id, sequence, seeds, self.backend))
+        assert isinstance(answer, Tensor)
+        selected = masked & answer
+        try:
+            check_progress(masked, selected, confidence, scores, sequence)
+        except DecodingError as error:
+            raise DecodingError(f"{error}; of the mask token's rivals the engine tells nothing") from None
+        tokens.copy_(torch.where(selected, token_ids, tokens))
+        nothing = torch.full_like(confidence, torch.nan)
+        return StepResult(tokens, token_ids, confidence, nothing if scores is None else scores, selected)
 
 
 class BlockScores:
@@ -281,6 +421,31 @@ class BlockScores:
             out=sums,
             **self._options,
         )
+        if last and self._group is not None:
+            sums.copy_(sum_scores(sums, self._group))
+
+    def add_paged(
+        self,
+        q: Tensor,  # [B, Hq, C, D]
+        k_cache: Tensor,  # [pages, Hkv, page_size, D]
+        block_table: Tensor,  # [B, P] int32
+        seqlens_k: Tensor,  # [B] int32
+        *,
+        longest: int,
+        first: bool,
+        last: bool,
+        **options: Any,
+    ) -> None:
+        """One layer's attention of each sequence's last C positions to all of it, its keys in pages.
+
+        ``options`` are those of ``column_scores`` that differ by layer or pass.
+        """
+        sums = self._sums(len(q), q.device)
+        if first:
+            sums.zero_()
+        if len(q):
+            options |= self._options
+            paged_column_scores(q, k_cache, block_table, seqlens_k, longest, out=sums, **options)
         if last and self._group is not None:
             sums.copy_(sum_scores(sums, self._group))
 

@@ -24,6 +24,7 @@ from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
 from attn_sampler.capture import AttentionCapture
+from attn_sampler.functional import token_confidence
 from attn_sampler.sampler import AttnSampler, StepState
 
 
@@ -51,8 +52,8 @@ class CanvasSampler(EntropyBoundSampler):
         self, current_canvas: Tensor, denoiser_canvas: Tensor, logits: Tensor, cur_step: int
     ) -> Tensor:
         """The canvas int64 [B, C] with the drawn tokens at the accepted positions."""
-        drawn = logits.float().gather(-1, denoiser_canvas[..., None])[..., 0]
-        confidence = (drawn - torch.logsumexp(logits.float(), dim=-1)).exp()
+        confidence = token_confidence(logits, current_ids=denoiser_canvas).current
+        assert confidence is not None
         everywhere = torch.ones_like(denoiser_canvas, dtype=torch.bool)
         sequence = torch.arange(len(everywhere), device=everywhere.device)
         no_mask = -1  # the canvas has no mask token

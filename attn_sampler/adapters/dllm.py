@@ -9,9 +9,10 @@ Install: ``pip install git+https://github.com/ZHZisZZ/dllm``.
 The inputs, the canvas that is returned (prompts first, the end-of-text token behind shorter ones) and
 ``infill`` are those of ``MDLMSampler``; how many steps a block takes is the policy's choice. Prompts of one
 length are decoded together, so that nothing is padded and every position encoding is right. Models have to
-call PyTorch's ``scaled_dot_product_attention`` (``attn_implementation="sdpa"``). dLLM's own options that are
-no fields of ``AttnSamplerConfig`` are refused by name where they ask for something. Interface of version
-0.1.0, commit ca17675.
+call PyTorch's ``scaled_dot_product_attention`` (``attn_implementation="sdpa"``). Rules that take back serve
+models that are trained for it (LLaDA2.1: ``policy="t2t"``). dLLM's own options that are no fields of
+``AttnSamplerConfig`` are refused by name where they ask for something. Interface of version 0.1.0, commit
+ca17675, the newest of its main branch.
 """
 
 from __future__ import annotations
@@ -34,13 +35,20 @@ _samplers: Any = require(
 
 @dataclasses.dataclass
 class AttnSamplerConfig(_samplers.BaseSamplerConfig):
-    """As in ``MDLMSamplerConfig`` and, from ``policy`` on, as in ``attn_sampler.generate``."""
+    """As in ``MDLMSamplerConfig`` and, from ``policy`` on, as in ``attn_sampler.generate``.
+
+    ``eos_early_stop`` is that of LLaDA2.1's sampler: a text that has ended is not decoded further, and the
+    end-of-text token is behind it.
+    """
 
     max_new_tokens: int | None = 128
     max_length: int | None = None
     block_size: int | None = 32
     suppress_tokens: list[int] | None = None
     right_shift_logits: bool = False
+    cfg_scale: float = 0.0
+    cfg_keep_tokens: list[int] | None = None
+    eos_early_stop: bool = False
     policy: str | Policy = "attn"
     tau: float | None = None
     temperature: float = 0.0
@@ -57,8 +65,6 @@ class AttnSamplerConfig(_samplers.BaseSamplerConfig):
 _NEUTRAL: dict[str, list[Any]] = {
     "remasking": ["low_confidence"],
     "stochastic_transfer": [False],
-    "cfg_scale": [0.0],
-    "cfg_keep_tokens": [[]],
     "begin_suppress_tokens": [[]],
 }
 
@@ -133,9 +139,14 @@ class AttnSampler(_samplers.BaseSampler):
             return logits
 
         for length, members in to_fill.items():
+            given = torch.stack([prompts[i] for i in members])
+            without = None
+            if config.cfg_scale > 0.0:
+                kept = torch.isin(given, given.new_tensor(config.cfg_keep_tokens or []))
+                without = torch.where(kept, given, tokenizer.mask_token_id)
             generation = generate(
                 model,
-                torch.stack([prompts[i] for i in members]),
+                given,
                 mask_token_id=tokenizer.mask_token_id,
                 gen_length=new,
                 block_length=config.block_size or longest + new,
@@ -144,6 +155,9 @@ class AttnSampler(_samplers.BaseSampler):
                 temperature=config.temperature,
                 seed=[config.seed + i for i in members],
                 logit_shift=config.right_shift_logits,
+                guidance_scale=config.cfg_scale,
+                unconditional_prompt_ids=without,
+                eos_token_id=tokenizer.eos_token_id if config.eos_early_stop else None,
                 layers=config.layers,
                 query_rows=config.query_rows,
                 softmax_scope=config.softmax_scope,

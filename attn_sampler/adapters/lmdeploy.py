@@ -36,6 +36,7 @@ from attn_sampler.adapters._engine import (
     unserved,
 )
 from attn_sampler.capture import check_layer_choice
+from attn_sampler.functional import token_confidence
 from attn_sampler.policy import Policy, StepState, check_progress
 
 
@@ -104,9 +105,11 @@ class Unmasking:
         masked = state == consts.DLLM_MASKED
         token_ids = torch.where(masked.flatten(), token_ids, input_ids)
 
-        x = logits.float().unflatten(0, (-1, block_length))
+        x = logits.unflatten(0, (-1, block_length))
         drawn = token_ids.view_as(masked)
-        p = torch.exp(x.gather(-1, drawn[..., None]).squeeze(-1) - x.logsumexp(dim=-1))
+        backend = self._score_options.get("backend", "auto")
+        p = token_confidence(x, current_ids=drawn, backend=backend).current
+        assert p is not None
         sequence = torch.arange(len(masked), device=masked.device)
         scores = None
         if self.policy.needs_scores:

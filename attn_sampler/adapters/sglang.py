@@ -7,9 +7,19 @@ Install: ``pip install "sglang>=0.5.23,<0.6"`` beside attn_sampler, which SGLang
 
 ``OPTIONS`` are the keys of the file. A block's attention is read in each ``RadixAttention`` layer, with the
 log-sum-exp that the FlashInfer backend computes to join the block to the cached context, and then throws
-away; with other backends, ``softmax_scope: block``. Tensor parallelism works as it is: the ranks' heads are
-added up. Interface of version 0.5.23; tested without a GPU, so not yet with CUDA graphs
-(``--disable-cuda-graph`` turns them off).
+away, so that backend is chosen where scores are read; with ``softmax_scope: block`` others serve too. Tensor
+parallelism works as it is: the ranks' heads are added up.
+
+Interface of version 0.5.23, whose algorithm is given all logits, and of the main branch after it (commit
+0929d6d of ``dllm/algorithm/base.py``), where it is given ``LogitsProcessorOutput``: its logits or, where the
+ranks of the vocabulary exchange no more than that, the most probable token of each position and its
+probability. The latter serves policies that judge by probability, at ``temperature: 0``. Tested without a
+GPU, so not yet with CUDA graphs (``--disable-cuda-graph`` turns them off).
+
+A rule that carries something over from step to step of a block (``klass``), or takes back what it committed
+(``t2t``, LLaDA2.1's joint threshold; ``t2m``, ``saber``, ``rollback``), is kept for each request in SGLang's
+step states, with a budget of ``max_edits`` for each position that the prompt does not hold, and its requests
+are decoded one by one in a batch.
 
 The file alone says how tokens are drawn. SGLang applies its stops, lengths and ``n`` to the finished blocks;
 a request that asks for more (a temperature of its own, ``top_p``, penalties, a grammar, log-probabilities,
@@ -20,7 +30,9 @@ is warned of, where the file has another. ``--sampling-defaults openai`` keeps a
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
 import warnings
 from typing import Any
 
@@ -32,11 +44,13 @@ from attn_sampler.adapters._engine import (
     BlockDecoder,
     BlockScores,
     attention_layers,
+    carries_over,
+    read_policy,
     refuse_attention,
     require,
-    stateless_policy,
     unserved,
 )
+from attn_sampler.policy import Policy
 
 NAME = "AttnSampler"
 
@@ -97,12 +111,44 @@ def register() -> None:
     )
 
 
+def _policy(options: dict[str, Any]) -> Policy:
+    return read_policy(options.get("policy", "attn"), options.get("tau"), revises=True)
+
+
+def _configure(server_args: Any) -> None:
+    """Choose the attention backend whose log-sum-exp is read, where the options in the file need it."""
+    arguments = _require("sglang.srt.arg_groups.overrides")
+    view = arguments.resolving_view(server_args)
+    options: Any = {}
+    if view.dllm_algorithm_config is not None:
+        with open(view.dllm_algorithm_config) as file:
+            options = importlib.import_module("yaml").safe_load(file) or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{NAME}: expected a mapping in {view.dllm_algorithm_config}")
+    policy = _policy(options)
+    if not policy.needs_scores or options.get("softmax_scope", "sequence") != "sequence":
+        return
+    fields = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    given = {name: getattr(view, name, None) for name in fields}
+    wanted = [name for name in fields if given[name] not in (None, "flashinfer")]
+    if given["attention_backend"] is None:
+        wanted.append("attention_backend")
+    if wanted:
+        told = ", ".join(f"{name}={given[name]}" for name in wanted)
+        warnings.warn(
+            f"{NAME} reads the log-sum-exp of the flashinfer attention backend, which takes the place of "
+            f"{told} (softmax_scope: block would do without)",
+            stacklevel=2,
+        )
+        arguments.declare_resolution(server_args, NAME, **dict.fromkeys(wanted, "flashinfer"))
+
+
 def _watch_loaded(result: Any, model_runner: Any, *_: Any, **__: Any) -> None:
     config = _require("sglang.srt.dllm.config").DllmConfig.from_server_args(model_runner.server_args)
     if config is None or config.algorithm != NAME:
         return
     options = config.algorithm_config or {}
-    if stateless_policy(options.get("policy", "attn"), options.get("tau")).needs_scores:
+    if _policy(options).needs_scores:
         watch(model_runner.model, config.block_size, options)
 
 
@@ -205,6 +251,47 @@ def _head_group() -> Any:
     return group.device_group if group.world_size > 1 else None
 
 
+class _Block:
+    """A request's block under a policy that remembers its steps.
+
+    Parameters
+    ----------
+    decoder
+        Of this block alone.
+    budget
+        int32 ``[1, C]``: how often each position may be revised, 0 where the prompt holds it.
+    """
+
+    def __init__(self, decoder: BlockDecoder, budget: Tensor) -> None:
+        decoder.policy.reset()
+        self._decoder, self._budget = decoder, budget
+        self._final = False
+
+    def step(self, tokens: Tensor, logits: Tensor, scores: Tensor | None) -> bool:
+        """Whether the block was done before this step, so that the last pass kept its keys and values."""
+        decoder = self._decoder
+        if self._final:
+            return True
+        before = tokens.clone()
+        full = not bool((before == decoder.mask_token_id).any())
+        if not decoder.policy.revises:
+            if not full:
+                decoder.step(tokens, logits, scores)
+            return full
+        recheck = torch.zeros(1, dtype=torch.bool, device=tokens.device)
+        decoder.step(tokens, logits, scores, budget=self._budget, recheck=recheck)
+        left, changed, again, spare = torch.stack(
+            [
+                (tokens == decoder.mask_token_id).any(),
+                (tokens != before).any(),
+                recheck.any(),
+                self._budget.any(),
+            ]
+        ).tolist()
+        self._final = not left and not (again and changed and spare)
+        return full and not changed
+
+
 @functools.cache
 def algorithm() -> type:
     """The ``DllmAlgorithm`` subclass that SGLang runs."""
@@ -226,34 +313,84 @@ def algorithm() -> type:
                 for key in ("policy", "tau", "temperature", "seed", "backend")
                 if key in self.options
             }
+            policy = _policy(self.options)
+            self._remembers = policy.revises or carries_over(policy)
+            keywords |= {"policy": policy, "one_block": self._remembers, "revises": self._remembers}
+            keywords.pop("tau", None)  # is in the policy
             self._decoder = BlockDecoder(mask_token_id=self.mask_id, **keywords)
+            self._started = 0
             self._scores: BlockScores | None = None
+
+        @classmethod
+        def configure_server_args(cls, server_args: Any) -> None:
+            _configure(server_args)
 
         @classmethod
         def validate_request(cls, req: Any) -> str | None:
             return _refusal(req)
 
+        def max_steps(self, block_size: int) -> int:
+            revisions = self._decoder.policy.max_edits if self._decoder.policy.revises else 0
+            return block_size * (1 + 2 * revisions) + 2 if revisions else block_size + 1
+
+        def init_step_state(self, forward_batch: Any) -> list[Any]:
+            if not self._remembers:
+                return [None] * forward_batch.batch_size
+            tokens = self._tokens(forward_batch)
+            policy, edits = self._decoder.policy, self._decoder.policy.max_edits
+            budgets = ((tokens == self.mask_id) * edits).to(torch.int32)
+            blocks = []
+            for budget in budgets.split(1):
+                decoder = copy.copy(self._decoder)
+                decoder.policy = copy.deepcopy(policy)
+                decoder.seed += self._started  # a stream of its own
+                self._started += 1
+                blocks.append(_Block(decoder, budget.clone()))
+            return blocks
+
+        def _tokens(self, forward_batch: Any) -> Tensor:
+            """int64 [B, C], a copy, in which a mask token that a prompt holds as text is not to be filled."""
+            tokens = forward_batch.input_ids.view(forward_batch.batch_size, self.block_size)
+            tokens = tokens.to(torch.int64, copy=True)
+            literal = getattr(forward_batch, "dllm_prompt_mask", None)
+            if literal is not None:
+                tokens.masked_fill_(literal, int(self.mask_id == 0))
+            return tokens
+
         def prepare_inputs(self, model_runner: Any, forward_batch: Any, states: list[Any]) -> None:
             if self._scores is None and self._decoder.policy.needs_scores:
                 self._scores = watch(model_runner.model, self.block_size, self.options)
 
-        def step(self, forward_batch: Any, full_logits: Any, states: list[Any]) -> list[bool]:
+        def step(self, forward_batch: Any, logits_output: Any, states: list[Any]) -> list[bool]:
             batch = forward_batch.batch_size
-            logits = full_logits.view(batch, self.block_size, full_logits.shape[-1])
-            tokens = forward_batch.input_ids.view(batch, self.block_size).to(torch.int64, copy=True)
-            # A mask token that a prompt holds as text is not to be filled.
-            literal = getattr(forward_batch, "dllm_prompt_mask", None)
-            if literal is not None:
-                tokens.masked_fill_(literal, int(self.mask_id == 0))
-            masked = tokens == self.mask_id
-            done = (~masked).all(dim=1).tolist()
-            if all(done):
+            tokens = self._tokens(forward_batch)
+            before = tokens.clone()
+            done = (tokens != self.mask_id).all(dim=1).tolist()
+            if all(done) and not self._remembers:
                 return done
-            attention = None if self._scores is None else self._scores.read(batch)
-            result = self._decoder.step(tokens, logits, attention)
+            scores = None if self._scores is None else self._scores.read(batch)
+            logits, compact = logits_output, None
+            if not isinstance(logits_output, Tensor):  # after 0.5.23
+                logits = logits_output.full_logits
+                compact = getattr(logits_output, "dllm_vocab_state", None)
+            if compact is None:
+                logits = logits.view(batch, self.block_size, logits.shape[-1])
+            elif self._remembers:
+                raise RuntimeError(
+                    f"{NAME}: {self._decoder.policy!r} needs all logits, which SGLang kept apart"
+                )
+            if self._remembers:
+                rows = [None] * batch if scores is None else scores.split(1)
+                blocks = zip(states, tokens.split(1), logits.split(1), rows, strict=True)
+                done = [state.step(*block) for state, *block in blocks]
+            elif compact is None:
+                self._decoder.step(tokens, logits, scores)
+            else:
+                best, p = (x.view(batch, self.block_size) for x in (compact.argmax_ids, compact.max_probs))
+                self._decoder.step_predicted(tokens, best, p, scores)
             kept = forward_batch.input_ids.view(batch, self.block_size)
             # In place: this is the tensor that CUDA graphs read.
-            kept.copy_(torch.where(result.selected, result.token_ids, kept))
+            kept.copy_(torch.where(tokens != before, tokens, kept))
             return done
 
     return AttnSampler

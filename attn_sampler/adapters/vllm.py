@@ -1,5 +1,7 @@
 """vLLM through vllm-project/dllm-plugin: attention-guided decoding in its sampler.
 
+For the diffusion models that vLLM has itself see ``vllm_model_state``.
+
 Install: ``pip install git+https://github.com/vllm-project/dllm-plugin`` (the package on PyPI is empty).
 
     llm = LLM("inclusionAI/LLaDA2.0-mini", enforce_eager=True, ...,
@@ -48,7 +50,7 @@ _VLLM_SERVES = (
     *("prompt_logprobs", "prompt_logprob_token_ids", "prompt_logprob_start", "flat_logprobs"),
     *("detokenize", "skip_special_tokens", "spaces_between_special_tokens", "output_kind", "stream_interval"),
     *("skip_clone", "output_text_buffer_length", "routed_experts_prompt_start"),
-    *("_eos_token_id", "_all_stop_token_ids", "_bad_words_token_ids"),
+    *("_eos_token_id", "_all_stop_token_ids", "_bad_words_token_ids", "_watermarking_skipped"),
 )
 #: What of an attention is not among the scaled products of a block.
 _KINDS = ("alibi_slopes", "logits_soft_cap", "sinks", "sliding_window")

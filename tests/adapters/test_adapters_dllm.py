@@ -126,18 +126,44 @@ def test_options_of_dllm(adapter: Any):
     assert shifted.tolist() == [expected, expected], "an empty prompt becomes the token that begins text"
 
 
+def test_guidance_and_an_early_end(adapter: Any):
+    sampler = adapter.AttnSampler(model=HFToy(), tokenizer=TOKENIZER)
+    prompts = [[5, 7, 2, 9, 11], [1, 4, 8, 5, 5]]
+    for keep in (None, [5, 9]):
+        guided = {"cfg_scale": 1.5, "cfg_keep_tokens": keep}
+        canvas = sampler.sample(prompts, max_new_tokens=8, block_size=4, **guided).tolist()
+        for row, prompt in zip(canvas, prompts, strict=True):
+            without = [token if token in (keep or []) else MASK for token in prompt]
+            options = {"guidance_scale": 1.5, "unconditional_prompt_ids": [without]}
+            assert row == alone(prompt, gen_length=8, **options)
+    plain = sampler.sample(prompts, max_new_tokens=8, block_size=4)
+    ended = SimpleNamespace(**vars(TOKENIZER) | {"eos_token_id": int(plain[0, 6])})
+    sampler = adapter.AttnSampler(model=HFToy(), tokenizer=ended)
+    row = sampler.sample(prompts[:1], max_new_tokens=8, block_size=4, eos_early_stop=True)[0].tolist()
+    first = row.index(ended.eos_token_id, 5)
+    assert row[: first + 1] == plain[0, : first + 1].tolist()
+    assert set(row[first:]) == {ended.eos_token_id}
+
+
+def test_rules_that_take_back(adapter: Any):
+    sampler = adapter.AttnSampler(model=HFToy(), tokenizer=TOKENIZER)
+    row = sampler.sample(PROMPTS[:1], max_new_tokens=8, block_size=4, policy="t2t")[0].tolist()
+    assert row == alone(PROMPTS[0], gen_length=8, policy="t2t")
+
+
 #: Those of its ``MDLMSamplerConfig`` (commit ca17675) that are served, and others with a value that asks.
 MDLM = ("dllm", "dllm/core/samplers/mdlm.py", "MDLMSamplerConfig")
 SERVED = {"max_new_tokens", "max_length", "block_size", "temperature"} | {
-    *("suppress_tokens", "right_shift_logits", "return_dict")
+    *("suppress_tokens", "right_shift_logits", "return_dict", "cfg_scale", "cfg_keep_tokens")
 }
 REFUSED = {
-    **{"steps": 128, "remasking": "random", "stochastic_transfer": True, "cfg_scale": 1.5},
-    **{"cfg_keep_tokens": [5], "begin_suppress_tokens": [5], "anything": 1},
+    **{"steps": 128, "remasking": "random", "stochastic_transfer": True},
+    **{"begin_suppress_tokens": [5], "anything": 1},
+    **{"top_k": 3, "threshold": 0.95, "editing_threshold": 0.9, "max_post_steps": 16},  # of LLaDA2.1's
 }
 NOTHING = {
-    **{"steps": None, "remasking": "low_confidence", "stochastic_transfer": False, "cfg_scale": 0.0},
-    **{"cfg_keep_tokens": None, "begin_suppress_tokens": []},
+    **{"steps": None, "remasking": "low_confidence", "stochastic_transfer": False},
+    **{"begin_suppress_tokens": []},
 }
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from toy_model import MASK
 
 SOURCE = ("sglang", "sglang/srt/dllm/algorithm/base.py")
+over_stand_ins = pytest.mark.parametrize("adapter", ["stand-in"], indirect=True)
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [6] * 8, [2, 3, 5, 7, 11, 13]]
 
 
@@ -54,32 +55,48 @@ class DllmConfig:
 class DllmAlgorithm:
     """The interface, and the two loops that call it."""
 
+    #: What ``step`` is given: all logits in 0.5.23; in the main branch after it their holder, or less.
+    hands_over = "logits"
+
     def __init__(self, config: DllmConfig) -> None:
         self.block_size = config.block_size
         self.mask_id = config.mask_id
         self.fdfo = config.first_done_first_out_mode
 
+    def init_step_state(self, forward_batch: Any) -> list[Any]:
+        return [None] * forward_batch.batch_size
+
+    def max_steps(self, block_size: int) -> int:
+        return block_size + 1
+
     def prepare_inputs(self, model_runner: Any, forward_batch: Any, states: list[Any]) -> None:
         pass
 
-    def step(self, forward_batch: Any, full_logits: Tensor, states: list[Any]) -> list[bool]:
+    def step(self, forward_batch: Any, logits_output: Any, states: list[Any]) -> list[bool]:
         raise NotImplementedError
 
     def run(self, model_runner: Any, forward_batch: Any, algo_states: Any = None) -> tuple[Any, ...]:
         batch = forward_batch.batch_size
         tokens = forward_batch.input_ids.view(batch, self.block_size)
         given = (tokens != self.mask_id).sum(dim=1).tolist()
-        states = [None] * batch
-        for _ in range(1 if self.fdfo else self.block_size + 1):
+        states = list(algo_states or [None] * batch)
+        if None in states:
+            fresh = self.init_step_state(forward_batch)
+            states = [new if state is None else state for state, new in zip(states, fresh, strict=True)]
+        for _ in range(1 if self.fdfo else self.max_steps(self.block_size)):
             self.prepare_inputs(model_runner, forward_batch, states)
             out = model_runner.forward(forward_batch, pp_proxy_tensors=None)
             if not self.fdfo and min(given) == self.block_size:
                 return out.logits_output, [], None, None, False
-            done = self.step(forward_batch, out.logits_output.full_logits, states)
+            output = out.logits_output
+            done = self.step(
+                forward_batch, output.full_logits if self.hands_over == "logits" else output, states
+            )
             if all(done):
                 break
         if self.fdfo:
             lengths = [self.block_size if d else 0 for d in done]
+            states = [None if d else state for d, state in zip(done, states, strict=True)]
             return out.logits_output, tokens.tolist(), lengths, states, False
         return out.logits_output, [row[n:] for row, n in zip(tokens, given, strict=True)], None, None, False
 
@@ -130,6 +147,8 @@ class HookRegistry:
 
 
 class ModelRunner:
+    compact = False
+
     def __init__(self, config: DllmConfig, seed: int = 0) -> None:
         self.server_args = SimpleNamespace(dllm_config=config)
         weights = toy(seed)
@@ -146,7 +165,12 @@ class ModelRunner:
             forward_batch.requests,
             lambda layer, q, k, v: layer(q.flatten(1), k.flatten(1), v.flatten(1), forward_batch),
         )
-        return SimpleNamespace(logits_output=SimpleNamespace(full_logits=logits), can_run_graph=False)
+        state = None
+        if self.compact:
+            p, best = logits.softmax(dim=-1).max(dim=-1)
+            logits, state = None, SimpleNamespace(argmax_ids=best, max_probs=p)
+        output = SimpleNamespace(full_logits=logits, dllm_vocab_state=state)
+        return SimpleNamespace(logits_output=output, can_run_graph=False)
 
 
 @pytest.fixture(params=sources(*SOURCE))
@@ -163,6 +187,10 @@ def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
             "sglang.srt.layers.radix_attention": {"RadixAttention": RadixAttention},
             "sglang.srt.layers.attention.flashinfer_backend": {"_safe_merge_state": merge_state},
             "sglang.srt.distributed.parallel_state": {"get_attn_tp_group": lambda: group},
+            "sglang.srt.arg_groups.overrides": {
+                "resolving_view": lambda arguments: arguments,
+                "declare_resolution": lambda arguments, _, **fields: vars(arguments).update(fields),
+            },
             "sglang.srt.plugins.hook_registry": {
                 "HookRegistry": HookRegistry,
                 "HookType": SimpleNamespace(AFTER="after"),
@@ -201,16 +229,21 @@ def make_batch(requests: list[Request], **fields: Any) -> Any:
     )
 
 
-def serve(algorithm: Any, runner: ModelRunner, num_blocks: int) -> list[list[int]]:
+def serve(
+    algorithm: Any, runner: ModelRunner, num_blocks: int, prompts: list[list[int]] = PROMPTS
+) -> list[list[int]]:
     """All prompts at once, block after block, as the scheduler does."""
-    requests = [Request(prompt) for prompt in PROMPTS]
-    goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in PROMPTS]
+    requests = [Request(prompt) for prompt in prompts]
+    goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in prompts]
+    kept: dict[int, Any] = {}
     for _ in range(100):
         running = [r for r, goal in zip(requests, goals, strict=True) if r.cached < goal * BLOCK]
         if not running:
             return [request.tokens for request in requests]
         batch = make_batch(running)
-        _, tokens, lengths, *_ = algorithm.run(runner, batch)
+        carried = [kept.get(id(request)) for request in running]
+        _, tokens, lengths, states, _ = algorithm.run(runner, batch, carried)
+        kept = {id(request): state for request, state in zip(running, states or [], strict=False)}
         for place, request in enumerate(running):
             block = request.block()
             if lengths is None:  # what was asked for, of finished blocks
@@ -232,6 +265,104 @@ def test_serves_the_tokens_of_generate(adapter: Any, options: dict[str, Any], fd
     served = serve(adapter.algorithm()(config), ModelRunner(config), 2)
     expected = [decode_whole(toy(), prompt, 2, **({"policy": "attn"} | options)) for prompt in PROMPTS]
     assert served == expected
+
+
+@pytest.mark.parametrize("policy", ["klass", "t2t", "t2m", "saber", "attn-check", "rollback"])
+def test_rules_that_remember_their_steps_or_take_back(adapter: Any, policy: str):
+    """Each request with a policy and a budget of its own; prompts stay."""
+    expected = [decode_whole(toy(), prompt, 2, policy=policy) for prompt in PROMPTS[1:]]
+    for fdfo in (False, True):
+        config = DllmConfig({"policy": policy}, fdfo)
+        algorithm = adapter.algorithm()(config)
+        revisions = 0 if policy == "klass" else algorithm._decoder.policy.max_edits
+        assert algorithm.max_steps(BLOCK) == (BLOCK * (1 + 2 * revisions) + 2 if revisions else BLOCK + 1)
+        assert serve(algorithm, ModelRunner(config), 2, PROMPTS[1:]) == expected
+
+
+@over_stand_ins
+def test_a_rule_that_remembers_needs_all_logits(adapter: Any):
+    algorithm, batch = adapter.algorithm()(DllmConfig({"policy": "t2t"})), make_batch([Request([])])
+    output = SimpleNamespace(full_logits=None, dllm_vocab_state=SimpleNamespace())
+    with pytest.raises(RuntimeError, match=r"T2T.* needs all logits, which SGLang kept apart"):
+        algorithm.step(batch, output, algorithm.init_step_state(batch))
+
+
+@over_stand_ins
+def test_blocks_of_a_rule_that_remembers_draw_streams_of_their_own(adapter: Any):
+    algorithm = adapter.algorithm()(DllmConfig({"policy": "t2t", "tau": 0.0, "temperature": 1.0}))
+    drawn = []
+    for _ in range(2):
+        batch = make_batch([Request([]), Request([])])
+        algorithm.step(batch, torch.zeros(2 * BLOCK, MASK + 1), algorithm.init_step_state(batch))
+        drawn += batch.input_ids.view(2, BLOCK).tolist()
+    assert len({tuple(block) for block in drawn}) == 4
+
+
+@over_stand_ins
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("options", [{"tau": 0.3}, {"policy": "threshold", "tau": 0.5}])
+def test_what_the_main_branch_hands_over(
+    adapter: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], compact: bool
+):
+    """The holder of the logits, or of each most probable token and its probability."""
+    monkeypatch.setattr(DllmAlgorithm, "hands_over", "holder")
+    config = DllmConfig(options)
+    runner = ModelRunner(config)
+    runner.compact = compact
+    served = serve(adapter.algorithm()(config), runner, 2)
+    assert served == [decode_whole(toy(), prompt, 2, **({"policy": "attn"} | options)) for prompt in PROMPTS]
+
+
+@over_stand_ins
+def test_what_a_compact_state_does_not_tell(adapter: Any):
+    batch = make_batch([Request([])])
+    state = SimpleNamespace(argmax_ids=torch.full((BLOCK,), MASK), max_probs=torch.ones(BLOCK))
+    output = SimpleNamespace(full_logits=None, dllm_vocab_state=state)
+    for options in ({"policy": "entropy"}, {"policy": "threshold", "temperature": 0.5}):
+        algorithm = adapter.algorithm()(DllmConfig(options))
+        with pytest.raises(RuntimeError, match=r"most probable token alone, and .* needs all logits"):
+            algorithm.step(batch, output, [None])
+    algorithm = adapter.algorithm()(DllmConfig({"policy": "confidence"}))
+    with pytest.raises(RuntimeError, match="of the mask token's rivals the engine tells nothing"):
+        algorithm.step(batch, output, [None])
+    state.argmax_ids[2] = 5
+    assert algorithm.step(batch, output, [None]) == [False]
+    assert batch.input_ids.tolist() == [MASK, MASK, 5, MASK]
+
+
+@over_stand_ins
+@pytest.mark.parametrize(
+    ("text", "given", "chosen"),
+    [
+        ("", {"attention_backend": None}, "flashinfer"),
+        ("tau: 0.5", {"attention_backend": "fa3", "decode_attention_backend": "triton"}, "flashinfer"),
+        ("softmax_scope: block", {"attention_backend": "fa3"}, "fa3"),
+        ("policy: threshold", {"attention_backend": "fa3"}, "fa3"),
+        ("", {"attention_backend": "flashinfer"}, "flashinfer"),
+    ],
+)
+def test_the_backend_whose_log_sum_exp_is_read_is_chosen(
+    adapter: Any,
+    tmp_path: Any,
+    text: str,
+    given: dict[str, Any],
+    chosen: str,
+    recwarn: pytest.WarningsRecorder,
+):
+    pytest.importorskip("yaml")
+    file = tmp_path / "attn.yaml"
+    file.write_text(text)
+    arguments = SimpleNamespace(dllm_algorithm_config=str(file) if text else None, **given)
+    adapter.algorithm().configure_server_args(arguments)
+    assert arguments.attention_backend == chosen
+    assert getattr(arguments, "decode_attention_backend", "flashinfer") == "flashinfer"
+    assert len(recwarn) == (given["attention_backend"] != chosen)
+    for name, value in given.items():
+        assert all(f"{name}={value}" in str(warning.message) for warning in recwarn)
+    file.write_text("[1, 2]")
+    arguments.dllm_algorithm_config = str(file)
+    with pytest.raises(ValueError, match="expected a mapping in"):
+        adapter.algorithm().configure_server_args(arguments)
 
 
 def test_the_log_sum_exp_over_the_context_is_what_decides(adapter: Any):
@@ -308,7 +439,6 @@ REFUSED = {
     **{"sampling_seed": None, "watermark": None},
 }
 SamplingParams = request_class(APPLIED | REFUSED)
-over_stand_ins = pytest.mark.parametrize("adapter", ["stand-in"], indirect=True)
 
 
 def refusal(adapter: Any, config: dict[str, Any], request: dict[str, Any], **asked: Any) -> str | None:
@@ -395,8 +525,8 @@ def test_misuse(adapter: Any, monkeypatch: pytest.MonkeyPatch):
         algorithm(DllmConfig({"backend": "gpu"}))
     with pytest.raises(ValueError, match="policy: 'clad' reads the block's attention map"):
         algorithm(DllmConfig({"policy": "clad"}))
-    with pytest.raises(ValueError, match="carries something over"):
-        algorithm(DllmConfig({"policy": "klass"}))
+    with pytest.raises(ValueError, match="policy: 'wino' judges tokens at shadow positions"):
+        algorithm(DllmConfig({"policy": "wino"}))
     config = DllmConfig({})
     runner = ModelRunner(config)
     runner.model.attention = nn.ModuleList()

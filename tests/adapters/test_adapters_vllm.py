@@ -304,7 +304,7 @@ def test_scores_that_are_nan_end_with_an_error(adapter: Any):
         remask(torch.randn(1, BLOCK, MASK + 1), torch.full((1, BLOCK), MASK), MASK, 0.9)
 
 
-#: vLLM's ``SamplingParams`` (00388f6): what it applies around a block's decoding, and the rest's defaults.
+#: vLLM's ``SamplingParams`` (0.33.0): what it applies around a block's decoding, and the rest's defaults.
 PARAMS = ("vllm", "vllm/sampling_params.py", "SamplingParams")
 APPLIED = {
     **{"n": 1, "max_tokens": 16, "ignore_eos": False, "stop": None, "stop_token_ids": None},
@@ -313,14 +313,14 @@ APPLIED = {
     **{"flat_logprobs": False, "detokenize": True, "skip_special_tokens": True, "output_kind": 0},
     **{"spaces_between_special_tokens": True, "stream_interval": None, "skip_clone": False},
     **{"output_text_buffer_length": 0, "routed_experts_prompt_start": 0, "_eos_token_id": None},
-    **{"_all_stop_token_ids": (), "_bad_words_token_ids": None},
+    **{"_all_stop_token_ids": (), "_bad_words_token_ids": None, "_watermarking_skipped": False},
 }
 IGNORED = {
     **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None, "min_tokens": 0},
     **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logprobs": None},
     **{"logprob_token_ids": None, "structured_outputs": None, "logit_bias": None, "bad_words": None},
     **{"allowed_token_ids": None, "extra_args": None, "thinking_token_budget": None},
-    "trace_decode_token_ids": None,
+    **{"trace_decode_token_ids": None, "watermarking": None},
 }
 SamplingParams = request_class(APPLIED | IGNORED)
 

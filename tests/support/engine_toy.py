@@ -104,11 +104,48 @@ def load(monkeypatch: pytest.MonkeyPatch, name: str, distribution: str, path: st
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    module._stub = True  # type: ignore[attr-defined]  # to stay where it is
     monkeypatch.setitem(sys.modules, name, module)
     parent, _, own = name.rpartition(".")
     setattr(sys.modules[parent], own, module)
     spec.loader.exec_module(module)
     return module
+
+
+def load_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, distribution: str, path: str, given: dict[str, Any]
+) -> ModuleType:
+    """A module of an engine from its installed source, with a stand-in for every name that it imports.
+
+    ``given`` are those that matter, by their names, beside those that were stubbed before; the others are
+    classes of which nothing is asked.
+    """
+    file = installed(distribution, path)
+    assert file is not None
+    engine = name.partition(".")[0]
+    modules: dict[str, dict[str, Any]] = {name.rpartition(".")[0]: {}}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            parents = name.split(".")[: -node.level] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            if module.partition(".")[0] == engine:
+                contents = modules.setdefault(module, {})
+                for each in node.names:
+                    if not hasattr(sys.modules.get(module), each.name):
+                        contents[each.name] = given.get(each.name, _anything(each.name))
+    stub(monkeypatch, modules)
+    return load(monkeypatch, name, distribution, path)
+
+
+class _Anything(type):
+    def __getattr__(cls, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _anything(name: str) -> type:
+    """A class that may be called with anything, and whose attributes may be named."""
+    return _Anything(name, (), {"__init__": lambda self, *_, **__: None})
 
 
 @dataclasses.dataclass
