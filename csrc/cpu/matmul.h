@@ -85,19 +85,30 @@ inline void micro_rows(Rows a, const float *b, int width, int64_t words, float *
         micro_rows<Words, kFewer, kVectors>(a, b, width, words, c, top);
 }
 
+/* Whether the rows are words where they lie. */
+template <typename Words>
+inline bool are_words(const Scratch &s) {
+    return s.dtype == (Words::kElements == 2 ? ATTN_SAMPLER_BFLOAT16 : ATTN_SAMPLER_FLOAT32);
+}
+
+/* How many of the rows at these addresses, from the first on, are evenly apart. */
+inline int64_t count_even(const void *const *address, int64_t n) {
+    const auto at = [&](int64_t i) { return reinterpret_cast<intptr_t>(address[i]); };
+    int64_t i = min_of(n, 2);
+    while (i < n && at(i) - at(0) == i * (at(1) - at(0)))
+        ++i;
+    return i;
+}
+
 /* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
  * copied into the scratch. `next` is where the rows after them start. */
 template <typename Words>
 inline Rows as_rows(const Scratch &s, const void *const *address, int64_t n, const void *next = nullptr) {
     const int64_t depth = s.depth;
     const char *const first = static_cast<const char *>(address[0]);
-    if (s.dtype == (Words::kElements == 2 ? ATTN_SAMPLER_BFLOAT16 : ATTN_SAMPLER_FLOAT32)) {
+    if (are_words<Words>(s) && count_even(address, n) == n) {
         const int64_t stride = n > 1 ? static_cast<const char *>(address[1]) - first : 4 * depth;
-        bool even = true;
-        for (int64_t i = 2; i < n; ++i)
-            even = even && static_cast<const char *>(address[i]) - first == i * stride;
-        if (even)
-            return {first, stride, n, next == nullptr ? first + n * stride : static_cast<const char *>(next)};
+        return {first, stride, n, next == nullptr ? first + n * stride : static_cast<const char *>(next)};
     }
     char *const copy = reinterpret_cast<char *>(s.rows);
     const int64_t bytes = depth * 4 / Words::kElements;
@@ -116,16 +127,26 @@ struct Constant {
     constexpr operator int() const { return kValue; }
 };
 
-/* x[n][width]: the products of the rows at these addresses, before those at `next`, with the packed ones;
- * width is a multiple of kLanes. Raises top[width], if there is one, to the largest of each column that is a
- * number.
- */
+/* Whether the rows at these addresses come in a few stretches that are evenly apart and can be multiplied one
+ * by one, with the same bits: rows that a unit takes together stay together. */
 template <typename Words>
-inline void multiply(const Scratch &s, const void *const *address, int64_t n, const void *next, int width,
-                     float *x, float *top = nullptr) {
+inline bool in_stretches(const Scratch &s, const void *const *address, int64_t n) {
+    constexpr int64_t kLeast = 8; /* shorter ones are better copied, on average */
+    int64_t stretches = 1;
+    for (int64_t i = count_even(address, n); i < n; ++stretches) {
+        if (i % Words::kTogether != 0)
+            return false;
+        i += count_even(address + i, n - i);
+    }
+    return are_words<Words>(s) && stretches * kLeast <= n;
+}
+
+/* x[n][width]: the products of these rows with the packed ones; width is a multiple of kLanes. Raises
+ * top[width], if there is one, to the largest of each column that is a number. */
+template <typename Words>
+inline void multiply(const Scratch &s, Rows a, int width, float *x, float *top) {
     const int64_t words = s.depth / Words::kElements;
     const float *const b = s.packed;
-    Rows a = as_rows<Words>(s, address, n, next);
     const int64_t done = Words::multiply_rows(a, b, width, words, x);
     for (int j = 0; done > 0 && top != nullptr && j < width; j += kLanes) {
         VecF largest = load<VecF>(top + j);
@@ -151,20 +172,31 @@ inline void multiply(const Scratch &s, const void *const *address, int64_t n, co
         j = columns(Constant<kLanes == 16 ? 16 : 8>(), Constant<1>(), j);
 }
 
+/* The same of the rows at these addresses, before those at `next`. */
+template <typename Words>
+inline void multiply(const Scratch &s, const void *const *address, int64_t n, const void *next, int width,
+                     float *x, float *top = nullptr) {
+    const bool stretches = in_stretches<Words>(s, address, n);
+    for (int64_t i = 0, count; i < n; i += count) {
+        count = stretches ? count_even(address + i, n - i) : n;
+        const void *const after = i + count < n ? address[i + count] : next;
+        multiply<Words>(s, as_rows<Words>(s, address + i, count, after), width, x + i * width, top);
+    }
+}
+
 /* Packs the rows at these addresses: packed[words][width], the rows across the lanes; zeros in the lanes
  * beyond n. */
 template <typename Words>
 inline void pack(const Scratch &s, const void *const *address, int64_t n, int width) {
-    const Rows rows = as_rows<Words>(s, address, n);
     const int64_t words = s.depth / Words::kElements;
     for (int64_t i0 = 0; i0 < width; i0 += kLanes) {
         const int64_t count = clamp(n - i0, 0, kLanes);
-        const char *const first = rows.data + i0 * rows.stride;
-        int64_t d = pack_squares({first, rows.stride, count, nullptr}, words, s.packed + i0, width);
+        const Rows rows = count > 0 ? as_rows<Words>(s, address + i0, count) : Rows{};
+        int64_t d = pack_squares({rows.data, rows.stride, count, nullptr}, words, s.packed + i0, width);
         for (; d < words; ++d) {
             float *const to = s.packed + d * width + i0;
             for (int64_t i = 0; i < count; ++i)
-                memcpy(to + i, first + i * rows.stride + d * 4, 4);
+                memcpy(to + i, rows.data + i * rows.stride + d * 4, 4);
             for (int64_t i = count; i < kLanes; ++i)
                 to[i] = 0.0f;
         }
