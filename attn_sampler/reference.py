@@ -99,7 +99,7 @@ def _paged_keys(k: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
 def _place(
     columns: slice | None, query_start: int | None, n_rows: int, n_keys: int, from_end: bool
 ) -> tuple[int, int, int]:
-    """The bounds of the columns and the position of row 0; all of them counted from the end, or from key 0."""
+    """The bounds of the columns and the position of row 0, all counted from the end or from key 0."""
     bounds = columns or slice(None)
     if from_end:
         lo, hi = -n_keys if bounds.start is None else bounds.start, bounds.stop or 0

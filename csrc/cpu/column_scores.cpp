@@ -126,7 +126,11 @@ struct SoftmaxTask {
         for (int64_t i = unseen; i < seen; i += kTile) {
             const int64_t count = min_of(kTile, seen - i);
             const bool next_head = i + count == seen && first == last && hkv + 1 < p.kv_heads;
-            const void *const next = next_head ? Keys(plan, b, hkv + 1).at(s.keys[0]) : nullptr;
+            const void *next = nullptr;
+            if (i + count < seen)
+                next = Keys(plan, b, hkv).at(s.keys[i + count]);
+            else if (next_head)
+                next = Keys(plan, b, hkv + 1).at(s.keys[0]);
             softmax.add(s.keys + i, count, next, s.product + i * width);
             memcpy(factors_of(i), softmax.top, sizeof(softmax.top));
         }

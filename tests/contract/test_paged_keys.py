@@ -121,10 +121,10 @@ def make_case(
 def random_case(seed: int) -> Case:
     rng = random.Random(f"case {seed}")
     page_size = rng.choice((*PAGE_SIZES, None))
-    at_most = rng.choice((20, 70, 300))
+    at_most = rng.choice((20, 70, 70, 300))
     n_keys = rng.randint(1, at_most) if page_size is None else page_size * max(1, at_most // page_size)
     problem = random_attention(
-        seed, sizes=(1, 7, 33), key_sizes=(n_keys,), headdims=(32, 33, 40, 64), dtypes=ATTENTION_DTYPES
+        seed, sizes=(1, 7, 19), key_sizes=(n_keys,), headdims=(32, 33, 40, 64), dtypes=ATTENTION_DTYPES
     )
     ends = page_size is None or rng.random() < 0.6
     return make_case(seed, problem, page_size, ends, rng.choice(CACHES), rng.random() < 0.4)
@@ -141,7 +141,7 @@ def judge(name: str, backend: str, case: Case, **more: Any) -> Tensor:
     return actual
 
 
-@pytest.mark.parametrize("seed", range(96))
+@pytest.mark.parametrize("seed", range(72))
 def test_random_problems(backend, device, seed):
     case, more = random_case(seed).to(device), {"per_head": seed % 5 == 0}
     if seed % 3 == 0:
@@ -175,10 +175,9 @@ def test_same_bits_in_any_pages(backend, device, dtype, with_lse, ends):
     if ends:
         given |= {"seqlens_k": torch.tensor([150, 192, 31], dtype=torch.int32)}
     problem = AttentionProblem(q, k, given).to(device)
-    sizes = (3, 64) if backend == "triton" and device.type == "cpu" else (1, 3, 16, 64, 192)
     for function in (column_scores, attention_map):
         expected = problem.run(function, backend=backend)
-        for page_size in sizes:
+        for page_size in (1, 3, 16, 64, 192):
             cache, table = in_pages(random.Random(page_size), problem.k, page_size, "NHD")
             paged = AttentionProblem(problem.q, cache, problem.options | {"block_table": table})
             assert torch.equal(paged.run(function, backend=backend), expected)
@@ -191,6 +190,19 @@ def test_same_bits_in_any_pages(backend, device, dtype, with_lse, ends):
             assert torch.equal(own[0], expected[1])
         else:
             torch.testing.assert_close(own[0], expected[1])
+
+
+def test_same_bits_in_small_pages(backend, device):
+    """The same of few keys, where kernels are interpreted too."""
+    q, k = normal(0, 2, 2, 5, 16), normal(1, 2, 1, 24, 16)
+    ends = torch.tensor([24, 9], dtype=torch.int32)
+    problem = AttentionProblem(q, k, {"seqlens_k": ends, "columns": slice(-7, None)}).to(device)
+    cache, table = in_pages(random.Random(0), problem.k, 3, "HND")
+    for function in (column_scores, attention_map):
+        expected = problem.run(function, backend=backend)
+        assert torch.equal(
+            function(problem.q, cache, **problem.options, block_table=table, backend=backend), expected
+        )
 
 
 def test_masked_and_unused_pages_are_not_read(backend, device):
@@ -238,18 +250,17 @@ def test_positions_count_from_each_end(backend, device):
 def paged_step(seed: int, ends: bool, device: torch.device, with_lse: bool) -> tuple[list, dict, list, dict]:
     """Layers with one table, their options, and the same in plain tensors."""
     rng = random.Random(seed)
-    batch, n_keys, n_rows, page_size = 2, 48, 8, rng.choice((3, 16, 24))
+    batch, n_keys, n_rows, page_size = 2, 24, 8, rng.choice((3, 8, 12))
     layers, plain, table, ahead = [], [], None, [0] * batch
     given: dict[str, Any] = {"columns": slice(-8, None) if ends else slice(n_keys - 8, n_keys)}
     whole: dict[str, Any] = {"columns": slice(n_keys - 8, n_keys), "causal": False}
     if ends:
-        lengths = [n_keys - rng.randrange(20), 5]
+        lengths = [n_keys - rng.randrange(10), 5]
         ahead = [n_keys - n for n in lengths]
         given["seqlens_k"] = torch.tensor(lengths, dtype=torch.int32, device=device)
         whole["key_mask"] = (torch.arange(n_keys) >= torch.tensor(ahead)[:, None]).to(device)
-    for i in range(3):
-        heads = (4, 2, 4)[i]
-        q, k = normal(seed + i, batch, heads, n_rows, 32), normal(seed + 10 + i, batch, 2, n_keys, 32)
+    for i, heads in enumerate((4, 2)):
+        q, k = normal(seed + i, batch, heads, n_rows, 16), normal(seed + 10 + i, batch, 2, n_keys, 16)
         lse = row_lse(q, k, key_mask=whole.get("key_mask", torch.ones(1)).cpu() if ends else None)
         cache, pages = in_pages(random.Random(seed), shifted(k, ahead, torch.nan), page_size, "NHD")
         table = pages if table is None else table
@@ -262,11 +273,12 @@ def paged_step(seed: int, ends: bool, device: torch.device, with_lse: bool) -> t
     return layers, given, plain, whole
 
 
-@pytest.mark.parametrize("ends", [False, True])
-@pytest.mark.parametrize("with_lse", [False, True])
-@pytest.mark.parametrize("query_rows", ["all", "masked"])
+@pytest.mark.parametrize(
+    ("ends", "with_lse", "query_rows"),
+    [(False, True, "all"), (True, False, "all"), (False, False, "masked"), (True, True, "masked")],
+)
 def test_step(backend, device, ends, with_lse, query_rows):
-    """Three layers, of different heads, with one table: as with the keys in plain tensors."""
+    """Two layers, of different heads, with one table: as with the keys in plain tensors."""
     layers, given, plain, whole = paged_step(7, ends, device, with_lse)
     tokens = torch.full((2, 30), MASK)
     tokens[:, ::3] = 7

@@ -169,6 +169,7 @@ WITH_WGMMA, WITHOUT_WGMMA = 0, 1  # devices
 COLUMN_SCORES, ATTENTION_MAP = "contract/test_column_scores.py", "contract/test_attention_map.py"
 TOKEN_CONFIDENCE, SELECT_TOKENS = "contract/test_token_confidence.py", "contract/test_select_tokens.py"
 DECODE_STEP, ERRORS = "contract/test_decode_step.py", "contract/test_errors.py"
+PAGED_KEYS = "contract/test_paged_keys.py"
 LOGIT_RANGE, OPERANDS = "contract/test_logit_range.py", "contract/test_operands.py"
 WINDOWS, REVISION = "contract/test_windows.py", "contract/test_revision.py"
 #: All but what says nothing there: programs run one after another, alike in every run, and the noise of
@@ -200,6 +201,7 @@ PLACES = {
         {
             **dict.fromkeys((*FUNCTIONS, REVISION, LOGIT_RANGE, ERRORS, TABLE, TRITON_KERNELS), INTERPRETED),
             OPERANDS: "anywhere|counted|interleaved|memory_of",  # the rest is before any kernel
+            PAGED_KEYS: "random_problems|not_read|count_from|small_pages|test_step$",
         },
         {"TRITON_INTERPRET": "1"},
         unavailable=_triton_unavailable,
@@ -214,7 +216,8 @@ PLACES = {
         WITHOUT_WGMMA,
         dict.fromkeys(
             (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, REVISION, LOGIT_RANGE, WINDOWS), ""
-        ),
+        )
+        | {PAGED_KEYS: "random_problems|not_read|count_from|same_bits|test_step$|share_pages|layouts"},
     ),
     "cuda@host-wgmma": _cuda_host(
         WITH_WGMMA,
@@ -222,6 +225,7 @@ PLACES = {
             COLUMN_SCORES: "random_problems|many_rows|visible_nan",
             ATTENTION_MAP: "",
             WINDOWS: "many_rows",
+            PAGED_KEYS: "random_problems",
             DECODE_STEP: "random_steps",
             LOGIT_RANGE: "",
         },

@@ -156,7 +156,8 @@ void attention_problem(int index) {
         Array cpu(ATTN_SAMPLER_FLOAT32, shape), cuda(ATTN_SAMPLER_FLOAT32, shape);
         const attn_sampler_layer layer = {q.view(), k.view(), nullptr, scaled ? q_descale.view() : nullptr,
                                           scaled ? k_descale.view() : nullptr};
-        const attn_sampler_masks masks = {key_mask.view(), query_mask.view(), column_mask.view()};
+        const attn_sampler_masks masks = {key_mask.view(), query_mask.view(), column_mask.view(), nullptr,
+                                          nullptr};
         on_both(
             [&](Array &out, attn_sampler_exec &exec) {
                 return function(&layer, masked ? &masks : nullptr, &params, out.view(), &exec);
