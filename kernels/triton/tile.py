@@ -175,7 +175,7 @@ def first_key_rows(layers, keys, layer, b):
 
 @triton.jit
 def find_keys(layers, keys, layer, b, position, ok, ahead, TILE: tl.constexpr):
-    """Of some positions: which have a key, which have one that is not masked, and how far the keys are off."""
+    """Of some positions: which have a key, which have one that is not masked, and how far off it is."""
     n = position
     if keys.lengths is not None:
         n = position - ahead
@@ -398,8 +398,9 @@ def place(options: Attention, masks: Masks, problem: Problem) -> Attention:
     """The options with positions as the kernels count them."""
     if masks.seqlens_k is None:
         return options
-    columns = Span(*(bound + problem.n_keys for bound in options.columns))
-    return options._replace(columns=columns, query_start=options.query_start + problem.n_keys)
+    n_keys, columns = problem.n_keys, options.columns
+    columns = Span(columns.start + n_keys, columns.stop + n_keys)
+    return options._replace(columns=columns, query_start=options.query_start + n_keys)
 
 
 def gather(layers: Sequence[Layer], masks: Masks, softmax_scale: float) -> Problem:
