@@ -75,10 +75,12 @@ inline void micro_kernel(const Rows &a, const float *b, int width, int64_t words
 }
 
 /* The same for any number of rows: as many as possible at a time, then fewer, so that 8, 32 and 64 leave no
- * single ones. */
+ * single ones; 16 are twice 8 rather than 12 and 4. */
 template <typename Words, int kRows, int kVectors>
 inline void micro_rows(Rows a, const float *b, int width, int64_t words, float *c, float *top) {
-    for (; a.count >= kRows; a.count -= kRows, a.data += kRows * a.stride, c += kRows * width)
+    constexpr int kBetterCut = kRows == 12 ? 16 : 0;
+    for (; a.count >= kRows && a.count != kBetterCut;
+         a.count -= kRows, a.data += kRows * a.stride, c += kRows * width)
         micro_kernel<Words, kRows, kVectors>(a, b, width, words, c, top);
     constexpr int kFewer = kRows > 8 ? 8 : kRows > 4 ? 4 : kRows / 2;
     if constexpr (kRows > 1)
@@ -91,25 +93,31 @@ inline bool are_words(const Scratch &s) {
     return s.dtype == (Words::kElements == 2 ? ATTN_SAMPLER_BFLOAT16 : ATTN_SAMPLER_FLOAT32);
 }
 
-/* How many of the rows at these addresses, from the first on, are evenly apart. */
-inline int64_t count_even(const void *const *address, int64_t n) {
-    const auto at = [&](int64_t i) { return reinterpret_cast<intptr_t>(address[i]); };
-    int64_t i = min_of(n, 2);
-    while (i < n && at(i) - at(0) == i * (at(1) - at(0)))
-        ++i;
-    return i;
+/* Where the stretches end in which rows at up to kTile addresses are evenly apart; returns how many. */
+inline int64_t find_stretches(const void *const *address, int64_t n, int64_t (&stop)[kTile]) {
+    const auto step = [&](int64_t i) {
+        return reinterpret_cast<intptr_t>(address[i]) - reinterpret_cast<intptr_t>(address[i - 1]);
+    };
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; stop[count++] = i) {
+        const intptr_t even = i + 1 < n ? step(i + 1) : 0;
+        for (i = min_of(i + 2, n); i < n && step(i) == even;)
+            ++i;
+    }
+    return count;
 }
 
-/* The rows at these addresses as words: where they lie if they are words already and evenly apart, else
- * copied into the scratch. `next` is where the rows after them start. */
-template <typename Words>
-inline Rows as_rows(const Scratch &s, const void *const *address, int64_t n, const void *next = nullptr) {
-    const int64_t depth = s.depth;
+/* Rows that are words evenly apart, before those that start at `next`. */
+inline Rows rows_in_place(const Scratch &s, const void *const *address, int64_t n, const void *next) {
     const char *const first = static_cast<const char *>(address[0]);
-    if (are_words<Words>(s) && count_even(address, n) == n) {
-        const int64_t stride = n > 1 ? static_cast<const char *>(address[1]) - first : 4 * depth;
-        return {first, stride, n, next == nullptr ? first + n * stride : static_cast<const char *>(next)};
-    }
+    const int64_t stride = n > 1 ? static_cast<const char *>(address[1]) - first : 4 * s.depth;
+    return {first, stride, n, next == nullptr ? first + n * stride : static_cast<const char *>(next)};
+}
+
+/* Rows copied into the scratch, as words. */
+template <typename Words>
+inline Rows copied_rows(const Scratch &s, const void *const *address, int64_t n) {
+    const int64_t depth = s.depth;
     char *const copy = reinterpret_cast<char *>(s.rows);
     const int64_t bytes = depth * 4 / Words::kElements;
     for (int64_t i = 0; i < n; ++i)
@@ -126,20 +134,6 @@ template <int kValue>
 struct Constant {
     constexpr operator int() const { return kValue; }
 };
-
-/* Whether the rows at these addresses come in a few stretches that are evenly apart and can be multiplied one
- * by one, with the same bits: rows that a unit takes together stay together. */
-template <typename Words>
-inline bool in_stretches(const Scratch &s, const void *const *address, int64_t n) {
-    constexpr int64_t kLeast = 8; /* shorter ones are better copied, on average */
-    int64_t stretches = 1;
-    for (int64_t i = count_even(address, n); i < n; ++stretches) {
-        if (i % Words::kTogether != 0)
-            return false;
-        i += count_even(address + i, n - i);
-    }
-    return are_words<Words>(s) && stretches * kLeast <= n;
-}
 
 /* x[n][width]: the products of these rows with the packed ones; width is a multiple of kLanes. Raises
  * top[width], if there is one, to the largest of each column that is a number. */
@@ -172,15 +166,23 @@ inline void multiply(const Scratch &s, Rows a, int width, float *x, float *top) 
         j = columns(Constant<kLanes == 16 ? 16 : 8>(), Constant<1>(), j);
 }
 
-/* The same of the rows at these addresses, before those at `next`. */
+/* The same of the rows at these addresses, before those at `next`: where they lie if they are words already,
+ * in stretches that are worth it; with the same bits, as rows that a unit takes together stay together. */
 template <typename Words>
 inline void multiply(const Scratch &s, const void *const *address, int64_t n, const void *next, int width,
                      float *x, float *top = nullptr) {
-    const bool stretches = in_stretches<Words>(s, address, n);
-    for (int64_t i = 0, count; i < n; i += count) {
-        count = stretches ? count_even(address + i, n - i) : n;
-        const void *const after = i + count < n ? address[i + count] : next;
-        multiply<Words>(s, as_rows<Words>(s, address + i, count, after), width, x + i * width, top);
+    constexpr int64_t kWorthIt = 8; /* rows of one, on average */
+    int64_t stop[kTile];
+    const int64_t stretches = are_words<Words>(s) ? find_stretches(address, n, stop) : 0;
+    bool in_place = stretches == 1 || (stretches > 0 && stretches * kWorthIt <= n);
+    for (int64_t i = 0; i + 1 < stretches; ++i)
+        in_place = in_place && stop[i] % Words::kTogether == 0;
+    if (!in_place)
+        return multiply<Words>(s, copied_rows<Words>(s, address, n), width, x, top);
+    for (int64_t i = 0, first = 0; i < stretches; first = stop[i++]) {
+        const void *const after = stop[i] < n ? address[stop[i]] : next;
+        const Rows rows = rows_in_place(s, address + first, stop[i] - first, after);
+        multiply<Words>(s, rows, width, x + first * width, top);
     }
 }
 
@@ -191,7 +193,10 @@ inline void pack(const Scratch &s, const void *const *address, int64_t n, int wi
     const int64_t words = s.depth / Words::kElements;
     for (int64_t i0 = 0; i0 < width; i0 += kLanes) {
         const int64_t count = clamp(n - i0, 0, kLanes);
-        const Rows rows = count > 0 ? as_rows<Words>(s, address + i0, count) : Rows{};
+        int64_t stop[kTile];
+        const bool in_place = are_words<Words>(s) && find_stretches(address + i0, count, stop) == 1;
+        const Rows rows = in_place ? rows_in_place(s, address + i0, count, nullptr)
+                                   : copied_rows<Words>(s, address + i0, count);
         int64_t d = pack_squares({rows.data, rows.stride, count, nullptr}, words, s.packed + i0, width);
         for (; d < words; ++d) {
             float *const to = s.packed + d * width + i0;

@@ -23,15 +23,15 @@ struct MapArgs {
 };
 
 /* As seen_columns, of those that count. */
-__device__ inline uint32_t counted_columns(const MapArgs &args, const Sequence &s, int tile) {
+__device__ inline uint32_t counted_columns(const MapArgs &args, int b, int tile) {
     const AttentionArgs &a = args.attention;
     const int first = tile * kMapColumns, count = min(kMapColumns, a.columns - first);
-    uint32_t seen = seen_columns<kMapTiles>(a, s, a.column_start + first, count);
+    uint32_t seen = seen_columns<kMapTiles>(a, b, a.column_start + first, count);
     if (args.column_mask.data != nullptr)
 #pragma unroll
         for (int n = 0; n < 2 * kMapTiles; ++n) {
             const int column = 8 * (n / 2) + 2 * (threadIdx.x % 4) + n % 2;
-            if (column < count && element(args.column_mask, s.b, first + column) == 0)
+            if (column < count && element(args.column_mask, b, first + column) == 0)
                 seen &= ~(1u << n);
         }
     return seen;
@@ -47,8 +47,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     const int bin = tile % args.bins, row_tile = tile / args.bins / tiles_per_row % args.row_tiles;
     const int b = tile / args.bins / tiles_per_row / args.row_tiles;
     int column_tile = kReduced ? 0 : tile / args.bins % args.column_tiles;
-    const Sequence sequence(a, b);
-    uint32_t seen = kReduced ? 0 : counted_columns(args, sequence, column_tile);
+    uint32_t seen = kReduced ? 0 : counted_columns(args, b, column_tile);
     const int own_row = row_tile * kBlockRows + threadIdx.x / 32 * kWarpRows + threadIdx.x % 32 / 4;
 
     /* Steps are heads or, of a reduced map, heads of a tile of columns after those of another. */
@@ -94,10 +93,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
             rows.load(a);
         if (step / group != loaded && __syncthreads_or(any)) {
             loaded = step / group;
-            load_keys<T, kMapColumns>(a, 0, sequence, head / a.group, first_column,
+            load_keys<T, kMapColumns>(a, 0, b, head / a.group, first_column,
                                       min(kMapColumns, a.columns - column_tile * kMapColumns), keys);
             if (kReduced)
-                seen = counted_columns(args, sequence, column_tile);
+                seen = counted_columns(args, b, column_tile);
             copy_wait<0>();
             __syncthreads();
         }

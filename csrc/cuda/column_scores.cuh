@@ -32,9 +32,8 @@ struct ScoreArgs {
 
 /* The rows that may see a column, for the mean; `lane` of `lanes` threads counts its share where there are
  * masks. */
-__device__ inline int rows_seeing(const AttentionArgs &a, const Sequence &s, int column, int lane,
-                                  int lanes) {
-    if (!find_key(a, s, a.column_start + column))
+__device__ inline int rows_seeing(const AttentionArgs &a, int b, int column, int lane, int lanes) {
+    if (!find_key(a, Sequence(a, b), a.column_start + column))
         return 0;
     /* The row that stands at the column, where there is one. */
     const int64_t own = a.column_start + column - a.query_start;
@@ -46,7 +45,7 @@ __device__ inline int rows_seeing(const AttentionArgs &a, const Sequence &s, int
     if (a.query_mask.data == nullptr && a.row_tokens.data == nullptr)
         return lane > 0 ? 0 : max(stop - first, 0) - (!a.diagonal && own >= first && own < stop);
     for (int m = first + lane; m < stop; m += lanes)
-        count += row_counts(a, s.b, m) && (a.diagonal || m != own);
+        count += row_counts(a, b, m) && (a.diagonal || m != own);
     return count;
 }
 
@@ -68,8 +67,7 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
     const int slot = warp / warps_per_slot;
     const int rows_per_step = kBlockRows / s.slots;
     const int first_list = s.bins > 1 ? bin : 0, n_lists = s.bins > 1 ? 1 : a.layers * s.lists;
-    const Sequence sequence(a, b);
-    const uint32_t seen = seen_columns<kTiles>(a, sequence, first_column, count);
+    const uint32_t seen = seen_columns<kTiles>(a, b, first_column, count);
 
     float total[kTiles][2];
 #pragma unroll
@@ -99,9 +97,8 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
         if (lists != loaded && __syncthreads_or(any)) {
             for (int i = 0; i < s.slots && lists + i < n_lists; ++i) {
                 const int other = first_list + lists + i;
-                load_keys<T, kColumns>(a, other / s.lists, sequence,
-                                       other % s.lists * s.heads_per_list / a.group, first_column, count,
-                                       keys + i * slot_vectors);
+                load_keys<T, kColumns>(a, other / s.lists, b, other % s.lists * s.heads_per_list / a.group,
+                                       first_column, count, keys + i * slot_vectors);
             }
             rows.template await_keys<0>();
             loaded = lists;
@@ -173,7 +170,7 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
         int *const of_stripe = scratch<int>() + kThreads;
         __syncthreads();
         of_stripe[threadIdx.x] =
-            column < count ? rows_seeing(a, sequence, tile * kColumns + column, stripe, kStripes) : 0;
+            column < count ? rows_seeing(a, b, tile * kColumns + column, stripe, kStripes) : 0;
         __syncthreads();
         int seeing = 0;
         for (int i = 0; i < kStripes; ++i)

@@ -19,7 +19,7 @@ bool is_aligned(const View<const void, 3> &x, const int64_t (&shape)[3], int64_t
 /* A tile of rows and one of columns are to be filled; narrower ones waste what wgmma gains. */
 bool wgmma_serves(const AttentionArgs &a, int dtype, int64_t rows, int64_t columns,
                   const Launcher &launcher) {
-    return kBuildsWgmma && launcher.is_hopper() &&
+    return kBuildsWgmma && launcher.is_hopper() && a.together &&
            (dtype == ATTN_SAMPLER_FLOAT16 || dtype == ATTN_SAMPLER_BFLOAT16) &&
            a.headdim <= kSliceChunks<Half> * kChunk<Half> && rows >= kBlockRows &&
            columns > kWgmmaColumns / 2;
@@ -59,6 +59,7 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
     a.seqlens_k = p.seqlens_k;
     a.pages = p.pages;
     a.positions = static_cast<int32_t>(p.n_keys);
+    a.together = !paged && p.seqlens_k.data == nullptr;
     a.query_start = window.query_start + row_start;
     a.key_start = key_start;
     a.column_start = params.columns.start;

@@ -48,7 +48,6 @@ __device__ void row_lse_block(const LseArgs &args) {
     const int kv_head = list % a.kv_heads, b = list / a.kv_heads % a.batch,
               layer = list / a.kv_heads / a.batch;
     const int n_rows = a.group * a.rows, first_row = row_tile * kBlockRows;
-    const Sequence sequence(a, b);
 
     const int warp = threadIdx.x / 32;
     Tile<T, kTiles> rows;
@@ -70,7 +69,7 @@ __device__ void row_lse_block(const LseArgs &args) {
     const int64_t position = a.query_start - a.key_start; /* of row 0 */
     const int64_t from = position + (in_one_head ? first_row % a.rows : 0) - a.left;
     const int64_t to = position + (in_one_head ? last_row % a.rows : a.rows - 1) + a.right + 1;
-    const int64_t first_there = max(sequence.ahead - a.key_start, int64_t{0});
+    const int64_t first_there = max(Sequence(a, b).ahead - a.key_start, int64_t{0});
     const int first_key = static_cast<int>(max(from, first_there));
     const int keys = static_cast<int>(min(max(to, int64_t{0}), int64_t{a.keys}));
     const int first_tile = max(split * args.tiles_per_split, first_key / kColumns);
@@ -79,7 +78,7 @@ __device__ void row_lse_block(const LseArgs &args) {
     uint4 *const stages = reinterpret_cast<uint4 *>(dynamic_shared() + sizeof(Shared));
     const int stage_vectors = chunks<T>(a) * kColumns * 4;
     auto start = [&](int tile) {
-        load_keys<T, kColumns>(a, layer, sequence, kv_head, a.key_start + tile * kColumns,
+        load_keys<T, kColumns>(a, layer, b, kv_head, a.key_start + tile * kColumns,
                                min(kColumns, keys - tile * kColumns), stages + tile % 2 * stage_vectors);
     };
     PartialLse state[2] = {{-infinity(), 0.0f}, {-infinity(), 0.0f}};
@@ -94,8 +93,7 @@ __device__ void row_lse_block(const LseArgs &args) {
             rows.template await_keys<0>();
         }
         const int first = tile * kColumns;
-        const uint32_t seen =
-            seen_columns<kTiles>(a, sequence, a.key_start + first, min(kColumns, keys - first));
+        const uint32_t seen = seen_columns<kTiles>(a, b, a.key_start + first, min(kColumns, keys - first));
         float x[kTiles][4];
         rows.multiply(a, stages + tile % 2 * stage_vectors, x);
         auto fold = [&](auto sees_all) {

@@ -60,7 +60,8 @@ struct AttentionArgs {
     int32_t left, right; /* a row sees keys from so far before its position to so far after it: see Window */
     float scale;         /* to base-2 logits, but for the descales */
     bool diagonal, lse_is_base2;
-    bool aligned; /* every row starts on 16 bytes and is a multiple of them long */
+    bool aligned;  /* every row starts on 16 bytes and is a multiple of them long */
+    bool together; /* the keys are in no pages, and the sequences have no ends of their own */
 };
 
 /* Elements in 16 bytes, and in the 64 bytes of four lanes that are one chunk of a row. */
@@ -101,28 +102,43 @@ __device__ inline uint4 load_unaligned(const T *row, int d, int headdim) {
 struct Sequence {
     int b, ahead; /* the latter: of its keys, key positions are so far */
 
+    /* Made where it is asked for keys: it would take a register of whatever is in between. */
     __device__ Sequence(const AttentionArgs &a, int b_)
         : b(b_), ahead(static_cast<int>(keys_ahead(a.seqlens_k, a.positions, b_))) {}
 };
 
+__device__ inline bool is_unmasked(const AttentionArgs &a, const Sequence &s, int64_t n) {
+    return a.key_mask.data == nullptr || element(a.key_mask, s.b, n) != 0;
+}
+
+/* The way of kernels of so many columns to keys that are not together: they are counted and looked up one by
+ * one. Those of wgmma have no registers left for it; WarpTile serves such keys. */
+template <int kColumns>
+constexpr bool kFinds = kColumns != 8 * kWgmmaTiles;
+
 /* Whether there is a key at this position that is not masked, and how far it is then from where the keys of
  * its head start (keys_of_head), in elements of a layer's k. */
+template <bool kMayBeApart = true>
 __device__ inline bool find_key(const AttentionArgs &a, const Sequence &s, int64_t position,
                                 int64_t *offset = nullptr) {
-    const int64_t n = position - s.ahead;
-    int64_t page = 0, row = n;
-    if (n < 0)
-        return false;
-    if (a.pages.table.data != nullptr) {
-        const int64_t index = a.pages.index_of(n);
-        page = a.pages.page(s.b, index);
-        row = n - index * a.pages.size;
+    int64_t n = position, page = 0, row = position;
+    if (kMayBeApart && !a.together) {
+        n -= s.ahead;
+        row = n;
+        if (n < 0)
+            return false;
+        if (a.pages.table.data != nullptr) {
+            const int64_t index = a.pages.index_of(n);
+            page = a.pages.page(s.b, index);
+            row = n - index * a.pages.size;
+        }
+        if (page < 0)
+            return false;
+        page *= a.k.stride[0];
     }
-    if (page < 0 || (a.key_mask.data != nullptr && element(a.key_mask, s.b, n) == 0))
-        return false;
     if (offset != nullptr)
-        *offset = page * a.k.stride[0] + row * a.k.stride[2];
-    return true;
+        *offset = page + row * a.k.stride[2];
+    return is_unmasked(a, s, n);
 }
 
 template <typename T>
@@ -219,8 +235,9 @@ struct Row {
  * keys[chunk][column][lane % 4] or, for wgmma, keys[chunk][lane % 4][column]. Masked and absent ones are
  * zeros. Ends with copy_commit(). */
 template <typename T, int kColumns>
-__device__ inline void load_keys(const AttentionArgs &a, int layer, const Sequence &s, int kv_head,
-                                 int64_t first, int count, uint4 *keys) {
+__device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int kv_head, int64_t first,
+                                 int count, uint4 *keys) {
+    const Sequence s(a, b);
     const T *const base = keys_of_head<T>(a, layer, s, kv_head);
     constexpr int kAtOnce = kColumns < kThreads / 4 ? kColumns : kThreads / 4;
     constexpr bool kForWgmma = kColumns == 8 * kWgmmaTiles;
@@ -229,7 +246,7 @@ __device__ inline void load_keys(const AttentionArgs &a, int layer, const Sequen
     const int first_column = kForWgmma ? thread / 32 * 8 + thread % 8 : thread / 4 % kAtOnce;
     for (int column = first_column; column < kColumns; column += kAtOnce) {
         int64_t offset = 0;
-        const bool counts = column < count && find_key(a, s, first + column, &offset);
+        const bool counts = column < count && find_key<kFinds<kColumns>>(a, s, first + column, &offset);
         const T *const row = base + offset;
         for (int chunk = first_chunk; chunk < n_chunks; chunk += kThreads / (4 * kAtOnce)) {
             const int d = chunk * kChunk<T> + lane * kVector<T>;
@@ -474,16 +491,23 @@ class WarpTile {
 
 /* Bit 2 j + i: column 8 j + 2 t + i of the tile exists and its key is not masked. */
 template <int kTiles>
-__device__ inline uint32_t seen_columns(const AttentionArgs &a, const Sequence &s, int64_t first, int count) {
+__device__ inline uint32_t seen_columns(const AttentionArgs &a, int b, int64_t first, int count) {
+    const Sequence s(a, b);
     uint32_t seen = 0;
+    const auto see = [&](int n, const auto &is_there) {
+        const int column = 8 * (n / 2) + 2 * (threadIdx.x % 4) + n % 2;
+        if (column < count && is_there(first + column))
+            seen |= 1u << n;
+    };
+    if (kFinds<8 * kTiles> && !a.together) {
+#pragma unroll 1 /* all look-ups at once would not fit the registers */
+        for (int n = 0; n < 2 * kTiles; ++n)
+            see(n, [&](int64_t position) { return find_key(a, s, position); });
+        return seen;
+    }
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int column = 8 * j + 2 * (threadIdx.x % 4) + i;
-            if (column < count && find_key(a, s, first + column))
-                seen |= 1u << (2 * j + i);
-        }
+    for (int n = 0; n < 2 * kTiles; ++n)
+        see(n, [&](int64_t position) { return is_unmasked(a, s, position); });
     return seen;
 }
 
