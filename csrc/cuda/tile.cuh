@@ -107,8 +107,8 @@ struct Sequence {
         : b(b_), ahead(static_cast<int>(keys_ahead(a.seqlens_k, a.positions, b_))) {}
 };
 
-__device__ inline bool is_unmasked(const AttentionArgs &a, const Sequence &s, int64_t n) {
-    return a.key_mask.data == nullptr || element(a.key_mask, s.b, n) != 0;
+__device__ inline bool is_unmasked(const AttentionArgs &a, int b, int64_t n) {
+    return a.key_mask.data == nullptr || element(a.key_mask, b, n) != 0;
 }
 
 /* The way of kernels of so many columns to keys that are not together: they are counted and looked up one by
@@ -138,7 +138,7 @@ __device__ inline bool find_key(const AttentionArgs &a, const Sequence &s, int64
     }
     if (offset != nullptr)
         *offset = page + row * a.k.stride[2];
-    return is_unmasked(a, s, n);
+    return is_unmasked(a, s.b, n);
 }
 
 template <typename T>
@@ -489,25 +489,27 @@ class WarpTile {
     }
 };
 
-/* Bit 2 j + i: column 8 j + 2 t + i of the tile exists and its key is not masked. */
+/* Bit 2 j + i: column 8 j + 2 t + i of the tile exists and its key is there and not masked. By whole warps.
+ */
 template <int kTiles>
 __device__ inline uint32_t seen_columns(const AttentionArgs &a, int b, int64_t first, int count) {
-    const Sequence s(a, b);
     uint32_t seen = 0;
-    const auto see = [&](int n, const auto &is_there) {
-        const int column = 8 * (n / 2) + 2 * (threadIdx.x % 4) + n % 2;
-        if (column < count && is_there(first + column))
-            seen |= 1u << n;
-    };
-    if (kFinds<8 * kTiles> && !a.together) {
-#pragma unroll 1 /* all look-ups at once would not fit the registers */
-        for (int n = 0; n < 2 * kTiles; ++n)
-            see(n, [&](int64_t position) { return find_key(a, s, position); });
+    const auto column_of = [](int n) { return 8 * (n / 2) + 2 * static_cast<int>(threadIdx.x % 4) + n % 2; };
+    if (kFinds<8 * kTiles> && !a.together) { /* a look-up is not cheap: each lane makes its own */
+        const Sequence s(a, b);
+        for (int start = 0; start < 8 * kTiles; start += 32) {
+            const int column = start + static_cast<int>(threadIdx.x) % 32;
+            const uint32_t there = __ballot_sync(kAllLanes, column < count && find_key(a, s, first + column));
+#pragma unroll
+            for (int n = 0; n < (kTiles < 4 ? 2 * kTiles : 8); ++n)
+                seen |= (there >> column_of(n) & 1u) << (start / 4 + n);
+        }
         return seen;
     }
 #pragma unroll
     for (int n = 0; n < 2 * kTiles; ++n)
-        see(n, [&](int64_t position) { return is_unmasked(a, s, position); });
+        if (column_of(n) < count && is_unmasked(a, b, first + column_of(n)))
+            seen |= 1u << n;
     return seen;
 }
 
