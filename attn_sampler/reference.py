@@ -92,7 +92,8 @@ def _paged_keys(k: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
     pages, kv_heads, page_size, headdim = k.shape
     there = (block_table >= 0) & (block_table < pages)
     of_sequence = (k if pages else k.new_zeros(1, *k.shape[1:]))[block_table.where(there, 0).long()]
-    of_sequence = of_sequence.transpose(1, 2).reshape(len(block_table), kv_heads, -1, headdim)
+    n_keys = block_table.shape[1] * page_size
+    of_sequence = of_sequence.transpose(1, 2).reshape(len(block_table), kv_heads, n_keys, headdim)
     return of_sequence, there.repeat_interleave(page_size, dim=1)
 
 

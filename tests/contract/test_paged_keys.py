@@ -221,6 +221,18 @@ def test_masked_and_unused_pages_are_not_read(backend, device):
     assert (attention_map(q, none, block_table=table, backend=backend) == 0.0).all()
 
 
+def test_no_sequence_and_no_rows(backend, device):
+    cache, how = normal(0, 5, 2, 4, 16).to(device), {"columns": slice(-5, None), "backend": backend}
+    for batch, n_rows in ((0, 3), (2, 0)):
+        table = torch.zeros(batch, 3, dtype=torch.int32, device=device)
+        ends = torch.full((batch,), 7, dtype=torch.int32, device=device)
+        q = torch.zeros(batch, 4, n_rows, 16, device=device)
+        for per_head, shape in ((False, (batch, 5)), (True, (batch, 4, 5))):
+            scores = column_scores(q, cache, block_table=table, seqlens_k=ends, per_head=per_head, **how)
+            assert scores.shape == shape
+            assert (scores == 0.0).all()
+
+
 def test_positions_count_from_each_end(backend, device):
     """Written out: uniform weights of rows at a sequence's last three keys, which see what is not after."""
     q, k = torch.zeros(3, 1, 3, 16, device=device), torch.zeros(3, 1, 6, 16, device=device)
@@ -471,6 +483,21 @@ def test_compiles_to_one_graph(backend, device, name, dynamic):
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
             actual = compiled(inputs(device, pages))
         assert torch.equal(actual, function(inputs(device, pages)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU tells a host synchronisation")
+@pytest.mark.parametrize("name", ["scores", "dense", "step"])
+def test_no_host_synchronisation(name):
+    device = torch.device("cuda")
+    for backend in ("auto", "reference"):
+        function, x = calls(device, backend)[name], inputs(device)
+        expected = function(inputs(device))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            actual = function(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("op", ["column_scores", "attention_map", "decode_step"])

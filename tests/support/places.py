@@ -120,6 +120,7 @@ def _isa(isa: str) -> Place:
                 (COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
             ),
             REVISION: "reduced|column_mask|tell_of|parts",  # the rest is the same on all
+            PAGED_KEYS: "random_problems|layouts|same_bits",
         },
         {"ATTN_SAMPLER_CPU_ISA": isa},
         unavailable=lambda: _isa_unavailable(isa),
@@ -188,6 +189,7 @@ PLACES = {
         {
             **dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, LOGIT_RANGE, AMX_EMULATOR), ""),
             REVISION: "reduced|column_mask",
+            PAGED_KEYS: "random_problems|layouts|same_bits",
         },
         {"ATTN_SAMPLER_CPU_ISA": "amx"},
         unavailable=_emulator_unavailable,
@@ -201,7 +203,7 @@ PLACES = {
         {
             **dict.fromkeys((*FUNCTIONS, REVISION, LOGIT_RANGE, ERRORS, TABLE, TRITON_KERNELS), INTERPRETED),
             OPERANDS: "anywhere|counted|interleaved|memory_of",  # the rest is before any kernel
-            PAGED_KEYS: "random_problems|not_read|count_from|small_pages|test_step$",
+            PAGED_KEYS: "random_problems|not_read|no_rows|count_from|small_pages|test_step$",
         },
         {"TRITON_INTERPRET": "1"},
         unavailable=_triton_unavailable,
@@ -217,7 +219,9 @@ PLACES = {
         dict.fromkeys(
             (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, REVISION, LOGIT_RANGE, WINDOWS), ""
         )
-        | {PAGED_KEYS: "random_problems|not_read|count_from|same_bits|test_step$|share_pages|layouts"},
+        | {
+            PAGED_KEYS: "random_problems|not_read|no_rows|count_from|same_bits|test_step$|share_pages|layouts"
+        },
     ),
     "cuda@host-wgmma": _cuda_host(
         WITH_WGMMA,
