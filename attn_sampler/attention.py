@@ -31,6 +31,8 @@ def column_scores(
     reduction: str = "sum",
     per_head: bool = False,
     out: Tensor | None = None,
+    block_table: Tensor | None = None,  # [B, P]
+    seqlens_k: Tensor | None = None,  # [B]
     backend: str = "auto",
 ) -> Tensor:
     """Attention that each key position receives: the column sums of the attention matrix.
@@ -80,6 +82,17 @@ def column_scores(
     out
         Float32 result to add into, so that layers add up in one buffer. It shares no memory with what is
         read, and autograd knows that it is written. Default: a new tensor.
+    block_table
+        int32 ``[B, P]``: k is a cache ``[pages, Hkv, page_size, D]`` then, of any strides and any page_size,
+        and key n of sequence b lies in row ``n % page_size`` of page ``block_table[b, n // page_size]``;
+        ``N = P * page_size``. (A cache ``[pages, page_size, Hkv, D]`` is given as ``cache.transpose(1, 2)``,
+        which copies nothing.) An entry outside ``[0, pages)`` is a page without keys: nothing is read.
+    seqlens_k
+        int32 ``[B]``: sequence b has the first ``seqlens_k[b]`` of its N keys (0 to N, to which it is
+        clamped) and ends there; not read on the host. Key positions are counted from each sequence's own
+        end then: query row 0 stands at ``seqlens_k[b] + query_start``, by default ``-M``, and the bounds of
+        ``columns`` are negative, or 0 or None for the end (``slice(-32, None)``). What of the columns is
+        before a short sequence's first key scores 0.
     backend
         ``"auto"`` or a name of ``attn_sampler.backends.BACKENDS``, which runs or raises.
 
@@ -98,7 +111,8 @@ def column_scores(
     BackendUnavailableError
         The backend asked for cannot run this problem.
     """
-    layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask, None)
+    layer = (q, k, softmax_lse, q_descale, k_descale)
+    masks = (key_mask, query_mask, None, block_table, seqlens_k)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, per_head, out is not None)
     options = (bounds(columns), None, query_start, *how, window_size)
     return _attend(ops.column_scores, layer, masks, options, out, backend)
@@ -126,6 +140,8 @@ def attention_map(
     reduction: str = "none",
     per_head: bool = False,
     out: Tensor | None = None,
+    block_table: Tensor | None = None,  # [B, P]
+    seqlens_k: Tensor | None = None,  # [B]
     backend: str = "auto",
 ) -> Tensor:
     """Attention among a slice of query rows and a slice of key positions, added up over heads.
@@ -160,7 +176,8 @@ def attention_map(
     TypeError, ValueError, BackendUnavailableError
         As ``column_scores``.
     """
-    layer, masks = (q, k, softmax_lse, q_descale, k_descale), (key_mask, query_mask, column_mask)
+    layer = (q, k, softmax_lse, q_descale, k_descale)
+    masks = (key_mask, query_mask, column_mask, block_table, seqlens_k)
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, per_head, out is not None)
     options = (bounds(columns), bounds(rows), query_start, *how, window_size)
     return _attend(ops.attention_map, layer, masks, options, out, backend)
@@ -171,11 +188,14 @@ def _attend(
 ) -> Tensor:
     """column_scores or attention_map of what ``Layer``, ``Masks`` and ``Attention`` hold."""
     q, k, is_map = given[0], given[1], function is ops.attention_map
-    direct = ops.direct(backend, q)
-    if direct is not None and ops.is_plain(k) and q.dim() == k.dim() == 4:
+    direct, table, seqlens_k = ops.direct(backend, q), masked[3], masked[4]
+    spans_pages = table is None or (ops.is_plain(table) and table.dim() == 2)
+    if direct is not None and spans_pages and ops.is_plain(k) and q.dim() == k.dim() == 4:
         if out is None:
+            n_keys = k.shape[2] if table is None else k.shape[2] * table.shape[1]
             sizes = [outputs.count(how[1], q.shape[2])] if is_map else []
-            sizes += [outputs.count(how[0], k.shape[2])] if not is_map or how[8] == "none" else []
+            if not is_map or how[8] == "none":
+                sizes.append(outputs.count(how[0], n_keys, seqlens_k is not None))
             result = outputs.attempted(outputs.attended, q, how[9], *sizes)
             plain = result is not None
         else:
@@ -186,7 +206,7 @@ def _attend(
             return result
     checks.choice("backend", backend, BACKEND_CHOICES)
     layer, masks = Layer(*given), Masks(*masked)
-    options = Attention(*how).checked(layer, is_map)
+    options = Attention(*how).checked(layer, masks, is_map)
     masks.check(q, k, options.columns.stop - options.columns.start)  # type: ignore[union-attr]
     kept = options.reduction == "none"
     spans: tuple[Any, ...] = (options.rows, options.columns)[not is_map : 2 if kept or not is_map else 1]

@@ -121,20 +121,29 @@ class Span(NamedTuple):
     stop: int
 
 
-def span(name: str, value: object, length: int, what: str) -> Span:
-    """The bounds of a non-empty slice of step 1 inside [0, length); all of it for None."""
+def span(name: str, value: object, length: int, what: str, *, from_end: bool = False) -> Span:
+    """The bounds of a non-empty slice of step 1 inside [0, length); all of it for None. ``from_end``: each
+    sequence has an end of its own, from which the bounds count, -length <= start < stop <= 0."""
+    lowest, highest = (-length, 0) if from_end else (0, length)
     # Asked first: torch.compile makes constants of a slice compared with None.
     if isinstance(value, (slice, Span)):
         if isinstance(value, slice) and value.step not in (None, 1):
             raise ValueError(f"{name}: expected a slice of step 1, got step {_shown(value.step)}")
-        start = 0 if value.start is None else integer(f"{name}.start", value.start)
-        stop = length if value.stop is None else integer(f"{name}.stop", value.stop)
-        start = start + length if start < 0 else start
-        stop = stop + length if stop < 0 else stop
-        if start < 0 or stop > length:
+        start = lowest if value.start is None else integer(f"{name}.start", value.start)
+        stop = highest if value.stop is None else integer(f"{name}.stop", value.stop)
+        if from_end:
+            if stop > 0 or (value.start is not None and start >= 0):
+                raise ValueError(
+                    f"{name}: expected bounds counted from the end of each sequence, as in slice(-32, None), "
+                    f"where the sequences have ends of their own, got {_shown(value)}"
+                )
+        else:
+            start = start + length if start < 0 else start
+            stop = stop + length if stop < 0 else stop
+        if start < lowest or stop > highest:
             raise ValueError(f"{name}: {_shown(value)} reaches outside the {length} {what}")
     elif value is None:
-        start, stop = 0, length
+        start, stop = lowest, highest
     else:
         raise TypeError(f"{name}: expected a slice of {what}, got {type(value).__name__}")
     if start >= stop:

@@ -39,6 +39,7 @@ from attn_sampler.options import (
     MAX_VOCAB,
     QUERY_ROWS,
     Attention,
+    Masks,
     Sampling,
     Selection,
     check_layers,
@@ -423,15 +424,19 @@ def partial_scores(
     query_mask: Tensor | None = None,
     query_start: int | None = None,
     softmax_scope: str = "sequence",
+    block_table: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """float32 [B, C], the column scores of this rank's heads, as ``functional.decode_step`` reads layers."""
-    records = check_layers(layers, tokens, softmax_scope)
+    masks = Masks(block_table=block_table, seqlens_k=seqlens_k)
+    records = check_layers(layers, tokens, softmax_scope, masks.paged)
     first = records[0]
+    masks.check_keys(first.q)
     checks.choice("query_rows", query_rows, QUERY_ROWS)
     where = Attention(columns, None, query_start, *_HOW)
-    place = columns_of_block(where, first, block)
-    where = where.placed(first, place, Span(0, 0))
+    place = columns_of_block(where, first, masks, block)
+    where = where.placed(first, masks, place, Span(0, 0))
     if query_rows == "masked":
         row = token_of_row_0(where, first, block, tokens)
         query_mask = masked_rows(tokens, mask_token_id, slice(row, row + first.q.shape[2]), query_mask)
@@ -443,6 +448,8 @@ def partial_scores(
             query_mask=query_mask,
             query_start=where.query_start,
             softmax_scope=softmax_scope,
+            block_table=block_table,
+            seqlens_k=seqlens_k,
             out=scores,
             **options,
         )

@@ -323,6 +323,8 @@ def decode_step(
     softmax_scope: str = "sequence",
     diagonal: bool = True,
     reduction: str = "sum",
+    block_table: Tensor | None = None,  # [B, P]
+    seqlens_k: Tensor | None = None,  # [B]
     backend: str = "auto",
     policy: str | None = None,
     rows: str | None = None,
@@ -346,7 +348,7 @@ def decode_step(
         dtype; softmax_lse and the descales are each given for all of them or (None, or left out) for none.
     scores
         Instead of layers, an accumulated score buffer, float32 ``[B, C]``, which is read as it is: what
-        follows from ``query_rows`` to ``reduction`` then changes nothing.
+        follows from ``query_rows`` to ``seqlens_k`` then changes nothing.
     block
         Slice of the T token positions, C of them.
     mask_token_id
@@ -362,10 +364,11 @@ def decode_step(
         Which query rows count: ``"all"``, or ``"masked"`` (those at a position that is still masked).
     columns
         The block's key positions in ``k``. Default: the same as ``block``. They differ where the keys given
-        are not aligned with ``tokens`` (a slice of them, a packed cache).
+        are not aligned with ``tokens`` (a slice of them, a packed cache), and have to be given with
+        seqlens_k, from which they are counted.
     lse_base, softmax_scale, causal, window_size, key_mask, query_mask, query_start, softmax_scope, diagonal,
-    reduction
-        As in ``column_scores``; heads and layers are added up.
+    reduction, block_table, seqlens_k
+        As in ``column_scores``, the same for all layers; heads and layers are added up.
     backend
         As in ``column_scores``.
     policy, rows
@@ -393,7 +396,7 @@ def decode_step(
     if budget is None and (replace_tau, remask_tau, max_revisions) != (math.inf, 0.0, None):
         raise TypeError("budget: needed for replace_tau, remask_tau and max_revisions, got None")
     # Where the scores are made, there is nothing left to mask.
-    masks = (key_mask, query_mask, None) if scores is None else (None, None, None)
+    masks = (key_mask, query_mask, None, block_table, seqlens_k) if scores is None else (None,) * 5
     how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, False, False)
     attention = (bounds(columns), None, query_start, *how, window_size)
     sampling = (metric, temperature, seed, None, 0, top_k, top_p, min_p, token_bitmask)
@@ -419,9 +422,11 @@ def decode_step(
     if scores is not None:
         outputs.check_output("scores", scores, tokens, "[B, C]", logits.shape[:2])
     else:
-        records = check_layers(layers, tokens, softmax_scope)  # type: ignore[arg-type]
-        Masks(*masks).check(*records[0][:2])
-        options = options.placed(Attention(*attention), records[0], tokens)
+        where = Masks(*masks)
+        records = check_layers(layers, tokens, softmax_scope, where.paged)  # type: ignore[arg-type]
+        where.check_keys(records[0].q)
+        where.check(*records[0][:2])
+        options = options.placed(Attention(*attention), records[0], where, tokens)
     result = outputs.made(outputs.step_result, tokens, logits, scores, budget)
     ops.decode_step(backend, result, logits, records, Masks(*masks), options)
     return result

@@ -44,7 +44,7 @@ class Layer(NamedTuple):
     """One layer's attention inputs; the C API's attn_sampler_layer."""
 
     q: Tensor  # [B, Hq, M, D]
-    k: Tensor  # [B, Hkv, N, D]
+    k: Tensor  # [B, Hkv, N, D]; with a block table [pages, Hkv, page_size, D]
     softmax_lse: Tensor | None = None  # [B, Hq, M]
     q_descale: Tensor | None = None  # [B, Hkv]
     k_descale: Tensor | None = None  # [B, Hkv]
@@ -56,11 +56,13 @@ class Layer(NamedTuple):
         *,
         dtypes: Sequence[torch.dtype] = checks.ATTENTION_DTYPES,
         like: Tensor | None = None,
+        paged: bool = False,
     ) -> None:
         """The tensors are valid and fit together."""
         q, k, softmax_lse, q_descale, k_descale = self
+        k_axes = axes_of_keys(paged)
         checks.tensor(f"{prefix}q", q, "[B, Hq, M, D]", dtypes, like=like)
-        checks.tensor(f"{prefix}k", k, "[B, Hkv, N, D]", (q.dtype,), like=q)
+        checks.tensor(f"{prefix}k", k, k_axes, (q.dtype,), like=q)
         batch, heads, _, headdim = q.shape
         kv_heads, n_keys = k.shape[1:3]
         if headdim < 1:
@@ -69,7 +71,11 @@ class Layer(NamedTuple):
             raise ValueError(
                 f"{prefix}k: expected a number of heads that divides the {heads} heads of q, got {kv_heads}"
             )
-        checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, kv_heads, n_keys, headdim))
+        checks.shape(f"{prefix}k", k, k_axes, (k.shape[0] if paged else batch, kv_heads, n_keys, headdim))
+        if paged and n_keys < 1:
+            raise ValueError(
+                f"{prefix}k: expected pages of at least one key with a block_table, got shape {list(k.shape)}"
+            )
         checks.size(f"{prefix}q", q.shape, MAX_ELEMENTS)
         checks.size(f"{prefix}q", q.shape[:3], MAX_ROWS, "query rows [B, Hq, M]")
         checks.size(f"{prefix}k", k.shape, MAX_ELEMENTS)
@@ -89,15 +95,50 @@ class Layer(NamedTuple):
             checks.optional(f"{prefix}{name}", descale, "[B, Hkv]", (batch, kv_heads), (torch.float32,), q)
 
 
+def axes_of_keys(paged: bool) -> str:
+    """How the axes of k are spelled."""
+    return "[pages, Hkv, page_size, D]" if paged else "[B, Hkv, N, D]"
+
+
 class Masks(NamedTuple):
-    """Which keys and query rows take part; the C API's attn_sampler_masks."""
+    """Which keys and query rows take part, and where the keys lie; the C API's attn_sampler_masks."""
 
     key_mask: Tensor | None = None  # [B, N] bool
     query_mask: Tensor | None = None  # [B, M] bool
     column_mask: Tensor | None = None  # [B, C] bool, of attention_map
+    block_table: Tensor | None = None  # [B, P] int32, pages of k
+    seqlens_k: Tensor | None = None  # [B] int32, keys of each sequence
+
+    @property
+    def paged(self) -> bool:
+        return self.block_table is not None
+
+    def n_keys(self, k: Tensor) -> int:
+        """N: the keys that a sequence can have in checked tensors."""
+        return k.shape[2] if self.block_table is None else self.block_table.shape[1] * k.shape[2]
+
+    def columns(self, span: Any, k: Tensor) -> Span:
+        """The bounds of these key positions: of all sequences, or counted from the end of each."""
+        from_end = self.seqlens_k is not None
+        return checks.span("columns", span, self.n_keys(k), "key positions (N)", from_end=from_end)
+
+    def first_row(self, n_rows: int, k: Tensor) -> int:
+        """The key position of query row 0, if it is not given, counted as the columns are."""
+        return (self.n_keys(k) if self.seqlens_k is None else 0) - n_rows
+
+    def check_keys(self, q: Tensor) -> None:
+        """What says where keys are."""
+        table, batch = self.block_table, q.shape[0]
+        if table is not None:
+            checks.tensor("block_table", table, "[B, P]", (torch.int32,), like=q)
+            checks.shape("block_table", table, "[B, P]", (batch, table.shape[1]))
+            checks.size("block_table", table.shape, MAX_ELEMENTS)
+        checks.optional("seqlens_k", self.seqlens_k, "[B]", (batch,), (torch.int32,), q)
 
     def check(self, q: Tensor, k: Tensor, n_columns: int = 0) -> None:
-        checks.optional("key_mask", self.key_mask, "[B, N]", (q.shape[0], k.shape[2]), (torch.bool,), q)
+        """The masks; ``check_keys`` has passed."""
+        shape = (q.shape[0], self.n_keys(k))
+        checks.optional("key_mask", self.key_mask, "[B, N]", shape, (torch.bool,), q)
         checks.optional("query_mask", self.query_mask, "[B, M]", (q.shape[0], q.shape[2]), (torch.bool,), q)
         checks.optional("column_mask", self.column_mask, "[B, C]", (q.shape[0], n_columns), (torch.bool,), q)
 
@@ -132,24 +173,24 @@ class Attention(NamedTuple):
             checks.integer("query_start", self.query_start, -MAX_POSITION, MAX_POSITION)
         checks.pair("window_size", self.window_size, "(left, right)", -1, MAX_POSITION)
 
-    def checked(self, layer: Layer, reads_rows: bool) -> "Attention":
-        """Resolved for q and k, which are checked here too."""
+    def checked(self, layer: Layer, masks: Masks, reads_rows: bool) -> "Attention":
+        """Resolved for q and k, which are checked here too, and so is where keys are."""
         self.check(MAP_REDUCTIONS if reads_rows else REDUCTIONS)
-        layer.check(self.softmax_scope)
-        return self.placed(layer, *self.spans(layer, reads_rows))
+        layer.check(self.softmax_scope, paged=masks.paged)
+        masks.check_keys(layer.q)
+        return self.placed(layer, masks, *self.spans(layer, masks, reads_rows))
 
-    def spans(self, layer: Layer, reads_rows: bool) -> tuple[Span, Span]:
+    def spans(self, layer: Layer, masks: Masks, reads_rows: bool) -> tuple[Span, Span]:
         """Columns and rows; all rows where they are not read."""
-        n_rows, n_keys = layer.q.shape[2], layer.k.shape[2]
-        columns = checks.span("columns", self.columns, n_keys, "key positions (N)")
+        n_rows, columns = layer.q.shape[2], masks.columns(self.columns, layer.k)
         if not reads_rows:
             return columns, Span(0, n_rows)
         return columns, checks.span("rows", self.rows, n_rows, "query rows (M)")
 
-    def placed(self, layer: Layer, columns: Span, rows: Span) -> "Attention":
+    def placed(self, layer: Layer, masks: Masks, columns: Span, rows: Span) -> "Attention":
         """With these columns and rows, and the defaults of checked q and k."""
-        (_, _, n_rows, headdim), n_keys = layer.q.shape, layer.k.shape[2]
-        start = n_keys - n_rows if self.query_start is None else self.query_start
+        _, _, n_rows, headdim = layer.q.shape
+        start = masks.first_row(n_rows, layer.k) if self.query_start is None else self.query_start
         scale = headdim**-0.5 if self.softmax_scale is None else float(self.softmax_scale)
         return Attention(columns, rows, start, scale, *self[4:])
 
@@ -272,20 +313,25 @@ class Step(NamedTuple):
         sampling = self.sampling.of_stream(logits)
         return Step(block, self.mask_token_id, self.query_rows, attention, sampling, selection)
 
-    def placed(self, attention: Attention, layer: Layer, tokens: Tensor) -> "Step":
+    def placed(self, attention: Attention, layer: Layer, masks: Masks, tokens: Tensor) -> "Step":
         """This checked step with ``attention`` resolved for where the block stands in the layers."""
         assert isinstance(self.block, Span)
-        columns = columns_of_block(attention, layer, self.block)
-        attention = attention.placed(layer, columns, Span(0, 0))
+        columns = columns_of_block(attention, layer, masks, self.block)
+        attention = attention.placed(layer, masks, columns, Span(0, 0))
         if self.query_rows == "masked":
             token_of_row_0(attention, layer, self.block, tokens)
         return self._replace(attention=attention)
 
 
-def columns_of_block(attention: Attention, layer: Layer, block: Span) -> Span:
+def columns_of_block(attention: Attention, layer: Layer, masks: Masks, block: Span) -> Span:
     """The block's key positions."""
     chosen = block if attention.columns is None else attention.columns
-    columns = checks.span("columns", chosen, layer.k.shape[2], "key positions (N)")
+    if attention.columns is None and masks.seqlens_k is not None:
+        raise TypeError(
+            "columns: needed with seqlens_k, which counts key positions from the end of each sequence "
+            "(as in slice(-32, None)) while block counts tokens, got None"
+        )
+    columns = masks.columns(chosen, layer.k)
     here, there = block.stop - block.start, columns.stop - columns.start
     if here != there:
         raise ValueError(
@@ -308,9 +354,10 @@ def token_of_row_0(attention: Attention, layer: Layer, block: Span, tokens: Tens
 
 
 def check_layers(
-    layers: Sequence[Sequence[Tensor | None]], tokens: Tensor, softmax_scope: str
+    layers: Sequence[Sequence[Tensor | None]], tokens: Tensor, softmax_scope: str, paged: bool = False
 ) -> list[Layer]:
     """The layers of a step: of one batch, M, N, D and dtype; what is optional is in all or in none."""
+    k_axes = axes_of_keys(paged)
     if not isinstance(layers, (list, tuple)) or not layers:
         raise TypeError(
             "layers: expected a non-empty sequence of (q, k, softmax_lse), "
@@ -329,10 +376,12 @@ def check_layers(
         prefix = f"layers[{index}] "
         dtypes = checks.ATTENTION_DTYPES if index == 0 else (first[0].dtype,)
         record = Layer(*layer)
-        record.check(softmax_scope, prefix, dtypes=dtypes, like=tokens)
+        record.check(softmax_scope, prefix, dtypes=dtypes, like=tokens, paged=paged)
         (q, k), batch = record[:2], tokens.shape[0]
         checks.shape(f"{prefix}q", q, "[B, Hq, M, D]", (batch, q.shape[1], *first[0].shape[2:]))
-        checks.shape(f"{prefix}k", k, "[B, Hkv, N, D]", (batch, k.shape[1], *first[1].shape[2:]))
+        checks.shape(
+            f"{prefix}k", k, k_axes, (k.shape[0] if paged else batch, k.shape[1], *first[1].shape[2:])
+        )
     records = [Layer(*layer) for layer in layers]
     for name, values in zip(Layer._fields, zip(*records, strict=True), strict=True):
         given = sum(x is not None for x in values)

@@ -12,11 +12,14 @@ from attn_sampler import checks
 from attn_sampler.reference import Selected, StepResult
 
 
-def count(span: Any, length: int) -> int:
-    """How many positions a slice takes. The extension asks whether it is one, and inside the length."""
+def count(span: Any, length: int, from_end: bool = False) -> int:
+    """How many positions a slice takes, whose bounds may all count from the end: a stop of 0 is the end then.
+    The extension asks whether it is one, and inside the length."""
     if span is None:
         return length
     try:
+        if from_end and span.stop == 0:
+            span = slice(span.start, None, span.step)
         return len(range(*span.indices(length)))
     except (AttributeError, TypeError):
         return 0

@@ -90,9 +90,32 @@ def _dequantised(x: Tensor, descale: Tensor | None) -> Tensor:
     return x.to(dtype) * descale[:, :, None, None]
 
 
+def _paged_keys(k: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys [B, Hkv, N, D] of a cache [pages, Hkv, page_size, D], and which of them there are [B, N]."""
+    pages, kv_heads, page_size, headdim = k.shape
+    there = (block_table >= 0) & (block_table < pages)
+    of_sequence = (k if pages else k.new_zeros(1, *k.shape[1:]))[block_table.where(there, 0).long()]
+    n_keys = block_table.shape[1] * page_size
+    of_sequence = of_sequence.transpose(1, 2).reshape(len(block_table), kv_heads, n_keys, headdim)
+    return of_sequence, there.repeat_interleave(page_size, dim=1)
+
+
+def _place(
+    columns: slice | None, query_start: int | None, n_rows: int, n_keys: int, from_end: bool
+) -> tuple[int, int, int]:
+    """The bounds of the columns and the position of row 0, all counted from the end or from key 0."""
+    bounds = columns or slice(None)
+    if from_end:
+        lo, hi = -n_keys if bounds.start is None else bounds.start, bounds.stop or 0
+    else:
+        lo, hi, _ = bounds.indices(n_keys)
+    start = (0 if from_end else n_keys) - n_rows
+    return lo, hi, start if query_start is None else query_start
+
+
 def attention(
     q: Tensor,  # [B, Hq, M, D]
-    k: Tensor,  # [B, Hkv, N, D]
+    k: Tensor,  # [B, Hkv, N, D]; with a block table [pages, Hkv, page_size, D]
     *,
     columns: slice | None = None,
     softmax_lse: Tensor | None = None,  # [B, Hq, M]
@@ -108,13 +131,21 @@ def attention(
     query_start: int | None = None,
     softmax_scope: str = "sequence",
     diagonal: bool = True,
+    block_table: Tensor | None = None,  # [B, P] int32, the pages of k that hold a sequence's keys
+    seqlens_k: Tensor | None = None,  # [B] int32: columns and query_start count from these ends
 ) -> tuple[Tensor, Tensor]:
     """The attention weights [B, Hq, M, C] of the columns, and which of them count [B, Hq | 1, M, C]."""
-    (batch, heads, n_rows, headdim), n_keys = q.shape, k.shape[2]
-    lo, hi, _ = (columns or slice(None)).indices(n_keys)
-    start = n_keys - n_rows if query_start is None else query_start
+    batch, heads, n_rows, headdim = q.shape
+    k, there = k.to(_compute_dtype(k)), None
+    if block_table is not None:
+        k, there = _paged_keys(k, block_table)
+    n_keys = k.shape[2]
+    end: int | Tensor = 0
+    if seqlens_k is not None:
+        end = seqlens_k.long().clamp(0, n_keys)[:, None, None, None]
+    lo, hi, start = _place(columns, query_start, n_rows, n_keys, seqlens_k is not None)
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
-    row = start + torch.arange(n_rows, device=q.device)[:, None]  # key position of each row
+    row = end + start + torch.arange(n_rows, device=q.device)[:, None]  # key position of each row
     key = torch.arange(n_keys, device=q.device)[None, :]
 
     sees = torch.ones(batch, 1, n_rows, n_keys, dtype=torch.bool, device=q.device)
@@ -125,12 +156,15 @@ def attention(
         sees = sees & (row - key <= left)
     if right >= 0:
         sees = sees & (key - row <= right)
-    if key_mask is not None:
-        sees = sees & key_mask[:, None, None, :]
+    if seqlens_k is not None:
+        sees = sees & (key < end)
+    for mask in (key_mask, there):
+        if mask is not None:
+            sees = sees & mask[:, None, None, :]
     if query_mask is not None:
         sees = sees & query_mask[:, None, :, None]
     if softmax_scope == "block":
-        sees = sees & (lo <= row) & (row < hi) & (lo <= key) & (key < hi)
+        sees = sees & (end + lo <= row) & (row < end + hi) & (end + lo <= key) & (key < end + hi)
     if bias is not None:
         sees = sees & (bias if bias.dtype == torch.bool else bias != -_INF)
 
@@ -157,7 +191,14 @@ def attention(
     if not diagonal:
         sees = sees & (key != row)
     weights = weights.masked_fill(~sees, 0.0)
-    return weights[..., lo:hi], sees[..., lo:hi]
+    if isinstance(end, int):
+        return weights[..., lo:hi], sees[..., lo:hi]
+    column = end + torch.arange(lo, hi, device=q.device)
+    before = column < 0  # a sequence's first key
+    return tuple(  # type: ignore[return-value]
+        x.gather(-1, column.clamp(min=0).expand(*x.shape[:-1], -1)).masked_fill(before, 0)
+        for x in (weights, sees)
+    )
 
 
 def _large(products: Tensor, scale: float, sees: Tensor) -> Tensor:
@@ -209,11 +250,11 @@ def attention_map(
     if reduction == "sum":
         weights = weights.sum(dim=3)
     elif reduction == "diagonal":
-        n_keys, options = k.shape[2], attention_options
-        start = options.get("query_start")
-        start = n_keys - q.shape[2] if start is None else start
-        column = options.get("columns") or slice(None)
-        key = torch.arange(n_keys, device=q.device)[column]
+        options, table = attention_options, attention_options.get("block_table")
+        n_keys = k.shape[2] if table is None else k.shape[2] * table.shape[1]
+        given = (options.get("columns"), options.get("query_start"))
+        lo, hi, start = _place(*given, q.shape[2], n_keys, options.get("seqlens_k") is not None)
+        key = torch.arange(lo, hi, device=q.device)
         row = start + torch.arange(q.shape[2], device=q.device)[rows or slice(None)]
         weights = weights.masked_fill(row[:, None] != key, 0.0).sum(dim=3)
     if not per_head:
@@ -392,6 +433,8 @@ def decode_step(
     columns: slice | None = None,
     query_mask: Tensor | None = None,
     query_start: int | None = None,
+    block_table: Tensor | None = None,  # [B, P] int32, of every layer's k
+    seqlens_k: Tensor | None = None,  # [B] int32
     **score_options: Any,
 ) -> StepResult:
     """Column scores, token confidence, selection, revision and commit of one step."""
@@ -401,10 +444,11 @@ def decode_step(
         assert layers is not None
         columns = columns or block
         n_rows, n_keys = layers[0][0].shape[2], layers[0][1].shape[2]
-        start = n_keys - n_rows if query_start is None else query_start
+        n_keys *= 1 if block_table is None else block_table.shape[1]
+        lo, _, start = _place(columns, query_start, n_rows, n_keys, seqlens_k is not None)
         if query_rows == "masked":
             # Row 0 stands at this token: key positions may be offset from token positions.
-            first = start - columns.indices(n_keys)[0] + block.indices(tokens.shape[1])[0]
+            first = start - lo + block.indices(tokens.shape[1])[0]
             query_mask = masked_rows(tokens, mask_token_id, slice(first, first + n_rows), query_mask)
         scores = torch.zeros(masked.shape, dtype=_compute_dtype(layers[0][0]), device=tokens.device)
         for layer in layers:
@@ -418,6 +462,8 @@ def decode_step(
                 k_descale=k_descale,
                 query_mask=query_mask,
                 query_start=start,
+                block_table=block_table,
+                seqlens_k=seqlens_k,
                 out=scores,
                 **score_options,
             )

@@ -13,13 +13,14 @@ from .problems import (
     block_scope_problem,
     columns_problem,
     confidence_problem,
+    paged_problem,
     per_head_problem,
     revision_problem,
     sampled_problem,
     step_problem,
     sweep_problem,
 )
-from .rows import ALL_COLUMNS, BY_BATCH, BY_COLUMNS, BY_KEYS, BY_ROWS, DECODE, PEER, VOCABULARY, Row
+from .rows import ALL_COLUMNS, BY_BATCH, BY_COLUMNS, BY_KEYS, BY_ROWS, DECODE, PAGED, PEER, VOCABULARY, Row
 
 
 class Case(NamedTuple):
@@ -119,6 +120,20 @@ CASES = {
         all_columns_cost,
         all_columns_problem,
         _attention_bytes,
+    ),
+    "paged": Case(
+        "Keys in pages of 16, beside keys that lie together, log-sum-exp given",
+        PAGED,
+        columns_cost,
+        paged_problem,
+        lambda row, element: 3 * _attention_bytes(row, element),
+    ),
+    "paged_all": Case(
+        "The same of all keys, no log-sum-exp",
+        ALL_COLUMNS,
+        all_columns_cost,
+        paged_problem,
+        lambda row, element: 3 * _attention_bytes(row, element),
     ),
     "by_keys": Case(
         "Column scores by context length", BY_KEYS, columns_cost, sweep_problem, _attention_bytes

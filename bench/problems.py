@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -174,6 +175,46 @@ def all_columns_problem(row: Row, setting: Setting, per_head: bool = False) -> P
 def per_head_problem(row: Row, setting: Setting) -> Problem:
     """All columns, the heads kept apart: what flash-colreduce does."""
     return all_columns_problem(row, setting, per_head=True)
+
+
+def paged_problem(row: Row, setting: Setting) -> Problem:
+    """Scores of the candidate columns, or of all, with the keys in shuffled pages of a cache and together."""
+    q, k = row.attention(setting.dtype, setting.device)
+    is_all = row.columns == row.n_keys
+    lse = None if is_all else row.softmax_lse(q, k)
+    how: dict[str, Any] = {"columns": row.block, "softmax_lse": lse}
+    if is_all:
+        exact = rivals.tiled_scores(q.double(), k.double(), row.block)
+    else:
+        exact = rivals.block_scores(q.double(), k.double(), row.softmax_lse(q, k).double(), row.block)
+    tokens = k.transpose(1, 2).contiguous()  # [B, N, Hkv, D], as engines cache them
+    together = tokens.transpose(1, 2)
+
+    def in_pages(page_size: int) -> tuple[Tensor, Tensor]:
+        """The cache [pages, Hkv, page_size, D] and the table; of fewer keys, smaller pages."""
+        page_size = math.gcd(page_size, row.n_keys)
+        table = torch.randperm(
+            row.batch * row.n_keys // page_size, generator=torch.Generator().manual_seed(0)
+        )
+        table = table.to(setting.device)
+        cache = torch.empty(len(table), *(page_size, *tokens.shape[2:]), device=k.device, dtype=k.dtype)
+        cache[table] = tokens.reshape(cache.shape)
+        return cache.transpose(1, 2), table.reshape(row.batch, -1).int()
+
+    matrix, candidates = _matrix_bytes(row, setting.element), {}
+    for page_size in (16, 32, 1):
+        cache, table = in_pages(page_size)
+        call = functools.partial(column_scores, q, cache, block_table=table, **how)
+        ours = setting.ours("column_scores", (q, k), lambda backend, call=call: call(backend=backend), matrix)
+        for backend, candidate in ours.items():
+            name = backend if page_size == 16 else f"{backend}, pages of {page_size}"
+            candidates[name] = candidate._replace(ours=page_size == 16)
+    plain = setting.ours(
+        "column_scores", (q, k), lambda backend: column_scores(q, together, backend=backend, **how), matrix
+    )
+    for backend, candidate in plain.items():
+        candidates[f"{backend}, together"] = candidate._replace(ours=False)
+    return Problem(candidates, lambda result, ours: relative_error(result, exact))
 
 
 def block_scope_problem(row: Row, setting: Setting) -> Problem:

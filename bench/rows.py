@@ -81,6 +81,9 @@ def _all_columns(batch: int, n_rows: int, n_keys: int, causal: bool = False) -> 
 
 ALL_COLUMNS = {"a1": _all_columns(1, 1024, 1024), "a2": _all_columns(1, 32, 4096)}
 
+#: Steps of engines whose keys lie in the pages of a cache.
+PAGED = {key: DECODE[key] for key in ("4", "6", "11", "13")}
+
 #: flash-colreduce's own benchmark.
 PEER = {
     f"p{number}": row

@@ -76,11 +76,13 @@ int32_t choice(py::handle value, std::initializer_list<const char *> words) {
     throw Refused("expected one of a few words");
 }
 
-/* The bounds of a slice of step 1, or of a Span, which is resolved; all of it for None. That they lie inside
- * is for the C API to check. A bare tuple is no span: no user may give one. */
-attn_sampler_span span(py::handle value, int64_t length) {
+/* The bounds of a slice of step 1, or of a Span, which is resolved; all of it for None. Each sequence may
+ * have an end of its own, from which they count then. That they lie inside is for the C API to check. A bare
+ * tuple is no span: no user may give one. */
+attn_sampler_span span(py::handle value, int64_t length, bool from_end = false) {
+    const attn_sampler_span all = from_end ? attn_sampler_span{-length, 0} : attn_sampler_span{0, length};
     if (value.is_none())
-        return {0, length};
+        return all;
     if (PyTuple_Check(value.ptr()) && !PyTuple_CheckExact(value.ptr())) {
         const Record bounds(value, 2);
         return {integer(bounds[0]), integer(bounds[1])};
@@ -90,8 +92,10 @@ attn_sampler_span span(py::handle value, int64_t length) {
     const auto *const slice = reinterpret_cast<PySliceObject *>(value.ptr());
     if (slice->step != Py_None && integer(slice->step) != 1)
         throw Refused("expected a slice of step 1");
-    attn_sampler_span result = {slice->start == Py_None ? 0 : integer(slice->start),
-                                slice->stop == Py_None ? length : integer(slice->stop)};
+    attn_sampler_span result = {slice->start == Py_None ? all.start : integer(slice->start),
+                                slice->stop == Py_None ? all.stop : integer(slice->stop)};
+    if (from_end)
+        return result;
     result.start += result.start < 0 ? length : 0;
     result.stop += result.stop < 0 ? length : 0;
     return result;
@@ -121,20 +125,35 @@ bool alike(const attn_sampler_layer &x, const attn_sampler_layer &y) {
 attn_sampler_masks masks_of(py::handle source, Views &view) {
     if (source.is_none())
         return {};
-    const Record fields(source, 3);
-    return {view.optional(fields[0]), view.optional(fields[1]), view.optional(fields[2])};
+    const Record fields(source, 5);
+    return {view.optional(fields[0]), view.optional(fields[1]), view.optional(fields[2]),
+            view.optional(fields[3]), view.optional(fields[4])};
+}
+
+/* N. */
+int64_t key_count(const attn_sampler_tensor &k, const attn_sampler_masks &masks) {
+    if (masks.block_table == nullptr)
+        return k.shape[2];
+    const int64_t page_size = k.shape[2], table_size = masks.block_table->shape[1];
+    if (page_size > ATTN_SAMPLER_MAX_KEYS || table_size > ATTN_SAMPLER_MAX_KEYS)
+        throw Refused("expected fewer than 2^30 keys");
+    return page_size * table_size;
 }
 
 /* The columns are `otherwise` where they are None. */
 attn_sampler_attention_params attention_params(py::handle source, const attn_sampler_tensor &q,
-                                               const attn_sampler_tensor &k,
+                                               const attn_sampler_tensor &k, const attn_sampler_masks &masks,
                                                std::initializer_list<const char *> reductions,
                                                py::handle otherwise = py::none()) {
     const Record fields(source, 12), window(fields[11], 2);
+    const int64_t n_keys = key_count(k, masks);
+    const bool from_end = masks.seqlens_k != nullptr;
+    if (from_end && fields[0].is_none() && !otherwise.is_none())
+        throw Refused("expected columns"); /* counted as the keys are */
     attn_sampler_attention_params params{};
-    params.columns = span(fields[0].is_none() ? otherwise : fields[0], k.shape[2]);
+    params.columns = span(fields[0].is_none() ? otherwise : fields[0], n_keys, from_end);
     params.rows = span(fields[1], q.shape[2]);
-    params.query_start = fields[2].is_none() ? k.shape[2] - q.shape[2] : integer(fields[2]);
+    params.query_start = fields[2].is_none() ? (from_end ? 0 : n_keys) - q.shape[2] : integer(fields[2]);
     params.softmax_scale =
         fields[3].is_none() ? std::pow(static_cast<double>(q.shape[3]), -0.5) : number(fields[3]);
     params.lse_base = choice(fields[4], {"e", "2"});
@@ -253,14 +272,14 @@ int64_t run(py::handle where, Call call) {
 template <auto kFunction, bool kIsMap>
 int64_t attention(py::handle out, py::handle layer, py::handle masks, py::handle options, py::handle where) {
     Views view;
-    view.reserve(9);
+    view.reserve(11);
     const auto *const out_ = view(out);
     const attn_sampler_layer layer_ = layer_of(layer, view);
     const attn_sampler_masks masks_ = masks_of(masks, view);
     const std::initializer_list<const char *> reductions[] = {{"sum", "mean", "max"},
                                                               {"none", "sum", "diagonal"}};
     const attn_sampler_attention_params params =
-        attention_params(options, *layer_.q, *layer_.k, reductions[kIsMap]);
+        attention_params(options, *layer_.q, *layer_.k, masks_, reductions[kIsMap]);
     return run(where,
                [&](attn_sampler_exec *exec) { return kFunction(&layer_, &masks_, &params, out_, exec); });
 }
@@ -305,7 +324,7 @@ int64_t decode_step(py::handle out, py::handle logits, py::handle layers, py::ha
     const Py_ssize_t count = given == nullptr ? 0 : PyTuple_GET_SIZE(given);
     if (given != nullptr && count == 0) /* the scores are not to be read */
         throw Refused("expected at least one layer");
-    view.reserve(21 + 5 * static_cast<size_t>(count));
+    view.reserve(23 + 5 * static_cast<size_t>(count));
     const Record outputs(out, 9), fields(options, 6);
     const auto *const tokens = view(outputs[0]), *const token_ids = view(outputs[1]),
                       *const confidence = view(outputs[2]), *const scores = view(outputs[3]),
@@ -328,8 +347,9 @@ int64_t decode_step(py::handle out, py::handle logits, py::handle layers, py::ha
     params.block = span(fields[0], tokens->shape[1]);
     params.mask_token_id = integer(fields[1]);
     params.query_rows = choice(fields[2], {"all", "masked"});
-    params.attention = attention_params(fields[3], count == 0 ? none : *layers_[0].q,
-                                        count == 0 ? none : *layers_[0].k, {"sum", "mean", "max"}, fields[0]);
+    params.attention =
+        attention_params(fields[3], count == 0 ? none : *layers_[0].q, count == 0 ? none : *layers_[0].k,
+                         masks_, {"sum", "mean", "max"}, fields[0]);
     params.sampling = sampling_params(fields[4], *logits_, view);
     params.selection = selection_params(fields[5], view);
     return run(where, [&](attn_sampler_exec *exec) {

@@ -28,10 +28,15 @@ void check_unit(const char *name, double value) {
 
 int64_t length(const attn_sampler_span &span) { return span.stop - span.start; }
 
+void check_span(const char *name, const attn_sampler_span &span, int64_t first, int64_t end) {
+    if (span.start < first || span.start >= span.stop || span.stop > end)
+        throw Error(kInvalid,
+                    "%s: expected %" PRId64 " <= start < stop <= %" PRId64 ", got [%" PRId64 ", %" PRId64 ")",
+                    name, first, end, span.start, span.stop);
+}
+
 void check_span(const char *name, const attn_sampler_span &span, int64_t size) {
-    if (span.start < 0 || span.start >= span.stop || span.stop > size)
-        throw Error(kInvalid, "%s: expected 0 <= start < stop <= %" PRId64 ", got [%" PRId64 ", %" PRId64 ")",
-                    name, size, span.start, span.stop);
+    check_span(name, span, 0, size);
 }
 
 /* No view of NULL. */
@@ -48,6 +53,24 @@ void set_view(View<T, kDims> &view, const Tensor *t) {
 int num_threads(const attn_sampler_exec &exec) {
     constexpr int kMostThreads = 256; /* each has memory of its own */
     return exec.device == ATTN_SAMPLER_CPU ? std::min(exec.num_threads, kMostThreads) : 1;
+}
+
+/* Of keys in pages: their number, too, is the table's to say. */
+void set_pages(AttentionProblem &p, const Tensor &k, const Tensor *block_table) {
+    check_tensor("block_table", block_table, 2);
+    check_dtype("block_table", block_table, ATTN_SAMPLER_INT32);
+    check_size("block_table", block_table, 0, p.batch);
+    const int64_t page_size = k.shape[2], table_size = block_table->shape[1];
+    if (page_size < 1)
+        throw Error(kInvalid, "k: expected pages of at least one key with a block_table, got 0");
+    if (table_size > ATTN_SAMPLER_MAX_KEYS / page_size)
+        throw Error(ATTN_SAMPLER_UNSUPPORTED,
+                    "block_table: expected fewer than 2^30 keys, got %" PRId64 " pages of %" PRId64,
+                    table_size, page_size);
+    p.n_keys = table_size * page_size;
+    set_view(p.pages.table, block_table);
+    p.pages.count = k.shape[0];
+    p.pages.set_size(page_size);
 }
 
 /* The scales of float8 q or k, if there are any. */
@@ -87,6 +110,8 @@ AttentionProblem check_attention(const attn_sampler_layer &layer, const attn_sam
     const Tensor *const q = layer.q, *const k = layer.k;
     const Tensor *const key_mask = masks == nullptr ? nullptr : masks->key_mask;
     const Tensor *const query_mask = masks == nullptr ? nullptr : masks->query_mask;
+    const Tensor *const block_table = masks == nullptr ? nullptr : masks->block_table;
+    const Tensor *const seqlens_k = masks == nullptr ? nullptr : masks->seqlens_k;
     check_tensor("q", q, 4);
     check_tensor("k", k, 4);
     check_float("q", q, true);
@@ -100,7 +125,8 @@ AttentionProblem check_attention(const attn_sampler_layer &layer, const attn_sam
     p.headdim = q->shape[3];
     p.kv_heads = k->shape[1];
     p.n_keys = k->shape[2];
-    check_size("k", k, 0, p.batch);
+    if (block_table == nullptr)
+        check_size("k", k, 0, p.batch);
     check_size("k", k, 3, p.headdim);
     if (p.headdim < 1)
         throw Error(kInvalid, "q: expected a head dimension of at least 1, got 0");
@@ -114,13 +140,20 @@ AttentionProblem check_attention(const attn_sampler_layer &layer, const attn_sam
                     rows);
     if (p.n_keys > ATTN_SAMPLER_MAX_KEYS)
         throw Error(ATTN_SAMPLER_UNSUPPORTED, "k: expected fewer than 2^30 keys, got %" PRId64, p.n_keys);
+    if (block_table != nullptr)
+        set_pages(p, *k, block_table);
+    check_optional("seqlens_k", seqlens_k, ATTN_SAMPLER_INT32, {p.batch});
     check_optional("softmax_lse", layer.softmax_lse, ATTN_SAMPLER_FLOAT32, {p.batch, p.heads, p.n_rows});
     check_descale("q_descale", layer.q_descale, p);
     check_descale("k_descale", layer.k_descale, p);
     check_optional("key_mask", key_mask, ATTN_SAMPLER_BOOL, {p.batch, p.n_keys});
     check_optional("query_mask", query_mask, ATTN_SAMPLER_BOOL, {p.batch, p.n_rows});
-    check_span("params.columns", params.columns, p.n_keys);
+    attn_sampler_attention_params placed = params;
+    const int64_t ends_at = seqlens_k == nullptr ? 0 : p.n_keys; /* what positions of the caller count from */
+    check_span("params.columns", params.columns, -ends_at, p.n_keys - ends_at);
     check_attention_params(params);
+    placed.columns = {params.columns.start + ends_at, params.columns.stop + ends_at};
+    placed.query_start += ends_at;
     if (layer.softmax_lse != nullptr && params.softmax_scope == ATTN_SAMPLER_SCOPE_BLOCK)
         throw Error(kInvalid, "softmax_lse: expected NULL in block scope");
     set_view(p.q, q);
@@ -130,7 +163,8 @@ AttentionProblem check_attention(const attn_sampler_layer &layer, const attn_sam
     set_view(p.k_descale, layer.k_descale);
     set_view(p.key_mask, key_mask);
     set_view(p.query_mask, query_mask);
-    p.params = params;
+    set_view(p.seqlens_k, seqlens_k);
+    p.params = placed;
     p.num_threads = num_threads(exec);
     return p;
 }

@@ -198,6 +198,8 @@ class Written {
             return;
         read("key_mask", masks->key_mask);
         read("query_mask", masks->query_mask);
+        read("block_table", masks->block_table);
+        read("seqlens_k", masks->seqlens_k);
     }
 
   private:

@@ -30,16 +30,53 @@ static constexpr int64_t element_size(int dtype) {
     return dtype == ATTN_SAMPLER_FLOAT32 ? 4 : dtype == ATTN_SAMPLER_FLOAT8_E4M3 ? 1 : 2;
 }
 
+/* The pages of a cache in which keys lie: key n of a sequence is row n % size of the page that its table has
+ * at n / size. */
+struct Pages {
+    View<const int32_t, 2> table; /* may be none: a sequence's keys lie together */
+    int64_t count;
+    int32_t size, shift;
+    uint32_t factor; /* n / size is n * factor >> shift for every n below 2^30 */
+
+    void set_size(int64_t keys) {
+        size = static_cast<int32_t>(keys);
+        for (shift = 30; int64_t{1} << (shift - 30) < keys; ++shift)
+            ;
+        factor = static_cast<uint32_t>(ceil_div(int64_t{1} << shift, keys));
+    }
+    ATTN_SAMPLER_HD int64_t index_of(int64_t n) const {
+        return static_cast<int64_t>(static_cast<uint64_t>(n) * factor >> shift);
+    }
+    /* Where the page is that the table has at an index; negative where it has none. */
+    ATTN_SAMPLER_HD int64_t page(int64_t b, int64_t index) const {
+        const int64_t entry = element(table, b, index);
+        return entry < count ? entry : -1;
+    }
+};
+
+/* By how much key positions are ahead of the keys of sequence b. Kernels count positions as if all sequences
+ * ended at the last of `positions`, so that they mean the same for all: position j is key j - ahead there, if
+ * that is not negative. */
+ATTN_SAMPLER_HD static inline int64_t keys_ahead(const View<const int32_t, 1> &seqlens_k, int64_t positions,
+                                                 int64_t b) {
+    if (seqlens_k.data == nullptr)
+        return 0;
+    const int64_t keys = seqlens_k.data[b * seqlens_k.stride[0]];
+    return keys < 0 ? positions : keys < positions ? positions - keys : 0;
+}
+
 /* One layer's attention and what is wanted of it. q and k have last stride 1. */
 struct AttentionProblem {
     int64_t batch, heads, kv_heads, n_rows, n_keys, headdim;
     int dtype;                                 /* attn_sampler_dtype of q and k */
-    View<const void, 3> q, k;                  /* batch, head, row */
+    View<const void, 3> q, k;                  /* batch, head, row; of k in pages, a page for the batch */
     View<const float, 3> softmax_lse;          /* may be none, as what follows and the masks */
     View<const float, 2> q_descale, k_descale; /* none unless dtype is float8 */
     View<const uint8_t, 2> key_mask, query_mask, column_mask;
-    attn_sampler_attention_params params;
-    View<float, 4> out; /* batch, head, row, column; 0 for one that it does not have */
+    View<const int32_t, 1> seqlens_k;
+    Pages pages;
+    attn_sampler_attention_params params; /* positions as keys_ahead has them */
+    View<float, 4> out;                   /* batch, head, row, column; 0 for one that it does not have */
     int num_threads;
 };
 

@@ -45,9 +45,9 @@ def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_attention(layer: Layer, prefix: str = "") -> None:
+def _check_attention(layer: Layer, masks: Masks, prefix: str = "") -> None:
     q, k = layer[:2]
-    _check_memory(f"{prefix}q", "[B, Hq, M, N]", q, *q.shape[:3], k.shape[2])
+    _check_memory(f"{prefix}q", "[B, Hq, M, N]", q, *q.shape[:3], masks.n_keys(k))
 
 
 def _keywords(masks: Masks, options: Attention, *without: str) -> dict[str, Any]:
@@ -74,13 +74,13 @@ class Reference(Backend):
 
     @_plain
     def column_scores(self, out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
-        _check_attention(layer)
+        _check_attention(layer, masks)
         keywords = _keywords(masks, options, "rows", "accumulate", "column_mask")
         _store(out, reference.column_scores(**layer._asdict(), **keywords), options.accumulate)
 
     @_plain
     def attention_map(self, out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
-        _check_attention(layer)
+        _check_attention(layer, masks)
         keywords = _keywords(masks, options, "accumulate")
         _store(out, reference.attention_map(**layer._asdict(), **keywords), options.accumulate)
 
@@ -115,7 +115,7 @@ class Reference(Backend):
         self, out: StepResult, logits: Tensor, layers: list[Layer], masks: Masks, options: Step
     ) -> None:
         for index, layer in enumerate(layers):
-            _check_attention(layer, f"layers[{index}] ")
+            _check_attention(layer, masks, f"layers[{index}] ")
         _check_memory("logits", "[B, C, V]", logits, *logits.shape)
         given = {"layers": layers} if layers else {"scores": out.scores}
         sampling = options.sampling._asdict()

@@ -20,7 +20,7 @@ int64_t rows_seeing(const Plan &plan, int64_t b, int64_t key) {
     const int64_t own = key - plan.window.query_start; /* the row that stands at the key */
     const int64_t first = max_of(plan.row_start, own - plan.window.right);
     const int64_t stop = min_of(plan.row_stop, own + plan.window.left + 1);
-    if (!plan.key_counts(b, key))
+    if (!Keys(plan, b).counts(key))
         return 0;
     int64_t count = max_of(stop - first, 0);
     if (plan.p.query_mask.data != nullptr) {
@@ -46,7 +46,8 @@ struct ScoreTask {
     void reduce(int64_t hkv, int64_t first, int64_t last, double *total) {
         const int64_t rows = plan.rows();
         const bool is_max = plan.p.params.reduction == ATTN_SAMPLER_REDUCTION_MAX;
-        columns.pack_keys<Words>(plan, hkv, s);
+        if (first < last)
+            columns.pack_keys<Words>(plan, hkv, s);
         VecF largest[kTile / kLanes] = {};
         while (first < last) {
             RowTile tile;
@@ -94,8 +95,9 @@ struct SoftmaxTask {
     SoftmaxTask(const Plan &p, int64_t b_, int64_t lanes_, const Scratch &scratch, float *largest_)
         : plan(p), b(b_), lanes(lanes_), s(scratch), factors(s.product + lanes * (p.key_stop - p.key_start)),
           largest(largest_) {
-        for (int64_t key = plan.key_start; key < plan.key_stop; ++key)
-            if (plan.key_counts(b, key))
+        Keys all(plan, b);
+        for (int64_t key = plan.first_key(b); key < plan.key_stop; ++key)
+            if (all.counts(key))
                 s.keys[n_keys++] = static_cast<int32_t>(key);
     }
 
@@ -124,7 +126,11 @@ struct SoftmaxTask {
         for (int64_t i = unseen; i < seen; i += kTile) {
             const int64_t count = min_of(kTile, seen - i);
             const bool next_head = i + count == seen && first == last && hkv + 1 < p.kv_heads;
-            const void *const next = next_head ? plan.key(b, hkv + 1, s.keys[0]) : nullptr;
+            const void *next = nullptr;
+            if (i + count < seen)
+                next = Keys(plan, b, hkv).at(s.keys[i + count]);
+            else if (next_head)
+                next = Keys(plan, b, hkv + 1).at(s.keys[0]);
             softmax.add(s.keys + i, count, next, s.product + i * width);
             memcpy(factors_of(i), softmax.top, sizeof(softmax.top));
         }

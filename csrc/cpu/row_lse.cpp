@@ -17,13 +17,14 @@ void partial_lse(const Plan &plan, int64_t b, int64_t hkv, int64_t first, int64_
                  int64_t key_stop, const Scratch &s, Partial &result) {
     Softmax<Words> softmax(plan, b, hkv, s);
     softmax.take_rows(first, last, kTile, true);
-    key = max_of(key, softmax.nearest);
+    Keys all(plan, b);
+    key = max_of(key, max_of(softmax.nearest, plan.first_key(b)));
     key_stop = min_of(key_stop, softmax.furthest + 1);
     while (key < key_stop) {
         int32_t keys[kTile];
         int64_t count = 0;
         for (; key < key_stop && count < kTile; ++key)
-            if (plan.key_counts(b, key))
+            if (all.counts(key))
                 keys[count++] = static_cast<int32_t>(key);
         if (count > 0)
             softmax.add(keys, count, nullptr, s.product);

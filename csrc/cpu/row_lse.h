@@ -88,12 +88,13 @@ struct Softmax {
         return row;
     }
 
-    /* Takes in up to kTile keys, before those at `next`. Leaves the exponentials, 0 where a row does not see
-     * a key, in x[count][width]. */
+    /* Takes in up to kTile keys that count, before those at `next`. Leaves the exponentials, 0 where a row
+     * does not see a key, in x[count][width]. */
     void add(const int32_t *keys, int64_t count, const void *next, float *x) {
         const void *address[kTile] = {};
+        Keys all(plan, b, hkv);
         for (int64_t i = 0; i < count; ++i)
-            address[i] = plan.key(b, hkv, keys[i]);
+            address[i] = all.at(keys[i]);
         float before[kTile];
         memcpy(before, top, sizeof(top));
         multiply<Words>(s, address, count, next, width, x, keeps_products ? top : nullptr);

@@ -80,14 +80,15 @@ struct Plan {
     int64_t rows() const { return row_stop - row_start; }
     int64_t columns() const { return p.params.columns.stop - p.params.columns.start; }
 
-    const void *query(int64_t b, int64_t h, int64_t m) const { return row_of(p.q, b, h, m); }
-    const void *key(int64_t b, int64_t hkv, int64_t n) const { return row_of(p.k, b, hkv, n); }
+    const void *query(int64_t b, int64_t h, int64_t m) const {
+        const int64_t offset = b * p.q.stride[0] + h * p.q.stride[1] + m * p.q.stride[2];
+        return static_cast<const char *>(p.q.data) + offset * element_size(p.dtype);
+    }
     bool row_counts(int64_t b, int64_t m) const {
         return p.query_mask.data == nullptr || element(p.query_mask, b, m) != 0;
     }
-    bool key_counts(int64_t b, int64_t n) const {
-        return p.key_mask.data == nullptr || element(p.key_mask, b, n) != 0;
-    }
+    /* The first key of the softmax that sequence b may have. */
+    int64_t first_key(int64_t b) const { return max_of(key_start, keys_ahead(p.seqlens_k, p.n_keys, b)); }
     /* From products of a key head to base-2 logits. */
     float scale(int64_t b, int64_t hkv) const {
         double scale = p.params.softmax_scale * kLog2e;
@@ -105,12 +106,51 @@ struct Plan {
             return {-1, 1 << 30, lane(at)};
         return {lane(at - window.left), lane(at + window.right), lane(at)};
     }
+};
+
+/* Which keys of a sequence there are, and where those of one key head lie, by their positions. Asked in
+ * order, it looks a page up where the one before ends; keys that lie together are one page. */
+class Keys {
+  public:
+    Keys(const Plan &plan, int64_t b, int64_t hkv = 0)
+        : p_(plan.p), b_(b), ahead_(keys_ahead(p_.seqlens_k, p_.n_keys, b)), size_(element_size(p_.dtype)),
+          head_(static_cast<const char *>(p_.k.data) + hkv * p_.k.stride[1] * size_) {}
+
+    bool counts(int64_t position) {
+        const int64_t n = find(position);
+        return page_ != nullptr && (p_.key_mask.data == nullptr || element(p_.key_mask, b_, n) != 0);
+    }
+    /* Masked or not; null where there is none. */
+    const void *at(int64_t position) {
+        const int64_t n = find(position);
+        return page_ == nullptr ? nullptr : page_ + (n - first_) * p_.k.stride[2] * size_;
+    }
 
   private:
-    const void *row_of(const View<const void, 3> &x, int64_t b, int64_t h, int64_t i) const {
-        const int64_t offset = b * x.stride[0] + h * x.stride[1] + i * x.stride[2];
-        return static_cast<const char *>(x.data) + offset * element_size(p.dtype);
+    int64_t find(int64_t position) {
+        const int64_t n = position - ahead_;
+        if (n < first_ || n >= stop_)
+            turn_to(n);
+        return n;
     }
+    void turn_to(int64_t n) {
+        const Pages &pages = p_.pages;
+        int64_t page = b_;
+        first_ = n < 0 ? -p_.n_keys : 0;
+        stop_ = n < 0 ? 0 : p_.n_keys;
+        if (n >= 0 && pages.table.data != nullptr) {
+            const int64_t index = pages.index_of(n);
+            first_ = index * pages.size;
+            stop_ = first_ + pages.size;
+            page = pages.page(b_, index);
+        }
+        page_ = n < 0 || page < 0 ? nullptr : head_ + page * p_.k.stride[0] * size_;
+    }
+
+    const AttentionProblem &p_;
+    const int64_t b_, ahead_, size_;
+    const char *const head_, *page_ = nullptr;
+    int64_t first_ = 0, stop_ = 0; /* keys of the page */
 };
 
 /* Whether q and k are multiplied in pairs of bfloat16, as they are or, from float8, without loss. */
@@ -132,9 +172,10 @@ struct Columns {
           width(static_cast<int>(round_up(n, kLanes))), kv_head(-1), all_count(true) {
         int32_t lanes[kTile] = {};
         const View<const uint8_t, 2> &mask = plan.p.column_mask;
+        Keys keys(plan, b);
         for (int i = 0; i < n; ++i) {
-            const bool counts = plan.key_counts(b, first + i) &&
-                                (mask.data == nullptr || element(mask, b, tile * kTile + i) != 0);
+            const bool counts =
+                keys.counts(first + i) && (mask.data == nullptr || element(mask, b, tile * kTile + i) != 0);
             lanes[i] = counts ? -1 : 0;
             all_count = all_count && lanes[i] != 0;
         }
@@ -142,19 +183,25 @@ struct Columns {
             counts[v] = load<VecI>(lanes + v * kLanes);
     }
 
+    /* For rows of which there is one at least. */
     template <typename Words>
     void pack_keys(const Plan &plan, int64_t hkv, const Scratch &s) {
         if (kv_head == hkv)
             return;
         const void *address[kTile] = {};
-        for (int i = 0; i < n; ++i)
-            address[i] = plan.key(b, hkv, first + i);
+        Keys keys(plan, b, hkv);
+        for (int i = 0; i < n; ++i) {
+            address[i] = keys.at(first + i);
+            if (address[i] == nullptr) /* any row will do where nothing is made of its products */
+                address[i] = plan.query(b, hkv * plan.group, plan.row_start);
+        }
         pack<Words>(s, address, n, width);
         kv_head = hkv;
-        const int64_t bytes = plan.p.headdim * element_size(plan.p.dtype);
+        const int64_t size = element_size(plan.p.dtype), bytes = plan.p.headdim * size;
+        const int64_t to_next_head = plan.p.k.stride[1] * size;
         for (int i = 0; hkv + 1 < plan.p.kv_heads && i < n; ++i)
             for (int64_t at = 0; at < bytes; at += 64)
-                __builtin_prefetch(static_cast<const char *>(plan.key(b, hkv + 1, first + i)) + at);
+                __builtin_prefetch(static_cast<const char *>(address[i]) + to_next_head + at);
     }
 };
 

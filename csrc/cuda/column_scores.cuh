@@ -33,7 +33,7 @@ struct ScoreArgs {
 /* The rows that may see a column, for the mean; `lane` of `lanes` threads counts its share where there are
  * masks. */
 __device__ inline int rows_seeing(const AttentionArgs &a, int b, int column, int lane, int lanes) {
-    if (!key_counts(a, b, a.column_start + column))
+    if (!find_key(a, Sequence(a, b), a.column_start + column))
         return 0;
     /* The row that stands at the column, where there is one. */
     const int64_t own = a.column_start + column - a.query_start;

@@ -50,6 +50,7 @@ bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
     };
     return a.heads == b.heads && a.kv_heads == b.kv_heads && a.n_rows == b.n_rows && a.n_keys == b.n_keys &&
            a.headdim == b.headdim && a.dtype == b.dtype && same(a.q, b.q) && same(a.k, b.k) &&
+           a.pages.count == b.pages.count && a.pages.size == b.pages.size &&
            (a.softmax_lse.data == nullptr) == (b.softmax_lse.data == nullptr) &&
            same(a.softmax_lse, b.softmax_lse) && same(a.q_descale, b.q_descale) &&
            same(a.k_descale, b.k_descale);

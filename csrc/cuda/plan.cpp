@@ -19,7 +19,7 @@ bool is_aligned(const View<const void, 3> &x, const int64_t (&shape)[3], int64_t
 /* A tile of rows and one of columns are to be filled; narrower ones waste what wgmma gains. */
 bool wgmma_serves(const AttentionArgs &a, int dtype, int64_t rows, int64_t columns,
                   const Launcher &launcher) {
-    return kBuildsWgmma && launcher.is_hopper() &&
+    return kBuildsWgmma && launcher.is_hopper() && a.together &&
            (dtype == ATTN_SAMPLER_FLOAT16 || dtype == ATTN_SAMPLER_BFLOAT16) &&
            a.headdim <= kSliceChunks<Half> * kChunk<Half> && rows >= kBlockRows &&
            columns > kWgmmaColumns / 2;
@@ -41,7 +41,9 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
         row_stop = clamp(key_stop - window.query_start, row_start, p.n_rows);
     }
     const int64_t size = element_size(p.dtype);
-    const int64_t q_shape[] = {p.batch, p.heads, p.n_rows}, k_shape[] = {p.batch, p.kv_heads, p.n_keys};
+    const bool paged = p.pages.table.data != nullptr;
+    const int64_t q_shape[] = {p.batch, p.heads, p.n_rows};
+    const int64_t k_shape[] = {paged ? p.pages.count : p.batch, p.kv_heads, paged ? p.pages.size : p.n_keys};
     a.aligned = p.headdim * size % 16 == 0;
     for (int64_t i = 0; i < num_layers; ++i) {
         const AttentionProblem &layer = layers[i];
@@ -54,6 +56,10 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
     }
     a.key_mask = p.key_mask;
     a.query_mask = p.query_mask;
+    a.seqlens_k = p.seqlens_k;
+    a.pages = p.pages;
+    a.positions = static_cast<int32_t>(p.n_keys);
+    a.together = !paged && p.seqlens_k.data == nullptr;
     a.query_start = window.query_start + row_start;
     a.key_start = key_start;
     a.column_start = params.columns.start;

@@ -69,7 +69,8 @@ __device__ void row_lse_block(const LseArgs &args) {
     const int64_t position = a.query_start - a.key_start; /* of row 0 */
     const int64_t from = position + (in_one_head ? first_row % a.rows : 0) - a.left;
     const int64_t to = position + (in_one_head ? last_row % a.rows : a.rows - 1) + a.right + 1;
-    const int first_key = static_cast<int>(max(from, int64_t{0}));
+    const int64_t first_there = max(Sequence(a, b).ahead - a.key_start, int64_t{0});
+    const int first_key = static_cast<int>(max(from, first_there));
     const int keys = static_cast<int>(min(max(to, int64_t{0}), int64_t{a.keys}));
     const int first_tile = max(split * args.tiles_per_split, first_key / kColumns);
     const int last_tile = min((split + 1) * args.tiles_per_split, (keys + kColumns - 1) / kColumns);

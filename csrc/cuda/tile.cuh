@@ -48,16 +48,20 @@ struct AttentionArgs {
     Layers<const float, 3> softmax_lse;          /* null where computed_lse is read */
     Layers<const float, 2> q_descale, k_descale; /* of Float8 only; may be null */
     float2 *computed_lse; /* [layers, B, Hq, rows], in product_units; what is left, base 2 */
-    View<const uint8_t, 2> key_mask, query_mask; /* may be null */
-    View<const int64_t, 2> row_tokens;           /* null, or rows count only where this is mask_token_id */
+    View<const uint8_t, 2> key_mask, query_mask; /* may be null, as what follows */
+    View<const int32_t, 1> seqlens_k;
+    Pages pages;
+    View<const int64_t, 2> row_tokens; /* null, or rows count only where this is mask_token_id */
     int64_t mask_token_id;
     int64_t query_start, key_start, column_start; /* key positions of row 0, softmax key 0 and column 0 */
     int32_t layers, batch, heads, kv_heads, group, headdim;
     int32_t row_start, rows, keys, columns;
+    int32_t positions;   /* of keys, in all: what seqlens_k is at the most */
     int32_t left, right; /* a row sees keys from so far before its position to so far after it: see Window */
     float scale;         /* to base-2 logits, but for the descales */
     bool diagonal, lse_is_base2;
-    bool aligned; /* every row starts on 16 bytes and is a multiple of them long */
+    bool aligned;  /* every row starts on 16 bytes and is a multiple of them long */
+    bool together; /* the keys are in no pages, and the sequences have no ends of their own */
 };
 
 /* Elements in 16 bytes, and in the 64 bytes of four lanes that are one chunk of a row. */
@@ -94,8 +98,52 @@ __device__ inline uint4 load_unaligned(const T *row, int d, int headdim) {
     return uint4{word[0], word[1], word[2], word[3]};
 }
 
-__device__ inline bool key_counts(const AttentionArgs &a, int b, int64_t n) {
+/* One of the batch. */
+struct Sequence {
+    int b, ahead; /* the latter: of its keys, key positions are so far */
+
+    /* Made where it is asked for keys: it would take a register of whatever is in between. */
+    __device__ Sequence(const AttentionArgs &a, int b_)
+        : b(b_), ahead(static_cast<int>(keys_ahead(a.seqlens_k, a.positions, b_))) {}
+};
+
+__device__ inline bool is_unmasked(const AttentionArgs &a, int b, int64_t n) {
     return a.key_mask.data == nullptr || element(a.key_mask, b, n) != 0;
+}
+
+/* The way of kernels of so many columns to keys that are not together: they are counted and looked up one by
+ * one. Those of wgmma have no registers left for it; WarpTile serves such keys. */
+template <int kColumns>
+constexpr bool kFinds = kColumns != 8 * kWgmmaTiles;
+
+/* Whether there is a key at this position that is not masked, and how far it is then from where the keys of
+ * its head start (keys_of_head), in elements of a layer's k. */
+template <bool kMayBeApart = true>
+__device__ inline bool find_key(const AttentionArgs &a, const Sequence &s, int64_t position,
+                                int64_t *offset = nullptr) {
+    int64_t n = position, page = 0, row = position;
+    if (kMayBeApart && !a.together) {
+        n -= s.ahead;
+        row = n;
+        if (n < 0)
+            return false;
+        if (a.pages.table.data != nullptr) {
+            const int64_t index = a.pages.index_of(n);
+            page = a.pages.page(s.b, index);
+            row = n - index * a.pages.size;
+        }
+        if (page < 0)
+            return false;
+        page *= a.k.stride[0];
+    }
+    if (offset != nullptr)
+        *offset = page + row * a.k.stride[2];
+    return is_unmasked(a, s.b, n);
+}
+
+template <typename T>
+__device__ inline const T *keys_of_head(const AttentionArgs &a, int layer, const Sequence &s, int kv_head) {
+    return a.k.at<const T>(layer, a.pages.table.data != nullptr ? 0 : s.b, kv_head);
 }
 
 __device__ inline bool row_counts(const AttentionArgs &a, int b, int m) {
@@ -189,15 +237,17 @@ struct Row {
 template <typename T, int kColumns>
 __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int kv_head, int64_t first,
                                  int count, uint4 *keys) {
-    const T *const base = a.k.at<const T>(layer, b, kv_head);
+    const Sequence s(a, b);
+    const T *const base = keys_of_head<T>(a, layer, s, kv_head);
     constexpr int kAtOnce = kColumns < kThreads / 4 ? kColumns : kThreads / 4;
     constexpr bool kForWgmma = kColumns == 8 * kWgmmaTiles;
     const int n_chunks = chunks<T>(a), thread = threadIdx.x, first_chunk = thread / (4 * kAtOnce);
     const int lane = kForWgmma ? thread / 8 % 4 : thread % 4;
     const int first_column = kForWgmma ? thread / 32 * 8 + thread % 8 : thread / 4 % kAtOnce;
     for (int column = first_column; column < kColumns; column += kAtOnce) {
-        const bool counts = column < count && key_counts(a, b, first + column);
-        const T *const row = counts ? base + (first + column) * a.k.stride[2] : base;
+        int64_t offset = 0;
+        const bool counts = column < count && find_key<kFinds<kColumns>>(a, s, first + column, &offset);
+        const T *const row = base + offset;
         for (int chunk = first_chunk; chunk < n_chunks; chunk += kThreads / (4 * kAtOnce)) {
             const int d = chunk * kChunk<T> + lane * kVector<T>;
             const bool valid = counts && d < a.headdim;
@@ -439,18 +489,27 @@ class WarpTile {
     }
 };
 
-/* Bit 2 j + i: column 8 j + 2 t + i of the tile exists and its key is not masked. */
+/* Bit 2 j + i: column 8 j + 2 t + i of the tile exists and its key is there and not masked. By whole warps.
+ */
 template <int kTiles>
 __device__ inline uint32_t seen_columns(const AttentionArgs &a, int b, int64_t first, int count) {
     uint32_t seen = 0;
+    const auto column_of = [](int n) { return 8 * (n / 2) + 2 * static_cast<int>(threadIdx.x % 4) + n % 2; };
+    if (kFinds<8 * kTiles> && !a.together) { /* a look-up is not cheap: each lane makes its own */
+        const Sequence s(a, b);
+        for (int start = 0; start < 8 * kTiles; start += 32) {
+            const int column = start + static_cast<int>(threadIdx.x) % 32;
+            const uint32_t there = __ballot_sync(kAllLanes, column < count && find_key(a, s, first + column));
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int column = 8 * j + 2 * (threadIdx.x % 4) + i;
-            if (column < count && key_counts(a, b, first + column))
-                seen |= 1u << (2 * j + i);
+            for (int n = 0; n < (kTiles < 4 ? 2 * kTiles : 8); ++n)
+                seen |= (there >> column_of(n) & 1u) << (start / 4 + n);
         }
+        return seen;
+    }
+#pragma unroll
+    for (int n = 0; n < 2 * kTiles; ++n)
+        if (column_of(n) < count && is_unmasked(a, b, first + column_of(n)))
+            seen |= 1u << n;
     return seen;
 }
 

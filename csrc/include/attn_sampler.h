@@ -161,17 +161,27 @@ typedef struct attn_sampler_span {
     int64_t start, stop;
 } attn_sampler_span;
 
-/* One layer's attention inputs. q [B,Hq,M,D], k [B,Hkv,N,D]: one dtype of float32 | float16 | bfloat16 |
- * float8_e4m3, last stride 1. softmax_lse [B,Hq,M] float32 or NULL (NULL in block scope). q_descale,
- * k_descale [B,Hkv] float32 or NULL (NULL unless q and k are float8_e4m3). */
+/* One layer's attention inputs. q [B,Hq,M,D], k [B,Hkv,N,D] (or pages: attn_sampler_masks): one dtype of
+ * float32 | float16 | bfloat16 | float8_e4m3, last stride 1. softmax_lse [B,Hq,M] float32 or NULL (NULL in
+ * block scope). q_descale, k_descale [B,Hkv] float32 or NULL (NULL unless q and k are float8_e4m3). */
 typedef struct attn_sampler_layer {
     const attn_sampler_tensor *q, *k, *softmax_lse, *q_descale, *k_descale;
 } attn_sampler_layer;
 
-/* Which keys and query rows take part: key_mask [B,N], query_mask [B,M] bool, or NULL: all. And which columns
- * of an attention map count, after the softmax: column_mask [B,C] bool, or NULL: all. */
+/* Which keys and query rows take part: key_mask [B,N], query_mask [B,M] bool, or NULL: all. Which columns of
+ * an attention map count, after the softmax: column_mask [B,C] bool, or NULL: all. And where the keys lie:
+ *
+ * With block_table [B,P] int32, k of every layer is a cache [pages,Hkv,page_size,D] of any strides, page_size
+ * at least 1: key n of sequence b is row n % page_size of page block_table[b, n / page_size], and N = P *
+ * page_size. The keys of an entry outside [0, pages) are absent, as if key_mask hid them; nothing is read.
+ *
+ * With seqlens_k [B] int32, sequence b has the keys before seqlens_k[b], which is clamped into [0, N]; the
+ * others are absent. params.columns, with -N <= start < stop <= 0, and params.query_start count from each
+ * sequence's own end then, of whatever N: key position columns.start is seqlens_k[b] + columns.start. What
+ * of the columns is before key 0 receives 0.
+ */
 typedef struct attn_sampler_masks {
-    const attn_sampler_tensor *key_mask, *query_mask, *column_mask;
+    const attn_sampler_tensor *key_mask, *query_mask, *column_mask, *block_table, *seqlens_k;
 } attn_sampler_masks;
 
 /* The attention matrix that column_scores and attention_map read, with G = Hq / Hkv:
@@ -193,7 +203,7 @@ typedef struct attn_sampler_masks {
  * the softmax.
  */
 typedef struct attn_sampler_attention_params {
-    attn_sampler_span columns; /* key positions, 0 <= start < stop <= N */
+    attn_sampler_span columns; /* key positions, 0 <= start < stop <= N; see attn_sampler_masks too */
     attn_sampler_span rows;    /* query rows, 0 <= start < stop <= M; attention_map only */
     int64_t query_start;       /* key position of query row 0; of magnitude below ATTN_SAMPLER_MAX_POSITION */
     double softmax_scale;      /* of magnitude up to ATTN_SAMPLER_MAX_SCALE */

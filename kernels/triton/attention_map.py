@@ -22,15 +22,19 @@ from .tile import (
     Matrix,
     Window,
     cut_columns,
+    find_keys,
+    first_key_rows,
     gather,
     is_last,
     is_set,
+    keys_ahead,
     load_block,
     load_lse,
     logit_scale,
     logit_units,
     logits_tile,
     near,
+    place,
     products_tile,
     visible,
     weights_tile,
@@ -78,7 +82,7 @@ class Options(NamedTuple):
 def attention_map_kernel(
     layers,
     lse,
-    key_mask,
+    keys,
     query_mask,
     column_mask,
     out,
@@ -148,6 +152,8 @@ def attention_map_kernel(
 
     q, k = layers.q, layers.k
     q_rows = q.data[0] + b * q.stride_b[0] + row.to(tl.int64) * q.stride_r[0]
+    k_base = first_key_rows(layers, keys, 0, b)
+    ahead = keys_ahead(keys, b)
     if OPTIONS.reduction == "none":
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     else:
@@ -156,15 +162,15 @@ def attention_map_kernel(
         column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         column_ok = column < n_columns
         key = column_start + column
-        key_ok = is_set(key_mask, b, key, column_ok)
+        there, key_ok, offset = find_keys(layers, keys, 0, b, key, column_ok, ahead, TILE)
         sees = visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited)
-        k_rows = k.data[0] + b * k.stride_b[0] + key.to(tl.int64) * k.stride_r[0]
+        k_rows = k_base + offset
         part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for index in range(first_head, last_head):
             head = tl.cast(index, tl.int64)
             kv_head = head // layers.groups[0]
             q_block = load_block(q_rows + head * q.stride_h[0], in_range, q.stride_d[0], TILE)
-            k_block = load_block(k_rows + kv_head * k.stride_h[0], column_ok, k.stride_d[0], TILE)
+            k_block = load_block(k_rows + kv_head * k.stride_h[0], there, k.stride_d[0], TILE)
             products = products_tile(q_block, k_block, TILE)
             factor, unit = logit_units(logit_scale(layers, 0, b, kv_head), TILE)
             logits = logits_tile(products, factor, TILE)
@@ -217,7 +223,8 @@ def attention_map_kernel(
 def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
     if out.numel() == 0:
         return
-    problem = gather([layer], options.softmax_scale)
+    problem = gather([layer], masks, options.softmax_scale)
+    options = place(options, masks, problem)
     device, rows, columns = problem.device, options.rows, options.columns
     window = Window.of(problem, options)
     n_rows, n_columns = rows.stop - rows.start, columns.stop - columns.start
@@ -225,7 +232,7 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
     cut = cut_columns("reduced_map" if reduced else "attention_map", problem, options, n_rows)
     lse = OF_TILE
     if not cut.of_tile:
-        lse = row_lse(problem, [layer.softmax_lse], masks.key_mask, options, rows)
+        lse = row_lse(problem, [layer.softmax_lse], options, rows)
 
     block_m, block_n = cut.tile.block_m, cut.tile.block_n
     row_tiles, column_tiles = launch.cdiv(n_rows, block_m), launch.cdiv(n_columns, block_n)
@@ -253,7 +260,7 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
         {
             "layers": problem.layers,
             "lse": lse.operand,
-            "key_mask": Matrix.optional(masks.key_mask),
+            "keys": problem.keys,
             "query_mask": Matrix.optional(masks.query_mask),
             "column_mask": Matrix.optional(masks.column_mask),
             "out": Out(out, out.stride(0), out.stride(1) if options.per_head else 0, strides[0], strides[-1]),

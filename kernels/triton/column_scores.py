@@ -28,9 +28,12 @@ from .tile import (
     Problem,
     Window,
     cut_columns,
+    find_keys,
+    first_key_rows,
     gather,
     is_last,
     is_set,
+    keys_ahead,
     load_block,
     load_lse,
     logit_scale,
@@ -38,6 +41,7 @@ from .tile import (
     logits_tile,
     near,
     of_layer,
+    place,
     products_tile,
     visible,
     weights_tile,
@@ -92,7 +96,7 @@ def column_scores_kernel(
     layers,
     lse,
     stride_layer,
-    key_mask,
+    keys,
     query_mask,
     out,
     partials,
@@ -152,7 +156,8 @@ def column_scores_kernel(
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < n_columns
     key = column_start + column
-    key_ok = is_set(key_mask, b, key, column_ok)
+    ahead = keys_ahead(keys, b)
+    there, key_ok, k_offset = find_keys(layers, keys, layer, b, key, column_ok, ahead, TILE)
 
     # The packed rows of this split: whole tiles, so that a split is never shared.
     first_row, end_row = row_start, row_stop
@@ -169,10 +174,9 @@ def column_scores_kernel(
     q_h = of_layer(layers.q.stride_h, layer)
     q_m = of_layer(layers.q.stride_r, layer)
     q_d = of_layer(layers.q.stride_d, layer)
-    k_base = of_layer(layers.k.data, layer) + b * of_layer(layers.k.stride_b, layer)
+    k_base = first_key_rows(layers, keys, layer, b)
     k_h = of_layer(layers.k.stride_h, layer)
     k_d = of_layer(layers.k.stride_d, layer)
-    k_offset = key.to(tl.int64) * of_layer(layers.k.stride_r, layer)
     heads_per_key = of_layer(layers.groups, layer)
     if lse is not None:
         lse_base = (
@@ -187,7 +191,7 @@ def column_scores_kernel(
         head = pack * PACK
         kv_head = (head // heads_per_key).to(tl.int64)
         factor, unit = logit_units(logit_scale(layers, layer, b, kv_head), TILE)
-        k = load_block(k_base + kv_head * k_h + k_offset, column_ok, k_d, TILE)
+        k = load_block(k_base + kv_head * k_h + k_offset, there, k_d, TILE)
         if REDUCTION == "max":
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         else:
@@ -368,7 +372,7 @@ def reduce_columns(
     problem: Problem,
     out: Tensor,
     softmax_lse: Sequence[Tensor | None],
-    masks: Masks,
+    query_mask: Tensor | None,
     options: Attention,
     *,
     step: Mapping[str, object] = NO_STEP,
@@ -382,7 +386,7 @@ def reduce_columns(
     """
     device, rows, window = problem.device, plan.rows, Window.of(problem, options)
     n_columns = options.columns.stop - options.columns.start
-    lse = OF_TILE if plan.cut.of_tile else row_lse(problem, softmax_lse, masks.key_mask, options, rows)
+    lse = OF_TILE if plan.cut.of_tile else row_lse(problem, softmax_lse, options, rows)
     splits = len(problem.layers.q.data) * plan.head_splits * plan.row_splits
     partials = None
     if splits > 1:
@@ -398,8 +402,8 @@ def reduce_columns(
             "layers": problem.layers,
             "lse": lse.operand,
             "stride_layer": lse.stride_layer,
-            "key_mask": Matrix.optional(masks.key_mask),
-            "query_mask": Matrix.optional(masks.query_mask),
+            "keys": problem.keys,
+            "query_mask": Matrix.optional(query_mask),
             "out": Out(out, out.stride(0), out.stride(1) if options.per_head else 0, out.stride(-1)),
             "partials": partials,
             "counters": counters,
@@ -437,5 +441,7 @@ def reduce_columns(
 def column_scores(out: Tensor, layer: Layer, masks: Masks, options: Attention) -> None:
     if layer.q.shape[0] == 0:
         return
-    problem = gather([layer], options.softmax_scale)
-    reduce_columns(plan_columns(problem, options), problem, out, [layer.softmax_lse], masks, options)
+    problem = gather([layer], masks, options.softmax_scale)
+    options = place(options, masks, problem)
+    plan = plan_columns(problem, options)
+    reduce_columns(plan, problem, out, [layer.softmax_lse], masks.query_mask, options)

@@ -23,7 +23,7 @@ from attn_sampler.reference import StepResult
 from . import launch
 from .column_scores import plan_columns, reduce_columns
 from .select_tokens import Commit, Options, Revision, Rules, commit_row
-from .tile import Matrix, gather
+from .tile import Matrix, gather, place
 from .token_confidence import Bitmask, Logits, token_partials
 
 MAX_LAYERS = 128
@@ -93,7 +93,8 @@ def decode_step(out: StepResult, logits: Tensor, layers: list[Layer], masks: Mas
     plan = problem = counters = None
     attention = options.attention
     if layers:
-        problem = gather(layers, attention.softmax_scale)
+        problem = gather(layers, masks, attention.softmax_scale)
+        attention = place(attention, masks, problem)
         plan = plan_columns(problem, attention)
         counters = launch.workspace(logits.device, plan.counters + batch, dtype=torch.int32)
     sampling = options.sampling._replace(exclude_token_id=options.mask_token_id)
@@ -106,7 +107,7 @@ def decode_step(out: StepResult, logits: Tensor, layers: list[Layer], masks: Mas
             problem,
             out.scores,
             [layer.softmax_lse for layer in layers],
-            masks,
+            masks.query_mask,
             attention,
             step=step if in_kernel else {**step, "commit": None, "COMMIT": None},
             masked_rows=options.query_rows == "masked",

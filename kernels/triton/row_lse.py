@@ -19,11 +19,12 @@ from attn_sampler.options import LOG2E, Attention
 from . import launch
 from .tile import (
     Lse,
-    Matrix,
     Problem,
     Window,
+    find_keys,
+    first_key_rows,
     fitting,
-    is_set,
+    keys_ahead,
     load_block,
     logit_scale,
     logit_units,
@@ -63,7 +64,7 @@ class Options(NamedTuple):
 )
 def row_lse_kernel(
     layers,
-    key_mask,
+    keys,
     lse,
     stride_layer,
     n_heads,
@@ -113,13 +114,9 @@ def row_lse_kernel(
         )
         q_d = of_layer(layers.q.stride_d, layer)
         kv_head = (head // of_layer(layers.groups, layer)).to(tl.int64)
-        k_base = (
-            of_layer(layers.k.data, layer)
-            + b * of_layer(layers.k.stride_b, layer)
-            + kv_head * of_layer(layers.k.stride_h, layer)
-        )
+        k_base = first_key_rows(layers, keys, layer, b) + kv_head * of_layer(layers.k.stride_h, layer)
+        ahead = keys_ahead(keys, b)
         factor, unit = logit_units(logit_scale(layers, layer, b, kv_head), TILE)
-        k_n = of_layer(layers.k.stride_r, layer)
         k_d = of_layer(layers.k.stride_d, layer)
         q = load_block(q_rows, row_ok, q_d, TILE)
 
@@ -132,14 +129,15 @@ def row_lse_kernel(
             last_row = tl.minimum((first_r + BLOCK_M - 1) // PACK, row_stop - 1)
             last = tl.maximum(tl.minimum(last, query_start + last_row + right + 1), key_start).to(tl.int32)
             first = tl.minimum(tl.maximum(first, query_start + first_r // PACK - left), last).to(tl.int32)
+        if keys.lengths is not None:
+            first = tl.minimum(tl.maximum(first, ahead), last)
         m = tl.full([BLOCK_M], -_INF, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         for start in range(first, last, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            key_ok = key < last
-            k = load_block(k_base + key.to(tl.int64) * k_n, key_ok, k_d, TILE)
+            there, key_ok, offset = find_keys(layers, keys, layer, b, key, key < last, ahead, TILE)
+            k = load_block(k_base + offset, there, k_d, TILE)
             logits = logits_tile(products_tile(q, k, TILE), factor, TILE)
-            key_ok = is_set(key_mask, b, key, key_ok)
             logits = tl.where(
                 visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited), logits, -_INF
             )
@@ -167,7 +165,6 @@ OF_TILE = RowLse(None, 0, 0)
 def row_lse(
     problem: Problem,
     softmax_lse: Sequence[Tensor | None],
-    key_mask: Tensor | None,
     options: Attention,
     rows: Span,
 ) -> RowLse:
@@ -176,12 +173,11 @@ def row_lse(
         scale = LOG2E if options.lse_base == "e" else 1.0
         return RowLse(Lse(tuple(softmax_lse), *shared_strides(softmax_lse), scale), 0, 0)
     keys = options.columns if options.softmax_scope == "block" else Span(0, problem.n_keys)
-    return _computed(problem, key_mask, options, rows, keys)
+    return _computed(problem, options, rows, keys)
 
 
 def _computed(
     problem: Problem,
-    key_mask: Tensor | None,
     options: Attention,
     rows: Span,
     keys: Span,
@@ -206,7 +202,7 @@ def _computed(
             programs * splits,
             {
                 "layers": problem.layers,
-                "key_mask": Matrix.optional(key_mask),
+                "keys": problem.keys,
                 "lse": lse,
                 "stride_layer": lse.stride(0),
                 "n_heads": problem.heads,

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attn_sampler.options import LOG2E, Attention, Layer
+from attn_sampler.checks import Span
+from attn_sampler.options import LOG2E, Attention, Layer, Masks
 
 from . import launch
 
@@ -41,6 +42,37 @@ class Matrix(NamedTuple):
     @classmethod
     def optional(cls, x: Tensor | None) -> Matrix | None:
         return None if x is None else cls.of(x)
+
+
+class Vector(NamedTuple):
+    """A tensor [B]."""
+
+    data: Tensor
+    stride_b: int
+
+
+class Keys(NamedTuple):
+    """Which keys of a sequence there are, and by which pages they are found.
+
+    Kernels count key positions as if all sequences ended at the last of N (``place``), so that they mean the
+    same for all: where a sequence has fewer keys, positions are ahead of them.
+    """
+
+    mask: Matrix | None
+    table: Matrix | None
+    lengths: Vector | None
+    n_keys: int
+    pages: tuple[int, ...] | None  # of all layers, or of each
+
+    @classmethod
+    def of(cls, masks: Masks, tensors: Sequence[Tensor]) -> Keys:
+        return cls(
+            Matrix.optional(masks.key_mask),
+            Matrix.optional(masks.block_table),
+            None if masks.seqlens_k is None else Vector(masks.seqlens_k, masks.seqlens_k.stride(0)),
+            masks.n_keys(tensors[0]),
+            _shared([x.shape[0] for x in tensors]) if masks.paged else None,
+        )
 
 
 class Vectors(NamedTuple):
@@ -92,6 +124,7 @@ class Tile(NamedTuple):
     block_d: int  # of the chunks that the head dimension is cut in
     upcast: bool  # multiply in float32
     plain_scale: bool  # the largest product is the largest logit
+    page_size: int  # of keys that lie in pages
 
 
 class Block(NamedTuple):
@@ -119,6 +152,43 @@ def is_set(mask, b, at, ok):
         offset = b * mask.stride_b + at.to(tl.int64) * mask.stride_n
         ok = ok & (tl.load(mask.data + offset, mask=ok, other=0) != 0)
     return ok
+
+
+@triton.jit
+def keys_ahead(keys, b):
+    """By how much key positions are ahead of the keys of sequence b."""
+    ahead = 0
+    if keys.lengths is not None:
+        length = tl.load(keys.lengths.data + b * keys.lengths.stride_b)
+        ahead = keys.n_keys - tl.minimum(tl.maximum(length, 0), keys.n_keys)
+    return ahead
+
+
+@triton.jit
+def first_key_rows(layers, keys, layer, b):
+    """Where the offsets of ``find_keys`` start."""
+    base = of_layer(layers.k.data, layer)
+    if keys.table is None:
+        base += b * of_layer(layers.k.stride_b, layer)
+    return base
+
+
+@triton.jit
+def find_keys(layers, keys, layer, b, position, ok, ahead, TILE: tl.constexpr):
+    """Of some positions: which have a key, which have one that is not masked, and how far off it is."""
+    n = position
+    if keys.lengths is not None:
+        n = position - ahead
+        ok = ok & (n >= 0)
+    offset = n.to(tl.int64) * of_layer(layers.k.stride_r, layer)
+    if keys.table is not None:
+        index = n // TILE.page_size
+        entry = b * keys.table.stride_b + index.to(tl.int64) * keys.table.stride_n
+        page = tl.load(keys.table.data + entry, mask=ok, other=-1)
+        ok = ok & (page >= 0) & (page < of_layer(keys.pages, layer))
+        offset = (n - index * TILE.page_size).to(tl.int64) * of_layer(layers.k.stride_r, layer)
+        offset += page.to(tl.int64) * of_layer(layers.k.stride_b, layer)
+    return ok, is_set(keys.mask, b, n, ok), offset
 
 
 @triton.jit
@@ -279,6 +349,8 @@ class Problem(NamedTuple):
     """The layers of a call as the kernels take them, and what their launchers ask about them."""
 
     layers: Layers
+    keys: Keys
+    page_size: int  # 0: they lie in no pages
     batch: int
     heads: int  # of the layer that has most
     group: int  # number of query heads that share a key head in every layer
@@ -322,8 +394,20 @@ class Cut(NamedTuple):
     of_tile: bool  # the keys of the softmax fit into it
 
 
-def gather(layers: Sequence[Layer], softmax_scale: float) -> Problem:
+def place(options: Attention, masks: Masks, problem: Problem) -> Attention:
+    """The options with positions as the kernels count them."""
+    if masks.seqlens_k is None:
+        return options
+    n_keys, columns = problem.n_keys, options.columns
+    columns = Span(columns.start + n_keys, columns.stop + n_keys)
+    return options._replace(columns=columns, query_start=options.query_start + n_keys)
+
+
+def gather(layers: Sequence[Layer], masks: Masks, softmax_scale: float) -> Problem:
     q, k, _, q_descale, k_descale = zip(*layers, strict=True)
+    n_keys = masks.n_keys(k[0])
+    if n_keys > launch.MAX_POSITIONS:
+        raise ValueError(f"block_table: the kernels take up to 2^29 keys, and these are {n_keys}")
     batch, _, n_rows, headdim = q[0].shape
     heads = [x.shape[1] for x in q]
     groups = [x.shape[1] // y.shape[1] for x, y in zip(q, k, strict=True)]
@@ -338,11 +422,13 @@ def gather(layers: Sequence[Layer], softmax_scale: float) -> Problem:
     )
     return Problem(
         operands,
+        Keys.of(masks, k),
+        k[0].shape[2] if masks.paged else 0,
         batch,
         max(heads),
         math.gcd(*groups),
         n_rows,
-        k[0].shape[2],
+        n_keys,
         headdim,
         q[0].element_size(),
         softmax_scale > 2.0**-99 and q_descale[0] is None and k_descale[0] is None,
@@ -379,7 +465,8 @@ def fitting(size: int, limit: int) -> int:
 
 def tile_of(problem: Problem, block_m: int, block_n: int) -> Tile:
     block_d = launch.block_d(problem.headdim, problem.element_size)
-    return Tile(problem.headdim, block_m, block_n, block_d, launch.INTERPRET, problem.plain_scale)
+    scale, page_size = problem.plain_scale, problem.page_size
+    return Tile(problem.headdim, block_m, block_n, block_d, launch.INTERPRET, scale, page_size)
 
 
 def cut_columns(kernel: str, problem: Problem, options: Attention, n_rows: int) -> Cut:

@@ -82,10 +82,14 @@ def attention(
     scope: str = "sequence",
     per_head: bool = False,
     reduction: str = "sum",
+    page_size: int = 0,
 ) -> None:
-    """Launch column_scores or attention_map on tensors [B, H, M, D] that are views of [B, M, H, D]."""
+    """Launch column_scores or attention_map on tensors [B, H, M, D] that are views of [B, M, H, D]; the keys
+    in pages of a cache, if these have a size, and the sequences with ends of their own then."""
     q = torch.empty(batch, rows, heads[0], headdim, dtype=dtype).transpose(1, 2)
-    k = torch.empty(batch, keys, heads[1], headdim, dtype=dtype).transpose(1, 2)
+    places = where_keys_are(batch, keys, page_size)
+    k_sizes = (batch * keys // page_size, page_size) if page_size else (batch, keys)
+    k = torch.empty(*k_sizes, heads[1], headdim, dtype=dtype).transpose(1, 2)
     softmax_lse = torch.empty(batch, heads[0], rows) if lse else None
     is_float8 = dtype == torch.float8_e4m3fn
     descales = [torch.empty(1).expand(batch, heads[1]) if is_float8 else None for _ in range(2)]
@@ -94,9 +98,10 @@ def attention(
     is_reduced = is_map and reduction != "none"
     shape = (batch, *([heads[0]] if per_head else []), *([min(columns, rows)] if is_map else []), columns)
     mask = torch.empty(batch, columns, dtype=torch.bool) if is_reduced else None
+    end = keys if page_size else 0
     options = attention_options(
-        slice(first, first + columns),
-        keys - rows,
+        slice(first - end, first + columns - end),
+        keys - rows - end,
         headdim,
         rows=slice(0, min(columns, rows)),
         causal=causal,
@@ -105,7 +110,13 @@ def attention(
         per_head=per_head,
     )
     out = torch.empty(shape[:-1] if is_reduced else shape)
-    kernel(out, Layer(q, k, softmax_lse, *descales), Masks(None, None, mask), options)
+    kernel(out, Layer(q, k, softmax_lse, *descales), Masks(None, None, mask, *places), options)
+
+
+def where_keys_are(batch: int, keys: int, page_size: int) -> list[Tensor]:
+    """A block table and the lengths of sequences, of keys in pages."""
+    sizes = [(batch, keys // page_size), (batch,)] if page_size else []
+    return [torch.empty(size, dtype=torch.int32) for size in sizes]
 
 
 def attention_options(columns: slice, query_start: int, headdim: int, **given: Any) -> Attention:
@@ -162,13 +173,17 @@ def step(
     lse: bool = True,
     given_scores: bool = False,
     revises: bool = False,
+    page_size: int = 0,
 ) -> None:
-    def empty(n_heads: int, length: int) -> Tensor:
-        return torch.empty(batch, length, n_heads, headdim, dtype=torch.bfloat16).transpose(1, 2)
+    def empty(count: int, n_heads: int, length: int) -> Tensor:
+        return torch.empty(count, length, n_heads, headdim, dtype=torch.bfloat16).transpose(1, 2)
 
     def layer() -> Layer:
         softmax_lse = torch.empty(batch, heads[0], rows) if lse else None
-        return Layer(empty(heads[0], rows), empty(heads[1], keys), softmax_lse)
+        k = empty(batch, heads[1], keys)
+        if page_size:
+            k = empty(batch * keys // page_size, heads[1], page_size)
+        return Layer(empty(batch, heads[0], rows), k, softmax_lse)
 
     first = (keys - columns) // 16 * 16
     block, shape = slice(first, first + columns), (batch, columns)
@@ -182,18 +197,18 @@ def step(
     if revises:
         revision = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.int32)
         out = StepResult(*out[:5], torch.empty(shape), torch.empty(shape), *revision)
+    end = keys if page_size else 0
     options = Step(
         block,
         126336,
         "all",
-        attention_options(block, keys - rows, headdim),
+        attention_options(slice(block.start - end, block.stop - end), keys - rows - end, headdim),
         Sampling("probability", 0.0, 0),
         REVISING if revises else Selection("parallel", "confidence", 0.9),
     )
     logits = torch.empty(*shape, vocab, dtype=torch.bfloat16)
-    kernels.decode_step(
-        out, logits, [layer() for _ in range(0 if given_scores else layers)], Masks(), options
-    )
+    masks = Masks(None, None, None, *where_keys_are(batch, keys, page_size))
+    kernels.decode_step(out, logits, [layer() for _ in range(0 if given_scores else layers)], masks, options)
 
 
 #: Launches by name: decode shapes, the peer's shapes, and what is hardest on registers.
@@ -238,6 +253,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     ),
     "map, sums of rows, no LSE": functools.partial(attention_map, columns=1280, lse=False, reduction="sum"),
     "map, diagonal": functools.partial(attention_map, columns=1280, reduction="diagonal"),
+    "columns in pages of 17, GQA 4, no LSE": functools.partial(
+        columns, batch=2, heads=(32, 8), rows=32, keys=1360, lse=False, page_size=17
+    ),
+    "map in pages of 16": functools.partial(attention_map, page_size=16),
     "confidence": confidence,
     "confidence and current tokens": functools.partial(confidence, current=True),
     "confidence, margin, sampled": functools.partial(confidence, metric="margin", temperature=0.7),
@@ -266,6 +285,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "step, 32 layers": step,
     "step, 28 layers, GQA 7, no LSE": functools.partial(
         step, layers=28, heads=(28, 4), rows=1024, keys=1024, vocab=152064, lse=False
+    ),
+    "step, 28 layers in pages of 16": functools.partial(
+        step, layers=28, batch=4, heads=(32, 8), rows=32, page_size=16
     ),
     "step, scores given": functools.partial(step, given_scores=True),
     "step, 32 layers, revising": functools.partial(step, revises=True),

@@ -117,18 +117,11 @@ def _isa(isa: str) -> Place:
         "cpu",
         {
             **dict.fromkeys(
-                (
-                    COLUMN_SCORES,
-                    ATTENTION_MAP,
-                    TOKEN_CONFIDENCE,
-                    ROW_SAMPLING,
-                    DECODE_STEP,
-                    LOGIT_RANGE,
-                    WINDOWS,
-                ),
-                "",
+                (COLUMN_SCORES, ATTENTION_MAP, TOKEN_CONFIDENCE, DECODE_STEP, LOGIT_RANGE, WINDOWS), ""
             ),
             REVISION: "reduced|column_mask|tell_of|parts",  # the rest is the same on all
+            PAGED_KEYS: "random_problems|layouts|same_bits",
+            ROW_SAMPLING: "random_problems|real_model",
         },
         {"ATTN_SAMPLER_CPU_ISA": isa},
         unavailable=lambda: _isa_unavailable(isa),
@@ -178,16 +171,16 @@ WITH_WGMMA, WITHOUT_WGMMA = 0, 1  # devices
 COLUMN_SCORES, ATTENTION_MAP = "contract/test_column_scores.py", "contract/test_attention_map.py"
 TOKEN_CONFIDENCE, SELECT_TOKENS = "contract/test_token_confidence.py", "contract/test_select_tokens.py"
 DECODE_STEP, ERRORS = "contract/test_decode_step.py", "contract/test_errors.py"
+PAGED_KEYS = "contract/test_paged_keys.py"
 LOGIT_RANGE, OPERANDS = "contract/test_logit_range.py", "contract/test_operands.py"
 WINDOWS, REVISION = "contract/test_windows.py", "contract/test_revision.py"
 ROW_SAMPLING = "contract/test_row_sampling.py"
 #: All but what says nothing there: programs run one after another, alike in every run, and the noise of
 #: samples is compared with the CPU's bit by bit.
 INTERPRETED = "^(?!.*(reruns_give_the_same_bits|samples_follow_the_softmax))"
-FUNCTIONS = (
-    *(COLUMN_SCORES, ATTENTION_MAP, WINDOWS),
-    *(TOKEN_CONFIDENCE, ROW_SAMPLING, SELECT_TOKENS, DECODE_STEP),
-)
+#: Of what each row is asked: not once more what is refused before any kernel.
+DRAWS = "random_problems|real_model|of_rows|of_each|as_alone|bits|no_token"
+FUNCTIONS = (COLUMN_SCORES, ATTENTION_MAP, WINDOWS, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP)
 TABLE, AMX_EMULATOR = "backends/test_backends.py", "backends/test_amx_emulator.py"
 TRITON_KERNELS, TRITON_COMPILE = "backends/test_triton_kernels.py", "backends/test_triton_compile.py"
 
@@ -200,6 +193,7 @@ PLACES = {
         {
             **dict.fromkeys((COLUMN_SCORES, ATTENTION_MAP, LOGIT_RANGE, AMX_EMULATOR), ""),
             REVISION: "reduced|column_mask",
+            PAGED_KEYS: "random_problems|layouts|same_bits",
         },
         {"ATTN_SAMPLER_CPU_ISA": "amx"},
         unavailable=_emulator_unavailable,
@@ -213,6 +207,8 @@ PLACES = {
         {
             **dict.fromkeys((*FUNCTIONS, REVISION, LOGIT_RANGE, ERRORS, TABLE, TRITON_KERNELS), INTERPRETED),
             OPERANDS: "anywhere|counted|interleaved|memory_of",  # the rest is before any kernel
+            PAGED_KEYS: "random_problems|not_read|no_rows|count_from|small_pages|test_step$",
+            ROW_SAMPLING: DRAWS,
         },
         {"TRITON_INTERPRET": "1"},
         unavailable=_triton_unavailable,
@@ -226,18 +222,12 @@ PLACES = {
     "cuda@host": _cuda_host(
         WITHOUT_WGMMA,
         dict.fromkeys(
-            (
-                COLUMN_SCORES,
-                TOKEN_CONFIDENCE,
-                ROW_SAMPLING,
-                SELECT_TOKENS,
-                DECODE_STEP,
-                REVISION,
-                LOGIT_RANGE,
-                WINDOWS,
-            ),
-            "",
-        ),
+            (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, REVISION, LOGIT_RANGE, WINDOWS), ""
+        )
+        | {
+            ROW_SAMPLING: DRAWS + "|samples_follow",
+            PAGED_KEYS: "random_problems|not_read|no_rows|count_from|same_bits|test_step$|share_pages|layouts",
+        },
     ),
     "cuda@host-wgmma": _cuda_host(
         WITH_WGMMA,
@@ -245,6 +235,7 @@ PLACES = {
             COLUMN_SCORES: "random_problems|many_rows|visible_nan",
             ATTENTION_MAP: "",
             WINDOWS: "many_rows",
+            PAGED_KEYS: "random_problems",
             DECODE_STEP: "random_steps",
             LOGIT_RANGE: "",
         },

@@ -15,10 +15,12 @@ struct alignas(64) TileConfig {
 };
 
 struct AmxWords : Bf16Words {
+    static constexpr int64_t kTogether = 32;
+
     /* As many whole blocks of 32 rows as there are. The packed operand is laid out as a tile wants it: a row
      * holds pair d of all columns. */
     static int64_t multiply_rows(const Rows &a, const float *b, int width, int64_t words, float *c) {
-        const int64_t done = a.count / 32 * 32;
+        const int64_t done = a.count / kTogether * kTogether;
         if (words % 16 != 0 || width % 32 != 0 || done == 0)
             return 0;
         static constexpr TileConfig config{};
@@ -26,7 +28,7 @@ struct AmxWords : Bf16Words {
         /* The intrinsics do not tell the compiler which memory a tile is loaded from. */
         __asm__ volatile("" ::: "memory");
         const int64_t width_bytes = int64_t{width} * 4;
-        for (int64_t r = 0; r < done; r += 32)
+        for (int64_t r = 0; r < done; r += kTogether)
             for (int j = 0; j < width; j += 32) {
                 /* Tiles 0 to 3 hold sums, 4 and 5 rows of a, 6 and 7 of b. */
                 _tile_zero(0);

@@ -202,7 +202,8 @@ inline void convert_to_float(const void *x, int dtype, int64_t n, float *out) {
 
 /* Operands of a product as 32-bit words: any dtype, widened to float32. */
 struct FloatWords {
-    static constexpr int kElements = 1; /* of a word */
+    static constexpr int kElements = 1;     /* of a word */
+    static constexpr int64_t kTogether = 1; /* rows that a unit takes at once */
     static VecF multiply_add(VecF sum, VecF column, VecF x) { return sum + x * column; }
 
     /* The first rows of c[rows][width] = a[rows][words] b[words][width], where a unit takes several at once;

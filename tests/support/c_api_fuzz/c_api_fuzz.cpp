@@ -45,8 +45,8 @@ Broken break_tensor(Call &call) {
     int64_t &size = view.shape[i], &stride = view.stride[i];
     switch (random.below(8)) {
     case 0:
-        *t.slot = nullptr;
-        return {t.name, t.required};
+        *t.slot = nullptr; /* without what says where the keys lie, k or the columns are none */
+        return {t.name, t.required, t.name == "block_table" || t.name == "seqlens_k"};
     case 1:
         view.data = nullptr;
         return {t.name, !t.empty()};
@@ -108,6 +108,18 @@ Broken break_span(Random &random, attn_sampler_span &span, const char *name, int
     return {name, true};
 }
 
+Broken break_columns(Call &call) {
+    attn_sampler_span &columns = call.params.attention.columns;
+    const attn_sampler_tensor *const table = call.masks.block_table;
+    const int64_t n_keys = call.layer[0].k->shape[2] * (table == nullptr ? 1 : table->shape[1]);
+    columns = {columns.start + call.end, columns.stop + call.end};
+    const Broken broken = break_span(call.random, columns, "params.columns", n_keys);
+    for (int64_t *bound : {&columns.start, &columns.stop})
+        if (std::abs(*bound / 2) < INT64_MAX / 4)
+            *bound -= call.end;
+    return broken;
+}
+
 Broken break_attention(Call &call) {
     Random &random = call.random;
     attn_sampler_attention_params &a = call.params.attention;
@@ -155,7 +167,7 @@ Broken break_attention(Call &call) {
     default:
         if (call.num_layers == 0)
             return break_attention(call);
-        return break_span(random, a.columns, "params.columns", call.layer[0].k->shape[2]);
+        return break_columns(call);
     }
 }
 

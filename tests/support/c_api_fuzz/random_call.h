@@ -172,6 +172,8 @@ struct Call {
     std::deque<Tensor> tensors;
     bool plain = true; /* no value is NaN or infinite, no logit far from the others */
     int64_t batch, rows = 0 /* of all heads and layers */, vocab = 0;
+    int64_t pages = 0, page_size = 0; /* of keys that lie in pages */
+    int64_t end = 0;                  /* what key positions count from */
 
     attn_sampler_layer layer[3] = {};
     const attn_sampler_layer *layers = layer;
@@ -205,7 +207,8 @@ struct Call {
     attn_sampler_status run() {
         const attn_sampler_decode_step_params *const p = has_params ? &params : nullptr;
         attn_sampler_exec *const e = has_exec ? &exec : nullptr;
-        const bool has_masks = masks.key_mask || masks.query_mask || masks.column_mask;
+        const bool has_masks =
+            masks.key_mask || masks.query_mask || masks.column_mask || masks.block_table || masks.seqlens_k;
         const attn_sampler_masks *const m = has_masks ? &masks : nullptr;
         const attn_sampler_revision *const r = revises ? &revision : nullptr;
         switch (function) {
@@ -287,7 +290,10 @@ struct Call {
         const int dtype = random.pick<int>(
             {ATTN_SAMPLER_FLOAT32, ATTN_SAMPLER_FLOAT16, ATTN_SAMPLER_BFLOAT16, ATTN_SAMPLER_FLOAT8_E4M3});
         add(l.q, "q", Role::rows, dtype, {batch, heads, n_rows, headdim}, -1.5, 1.5, {0, 3});
-        add(l.k, "k", Role::rows, dtype, {batch, kv_heads, n_keys, headdim}, -1.5, 1.5, {0, 3});
+        if (page_size > 0)
+            add(l.k, "k", Role::rows, dtype, {pages, kv_heads, page_size, headdim}, -1.5, 1.5, {3});
+        else
+            add(l.k, "k", Role::rows, dtype, {batch, kv_heads, n_keys, headdim}, -1.5, 1.5, {0, 3});
         if (params.attention.softmax_scope == ATTN_SAMPLER_SCOPE_SEQUENCE && random.chance(50))
             add(l.softmax_lse, "softmax_lse", Role::input, ATTN_SAMPLER_FLOAT32, {batch, heads, n_rows}, 0,
                 20, {0, 1, 2}, false);
@@ -295,6 +301,23 @@ struct Call {
             if (dtype == ATTN_SAMPLER_FLOAT8_E4M3 && random.chance(50))
                 add(*slot, name, Role::input, ATTN_SAMPLER_FLOAT32, {batch, kv_heads}, 0, 2, {0, 1}, false);
         rows += heads * n_rows;
+    }
+
+    /* Perhaps pages, which hold no fewer keys, and ends of the sequences, from which positions count. */
+    void draw_places(int64_t &n_keys) {
+        if (random.chance(30)) {
+            page_size = random.pick<int64_t>({1, 3, 16, 17, n_keys});
+            const int64_t table_size = (n_keys + page_size - 1) / page_size;
+            n_keys = table_size * page_size;
+            pages = random.pick<int64_t>({0, 1, 3, random.between(1, 1 + 400 / page_size)});
+            add(masks.block_table, "block_table", Role::input, ATTN_SAMPLER_INT32, {batch, table_size}, -1,
+                static_cast<double>(pages), {0}, false);
+        }
+        if (random.chance(30)) {
+            end = n_keys;
+            add(masks.seqlens_k, "seqlens_k", Role::input, ATTN_SAMPLER_INT32, {batch}, -2,
+                static_cast<double>(n_keys + 2), {0}, false);
+        }
     }
 
     void draw_masks(int64_t n_rows, int64_t n_keys) {
@@ -325,11 +348,14 @@ struct Call {
             n_keys = random.pick<int64_t>({2050, 14000, 50000});
         }
         draw_attention_params();
+        draw_places(n_keys);
         attn_sampler_attention_params &a = params.attention;
         a.columns = span(n_keys);
+        a.columns = {a.columns.start - end, a.columns.stop - end};
         a.rows = is_map ? span(n_rows) : attn_sampler_span{-1, -1};
-        a.query_start = random.pick<int64_t>({n_keys - n_rows, 0, a.columns.start, random.between(-99, 199),
-                                              -ATTN_SAMPLER_MAX_POSITION, ATTN_SAMPLER_MAX_POSITION - 1});
+        a.query_start =
+            random.pick<int64_t>({n_keys - n_rows - end, 0, a.columns.start, random.between(-99, 199),
+                                  -ATTN_SAMPLER_MAX_POSITION, ATTN_SAMPLER_MAX_POSITION - 1});
         draw_layer(0, n_rows, n_keys);
         draw_masks(n_rows, n_keys);
         if (is_map && random.chance(40))
@@ -460,16 +486,18 @@ struct Call {
         params.block = {before, before + block};
         params.mask_token_id = random.below(vocab);
         params.query_rows = random.chance(50);
-        const int64_t first_key = random.below(20); /* of the block */
-        params.attention.columns = {first_key, first_key + block};
+        const int64_t first_key = random.below(20);       /* of the block */
         const int64_t first_row = random.below(n_tokens); /* in the tokens */
         int64_t n_rows = random.between(0, n_tokens - first_row),
                 n_keys = first_key + block + random.below(40);
-        params.attention.query_start = first_row - before + first_key;
-        if (num_layers > 0)
+        if (num_layers > 0) {
+            draw_places(n_keys);
             draw_masks(n_rows, n_keys);
+        }
+        params.attention.columns = {first_key - end, first_key - end + block};
+        params.attention.query_start = first_row - before + first_key - end;
         for (int i = 0; i < num_layers; ++i) {
-            if (masks.key_mask == nullptr)
+            if (masks.key_mask == nullptr && page_size == 0 && end == 0)
                 n_keys = first_key + block + random.below(40);
             if (masks.query_mask == nullptr && params.query_rows == ATTN_SAMPLER_QUERY_ROWS_ALL)
                 n_rows = random.below(70);

@@ -122,8 +122,17 @@ void attention_problem(int index) {
     const bool fills_a_tile = index % 8 < 3; /* of the kernels with wgmma, where the dtype is one of theirs */
     const int64_t batch = pick({1, 2}), kv_heads = pick({1, 2}), heads = kv_heads * pick({1, 3}),
                   rows = fills_a_tile ? 70 : pick({1, 5, 20, 70}),
-                  keys = fills_a_tile ? 130 : pick({1, 9, 40, 130}), headdim = pick({16, 24, 33, 64, 136});
-    Array q(dtype, {batch, heads, rows, headdim}), k(dtype, {batch, kv_heads, keys, headdim});
+                  wanted = fills_a_tile ? 130 : pick({1, 9, 40, 130}), headdim = pick({16, 24, 33, 64, 136});
+    /* Keys may lie in pages, some of which do not exist, and sequences may have ends of their own. */
+    const bool paged = rng() % 3 == 0, has_ends = rng() % 3 == 0;
+    const int64_t page_size = paged ? pick({1, 3, 16}) : wanted, pages = paged ? pick({1, 5, 40}) : batch,
+                  table_size = (wanted + page_size - 1) / page_size, keys = table_size * page_size;
+    Array q(dtype, {batch, heads, rows, headdim}), k(dtype, {pages, kv_heads, page_size, headdim});
+    Array table(ATTN_SAMPLER_INT32, {batch, table_size}), ends(ATTN_SAMPLER_INT32, {batch});
+    for (size_t i = 0; i < table.size<int32_t>(); ++i)
+        table.data<int32_t>()[i] = static_cast<int32_t>(rng() % static_cast<unsigned>(pages + 2)) - 1;
+    for (size_t i = 0; i < ends.size<int32_t>(); ++i)
+        ends.data<int32_t>()[i] = static_cast<int32_t>(rng() % static_cast<unsigned>(keys + 4)) - 2;
     q.fill_normal(1.0f);
     k.fill_normal(1.0f);
     const int64_t start = fills_a_tile ? 0 : static_cast<int64_t>(rng() % static_cast<unsigned>(keys));
@@ -151,15 +160,23 @@ void attention_problem(int index) {
     params.per_head = rng() % 2 != 0;
     params.window_left = pick({-1, -1, 0, 7, 50});
     params.window_right = pick({-1, -1, 0, 7, 50});
+    if (has_ends) {
+        params.columns = {start - keys, stop - keys};
+        params.query_start -= keys;
+    }
     const int64_t columns = stop - start;
     auto run = [&](auto function, std::vector<int64_t> shape) {
         Array cpu(ATTN_SAMPLER_FLOAT32, shape), cuda(ATTN_SAMPLER_FLOAT32, shape);
         const attn_sampler_layer layer = {q.view(), k.view(), nullptr, scaled ? q_descale.view() : nullptr,
                                           scaled ? k_descale.view() : nullptr};
-        const attn_sampler_masks masks = {key_mask.view(), query_mask.view(), column_mask.view()};
+        const attn_sampler_masks masks = {masked ? key_mask.view() : nullptr,
+                                          masked ? query_mask.view() : nullptr,
+                                          masked ? column_mask.view() : nullptr,
+                                          paged ? table.view() : nullptr, has_ends ? ends.view() : nullptr};
         on_both(
             [&](Array &out, attn_sampler_exec &exec) {
-                return function(&layer, masked ? &masks : nullptr, &params, out.view(), &exec);
+                const bool given = masked || paged || has_ends;
+                return function(&layer, given ? &masks : nullptr, &params, out.view(), &exec);
             },
             cpu, cuda);
     };

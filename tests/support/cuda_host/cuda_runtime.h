@@ -99,6 +99,13 @@ inline int __any_sync(unsigned, int vote, CUDA_HOST_CALLER) {
         any |= votes[i] != 0;
     return any;
 }
+inline unsigned __ballot_sync(unsigned, int vote, CUDA_HOST_CALLER) {
+    const int *const votes = cuda_host::meet_warp(vote, file, line);
+    unsigned ballot = 0;
+    for (unsigned i = 0; i < 32; ++i)
+        ballot |= (votes[i] != 0 ? 1u : 0u) << i;
+    return ballot;
+}
 [[noreturn]] inline void __trap() { __builtin_trap(); }
 template <typename T>
 T __ldcg(const T *p) {
