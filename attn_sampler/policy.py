@@ -88,7 +88,11 @@ class Policy(abc.ABC):
         mask_token_id: int,
         sequence: Tensor,
         seeds: Tensor,
-        temperature: float = 0.0,
+        temperature: float | Tensor = 0.0,
+        top_k: int | Tensor = 0,
+        top_p: float | Tensor = 1.0,
+        min_p: float | Tensor = 0.0,
+        token_bitmask: Tensor | None = None,
         backend: str = "auto",
         padding: Tensor | None = None,
         budget: Tensor | None = None,
@@ -108,7 +112,7 @@ class Policy(abc.ABC):
             ``AttentionCapture.step_input`` gives it; the block's map, float32 ``[B, C, C]``, as
             ``AttentionCapture.attention_map`` gives it, for a policy that needs that (its column sums are
             the scores then); None for a policy that needs no attention.
-        block, mask_token_id, temperature, backend
+        block, mask_token_id, temperature, top_k, top_p, min_p, token_bitmask, backend
             As in ``decode_step``.
         sequence
             int64 ``[B]``, ascending: which sequence of the whole run each row is.
@@ -153,8 +157,12 @@ class Policy(abc.ABC):
             logits,
             metric=self.metric,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
             seed=seeds,
             exclude_token_id=mask_token_id,
+            token_bitmask=token_bitmask,
             current_ids=block_tokens if self.revises else None,
             backend=backend,
         )

@@ -226,7 +226,7 @@ PLACES = {
         )
         | {
             ROW_SAMPLING: DRAWS + "|samples_follow",
-            PAGED_KEYS: "random_problems|not_read|no_rows|count_from|same_bits|test_step$|share_pages|layouts",
+            PAGED_KEYS: "random_problems|not_read|no_rows|count_from|same_bits|test_step$|pages|layouts",
         },
     ),
     "cuda@host-wgmma": _cuda_host(
