@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attn_sampler import checks, functional, reference
+from attn_sampler import checks, functional, reference, stream
 from attn_sampler.attention import column_scores
 from attn_sampler.backends import BACKEND_CHOICES
 from attn_sampler.checks import Span
@@ -278,7 +278,7 @@ class _Shard:
         self.current_ids, self.vocab_size = current_ids, vocab_size
         sampling = Sampling(metric, temperature, seed).of_stream(logits)
         self.metric, self.temperature = sampling.metric, temperature
-        self.inverse_temperature = float(reference.inverse_temperature(torch.tensor(temperature)))
+        self.inverse_temperature = float(stream.inverse_temperature(torch.tensor(temperature)))
         self.seed = 0 if sampling.seed is None else sampling.seed
         self.backend = backend
 
@@ -393,8 +393,8 @@ class _Shard:
         """The noise of one token [B, C] at each position."""
         position = torch.arange(ids.shape[1], device=ids.device)[None, :]
         seeds = self.seed[:, None] if isinstance(self.seed, Tensor) else torch.full_like(ids, self.seed)
-        words = torch.stack(reference.philox(seeds, ids // 4, position), dim=-1)
-        return reference.gumbel(words.gather(-1, (ids % 4)[..., None]).squeeze(-1))
+        words = torch.stack(stream.philox(seeds, ids // 4, position), dim=-1)
+        return stream.gumbel(words.gather(-1, (ids % 4)[..., None]).squeeze(-1))
 
 
 def _nan_lowest(x: Tensor) -> Tensor:

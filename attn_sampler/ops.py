@@ -16,7 +16,8 @@ from torch.utils._device import DeviceContext
 
 from attn_sampler import checks
 from attn_sampler.backends import Backend, choose_backend, direct_backend
-from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step, flat, schema, unflat
+from attn_sampler.operator_arguments import flat, schema, unflat
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step
 from attn_sampler.reference import Selected, StepResult
 
 _LIBRARY = torch.library.Library("attn_sampler", "DEF")

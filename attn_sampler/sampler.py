@@ -32,7 +32,8 @@ from attn_sampler import checks
 from attn_sampler.capture import CapturedLayer
 from attn_sampler.functional import decode_step, select_tokens
 from attn_sampler.policy import Policy, StepState, ranked_positions, top_positions
-from attn_sampler.reference import StepResult, philox
+from attn_sampler.reference import StepResult
+from attn_sampler.stream import philox
 
 
 @dataclasses.dataclass

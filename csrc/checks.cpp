@@ -9,6 +9,7 @@
 
 #include "error.h"
 #include "memory.h"
+#include "row_checks.h"
 #include "tensor_checks.h"
 
 namespace attn_sampler {
@@ -19,11 +20,6 @@ constexpr int64_t kMaxLayers = 1 << 20;
 void check_choice(const char *name, int value, int count) {
     if (value < 0 || value >= count)
         throw Error(kInvalid, "%s: expected 0 to %d, got %d", name, count - 1, value);
-}
-
-void check_unit(const char *name, double value) {
-    if (!(value >= 0.0 && value <= 1.0))
-        throw Error(kInvalid, "%s: expected a number in [0, 1], got %g", name, value);
 }
 
 int64_t length(const attn_sampler_span &span) { return span.stop - span.start; }
@@ -37,17 +33,6 @@ void check_span(const char *name, const attn_sampler_span &span, int64_t first, 
 
 void check_span(const char *name, const attn_sampler_span &span, int64_t size) {
     check_span(name, span, 0, size);
-}
-
-/* No view of NULL. */
-template <typename T, int kDims>
-void set_view(View<T, kDims> &view, const Tensor *t) {
-    view = {};
-    if (t == nullptr)
-        return;
-    view.data = static_cast<T *>(t->data);
-    for (int i = 0; i < kDims; ++i) /* no limit holds for a step that is never taken */
-        view.stride[i] = t->shape[i] > 1 ? t->stride[i] : 0;
 }
 
 int num_threads(const attn_sampler_exec &exec) {
@@ -199,64 +184,6 @@ Error of_layer(int64_t layer, const Error &error) {
         if (strncmp(message, start, strlen(start)) == 0)
             return Error(error.status(), "layers[%" PRId64 "].%s", layer, message);
     return error;
-}
-
-/* The value of a row: of its own, from a tensor of this dtype, or that of all. */
-template <typename T>
-void set_of_rows(OfRows<T> &values, const char *name, const Tensor *own, int dtype, double all,
-                 int64_t batch) {
-    check_optional(name, own, dtype, {batch});
-    set_view(values.own, own);
-    values.all = static_cast<T>(all);
-}
-
-/* What each row draws by. */
-Draws draws_of(const attn_sampler_sampling_params &params, int64_t batch, int64_t vocab) {
-    const double t = params.temperature, top_p = params.top_p > 0.0 ? params.top_p : 1.0;
-    if (!(t == 0.0 || (t >= ATTN_SAMPLER_MIN_TEMPERATURE && std::isfinite(t))))
-        throw Error(kInvalid, "params.temperature: expected 0, or a finite number >= 2^-120, got %g", t);
-    if (params.top_k < 0)
-        throw Error(kInvalid, "params.top_k: expected at least 0, got %" PRId64, params.top_k);
-    check_unit("params.top_p", params.top_p);
-    check_unit("params.min_p", params.min_p);
-    if (vocab > ATTN_SAMPLER_MAX_TOP_P_VOCAB && (params.top_ps != nullptr || top_p < 1.0))
-        throw Error(kInvalid, "params.top_p: served for at most 2^32 tokens, got %" PRId64, vocab);
-    constexpr int kFloat = ATTN_SAMPLER_FLOAT32;
-    Draws draws{};
-    set_of_rows(draws.temperature, "params.temperatures", params.temperatures, kFloat, std::min(t, 0x1p126),
-                batch);
-    set_of_rows(draws.top_k, "params.top_ks", params.top_ks, ATTN_SAMPLER_INT32,
-                static_cast<double>(min_of(params.top_k, INT32_MAX)), batch);
-    set_of_rows(draws.top_p, "params.top_ps", params.top_ps, kFloat, top_p, batch);
-    set_of_rows(draws.min_p, "params.min_ps", params.min_ps, kFloat, params.min_p, batch);
-    set_of_rows(draws.seed, "params.seeds", params.seeds, ATTN_SAMPLER_INT64, 0.0, batch);
-    draws.seed.all = static_cast<int64_t>(params.seed);
-    return draws;
-}
-
-/* Words of a bit for each token, of each position or of all of a sequence. */
-View<const uint32_t, 3> bitmask_of(const Tensor *t, int64_t batch, int64_t positions, int64_t vocab) {
-    View<const uint32_t, 3> view{};
-    if (t == nullptr)
-        return view;
-    const bool of_positions = t->ndim == 3;
-    const int64_t words = ceil_div(vocab, 32);
-    check_tensor("params.token_bitmask", t, of_positions ? 3 : 2);
-    check_dtype("params.token_bitmask", t, ATTN_SAMPLER_INT32);
-    check_size("params.token_bitmask", t, 0, batch);
-    if (of_positions)
-        check_size("params.token_bitmask", t, 1, positions);
-    if (t->shape[t->ndim - 1] < words)
-        throw Error(kInvalid, "params.token_bitmask: expected at least %" PRId64 " words, got %" PRId64,
-                    words, t->shape[t->ndim - 1]);
-    if (of_positions) {
-        set_view(view, t);
-    } else {
-        View<const uint32_t, 2> of_sequence;
-        set_view(of_sequence, t);
-        view = {of_sequence.data, {of_sequence.stride[0], 0, of_sequence.stride[1]}};
-    }
-    return view;
 }
 
 void check_selection_params(const attn_sampler_selection_params &params) {

@@ -19,7 +19,6 @@ is drawn into the row's partials.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, NamedTuple
 
 import triton
@@ -29,84 +28,13 @@ from torch import Tensor
 from attn_sampler.options import LOG2E, Sampling
 
 from . import launch
+from .draws import Bitmask, Draws, Logits, Rows, draw_of, gumbel_noise, inverse_of, is_allowed, normal
 from .tile import Matrix
+from .truncation import truncate_kernel
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)  # loses every tie to a real token
 _LOG2E = tl.constexpr(LOG2E)
 _INF = tl.constexpr(float("inf"))
-
-# Constants of the sampling stream; csrc/include/attn_sampler_random.h is its specification.
-_WORD_SCALE = tl.constexpr(2.0**-32)
-_WORD_OFFSET = tl.constexpr(2.0**-33)
-_WORD_MAX = tl.constexpr(1.0 - 2.0**-24)
-_SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
-_LOG2_HIGH = tl.constexpr(float.fromhex("0x1.63p-1"))
-_LOG2_LOW = tl.constexpr(float.fromhex("-0x1.bd0106p-13"))
-_EXP2_UNIT = tl.constexpr(float.fromhex("0x1.715476p+0"))
-_E0 = tl.constexpr(float.fromhex("0x1.eeabe2p-11"))
-_E1 = tl.constexpr(float.fromhex("0x1.2d8974p-7"))
-_E2 = tl.constexpr(float.fromhex("0x1.c4f802p-5"))
-_E3 = tl.constexpr(float.fromhex("0x1.ebe2eap-3"))
-_E4 = tl.constexpr(float.fromhex("0x1.62e3b6p-1"))
-_ALL = tl.constexpr(0x7F800000)  # the bits of infinity: as far below the largest logit as what is absent
-_LEAST_TEMPERATURE, _MOST_TEMPERATURE = tl.constexpr(2.0**-120), tl.constexpr(2.0**126)
-_LEAST_MIN_P = tl.constexpr(2.0**-126)
-_P0 = tl.constexpr(float.fromhex("-0x1.38b81ap-4"))
-_P1 = tl.constexpr(float.fromhex("0x1.055bdcp-3"))
-_P2 = tl.constexpr(float.fromhex("-0x1.0d84eep-3"))
-_P3 = tl.constexpr(float.fromhex("0x1.22da06p-3"))
-_P4 = tl.constexpr(float.fromhex("-0x1.54724cp-3"))
-_P5 = tl.constexpr(float.fromhex("0x1.99a00ap-3"))
-_P6 = tl.constexpr(float.fromhex("-0x1.000226p-2"))
-_P7 = tl.constexpr(float.fromhex("0x1.555554p-2"))
-
-
-@triton.jit
-def _exact_neg_log(x):
-    """-log(x) of normal positive float32 values; exact only in a kernel without fused multiply-add."""
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - _SQRT_HALF_BITS) >> 23
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    e = exponent.to(tl.float32)
-    z = f * f
-    p = f * _P0 + _P1
-    p = p * f + _P2
-    p = p * f + _P3
-    p = p * f + _P4
-    p = p * f + _P5
-    p = p * f + _P6
-    p = p * f + _P7
-    y = (f * z) * p
-    y = y + e * _LOG2_LOW
-    y = y - 0.5 * z
-    return -((f + y) + e * _LOG2_HIGH)
-
-
-@triton.jit
-def gumbel_noise(seed, position, group):
-    """Standard Gumbel noise of tokens 4 * group ... 4 * group + 3, interleaved: [K, W / 4] -> [K, W]."""
-    zero = tl.zeros_like(group)
-    w0, w1, w2, w3 = tl.philox(seed, group, position + zero, zero, zero)
-    word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    w = word.to(tl.float32) * _WORD_SCALE + _WORD_OFFSET
-    w = tl.minimum(w, _WORD_MAX)
-    u = 1.0 - w
-    exponential = (w - (1.0 - u)) + _exact_neg_log(u)
-    return _exact_neg_log(exponential)
-
-
-@triton.jit
-def _token_weight(distance):
-    """exp(distance) in units of 2^-30, rounded down, of distances <= 0; exact as the logarithm is."""
-    t = tl.maximum(distance * _EXP2_UNIT, -64.0)
-    whole = t.to(tl.int32)
-    f = t - whole.to(tl.float32)
-    p = f * _E0 + _E1
-    p = p * f + _E2
-    p = p * f + _E3
-    p = p * f + _E4
-    p = p * f + 1.0
-    return (p * ((whole + 157) << 23).to(tl.float32, bitcast=True)).to(tl.int32)
 
 
 @triton.jit
@@ -193,112 +121,13 @@ def log_prob_of(p):
 
 
 @triton.jit
-def _is_allowed(bitmask, b, position, token, ok):
-    """Whether a token's bit is set, or there are none."""
-    allowed = ok
-    if bitmask is not None:
-        word = bitmask.data + b.to(tl.int64) * bitmask.stride_b + position.to(tl.int64) * bitmask.stride_c
-        bits = tl.load(word + (token // 32) * bitmask.stride_w, mask=ok, other=0)
-        allowed = ok & (((bits >> (token % 32)) & 1) != 0)
-    return allowed
-
-
-@triton.jit
 def probability_of(p, logits, bitmask, exclude, b, position, token, ok):
     """The probability of another token under a complete partial; NaN of what is none of the vocabulary."""
     known = (token >= 0) & (token < logits.vocab)
     row = logits.data + b.to(tl.int64) * logits.stride_b + position.to(tl.int64) * logits.stride_c
-    there = _is_allowed(bitmask, b, position, token, ok & known & (token != exclude))
+    there = is_allowed(bitmask, b, position, token, ok & known & (token != exclude))
     x = tl.load(row + token * logits.stride_v, mask=there, other=-_INF).to(tl.float32)
     return tl.where(known, tl.exp2((x - _finite_or_zero(p.m)) * _LOG2E) / p.l, float("nan"))
-
-
-class Logits(NamedTuple):
-    """Logits [B, C, V]."""
-
-    data: Tensor
-    stride_b: int
-    stride_c: int
-    stride_v: int
-    positions: int
-    vocab: int
-
-    @classmethod
-    def of(cls, x: Tensor) -> Logits:
-        return cls(x, *x.stride(), *x.shape[1:])
-
-
-class Bitmask(NamedTuple):
-    """Words [B, C, W] of a bit for each token."""
-
-    data: Tensor
-    stride_b: int
-    stride_c: int
-    stride_w: int
-
-    @classmethod
-    def optional(cls, x: Tensor | None) -> Bitmask | None:
-        if x is None:
-            return None
-        return cls(x, *x.stride()) if x.dim() == 3 else cls(x, x.stride(0), 0, x.stride(1))
-
-
-class Rows(NamedTuple):
-    """A value for each row of the batch."""
-
-    data: Tensor
-    stride: int
-
-    @classmethod
-    def split(cls, value: float | Tensor) -> tuple[Rows | None, Any]:
-        """Those of a tensor, or a number for all."""
-        return (cls(value, value.stride(0)), 0) if isinstance(value, Tensor) else (None, value)
-
-
-class Draws(NamedTuple):
-    """What is drawn by, where each row has its own."""
-
-    seed: Rows | None
-    temperature: Rows | None
-    top_k: Rows | None
-    top_p: Rows | None
-    min_p: Rows | None
-
-
-class Draw(NamedTuple):
-    """Inside a kernel: of a row."""
-
-    seed: Any
-    inverse_temperature: Any  # 0: the most probable token is taken
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    truncates: Any  # whether only some tokens may be drawn
-
-
-@triton.jit
-def _value_of(rows, value, b):
-    own = value
-    if rows is not None:
-        own = tl.load(rows.data + b.to(tl.int64) * rows.stride)
-    return own
-
-
-@triton.jit
-def _draw_of(draws, seed, inverse_temperature, top_k, top_p, min_p, b):
-    zero = tl.full([], 0.0, tl.float32)  # numbers have no type yet where kernels are interpreted
-    inverse = zero + inverse_temperature
-    if draws.temperature is not None:
-        t = tl.load(draws.temperature.data + b.to(tl.int64) * draws.temperature.stride)
-        one = tl.full([], 1.0, tl.float32)
-        inverse = tl.div_rn(one, tl.minimum(tl.maximum(t, _LEAST_TEMPERATURE), _MOST_TEMPERATURE))
-        inverse = tl.where(t >= _LEAST_TEMPERATURE, inverse, 0.0)
-    k = _value_of(draws.top_k, top_k, b)
-    p = zero + _value_of(draws.top_p, top_p, b)
-    m = zero + _value_of(draws.min_p, min_p, b)
-    p = tl.where((p > 0.0) & (p < 1.0), p, 1.0)
-    truncates = (inverse > 0.0) & ((k > 0) | (p < 1.0) | (m > 0.0))
-    return Draw(_value_of(draws.seed, seed, b).to(tl.int64), inverse, k, p, m, truncates)
 
 
 class Options(NamedTuple):
@@ -353,7 +182,7 @@ def token_partials_kernel(
     first = split * split_size - LEAD
     last = tl.minimum(first + split_size, logits.vocab)
     if SAMPLE:
-        draw = _draw_of(draws, seed, inverse_temperature, top_k, top_p, min_p, batch)
+        draw = draw_of(draws, seed, inverse_temperature, top_k, top_p, min_p, batch)
         samples = (draw.inverse_temperature > 0.0) & (draw.truncates == 0)
 
     # Sampling and the margin need the best token of every tile. Without them a lane only remembers the tile
@@ -376,7 +205,7 @@ def token_partials_kernel(
         if (exclude >= start) & (exclude < start + BLOCK_K * BLOCK_W):
             raw = tl.where(here == exclude, -_INF, raw)
         if bitmask is not None:
-            there = _is_allowed(bitmask, batch, position, here, there)
+            there = is_allowed(bitmask, batch, position, here, there)
             raw = tl.where(there, raw, -_INF)
 
         tile_m = tl.max(raw, 0)  # passes over NaN
@@ -441,178 +270,6 @@ def token_partials_kernel(
     tl.store(p + 4 * plane, token.to(tl.float32, bitcast=True))
     tl.store(p + 5 * plane, best.x)
     tl.store(p + 6 * plane, best.other)
-
-
-class Row(NamedTuple):
-    """Inside a kernel: a row's logits, and what is told of their distances below the largest."""
-
-    logits: Any
-    bitmask: Any
-    exclude: Any
-    b: Any
-    position: Any
-    inverse_temperature: Any
-    top: Any  # the largest logit, by the inverse temperature
-
-
-@triton.jit
-def _raw(row, here):
-    """Logits; -inf of what is absent or NaN."""
-    base = row.logits.data + row.b.to(tl.int64) * row.logits.stride_b
-    base += row.position.to(tl.int64) * row.logits.stride_c
-    there = (here >= 0) & (here < row.logits.vocab) & (here != row.exclude)
-    there = _is_allowed(row.bitmask, row.b, row.position, here, there)
-    x = tl.load(base + here.to(tl.int64) * row.logits.stride_v, mask=there, other=-_INF).to(tl.float32)
-    return tl.where(x == x, x, -_INF)
-
-
-@triton.jit
-def _below(row, scaled):
-    """How far below the largest, as bits, in whose order the distances are."""
-    return tl.where(scaled < row.top, row.top - scaled, 0.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _count(row, most, BLOCK: tl.constexpr):
-    """Tokens that are at most so far below."""
-    count = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, row.logits.vocab, BLOCK):
-        here = start + tl.arange(0, BLOCK)
-        near = _below(row, _raw(row, here) * row.inverse_temperature) <= most
-        count += (near & (here < row.logits.vocab)).to(tl.int32)
-    return tl.sum(count, 0)
-
-
-@triton.jit
-def _mass(row, most, BLOCK: tl.constexpr):
-    """The weight of the tokens that are at most so far below."""
-    mass = tl.zeros([BLOCK], tl.int64)
-    for start in range(0, row.logits.vocab, BLOCK):
-        here = start + tl.arange(0, BLOCK)
-        below = _below(row, _raw(row, here) * row.inverse_temperature)
-        weight = _token_weight(-below.to(tl.float32, bitcast=True))
-        mass += tl.where(below <= most, weight, 0).to(tl.int64)
-    return tl.sum(mass, 0)
-
-
-@triton.jit
-def _kth_nearest(row, k, BLOCK: tl.constexpr):
-    """How far below the k-th largest logit is. Of what each lane meets the four nearest are enough to know,
-    unless one has met four nearer ones."""
-    n0 = tl.full([BLOCK], _ALL, tl.int32)
-    n1 = n0
-    n2 = n0
-    n3 = n0
-    for start in range(0, row.logits.vocab, BLOCK):
-        x = _below(row, _raw(row, start + tl.arange(0, BLOCK)) * row.inverse_temperature)
-        y = tl.maximum(n0, x)
-        n0 = tl.minimum(n0, x)
-        x = tl.maximum(n1, y)
-        n1 = tl.minimum(n1, y)
-        y = tl.maximum(n2, x)
-        n2 = tl.minimum(n2, x)
-        n3 = tl.minimum(n3, y)
-    kth = 0
-    for bit in range(30, -1, -1):
-        tried = kth + (1 << bit) - 1
-        near = (n0 <= tried).to(tl.int32) + (n1 <= tried).to(tl.int32)
-        near += (n2 <= tried).to(tl.int32) + (n3 <= tried).to(tl.int32)
-        kth = tl.where((tried < _ALL) & (tl.sum(near, 0) < k), tried + 1, kth)
-    if tl.max((n3 < kth).to(tl.int32), 0) > 0:
-        kth = 0
-        for bit in range(30, -1, -1):
-            tried = kth + (1 << bit) - 1
-            kth = tl.where((tried < _ALL) & (_count(row, tried, BLOCK) < k), tried + 1, kth)
-    return kth
-
-
-@triton.jit
-def _draw_from(row, seed, first_group, most, LEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """The token of the largest key of those that are at most so far below."""
-    key = -_INF
-    token = _NO_TOKEN
-    for start in range(-LEAD, row.logits.vocab, BLOCK):
-        here = start + tl.arange(0, BLOCK)
-        scaled = _raw(row, here) * row.inverse_temperature
-        near = (_below(row, scaled) <= most) & (scaled > -_INF)
-        if tl.max(near.to(tl.int32), 0) > 0:
-            group = (start + LEAD) // 4 + tl.arange(0, BLOCK // 4)[None, :]
-            noise = gumbel_noise(seed, row.position, first_group.to(tl.uint32) + group.to(tl.uint32))
-            keys = tl.where(near, scaled + tl.reshape(noise, [BLOCK]), -_INF)
-            tile_key = tl.max(keys, 0)
-            tile_token = tl.min(tl.where(keys == tile_key, here, _NO_TOKEN), 0)
-            token = tl.where(tile_key > key, tile_token, token)
-            key = tl.maximum(tile_key, key)
-    return token
-
-
-@triton.jit(do_not_specialize=["first_group", "seed", "top_k", "exclude", "n_splits"])
-def truncate_kernel(
-    logits,
-    bitmask,
-    first_group,
-    draws,
-    seed,
-    inverse_temperature,
-    top_k,
-    top_p,
-    min_p,
-    exclude,
-    partials,
-    plane,
-    n_splits,
-    LEAD: tl.constexpr,
-    METRIC: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Draws a row's token where only some may be drawn, and puts it into all of the row's partials."""
-    pid = tl.program_id(0)
-    b = pid // logits.positions
-    position = pid % logits.positions
-    draw = _draw_of(draws, seed, inverse_temperature, top_k, top_p, min_p, b)
-    split = tl.arange(0, SPLITS)
-    ok = split < n_splits
-    p = partials + pid.to(tl.int64) * n_splits + split
-    largest = tl.max(tl.load(p, mask=ok, other=-_INF), 0)
-    if draw.truncates & (largest > -_INF):
-        inverse = draw.inverse_temperature
-        row = Row(logits, bitmask, exclude, b, position, inverse, largest * inverse)
-        kth = _ALL
-        if (draw.top_k > 0) & (draw.top_k < logits.vocab):
-            kth = _kth_nearest(row, draw.top_k, BLOCK)
-        most = kth
-        if draw.min_p > 0.0:
-            least = tl.minimum(tl.maximum(draw.min_p, _LEAST_MIN_P), 1.0)
-            most = tl.minimum(most, (_exact_neg_log(least) + 0.0).to(tl.int32, bitcast=True))
-        mass = tl.zeros([], tl.int64)
-        if draw.top_p < 1.0:
-            mass = _mass(row, kth, BLOCK)
-        token = _NO_TOKEN
-        x = -_INF
-        found = False
-        while not found:
-            token = _draw_from(row, draw.seed, first_group, most, LEAD, BLOCK)
-            x = tl.max(_raw(row, token + tl.zeros([1], tl.int32)), 0)
-            below = tl.max(_below(row, (x * inverse) + tl.zeros([1], tl.float32)), 0)
-            found = True
-            # A draw from more than may be drawn is right if it may be. If not, nothing that far may.
-            if (draw.top_p < 1.0) & (below > 0):
-                above = _mass(row, below - 1, BLOCK)
-                found = above.to(tl.float64) < draw.top_p.to(tl.float64) * mass.to(tl.float64)
-            most = below - 1
-        other = -_INF
-        if METRIC == "margin":
-            others = tl.full([BLOCK], -_INF, tl.float32)
-            for start in range(0, logits.vocab, BLOCK):
-                here = start + tl.arange(0, BLOCK)
-                others = tl.maximum(others, tl.where(here == token, -_INF, _raw(row, here)))
-            other = tl.max(others, 0)
-        zeros = tl.zeros([SPLITS], tl.float32)
-        tl.store(p + 3 * plane, zeros, mask=ok)
-        tl.store(p + 4 * plane, (token + tl.zeros([SPLITS], tl.int32)).to(tl.float32, bitcast=True), mask=ok)
-        tl.store(p + 5 * plane, x + zeros, mask=ok)
-        tl.store(p + 6 * plane, other + zeros, mask=ok)
 
 
 class Current(NamedTuple):
@@ -686,7 +343,7 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
     partials = launch.workspace(logits.device, len(Partial._fields), rows, splits)
     if rows == 0:
         return partials
-    inverse = 0.0 if isinstance(temperature, Tensor) else _inverse(temperature)
+    inverse = 0.0 if isinstance(temperature, Tensor) else inverse_of(temperature)
     given = (options.seed, temperature, options.top_k, options.top_p, options.min_p)
     of_rows, numbers = zip(*map(Rows.split, given), strict=True)
     arguments = {
@@ -697,8 +354,8 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
         "seed": numbers[0],
         "inverse_temperature": inverse,
         "top_k": numbers[2],
-        "top_p": _normal(numbers[3]),
-        "min_p": _normal(numbers[4]),
+        "top_p": normal(numbers[3]),
+        "min_p": normal(numbers[4]),
         "exclude": -1 if exclude is None else exclude,
         "partials": partials,
         "plane": rows * splits,
@@ -735,17 +392,6 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
             fuse_multiply_add=False,
         )
     return partials
-
-
-def _normal(x: float) -> float:
-    """0, or a number that the interpreter, too, takes for a float32; what is smaller asks for the same."""
-    return max(float(x), 2.0**-126) if x > 0.0 else 0.0
-
-
-def _inverse(temperature: float) -> float:
-    """Of a number in float32, rounded once; 0 of 0."""
-    t = ctypes.c_float(min(temperature, 2.0**126)).value
-    return ctypes.c_float(1.0 / t).value if t > 0.0 else 0.0
 
 
 def token_confidence(

@@ -23,12 +23,12 @@ import triton
 import triton.language as tl
 from attn_sampler.kernels import launch
 from attn_sampler.kernels.decode_step import MAX_LAYERS
-from attn_sampler.kernels.token_confidence import gumbel_noise
+from attn_sampler.kernels.draws import gumbel_noise
 from problems import AttentionProblem, assert_accurate, generator, judge, normal, random_attention, row_lse
 from test_decode_step import MASK, VOCAB, Step
 from torch import Tensor
 
-from attn_sampler import column_scores, kernels, reference, token_confidence
+from attn_sampler import column_scores, kernels, reference, stream, token_confidence
 from attn_sampler.options import MAX_HEADDIM
 
 pytestmark = [
@@ -223,7 +223,7 @@ def test_noise_is_equal_to_the_last_bit(seed: int) -> None:
         device=DEVICE,
         fuse_multiply_add=False,
     )
-    expected = reference.gumbel_noise((1, 6, 4 * 1024), seed, DEVICE)[0, 5]
+    expected = stream.gumbel_noise((1, 6, 4 * 1024), seed, DEVICE)[0, 5]
     assert torch.equal(out.view(torch.int32), expected.contiguous().view(torch.int32))
 
 

@@ -9,7 +9,7 @@ import torch
 from problems import DTYPES, assert_accurate, normal
 from torch import Tensor
 
-from attn_sampler import decode_step, reference, select_tokens, token_confidence
+from attn_sampler import decode_step, reference, select_tokens, stream, token_confidence
 
 METRICS = ("probability", "margin", "entropy")
 INF, NAN = torch.inf, torch.nan
@@ -113,17 +113,17 @@ def test_what_is_kept_is_what_transformers_keeps(temperature, top_k, top_p, min_
         torch.tensor(x, dtype=dtype).reshape(1, 1, 1)
         for x, dtype in ((top_k, torch.int32), (top_p, torch.float32), (min_p, torch.float32))
     ]
-    ours = reference.truncation((logits / temperature)[None], *rows)[0]
+    ours = stream.truncation((logits / temperature)[None], *rows)[0]
     assert torch.equal(ours, theirs > -INF)
     assert 15 <= ours.sum() < ours.numel()
 
 
 def test_weights_are_those_of_the_exponential():
     distance = torch.linspace(-30.0, 0.0, 100_001)
-    weight = reference.token_weight(distance).double() / (1 << 30)
+    weight = stream.token_weight(distance).double() / (1 << 30)
     truth = distance.double().exp()
     assert ((weight - truth).abs() <= 2.0**-30 + 2e-6 * truth).all()
-    assert reference.token_weight(torch.tensor([0.0, -INF, -100.0])).tolist() == [1 << 30, 0, 0]
+    assert stream.token_weight(torch.tensor([0.0, -INF, -100.0])).tolist() == [1 << 30, 0, 0]
 
 
 def test_a_number_is_a_tensor_of_it(backend, device):

@@ -10,7 +10,7 @@ import torch
 from problems import DTYPES, assert_accurate, normal
 from torch import Tensor
 
-from attn_sampler import reference, token_confidence
+from attn_sampler import reference, stream, token_confidence
 from attn_sampler.backends import REGISTRY
 from attn_sampler.options import Sampling
 
@@ -227,7 +227,7 @@ def test_shards_draw_the_noise_of_the_whole_vocabulary(backend, device, metric, 
     temperature, seed = 0.8, torch.tensor([-5, 1 << 40], device=device)
     options = {"metric": metric, "temperature": temperature, "seed": seed, "backend": backend}
     whole, _ = token_confidence(logits, exclude_token_id=excluded, **options)
-    keys = logits.float() * (1.0 / temperature) + reference.gumbel_noise(logits.shape, seed, device)
+    keys = logits.float() * (1.0 / temperature) + stream.gumbel_noise(logits.shape, seed, device)
     winners = []
     for lo, hi in itertools.pairwise(bounds):
         alone = torch.full_like(logits, -INF)
@@ -329,20 +329,20 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(backend, device):
 
 def test_philox_known_answer():
     """The published test vectors of Philox4x32-10 whose upper counter words are 0."""
-    words = reference.philox(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]))
+    words = stream.philox(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]))
     assert [hex(w.item()) for w in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
 
 def test_noise_of_a_part_of_the_vocabulary():
-    whole = reference.gumbel_noise((2, 3, 1001), 5, torch.device("cpu"))
+    whole = stream.gumbel_noise((2, 3, 1001), 5, torch.device("cpu"))
     for start in (1, 2, 3, 4, 500, 1000):
-        part = reference.gumbel_noise((2, 3, 1001 - start), 5, torch.device("cpu"), start)
+        part = stream.gumbel_noise((2, 3, 1001 - start), 5, torch.device("cpu"), start)
         assert torch.equal(part, whole[..., start:])
 
 
 def test_noise_is_gumbel():
     """Kolmogorov-Smirnov at a fixed seed, and the logarithm against float64."""
-    noise = reference.gumbel_noise((4, 8, 1000), 3, torch.device("cpu")).double().flatten().sort().values
+    noise = stream.gumbel_noise((4, 8, 1000), 3, torch.device("cpu")).double().flatten().sort().values
     assert noise.dtype == torch.float64
     assert noise.isfinite().all()
     cdf = torch.exp(-torch.exp(-noise))

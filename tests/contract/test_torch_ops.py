@@ -27,7 +27,8 @@ from attn_sampler import (
     token_confidence,
 )
 from attn_sampler.backends import extension
-from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step, flat
+from attn_sampler.operator_arguments import flat
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step
 
 OPS = torch.ops.attn_sampler  # registered by the import above
 MASK = 5

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attn_sampler import distributed, reference, token_confidence
+from attn_sampler import distributed, stream, token_confidence
 from attn_sampler.reference import StepResult
 
 RANKS = 4
@@ -159,7 +159,7 @@ def test_sampling_costs_the_shard_alone():
     shard = distributed._Shard(logits, start, 1 << 34, "probability", 0.5, 4, None, None, "auto")
     *_, token, logit, noisy = shard.statistics()
     ids, _ = token_confidence(logits, vocab_start=start, **drawn)
-    noise = reference.gumbel_noise(logits.shape, 4, logits.device, start)
+    noise = stream.gumbel_noise(logits.shape, 4, logits.device, start)
     assert torch.equal(token, (start + ids).double())
     assert torch.equal(logit, logits.gather(-1, ids[..., None]).squeeze(-1).double())
     assert torch.equal(noisy, (2.0 * logits + noise).amax(dim=-1).double())
