@@ -45,6 +45,8 @@ class Place(NamedTuple):
     options: tuple[str, ...] = ()
     #: Of the tests that differ by their seed alone, one in so many runs: what is interpreted takes its time.
     one_seed_in: int = 1
+    #: A pattern of test cases that do not run there: they take long and tell no more than those that do.
+    without: str | None = None
     #: The kind and the arguments of what stands in for the extension (stand_ins.py), which it builds.
     stand_in: Callable[[pytest.TempPathFactory], tuple | None] = _nothing
 
@@ -214,6 +216,7 @@ PLACES = {
         unavailable=_triton_unavailable,
         left_out=_triton_runs_here,
         one_seed_in=8,
+        without=r"weights_are_by_value.*(-900-1|-0-40)\]|real_model\S*float16|small_rows\S*(0\.5|1\.0)-",
     ),
     "triton@compiler": Place(
         "triton", {TRITON_COMPILE: ""}, {"TRITON_INTERPRET": "0"}, unavailable=_triton_unavailable
@@ -257,6 +260,9 @@ def takes(name: str, function: pytest.Function) -> bool:
         return True
     pattern = tests.get(function.path.relative_to(TESTS).as_posix())
     if pattern is None or re.search(pattern, function.originalname) is None:
+        return False
+    without = PLACES[name].without
+    if without is not None and re.search(without, function.name) is not None:
         return False
     parameters = function.callspec.params if hasattr(function, "callspec") else {}
     seed, one_in = parameters.get("seed"), PLACES[name].one_seed_in
