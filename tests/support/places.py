@@ -216,7 +216,7 @@ PLACES = {
         unavailable=_triton_unavailable,
         left_out=_triton_runs_here,
         one_seed_in=8,
-        without=r"weights_are_by_value.*(-900-1|-0-40)\]|real_model\S*float16|small_rows\S*(0\.5|1\.0)-",
+        without=r"weights_are_by_value.*(-900-1|-0-40)\]|real_model\S*(dtype1|0\.8-dtype2)|small_rows\S*(0\.5|1\.0)-",
     ),
     "triton@compiler": Place(
         "triton", {TRITON_COMPILE: ""}, {"TRITON_INTERPRET": "0"}, unavailable=_triton_unavailable
