@@ -19,6 +19,7 @@ from .problems import (
     sampled_problem,
     step_problem,
     sweep_problem,
+    truncated_problem,
 )
 from .rows import ALL_COLUMNS, BY_BATCH, BY_COLUMNS, BY_KEYS, BY_ROWS, DECODE, PAGED, PEER, VOCABULARY, Row
 
@@ -145,6 +146,13 @@ CASES = {
     "by_batch": Case("Column scores by batch", BY_BATCH, columns_cost, sweep_problem, _attention_bytes),
     "block_scope": Case(
         "Column scores in block scope", DECODE, block_scope_cost, block_scope_problem, _attention_bytes
+    ),
+    "truncated": Case(
+        "Token confidence, drawn from top_k 50 and top_p 0.9",
+        VOCABULARY,
+        confidence_cost,
+        truncated_problem,
+        _logits_bytes,
     ),
     "sampled": Case("Token confidence, sampled", VOCABULARY, confidence_cost, sampled_problem, _logits_bytes),
     "attention": Case(

@@ -334,6 +334,48 @@ def sampled_problem(row: Row, setting: Setting) -> Problem:
     return Problem(candidates, error)
 
 
+def truncated_problem(row: Row, setting: Setting) -> Problem:
+    """Tokens drawn from some of the vocabulary, in several ways, and from all of it."""
+    logits = row.logits(setting.dtype, setting.device)
+    truth = _Probabilities(logits)
+    ways: dict[str, dict[str, Any]] = {
+        "": {"top_k": 50, "top_p": 0.9},
+        ", top_k 50": {"top_k": 50},
+        ", top_k 1000": {"top_k": 1000},
+        ", top_p 0.9": {"top_p": 0.9},
+        ", min_p 0.05": {"min_p": 0.05},
+        ", each row by its own": {
+            "top_k": torch.full((row.batch,), 50, dtype=torch.int32, device=setting.device),
+            "top_p": torch.full((row.batch,), 0.9, device=setting.device),
+        },
+        ", all tokens": {},
+    }
+    few = logits[:, :2][[0, -1]]
+    expected, _ = reference.token_confidence(few, temperature=_TEMPERATURE, seed=_SEED, **ways[""])
+    candidates = {}
+    for name, way in ways.items():
+        call = functools.partial(token_confidence, logits, temperature=_TEMPERATURE, seed=_SEED, **way)
+        ours = setting.ours(
+            "token_confidence",
+            (logits,),
+            lambda backend, call=call: call(backend=backend),
+            200.0 * logits.numel(),
+        )
+        for backend, candidate in ours.items():
+            candidates[backend + name] = candidate._replace(ours=name == "")
+    candidates["sorted, float32"] = Candidate(
+        lambda: rivals.truncated_sample(logits, _TEMPERATURE, 50, 0.9), scratch_bytes=40.0 * logits.numel()
+    )
+
+    def error(result: tuple[Tensor, Tensor], ours: bool) -> float:
+        if ours:
+            first = result[0][:, :2][[0, -1]]
+            require(torch.equal(first, expected), "not the specified random stream")
+        return truth.error(*result, greedy=False)
+
+    return Problem(candidates, error)
+
+
 class _Step(NamedTuple):
     """The tensors of a decoding step, and how its layers are read."""
 

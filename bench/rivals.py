@@ -94,6 +94,20 @@ def softmax_sample(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return token_ids, torch.softmax(x, dim=-1).gather(-1, token_ids[..., None]).squeeze(-1)
 
 
+def truncated_sample(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """A token of the top_k largest and, of those, of the top_p of the mass, by sorting, in float32."""
+    x = logits.float() / temperature
+    x = x.masked_fill(x < x.topk(min(top_k, x.shape[-1]), dim=-1).values[..., -1:], -torch.inf)
+    ordered, order = x.sort(dim=-1)
+    removed = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - top_p
+    removed[..., -1] = False
+    x = x.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    noise = -torch.log(-torch.log(torch.rand_like(x).clamp_(min=1e-30)))
+    token_ids = (x + noise).argmax(dim=-1)
+    p = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    return token_ids, p.gather(-1, token_ids[..., None]).squeeze(-1)
+
+
 def llada_confidence(logits: Tensor, temperature: float = 0.0) -> tuple[Tensor, Tensor]:
     """What LLaDA's generation script does: exponential noise and softmax, both in float64."""
     x = logits.double()

@@ -64,7 +64,9 @@ def row_of(name):
     return SMALL._replace(columns=SMALL.n_keys, causal=name == "peer")
 
 
-@pytest.mark.parametrize("name", ["columns", "peer", "all_columns", "block_scope", "confidence", "sampled"])
+@pytest.mark.parametrize(
+    "name", ["columns", "peer", "all_columns", "block_scope", "confidence", "sampled", "truncated"]
+)
 def test_a_wrong_result_is_seen(name):
     problem = make(name, row_of(name))
     result = problem.candidates["reference"].run()
