@@ -91,13 +91,18 @@ struct Softmax {
     /* Takes in up to kTile keys that count, before those at `next`. Leaves the exponentials, 0 where a row
      * does not see a key, in x[count][width]. */
     void add(const int32_t *keys, int64_t count, const void *next, float *x) {
-        const void *address[kTile] = {};
         Keys all(plan, b, hkv);
-        for (int64_t i = 0; i < count; ++i)
-            address[i] = all.at(keys[i]);
-        float before[kTile];
+        float before[kTile], *const raised = keeps_products ? top : nullptr;
         memcpy(before, top, sizeof(top));
-        multiply<Words>(s, address, count, next, width, x, keeps_products ? top : nullptr);
+        const Rows rows = are_words<Words>(s) ? all.rows(keys, count, next) : Rows{};
+        if (rows.count > 0) {
+            multiply<Words>(s, rows, width, x, raised);
+        } else {
+            const void *address[kTile] = {};
+            for (int64_t i = 0; i < count; ++i)
+                address[i] = all.at(keys[i]);
+            multiply<Words>(s, address, count, next, width, x, raised);
+        }
         for (int j = 0; j < width; j += kLanes) {
             if (!keeps_products)
                 scale_logits(keys, count, j, x + j, top + j);

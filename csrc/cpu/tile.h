@@ -120,6 +120,16 @@ class Keys {
         const int64_t n = find(position);
         return page_ != nullptr && (p_.key_mask.data == nullptr || element(p_.key_mask, b_, n) != 0);
     }
+    /* The rows of `count` keys from the first on, before those at `next`, if they are evenly apart in one
+     * page; else none of them. */
+    Rows rows(const int32_t *keys, int64_t count, const void *next) {
+        const char *const data = static_cast<const char *>(at(keys[0]));
+        const int64_t last = keys[count - 1], stride = p_.k.stride[2] * size_;
+        if (data == nullptr || last - keys[0] != count - 1 || last - ahead_ >= stop_)
+            return {};
+        return {data, stride, count,
+                next == nullptr ? data + count * stride : static_cast<const char *>(next)};
+    }
     /* Masked or not; null where there is none. */
     const void *at(int64_t position) {
         const int64_t n = find(position);
