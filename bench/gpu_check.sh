@@ -39,6 +39,8 @@ sanitize() {
         tests/contract/test_column_scores.py::test_given_lse_equals_computed_lse \
         tests/contract/test_decode_step.py::test_it_is_its_parts \
         tests/contract/test_revision.py::test_a_step_is_its_parts \
+        tests/contract/test_row_sampling.py::test_a_step_of_rows_is_that_of_each \
+        tests/contract/test_paged_keys.py::test_positions_count_from_each_end \
         tests/contract/test_revision.py::test_reduced_rows_are_added_into_out
 }
 
