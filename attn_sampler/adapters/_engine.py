@@ -167,24 +167,11 @@ def paged_column_scores(
     k_cache: Tensor,  # [pages, Hkv, page_size, D]
     block_table: Tensor,  # [B, P] int32
     seqlens_k: Tensor,  # [B] int32
-    longest: int,
     **options: Any,
 ) -> Tensor:
-    """Column scores [B, C] of each sequence's last C positions, where its queries stand too.
-
-    The pages are gathered into one tensor of ``longest`` positions, which no sequence exceeds, aligned at the
-    sequences' ends: there ``column_scores`` counts from.
-    """
-    longest = max(longest, q.shape[2])
-    position = seqlens_k[:, None].long() + torch.arange(-longest, 0, device=q.device)
-    visible = position >= 0
-    position = position.clamp(min=0)
-    page_size = k_cache.shape[2]
-    page = block_table.gather(1, position // page_size).long()
-    k = k_cache.transpose(1, 2)[page, position % page_size]  # [B, N, Hkv, D]
-    return column_scores(
-        q, k.transpose(1, 2), columns=slice(longest - q.shape[2], longest), key_mask=visible, **options
-    )
+    """Column scores [B, C] of each sequence's last C positions, where its queries stand too."""
+    columns = slice(-q.shape[2], None)
+    return column_scores(q, k_cache, columns=columns, block_table=block_table, seqlens_k=seqlens_k, **options)
 
 
 def carries_over(policy: Policy) -> bool:
@@ -431,7 +418,6 @@ class BlockScores:
         block_table: Tensor,  # [B, P] int32
         seqlens_k: Tensor,  # [B] int32
         *,
-        longest: int,
         first: bool,
         last: bool,
         **options: Any,
@@ -445,7 +431,7 @@ class BlockScores:
             sums.zero_()
         if len(q):
             options |= self._options
-            paged_column_scores(q, k_cache, block_table, seqlens_k, longest, out=sums, **options)
+            paged_column_scores(q, k_cache, block_table, seqlens_k, out=sums, **options)
         if last and self._group is not None:
             sums.copy_(sum_scores(sums, self._group))
 

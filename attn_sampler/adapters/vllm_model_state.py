@@ -212,7 +212,6 @@ class CanvasAttention:
         self._rows: Tensor | None = None  # [B], which requests of the batch have a canvas
         self._batch = 0
         self._counts: Tensor | None = None  # [B], how long their canvases are, where one is short
-        self._longest = 0
         self._seen = 0
         watched = attention_layers(model, _attention_class(), layers)
         self._depth = len(watched)
@@ -232,7 +231,6 @@ class CanvasAttention:
         self._counts = None
         if (lengths[rows] < self._length).any():
             self._counts = torch.from_numpy(lengths[rows].astype(np.int64)).to(device)
-        self._longest = int(input_batch.seq_lens_cpu_upper_bound[:count][rows].max()) if len(rows) else 0
         self._batch = count
         self._seen = 0
 
@@ -297,7 +295,6 @@ class CanvasAttention:
             key_pages(kv_cache, impl.head_size),
             metadata.block_table[rows],
             metadata.seq_lens[rows],
-            longest=self._longest,
             first=index == 0,
             last=last,
             **options,
