@@ -303,6 +303,27 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="0 takes the most probable token (default)",
     )
+    parser.add_argument(
+        "--top-k",
+        type=command_line.integer(0, 2**31 - 1),
+        default=0,
+        metavar="K",
+        help="draw from the K most probable tokens (default: 0, all)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=command_line.top_p,
+        default=1.0,
+        metavar="P",
+        help="draw from the most probable tokens that make up P of the probability (default: 1, all)",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=command_line.unit_interval,
+        default=0.0,
+        metavar="P",
+        help="draw from tokens at least P times as probable as the most probable one (default: 0, all)",
+    )
     parser.add_argument("--seed", type=command_line.seed, default=0, help="of sampling (default: 0)")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
     parser.add_argument(
@@ -364,6 +385,9 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
             cache=options.cache,
             layers=options.layers,
             temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
             seed=options.seed,
             backend=options.backend,
             trace=options.trace is not None,

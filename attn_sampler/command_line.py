@@ -127,6 +127,14 @@ def temperature(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error).removeprefix("temperature: ")) from None
 
 
+def top_p(text: str) -> float:
+    """A share in (0, 1]."""
+    value = unit_interval(text)
+    if value == 0.0:
+        raise argparse.ArgumentTypeError("expected a number above 0, up to 1, got 0")
+    return value
+
+
 def integer(low: int, high: int) -> Callable[[str], int]:
     """An integer in [low, high]."""
 

@@ -19,10 +19,19 @@ from attn_sampler.capture import AttentionCapture
 from attn_sampler.endings import GOES_ON, TextEnds
 from attn_sampler.functional import token_confidence
 from attn_sampler.logits import LogitEdits, guided
-from attn_sampler.options import QUERY_ROWS, check_temperature, renamed
+from attn_sampler.options import (
+    QUERY_ROWS,
+    check_bitmask,
+    check_min_p,
+    check_temperature,
+    check_top_k,
+    check_top_p,
+    renamed,
+)
 from attn_sampler.policy import Policy, check_progress
 from attn_sampler.reference import StepResult, masked_rows
 from attn_sampler.sampler import make_policy
+from attn_sampler.token_record import TokenRecord
 from attn_sampler.trace import Commit, DecodeTrace, step_commits
 
 STEP_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: no two (row seed, step) pairs nearby meet
@@ -38,6 +47,11 @@ class Generation:
     forward_seconds: float  # in the model, attention capture included
     sampling_seconds: float  # in scores, confidence, selection and commit
     trace: DecodeTrace | None  # where asked for
+    commit_steps: Tensor  # [B, T] int64, the passes of its sequence before the one that wrote it; -1: given
+    # Where asked for, of the tokens when they were written; NaN at given ones and behind the end of a text:
+    log_probs: Tensor | None = None  # [B, T] float32
+    top_token_ids: Tensor | None = None  # [B, T, n] int64, the n most probable ones, in descending order
+    top_log_probs: Tensor | None = None  # [B, T, n] float32
 
 
 class StepEvent(NamedTuple):
@@ -58,7 +72,10 @@ def generate(
     block_length: int = 32,
     policy: str | Policy = "attn",
     tau: float | None = None,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] | Tensor = 0.0,
+    top_k: int | Sequence[int] | Tensor = 0,
+    top_p: float | Sequence[float] | Tensor = 1.0,
+    min_p: float | Sequence[float] | Tensor = 0.0,
     seed: int | Sequence[int] = 0,
     attention_mask: Tensor | None = None,
     eos_token_id: int | Sequence[int] | None = None,
@@ -68,6 +85,8 @@ def generate(
     pad_token_id: int | None = None,
     suppress_token_ids: Sequence[int] = (),
     logit_bias: Mapping[int, float] | Tensor | None = None,
+    token_bitmask: Callable[[Tensor, slice, Tensor], Tensor | None] | None = None,
+    top_log_probs: int | None = None,
     guidance_scale: float = 0.0,
     unconditional_prompt_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | None = None,
     logit_shift: bool = False,
@@ -116,10 +135,10 @@ def generate(
         block-causal model from position 0, and this must divide its ``causal_block``.
     policy, tau
         A name of ``sampler.POLICIES`` or a Policy; tau goes with names that take one.
-    temperature, seed
-        As in ``token_confidence``. An integer seed gives sequence i the stream ``seed + i``; a sequence
-        of integers gives each its own. Noise follows a position's place in its block: masks in the first,
-        incomplete block of a prompt draw other noise where padding makes that block longer.
+    temperature, top_k, top_p, min_p, seed
+        As in ``token_confidence``; each a number, or one for each sequence. An integer seed gives sequence i
+        the stream ``seed + i``. Noise follows a position's place in its block: masks in the first, incomplete
+        block of a prompt draw other noise where padding makes that block longer.
     attention_mask
         Boolean [B, T] for a left-padded ``prompt_ids`` tensor: False at padding.
     eos_token_id
@@ -140,6 +159,15 @@ def generate(
     suppress_token_ids, logit_bias
         Tokens that are never predicted, and what is added to the logits: a finite number or -inf for each of
         some tokens, or a tensor [V], taken in float32.
+    token_bitmask
+        ``token_bitmask(tokens [B', T], block, sequence [B'])``, called in each step with the sequences that
+        take part, says which tokens are allowed, as a grammar does: words of 32 bits as in
+        ``token_confidence``, int32 ``[B', W]`` or ``[B', C, W]`` for the C positions of the block; or None:
+        all.
+    top_log_probs
+        The log-probabilities of the tokens that are written are wanted, and those of this many most
+        probable ones: of the softmax of the logits that the rule saw, the mask token and what is not
+        allowed left out, whatever the temperature. Default: none are.
     guidance_scale, unconditional_prompt_ids
         Classifier-free guidance, as in LLaDA's generate.py (arXiv 2502.09992): above 0 the logits
         are ``u + (guidance_scale + 1) * (c - u)``, c the model's and u those of another pass, in which all
@@ -191,7 +219,6 @@ def generate(
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
     checks.integer("mask_token_id", mask_token_id, 0, checks.INT64_END)
     checks.integer("block_length", block_length, 1)
-    check_temperature(temperature)
     checks.choice("query_rows", query_rows, QUERY_ROWS)
     flags = {
         "eos_last": eos_last,
@@ -204,6 +231,10 @@ def generate(
         checks.flag(name, flag)
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step: expected a callable, got {type(on_step).__name__}")
+    if token_bitmask is not None and not callable(token_bitmask):
+        raise TypeError(f"token_bitmask: expected a callable, got {type(token_bitmask).__name__}")
+    if top_log_probs is not None:
+        checks.integer("top_log_probs", top_log_probs, 0, checks.INT64_END)
     ends = TextEnds(eos_token_id, stop, decode, mask_token_id)
     if eos_last and not ends.token_ids:
         raise ValueError("eos_last: expected an eos_token_id to go with it, got none")
@@ -232,6 +263,15 @@ def generate(
     if unconditional is not None:
         unconditional = torch.nn.functional.pad(unconditional, (0, gen_length), value=mask_token_id)
     seeds = prompts.sequence_seeds(seed, tokens)
+    draws = {
+        name: prompts.of_sequences(name, value, tokens, dtype, check)
+        for name, value, dtype, check in (
+            ("temperature", temperature, torch.float32, check_temperature),
+            ("top_k", top_k, torch.int32, check_top_k),
+            ("top_p", top_p, torch.float32, check_top_p),
+            ("min_p", min_p, torch.float32, check_min_p),
+        )
+    }
     choose_backend("decode_step", backend, tokens)
     to_fill = tokens == mask_token_id
     if len(tokens) and not to_fill.any():
@@ -258,7 +298,9 @@ def generate(
             unconditional=unconditional,
             guidance_scale=guidance_scale,
             query_rows=query_rows,
-            options={"temperature": temperature, "backend": backend},
+            options={**draws, "backend": backend},
+            token_bitmask=token_bitmask,
+            top_log_probs=top_log_probs,
             trace=record,
             advance=advance,
             on_step=on_step,
@@ -266,7 +308,11 @@ def generate(
         for block in _blocks(prompt_length, tokens.shape[1], block_length):
             run.decode_block(block)
         run.end_texts()
-    return Generation(run.tokens, visible, run.passes, run.forward_seconds, run.sampling_seconds, record)
+    probabilities = (run.record.log_probs, run.record.top_token_ids, run.record.top_log_probs)
+    return Generation(
+        *(run.tokens, visible, run.passes, run.forward_seconds, run.sampling_seconds, record),
+        *(run.record.commit_steps, *probabilities),
+    )
 
 
 @dataclasses.dataclass
@@ -288,7 +334,9 @@ class _Run:
     unconditional: Tensor | None  # [B, T] int64, what stands in the place of given tokens in a guiding pass
     guidance_scale: float
     query_rows: str
-    options: dict[str, Any]  # of the policy's step
+    options: dict[str, Any]  # of the policy's step; tensors have a value for each sequence
+    token_bitmask: Callable[[Tensor, slice, Tensor], Tensor | None] | None
+    top_log_probs: int | None
     trace: DecodeTrace | None
     advance: Callable[[int], None]
     on_step: Callable[[StepEvent], None] | None
@@ -303,6 +351,7 @@ class _Run:
         self.budget = torch.zeros_like(self.tokens, dtype=torch.int32)  # [B, T], of revisions
         if self.policy.revises:
             self.budget.masked_fill_(self.to_fill, checks.integer("max_edits", self.policy.max_edits, 0))
+        self.record = TokenRecord(self.tokens, self.mask_token_id, self.top_log_probs)
         self.num_steps, self.forward_seconds, self.sampling_seconds = 0, 0.0, 0.0
 
     def decode_block(self, block: slice) -> None:
@@ -334,6 +383,12 @@ class _Run:
         passed = time.perf_counter()
         logits = self.edits(logits)
         attention, options = self.capture.step_input(self.policy.needs_map) if needs_scores else (None, {})
+        draw: dict[str, Any] = {
+            name: x[active] if isinstance(x, Tensor) else x for name, x in self.options.items()
+        }
+        bitmask = None if self.token_bitmask is None else self.token_bitmask(tokens, block, active)
+        check_bitmask(bitmask, logits)
+        draw["token_bitmask"] = bitmask
         if self.padded and self.policy.needs_map:
             options["padding"] = ~visible[:, block]
         if self.policy.revises:
@@ -341,7 +396,7 @@ class _Run:
             options["recheck"] = torch.zeros_like(active, dtype=torch.bool)
         masked = tokens[:, block] == self.mask_token_id
         seeds = self.seeds[active] + self.passes[active] * STEP_STRIDE
-        held = self._held(logits, masked, seeds) if self.eos_last else None
+        held = self._held(logits, masked, seeds, draw) if self.eos_last else None
         if held is not None:  # to the policy these positions are neither masked nor its own to revise
             tokens[:, block].masked_fill_(held, self.filler)
             if self.policy.revises:
@@ -354,7 +409,7 @@ class _Run:
             mask_token_id=self.mask_token_id,
             sequence=active,
             seeds=seeds,
-            **self.options,
+            **draw,
             **options,
         )
         if held is not None:
@@ -366,6 +421,7 @@ class _Run:
         scores, revised = result.scores if needs_scores else None, result.revised
         count = check_progress(left, result.selected, result.confidence, scores, active, block.start, revised)
         self.tokens[active] = tokens
+        self.record.add(result, logits, bitmask, active, block, self.passes[active])
         more = left.any(dim=1)
         if revised is not None:
             self.budget[active, block] = options["budget"]
@@ -393,10 +449,10 @@ class _Run:
         without = self._block_logits(output, tokens[:, rows], block, rows.start, active)
         return guided(logits, without, self.guidance_scale)
 
-    def _held(self, logits: Tensor, masked: Tensor, seeds: Tensor) -> Tensor:
+    def _held(self, logits: Tensor, masked: Tensor, seeds: Tensor, draw: dict[str, Any]) -> Tensor:
         """The masked positions [B, C] that predict the end of text where others of their row do not."""
         predicted = token_confidence(
-            logits, seed=seeds, exclude_token_id=self.mask_token_id, **self.options
+            logits, seed=seeds, exclude_token_id=self.mask_token_id, **draw
         ).token_ids
         ends = masked & self.ends.is_end(predicted)
         return ends & (masked & ~ends).any(dim=1, keepdim=True)
@@ -442,6 +498,7 @@ class _Run:
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         ended = self.to_fill & (position > self.last[:, None]) & (self.tokens != self.filler)
         self.tokens = self.tokens.masked_fill(ended, self.filler)
+        self.record.end(ended, self.passes)
         if self.trace is not None:
             nan = float("nan")
             self.trace.commits += [

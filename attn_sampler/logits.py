@@ -83,6 +83,24 @@ class LogitEdits:
         self._bias, self._never = bias if len(self._given) else None, never
 
 
+def log_probs(
+    logits: Tensor, token_ids: Tensor, count: int, mask_token_id: int, token_bitmask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, float32, of tokens [K] under logits [K, V]: theirs [K], and the ``count`` most
+    probable ones' ids and log-probabilities [K, count] in descending order.
+
+    The mask token and what has no bit in the words [K, W] are absent.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    x = x.index_fill(1, torch.tensor([mask_token_id], device=x.device), -math.inf)
+    if token_bitmask is not None:
+        bits = (token_bitmask[..., None] >> torch.arange(32, device=x.device)) & 1
+        x = x.masked_fill(bits.flatten(1)[:, : x.shape[1]] == 0, -math.inf)
+    x = x.log_softmax(dim=1).to(torch.float32)
+    top, ids = x.topk(min(count, x.shape[1]), dim=1)
+    return x.gather(1, token_ids[:, None]).squeeze(1), ids, top
+
+
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Logits [B, C, V] of classifier-free guidance, in LLaDA's convention: a scale of 0 is none.
 

@@ -239,11 +239,11 @@ class Sampling(NamedTuple):
             seed = signed_seed(checks.integer("seed", seed, _INT64_MIN, _UINT64_END))
         top_k, top_p, min_p = self.top_k, self.top_p, self.min_p
         if not checks.of_rows("top_k", top_k, batch, torch.int32, logits):
-            top_k = min(checks.integer("top_k", top_k, 0, _INT64_END), _INT32_MAX)
+            top_k = check_top_k(top_k)
         if not checks.of_rows("top_p", top_p, batch, torch.float32, logits):
-            top_p = checks.number("top_p", top_p, "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
+            top_p = check_top_p(top_p)
         if not checks.of_rows("min_p", min_p, batch, torch.float32, logits):
-            min_p = checks.unit_interval("min_p", min_p)
+            min_p = check_min_p(min_p)
         if logits.shape[2] > MAX_TOP_P_VOCAB and (isinstance(top_p, Tensor) or top_p < 1.0):
             raise ValueError(f"top_p: served for at most {MAX_TOP_P_VOCAB} tokens, got V = {logits.shape[2]}")
         check_bitmask(self.token_bitmask, logits)
@@ -435,6 +435,21 @@ def check_temperature(value: object) -> float:
     if 0.0 < temperature < MIN_TEMPERATURE:
         raise ValueError(f"temperature: expected 0 or at least {MIN_TEMPERATURE:.3g}, got {temperature}")
     return temperature
+
+
+def check_top_k(value: Any) -> int:
+    """As many tokens as any vocabulary has, at the most; 0 is all."""
+    return min(checks.integer("top_k", value, 0, _INT64_END), _INT32_MAX)
+
+
+def check_top_p(value: Any) -> float:
+    """A share of the mass."""
+    return checks.number("top_p", value, "a number in (0, 1]", lambda x: 0.0 < x <= 1.0)
+
+
+def check_min_p(value: Any) -> float:
+    """A share of the largest probability."""
+    return checks.unit_interval("min_p", value)
 
 
 def signed_seed(seed: int) -> int:

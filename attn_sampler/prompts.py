@@ -97,6 +97,20 @@ def append_masked(tokens: Tensor, visible: Tensor, count: int, mask_token_id: in
     return torch.cat([tokens, masked], dim=1), torch.cat([visible, visible.new_ones(shape)], dim=1)
 
 
+def of_sequences(
+    name: str, value: object, tokens: Tensor, dtype: torch.dtype, check: Callable[[Any], Any]
+) -> Any:
+    """A checked number for all sequences, or a tensor of one for each: of a tensor [B], or of B numbers."""
+    if not isinstance(value, (Sequence, Tensor)) or isinstance(value, str):
+        return check(value)
+    if isinstance(value, Tensor):
+        checks.tensor(name, value, "[B]", (*checks.FLOAT_DTYPES, torch.int32, torch.int64))
+    values = [check(x) for x in (value.tolist() if isinstance(value, Tensor) else value)]
+    if len(values) != len(tokens):
+        raise ValueError(f"{name}: expected a number or {len(tokens)} of them, got {len(values)}")
+    return torch.tensor(values, dtype=dtype, device=tokens.device)
+
+
 def sequence_seeds(seed: int | Sequence[int], tokens: Tensor) -> Tensor:
     """One int64 seed a sequence."""
     batch = len(tokens)

@@ -27,7 +27,7 @@ import itertools
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ _GENERATE_OPTIONS = (
 )
 
 #: What a request may ask for. The harness gives ``max_gen_toks`` three other names.
-GEN_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature")
+GEN_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p")
 
 #: With which values other options ask for nothing (transformers' names, and vLLM's).
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -72,7 +72,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0.0,)),
 }
 #: What has no part in a greedy choice.
-_OF_THE_DRAW = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_THE_DRAW = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+class _Draw(NamedTuple):
+    """What tokens are drawn by."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any]) -> _Draw:
+        """Of a request, greedy where it has no temperature; -1 is vLLM's word for all tokens."""
+        if not keywords.get("temperature"):
+            return cls()
+        draw = cls(**{name: keywords[name] for name in cls._fields if keywords.get(name) is not None})
+        return draw._replace(top_k=0) if draw.top_k == -1 else draw
 
 
 class _Job(NamedTuple):
@@ -252,7 +269,7 @@ class AttnSamplerLM(_api.TemplateLM):
             A request asks for more than ``GEN_KWARGS``.
         """
         answers = [""] * len(requests)
-        jobs: dict[tuple[int, float, int], list[_Job]] = {}
+        jobs: dict[tuple[int, _Draw, int], list[_Job]] = {}
         for index, (request, number) in enumerate(zip(requests, _numbers(requests), strict=True)):
             context, keywords = request.args
             keywords = _utils.normalize_gen_kwargs(keywords, self._max_gen_toks)
@@ -267,15 +284,15 @@ class AttnSamplerLM(_api.TemplateLM):
             # A block-causal model takes padding by whole blocks.
             residue = len(prompt) % (getattr(self.model, "causal_block", None) or 1)
             job = _Job(index, self._seed + number, prompt, keywords["until"])
-            jobs.setdefault((length, temperature, residue), []).append(job)
-        batches: list[tuple[int, float, list[_Job]]] = []
-        for (length, temperature, _), members in jobs.items():
+            jobs.setdefault((length, _Draw.of(keywords), residue), []).append(job)
+        batches: list[tuple[int, _Draw, list[_Job]]] = []
+        for (length, draw, _), members in jobs.items():
             members.sort(key=lambda job: len(job.prompt))  # little padding
             for start in range(0, len(members), self.batch_size):
-                batches.append((length, temperature, members[start : start + self.batch_size]))
-        for length, temperature, batch in _track(batches, "Decoding", disable_tqdm):
+                batches.append((length, draw, members[start : start + self.batch_size]))
+        for length, draw, batch in _track(batches, "Decoding", disable_tqdm):
             prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
-            rows = self._decode(prompts, length, temperature, seeds)
+            rows = self._decode(prompts, length, draw, seeds)
             for job, row in zip(batch, rows, strict=True):
                 text = self.tokenizer.decode(row, skip_special_tokens=True)
                 answers[job.number] = _utils.postprocess_generated_text(text, job.until, None)
@@ -301,7 +318,7 @@ class AttnSamplerLM(_api.TemplateLM):
             if not target:
                 raise ValueError(f"continuation: expected at least one token, got none in {texts!r}")
             context = self._fitting(context, len(target))
-            greedy = self._check_greedy and self._decode([context], len(target), 0.0, [0])[0] == target
+            greedy = self._check_greedy and self._decode([context], len(target), _Draw(), [0])[0] == target
             results.append((self._estimate(context, target), greedy))
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, results[-1])
@@ -319,11 +336,11 @@ class AttnSamplerLM(_api.TemplateLM):
         return prompt[-room:]
 
     def _decode(
-        self, prompts: list[list[int]], length: int, temperature: float, seeds: list[int]
+        self, prompts: list[list[int]], length: int, draw: _Draw, seeds: list[int]
     ) -> list[list[int]]:
         """The tokens after each prompt."""
         generation = generate(
-            self.model, prompts, gen_length=length, temperature=temperature, seed=seeds, **self._options
+            self.model, prompts, gen_length=length, **draw._asdict(), seed=seeds, **self._options
         )
         return generation.tokens[:, -length:].tolist()
 

@@ -303,3 +303,145 @@ def test_guidance_goes_with_no_cache() -> None:
     never.caches = ("prefix",)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="guidance_scale: goes with cache='none', got 'prefix'"):
         decode(never, [prompt(3)], gen_length=2, cache="prefix", guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_sequence_draws_by_its_own(policy: str) -> None:
+    """Temperatures, top_k, top_p and min_p of a padded batch are those of its prompts alone."""
+    model = ToyModel(3)
+    prompts = [prompt(5, 1), prompt(2, 2), prompt(7, 3)]
+    rows = {
+        "temperature": [0.0, 1.5, 0.8],
+        "top_k": [0, 4, 0],
+        "top_p": [1.0, 1.0, 0.6],
+        "min_p": [0.0, 0.2, 0.0],
+    }
+    batch = decode(model, prompts, gen_length=10, seed=[7, 8, 9], policy=policy, **rows)
+    tensors = {name: torch.tensor(x) for name, x in rows.items()}
+    again = decode(model, prompts, gen_length=10, seed=[7, 8, 9], policy=policy, **tensors)
+    assert torch.equal(batch.tokens, again.tokens)
+    for i, one in enumerate(prompts):
+        own = {name: x[i] for name, x in rows.items()}
+        alone = decode(model, [one], gen_length=10, seed=[7 + i], policy=policy, **own)
+        assert batch.tokens[i, 7 - len(one) :].tolist() == alone.tokens[0].tolist()
+    plain = decode(model, prompts, gen_length=10, seed=[7, 8, 9], policy=policy, temperature=1.5)
+    assert not torch.equal(plain.tokens, batch.tokens)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_grammar_is_kept_to(policy: str) -> None:
+    """Even positions get even tokens and odd ones odd, by words for each position; and by one for all."""
+    seen: list[list[int]] = []
+
+    def alternating(tokens: Tensor, block: slice, sequence: Tensor) -> Tensor:
+        seen.append(sequence.tolist())
+        even = 0x55555555
+        words = torch.tensor([even, (even << 1) - (1 << 32)]).int()
+        position = torch.arange(tokens.shape[1])[block] % 2
+        return words[position][:, None].expand(len(sequence), -1, -(-VOCAB // 32))
+
+    prompts = torch.tensor([prompt(4, 1), prompt(4, 2)])
+    got = decode(ToyModel(2), prompts, gen_length=11, policy=policy, token_bitmask=alternating)
+    assert (got.tokens[:, 4:] % 2 == torch.arange(11) % 2).all()
+    assert len(seen) >= 2
+    assert all(x in ([0, 1], [0], [1]) for x in seen)
+
+    def low(tokens: Tensor, block: slice, sequence: Tensor) -> Tensor:
+        return torch.full((len(sequence), 1), 0b1100, dtype=torch.int32).expand(-1, -(-VOCAB // 32))
+
+    got = decode(ToyModel(2), prompts, gen_length=11, policy=policy, eos_token_id=EOS, token_bitmask=low)
+    assert ((got.tokens[:, 4:] % 32 == 2) | (got.tokens[:, 4:] % 32 == 3)).all()
+    nothing = decode(ToyModel(2), prompts, gen_length=11, policy=policy, token_bitmask=lambda *_: None)
+    assert torch.equal(nothing.tokens, decode(ToyModel(2), prompts, gen_length=11, policy=policy).tokens)
+
+
+@pytest.mark.parametrize("policy", ["attn", "confidence", "attn-check"])
+def test_steps_and_log_probabilities_of_tokens(policy: str) -> None:
+    """Against those of the logits that each step saw, by the events that tell what it wrote."""
+    logits: list[Tensor] = []
+
+    class Kept(ToyModel):
+        def compute(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            logits.append(super().compute(tokens, attention_mask))
+            return logits[-1]
+
+    events: list[StepEvent] = []
+    prompts = torch.tensor([prompt(4, 1), prompt(4, 2)])
+    got = decode(
+        Kept(5),
+        prompts,
+        gen_length=9,
+        block_length=5,
+        policy=policy,
+        temperature=1.0,
+        seed=4,
+        suppress_token_ids=[9],
+        top_log_probs=3,
+        trace=True,
+        on_step=events.append,
+    )
+    assert got.log_probs is not None
+    assert got.top_token_ids is not None
+    assert got.top_log_probs is not None
+    expected, passes = {}, [0, 0]
+    for event, seen in zip(events, logits, strict=True):
+        for row, sequence in enumerate(event.sequence.tolist()):
+            x = seen[row].double()
+            x[:, [MASK, 9]] = -math.inf
+            p = x.log_softmax(-1)
+            for i, position in enumerate(range(event.block.start, event.block.stop)):
+                revised = 0 if event.result.revised is None else int(event.result.revised[row, i])
+                if revised == REMASKED:
+                    del expected[sequence, position]
+                elif event.result.selected[row, i] or revised:
+                    token = int(event.result.token_ids[row, i])
+                    top = p[position].topk(3)
+                    expected[sequence, position] = (passes[sequence], p[position, token], top)
+            passes[sequence] += 1
+    assert len(expected) == 18
+    for at, (step, own, top) in expected.items():
+        assert got.commit_steps[at] == step
+        torch.testing.assert_close(got.log_probs[at].double(), own, rtol=1e-5, atol=1e-5)
+        assert got.top_token_ids[at].tolist() == top.indices.tolist()
+        torch.testing.assert_close(got.top_log_probs[at].double(), top.values, rtol=1e-5, atol=1e-5)
+    assert (got.commit_steps[:, :4] == -1).all()
+    assert got.log_probs[:, :4].isnan().all()
+    steps = [[-1 if x is None else x for x in got.trace.steps(i)] for i in range(2)]
+    assert got.commit_steps.tolist() == steps
+    plain = decode(ToyModel(5), prompts, gen_length=9, block_length=5, policy=policy)
+    assert plain.log_probs is plain.top_token_ids is plain.top_log_probs is None
+    assert (plain.commit_steps[:, 4:] >= 0).all()
+
+
+def test_behind_the_end_of_a_text_nothing_is_probable() -> None:
+    prompts = torch.tensor([[10, 11], [12, 13]])
+    options = {"gen_length": 12, "eos_token_id": [SCRIPT[3], EOS], "top_log_probs": 0, **ALL_AT_ONCE}
+    got = decode(Scripted({10: 5}), prompts, **options)
+    assert got.log_probs is not None
+    assert got.log_probs[:, 4:].isnan().sum() > 10
+    assert not got.log_probs[:, 2:4].isnan().any()
+    assert got.top_log_probs is not None
+    assert got.top_log_probs.shape == (2, 14, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": [1.0]}, "temperature: expected a number or 2 of them, got 1"),
+        ({"temperature": [1.0, -1.0]}, "temperature: expected a finite number >= 0"),
+        ({"top_k": [1, 2.5]}, "top_k: expected an integer"),
+        ({"top_p": torch.tensor([0.5, 0.0])}, r"top_p: expected a number in \(0, 1\]"),
+        ({"min_p": torch.ones(2, 1)}, r"min_p: expected a 1-dimensional tensor \[B\]"),
+        ({"token_bitmask": 3}, "token_bitmask: expected a callable, got int"),
+        ({"top_log_probs": -1}, "top_log_probs: expected an integer in"),
+    ],
+    ids=str,
+)
+def test_what_sequences_draw_by_is_checked(options: dict, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        decode(never, torch.tensor([[4, 5], [6, 7]]), gen_length=3, **options)
+
+
+def test_a_wrong_bitmask_is_refused() -> None:
+    with pytest.raises(ValueError, match="token_bitmask: expected dtype int32, got int64"):
+        decode(ToyModel(1), [prompt(3, 1)], gen_length=4, token_bitmask=lambda *_: torch.ones(1, 9).long())
