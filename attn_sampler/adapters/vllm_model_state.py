@@ -444,7 +444,7 @@ class _MaskedStep(_Step):
         temperatures = [0.0 if greedy else float(call.temperature) for greedy in self._greedy]
         tokens = torch.where(free, mask, int(mask == 0))  # what is not free looks filled
         scores = self._scores(call)
-        result = self._decoder.step(tokens, logits, scores, temperatures=temperatures)
+        result = self._decoder.step(tokens, logits, scores, temperature=temperatures)
         step = call.step_tensor[slots] + 1
         at_last = step >= call.max_denoising_steps
         filled = free & (result.selected | at_last[:, None])
