@@ -317,16 +317,16 @@ class BlockDecoder:
         own = step_seeds(self.seed, self._steps, sequence)
         self._steps += 1
         seeded: bool | Tensor = True
-        if not isinstance(seeds, Tensor):
-            seeds = [None] if seeds is None else seeds
-            seeded = of_rows([seed is not None for seed in seeds], torch.bool, masked.device)
-            seeds = of_rows([signed_seed(seed or 0) for seed in seeds], torch.int64, masked.device)
+        given: Any = [None] if seeds is None else seeds
+        if not isinstance(given, Tensor):
+            seeded = of_rows([seed is not None for seed in given], torch.bool, masked.device)
+            given = of_rows([signed_seed(seed or 0) for seed in given], torch.int64, masked.device)
         if seeded is False:
             return own
         progress = (~masked).sum(dim=1)
         if budget is not None:  # where a position is masked again, a revision is gone
             progress = progress - 2 * budget.sum(dim=1)
-        drawn = seeds + progress * STEP_STRIDE
+        drawn = given + progress * STEP_STRIDE
         if position is not None:
             drawn = drawn + position * _BLOCK_STRIDE
         return drawn if seeded is True else torch.where(seeded, drawn, own)
