@@ -180,7 +180,6 @@ class Engine:
             query_start_loc=torch.from_numpy(starts),
             query_start_loc_np=starts,
             seq_lens=lengths,
-            seq_lens_cpu_upper_bound=lengths + 1,
             num_computed_prefill_tokens_np=cached,
             num_scheduled_tokens=np.full(len(running), BLOCK),
             prefill_len_np=np.array([request.prompt for request in running]),
@@ -756,7 +755,6 @@ def test_attention_that_cannot_be_read(adapter: Any):
             cu_num_logits_np=np.array([0, BLOCK]),
             num_draft_tokens=BLOCK,
             seq_lens=lengths,
-            seq_lens_cpu_upper_bound=lengths,
         )
     )
     with pytest.raises(RuntimeError, match="no attention of the model was seen: 0 of 2 layers"):
