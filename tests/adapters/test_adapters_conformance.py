@@ -112,6 +112,7 @@ ENGINES = {
             "vllm/config/vllm.py": ["VllmConfig.additional_config", "VllmConfig.diffusion_config"],
             "vllm/config/compilation.py": ["CUDAGraphMode.has_full_cudagraphs"],
             "vllm/v1/worker/gpu/sample/states.py": ["SamplingStates.temperature"],
+            "vllm/sampling_params.py": ["SamplingParams._validate_diffusion(model_config)"],
         },
     ),
     "lmdeploy": Engine(
