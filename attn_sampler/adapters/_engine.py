@@ -34,6 +34,10 @@ from attn_sampler.sampler import make_policy
 _BLOCK_STRIDE = 0xD1342543DE82EF95 - (1 << 64)  # odd, and another than that of steps
 
 
+#: As an adapter's ``temperature``: each request's own.
+OF_REQUEST = "request"
+
+
 def require(module: str, distribution: str, install: str, oldest: str, below: str) -> ModuleType:
     """The engine's module, of a version that the adapter was written for.
 
@@ -186,16 +190,19 @@ def step_seeds(seed: int, step: int, sequence: Tensor) -> Tensor:
     return sequence + signed_seed(seed + step * STEP_STRIDE)
 
 
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[B], without a wait for the device."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
 def of_rows(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A number for all rows, or a tensor [B] on the device, where no host waits for a sequence of numbers."""
+    """A number for all rows, or a tensor [B] on the device, of that or of a sequence of numbers."""
     if isinstance(value, Tensor):
         return value.to(device, dtype, non_blocking=True)
     if not isinstance(value, Sequence):
         return value
-    if len(set(value)) == 1:  # in which kernels need not look up anything
-        return value[0]
-    host = torch.tensor(value, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    return value[0] if len(set(value)) == 1 else on_device(value, dtype, device)
 
 
 class BlockDecoder:

@@ -48,6 +48,7 @@ from torch import Tensor
 
 from attn_sampler import checks
 from attn_sampler.adapters._engine import (
+    OF_REQUEST,
     BlockDecoder,
     BlockScores,
     attention_layers,
@@ -60,7 +61,6 @@ from attn_sampler.adapters._engine import (
 from attn_sampler.policy import Policy
 
 NAME = "AttnSampler"
-OF_REQUEST = "request"  # as the file's temperature
 
 #: What ``--dllm-algorithm-config`` may set, beside SGLang's own keys.
 OPTIONS = (
