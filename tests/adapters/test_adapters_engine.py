@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from toy_model import MASK, VOCAB
 
 from attn_sampler import column_scores
+from attn_sampler.adapters import _engine
 from attn_sampler.adapters._engine import BlockDecoder, of_rows, paged_column_scores
 from attn_sampler.reference import truncation
 
@@ -108,6 +110,26 @@ def test_the_streams_of_a_request_s_steps_and_blocks_differ():
         for block, budget in itertools.product(range(40), (None, budget, budget - 1))
     ]
     assert torch.cat(streams).unique().numel() == 40 * 3 * C
+
+
+@pytest.mark.parametrize("policy", ["attn", "threshold", "confidence"])
+def test_a_step_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch, policy: str):
+    """To see whether it went on: of tensors without contents nothing else is read."""
+    monkeypatch.setattr(_engine, "check_progress", lambda *_, **__: None)
+    given = (torch.full((B, C), MASK), LOGITS[0], SCORES[0], BITMASK)
+    with FakeTensorMode() as mode:
+        decoder = BlockDecoder(policy, mask_token_id=MASK)
+        draws = {
+            name: torch.tensor(x, dtype=DTYPES.get(name, torch.float32))
+            for name, x in DRAWS.items()
+            if name != "seeds"
+        }
+        fake = [mode.from_tensor(x) for x in given]
+        position = torch.empty(B, dtype=torch.int64)
+        for own in (DRAWS, draws | {"seeds": position}):
+            decoder.step(*fake[:3], token_bitmask=fake[3], position=position, **own)
+        with pytest.raises(DataDependentOutputException):
+            bool(fake[0].any())
 
 
 @pytest.mark.parametrize("device", [torch.device("cpu")])
