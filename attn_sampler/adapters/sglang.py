@@ -28,9 +28,10 @@ request``: by its temperature (1 where it names none), ``top_k``, ``top_p``, ``m
 ``top_p`` is of what ``top_k`` leaves, as in SGLang's own sampler where a request of the batch has a
 ``min_p``; else that one takes it of all tokens, and draws from a few more.
 
-A request that asks for what is not served (penalties, a grammar, log-probabilities, for which the results of
-a block have no place, ...; under the file's temperature one of its own) is answered with an error that names
-it; but for a temperature of 0, with which SGLang itself asks: that is warned of, where the file has another.
+A request that asks for what is not served (penalties; a grammar, which SGLang takes no further in blocks, and
+which tells of the next token alone; log-probabilities, for which the results of a block have no place; ...;
+under the file's temperature one of its own) is answered with an error that names it; but for a temperature of
+0, with which SGLang itself asks: that is warned of, where the file has another.
 ``--sampling-defaults openai`` keeps a checkpoint's ``generation_config.json`` from asking for any in every
 client's name.
 """
@@ -89,7 +90,9 @@ def _refusal(req: Any) -> str | None:
     neutral = {name: [getattr(default, name)] for name in params.__struct_fields__}
     served: tuple[str, ...] = _SGLANG_SERVES
     draws = ("temperature", "top_k", "top_p", "min_p")
+    by = "--dllm-algorithm-config alone"
     if temperature == OF_REQUEST:
+        by = "--dllm-algorithm-config and by requests' temperature, top_k, top_p and min_p"
         served += draws
         if params.sampling_seed is not None and _is_deterministic():
             served += ("sampling_seed",)
@@ -107,12 +110,8 @@ def _refusal(req: Any) -> str | None:
                 )
     asked = {name: getattr(params, name) for name in params.__struct_fields__}
     asked |= {name: getattr(req, name, None) or None for name in _REQUEST}
-    if refusal := unserved(asked, served, neutral):
-        return f"{NAME} draws by --dllm-algorithm-config{_MORE[temperature == OF_REQUEST]}; {refusal}"
-    return None
-
-
-_MORE = {False: " alone", True: " and by requests' temperature, top_k, top_p and min_p"}
+    refusal = unserved(asked, served, neutral)
+    return f"{NAME} draws by {by}; {refusal}" if refusal else None
 
 
 def _is_deterministic() -> bool:

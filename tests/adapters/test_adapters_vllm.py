@@ -20,6 +20,7 @@ from engine_toy import (
     attend_blocks,
     decode_whole,
     fields,
+    load_alone,
     needs_installed,
     request_class,
     stub,
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from toy_model import MASK
 
 from attn_sampler import column_scores
+from attn_sampler.reference import truncation
 
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [2, 3, 5, 7, 11, 13]]
 CONTEXT = SimpleNamespace(attn_metadata=None)
@@ -390,6 +392,27 @@ def test_requests_that_draw_in_their_own_way(adapter: Any, policy: str, recwarn:
     others = [SamplingParams(**(vars(params) | {"seed": 9})) for params in asked]
     assert served([0, 1, 2], others) != together
     assert not recwarn.list
+
+
+FILTERS = ("vllm", "vllm/v1/sample/ops/topk_topp_sampler.py")
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [pytest.param(*x, marks=needs_installed(*FILTERS)) for x in ((4, 1.0), (0, 0.7), (9, 0.6), (-1, 1.0))],
+)
+def test_what_may_be_drawn_is_what_the_installed_filters_leave(
+    adapter: Any, monkeypatch: pytest.MonkeyPatch, top_k: int, top_p: float
+):
+    """vLLM's own, in PyTorch, which is given ``top_k`` as the size of the vocabulary where that is all."""
+    filters = load_alone(monkeypatch, "vllm.v1.sample.ops.topk_topp_sampler", *FILTERS, {})
+    logits = torch.randn(60, MASK, generator=torch.Generator().manual_seed(2)) * 2.0
+    k = torch.full((60,), top_k if top_k > 0 else MASK)
+    own = filters.apply_top_k_top_p_pytorch(logits.clone(), k, torch.full((60,), top_p)).isfinite()
+    remask = adapter.Remask(MASK, BLOCK, temperature="request")
+    remask.params = [SamplingParams(top_k=top_k, top_p=top_p)]
+    draws = {name: torch.tensor(remask._draws()[name]).view(1, 1, 1) for name in ("top_k", "top_p", "min_p")}
+    assert torch.equal(truncation(logits[None], *draws.values())[0], own)
 
 
 def test_what_a_request_that_draws_in_its_own_way_is_warned_of(adapter: Any):
