@@ -519,8 +519,9 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("fdfo", [False, True])
-@pytest.mark.parametrize("policy", ["attn", "threshold", "klass", "t2t", "t2m"])
+@pytest.mark.parametrize(
+    ("policy", "fdfo"), [("attn", False), ("threshold", True), ("klass", False), ("t2m", True)]
+)
 def test_requests_that_draw_in_their_own_way(adapter: Any, policy: str, fdfo: bool):
     """Each as it would alone, by its seed; one of a temperature of 0 as by a file that says so."""
     config = DllmConfig({"temperature": "request", "policy": policy}, fdfo)
