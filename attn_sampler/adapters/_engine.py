@@ -31,6 +31,12 @@ from attn_sampler.policy import Policy, StepState, check_progress
 from attn_sampler.reference import StepResult
 from attn_sampler.sampler import make_policy
 
+_BLOCK_STRIDE = 0xD1342543DE82EF95 - (1 << 64)  # odd, and another than that of steps
+
+
+#: As an adapter's ``temperature``: each request's own.
+OF_REQUEST = "request"
+
 
 def require(module: str, distribution: str, install: str, oldest: str, below: str) -> ModuleType:
     """The engine's module, of a version that the adapter was written for.
@@ -167,24 +173,11 @@ def paged_column_scores(
     k_cache: Tensor,  # [pages, Hkv, page_size, D]
     block_table: Tensor,  # [B, P] int32
     seqlens_k: Tensor,  # [B] int32
-    longest: int,
     **options: Any,
 ) -> Tensor:
-    """Column scores [B, C] of each sequence's last C positions, where its queries stand too.
-
-    The pages are gathered into one tensor of ``longest`` positions, which no sequence exceeds, aligned at the
-    sequences' ends: there ``column_scores`` counts from.
-    """
-    longest = max(longest, q.shape[2])
-    position = seqlens_k[:, None].long() + torch.arange(-longest, 0, device=q.device)
-    visible = position >= 0
-    position = position.clamp(min=0)
-    page_size = k_cache.shape[2]
-    page = block_table.gather(1, position // page_size).long()
-    k = k_cache.transpose(1, 2)[page, position % page_size]  # [B, N, Hkv, D]
-    return column_scores(
-        q, k.transpose(1, 2), columns=slice(longest - q.shape[2], longest), key_mask=visible, **options
-    )
+    """Column scores [B, C] of each sequence's last C positions, where its queries stand too."""
+    columns = slice(-q.shape[2], None)
+    return column_scores(q, k_cache, columns=columns, block_table=block_table, seqlens_k=seqlens_k, **options)
 
 
 def carries_over(policy: Policy) -> bool:
@@ -195,6 +188,21 @@ def carries_over(policy: Policy) -> bool:
 def step_seeds(seed: int, step: int, sequence: Tensor) -> Tensor:
     """int64 [B]: a stream for each row of each step."""
     return sequence + signed_seed(seed + step * STEP_STRIDE)
+
+
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[B], without a wait for the device."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def of_rows(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A number for all rows, or a tensor [B] on the device, of that or of a sequence of numbers."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype, non_blocking=True)
+    if not isinstance(value, Sequence):
+        return value
+    return value[0] if len(set(value)) == 1 else on_device(value, dtype, device)
 
 
 class BlockDecoder:
@@ -245,17 +253,29 @@ class BlockDecoder:
         logits: Tensor,  # [B, C, V]
         attention: Tensor | Sequence[Any] | None,
         *,
-        temperatures: Sequence[float] | None = None,  # B
+        temperature: float | Sequence[float] | Tensor | None = None,  # [B], as what follows
+        top_k: int | Sequence[int] | Tensor = 0,
+        top_p: float | Sequence[float] | Tensor = 1.0,
+        min_p: float | Sequence[float] | Tensor = 0.0,
+        seeds: Sequence[int | None] | Tensor | None = None,
+        position: Tensor | None = None,
+        token_bitmask: Tensor | None = None,  # [B, W] or [B, C, W]
         budget: Tensor | None = None,  # [B, C]
         recheck: Tensor | None = None,  # [B]
         **score_options: Any,
     ) -> StepResult:
         """One step on blocks ``[B, C]``, int64, updated in place.
 
-        ``attention``, ``budget`` and ``recheck`` are what ``Policy.step`` takes.
-
-        ``temperatures`` are those of the rows, in the place of the decoder's own. Rows of one temperature are
-        decoded together, each as it would be in any other company; ``attention`` has to be scores then.
+        Parameters
+        ----------
+        attention, budget, recheck
+            What ``Policy.step`` takes.
+        temperature, top_k, top_p, min_p, token_bitmask
+            As in ``decode_step``; a number, or one for each row. The temperature's default is the decoder's.
+        seeds, position
+            What the rows' requests draw by, and int64 [B], where in their sequences the blocks are: the draws
+            follow from these and from how far a block is, and are the same in any batch. A row without a seed
+            draws from the decoder's streams.
 
         Raises
         ------
@@ -264,50 +284,59 @@ class BlockDecoder:
             would wait forever.
         """
         batch, count = tokens.shape
+        device = tokens.device
         masked = tokens == self.mask_token_id
-        sequence = torch.arange(batch, device=tokens.device)
-        seeds = step_seeds(self.seed, self._steps, sequence)
-        self._steps += 1
-        options: dict[str, Any] = {"block": slice(0, count), "mask_token_id": self.mask_token_id}
-        options["backend"] = self.backend
+        sequence = torch.arange(batch, device=device)
+        streams = self._streams(sequence, seeds, position, masked, budget)
+        temperature = self.temperature if temperature is None else temperature
+        options: dict[str, Any] = {
+            "block": slice(0, count),
+            "mask_token_id": self.mask_token_id,
+            "backend": self.backend,
+            "temperature": of_rows(temperature, torch.float32, device),
+            "top_k": of_rows(top_k, torch.int32, device),
+            "top_p": of_rows(top_p, torch.float32, device),
+            "min_p": of_rows(min_p, torch.float32, device),
+            "token_bitmask": token_bitmask,
+        }
         if not self.policy.needs_scores:
             attention = None
         else:
             options |= score_options
         if budget is not None:
             options |= {"budget": budget, "recheck": recheck}
-        distinct = sorted(set(temperatures if temperatures is not None else [self.temperature]))
-        if len(distinct) <= 1:
-            options["temperature"] = distinct[0] if distinct else self.temperature
-            result = self.policy.step(tokens, logits, attention, sequence=sequence, seeds=seeds, **options)
-        else:
-            assert temperatures is not None
-            rows = [
-                torch.tensor([i for i, t in enumerate(temperatures) if t == each], device=tokens.device)
-                for each in distinct
-            ]
-            parts = [
-                self.policy.step(
-                    tokens[mine],
-                    logits[mine],
-                    attention[mine] if isinstance(attention, Tensor) else None,
-                    sequence=sequence[mine],
-                    seeds=seeds[mine],
-                    temperature=each,
-                    **options,
-                )
-                for each, mine in zip(distinct, rows, strict=True)
-            ]
-            order = torch.cat(rows).argsort()
-            joined = (torch.cat(each)[order] for each in zip(*(part[:5] for part in parts), strict=True))
-            result = StepResult(*joined)
-            tokens.copy_(result.tokens)
-            result = result._replace(tokens=tokens)
+        result = self.policy.step(tokens, logits, attention, sequence=sequence, seeds=streams, **options)
         scores = result.scores if self.policy.needs_scores else None
         if result.revised is not None:
             masked = tokens == self.mask_token_id
         check_progress(masked, result.selected, result.confidence, scores, sequence, revised=result.revised)
         return result
+
+    def _streams(
+        self,
+        sequence: Tensor,  # [B]
+        seeds: Sequence[int | None] | Tensor | None,
+        position: Tensor | None,
+        masked: Tensor,  # [B, C]
+        budget: Tensor | None,  # [B, C]
+    ) -> Tensor:
+        """int64 [B]: what the rows draw from in this step."""
+        own = step_seeds(self.seed, self._steps, sequence)
+        self._steps += 1
+        seeded: bool | Tensor = True
+        given: Any = [None] if seeds is None else seeds
+        if not isinstance(given, Tensor):
+            seeded = of_rows([seed is not None for seed in given], torch.bool, masked.device)
+            given = of_rows([signed_seed(seed or 0) for seed in given], torch.int64, masked.device)
+        if seeded is False:
+            return own
+        progress = (~masked).sum(dim=1)
+        if budget is not None:  # where a position is masked again, a revision is gone
+            progress = progress - 2 * budget.sum(dim=1)
+        drawn = given + progress * STEP_STRIDE
+        if position is not None:
+            drawn = drawn + position * _BLOCK_STRIDE
+        return drawn if seeded is True else torch.where(seeded, drawn, own)
 
     def step_predicted(
         self,
@@ -431,7 +460,6 @@ class BlockScores:
         block_table: Tensor,  # [B, P] int32
         seqlens_k: Tensor,  # [B] int32
         *,
-        longest: int,
         first: bool,
         last: bool,
         **options: Any,
@@ -445,7 +473,7 @@ class BlockScores:
             sums.zero_()
         if len(q):
             options |= self._options
-            paged_column_scores(q, k_cache, block_table, seqlens_k, longest, out=sums, **options)
+            paged_column_scores(q, k_cache, block_table, seqlens_k, out=sums, **options)
         if last and self._group is not None:
             sums.copy_(sum_scores(sums, self._group))
 

@@ -21,11 +21,19 @@ A rule that carries something over from step to step of a block (``klass``), or 
 step states, with a budget of ``max_edits`` for each position that the prompt does not hold, and its requests
 are decoded one by one in a batch.
 
-The file alone says how tokens are drawn. SGLang applies its stops, lengths and ``n`` to the finished blocks;
-a request that asks for more (a temperature of its own, ``top_p``, penalties, a grammar, log-probabilities,
-...) is answered with an error that names it; but for a temperature of 0, with which SGLang itself asks: that
-is warned of, where the file has another. ``--sampling-defaults openai`` keeps a checkpoint's
-``generation_config.json`` from asking for any in every client's name.
+SGLang applies its stops, lengths and ``n`` to the finished blocks. How tokens are drawn the file says for all
+requests, by a number as its ``temperature`` (by default 0), or each request does, with ``temperature:
+request``: by its temperature (1 where it names none), ``top_k``, ``top_p``, ``min_p`` and, with
+``--enable-deterministic-inference``, ``sampling_seed``, which makes its tokens the same in any batch.
+``top_p`` is of what ``top_k`` leaves, as in SGLang's own sampler where a request of the batch has a
+``min_p``; else that one takes it of all tokens, and draws from a few more.
+
+A request that asks for what is not served (penalties; a grammar, which SGLang takes no further in blocks, and
+which tells of the next token alone; log-probabilities, for which the results of a block have no place; ...;
+under the file's temperature one of its own) is answered with an error that names it; but for a temperature of
+0, with which SGLang itself asks: that is warned of, where the file has another.
+``--sampling-defaults openai`` keeps a checkpoint's ``generation_config.json`` from asking for any in every
+client's name.
 """
 
 from __future__ import annotations
@@ -41,6 +49,7 @@ from torch import Tensor
 
 from attn_sampler import checks
 from attn_sampler.adapters._engine import (
+    OF_REQUEST,
     BlockDecoder,
     BlockScores,
     attention_layers,
@@ -79,20 +88,55 @@ def _refusal(req: Any) -> str | None:
     temperature = config.get("temperature", 0.0)
     default = type(params)()
     neutral = {name: [getattr(default, name)] for name in params.__struct_fields__}
-    neutral["temperature"].append(temperature)
     served: tuple[str, ...] = _SGLANG_SERVES
-    if temperature == 0.0:
-        served += ("sampling_seed",)
-    if params.top_k == 1:  # what SGLang makes of a temperature of 0, which its warm-up and health checks have
-        served += ("temperature", "top_k", "top_p", "min_p")
-        if temperature != 0.0:
-            warnings.warn(
-                f"{NAME}: a request's temperature of 0 is not served beside the file's", stacklevel=2
-            )
+    draws = ("temperature", "top_k", "top_p", "min_p")
+    by = "--dllm-algorithm-config alone"
+    if temperature == OF_REQUEST:
+        by = "--dllm-algorithm-config and by requests' temperature, top_k, top_p and min_p"
+        served += draws
+        if params.sampling_seed is not None and _is_deterministic():
+            served += ("sampling_seed",)
+    else:
+        neutral["temperature"].append(temperature)
+        if temperature == 0.0:
+            served += ("sampling_seed",)
+        if (
+            params.top_k == 1
+        ):  # what SGLang makes of a temperature of 0: its warm-up and health checks have it
+            served += draws
+            if temperature != 0.0:
+                warnings.warn(
+                    f"{NAME}: a request's temperature of 0 is not served beside the file's", stacklevel=2
+                )
     asked = {name: getattr(params, name) for name in params.__struct_fields__}
     asked |= {name: getattr(req, name, None) or None for name in _REQUEST}
     refusal = unserved(asked, served, neutral)
-    return f"{NAME} draws by --dllm-algorithm-config alone; {refusal}" if refusal else None
+    return f"{NAME} draws by {by}; {refusal}" if refusal else None
+
+
+def _is_deterministic() -> bool:
+    """Whether SGLang hands the requests' seeds on."""
+    execution = _require("sglang.srt.runtime_context").get_exec()
+    return bool(execution.deterministic.enable_deterministic_inference)
+
+
+def _draws(forward_batch: Any, block_size: int) -> dict[str, Any]:
+    """How the requests of a batch draw, as ``BlockDecoder.step`` takes it; no host reads the tensors."""
+    info = forward_batch.sampling_info
+    if info.is_all_greedy:
+        return {"temperature": 0.0}
+    # Of a temperature of 0 SGLang makes this top_k, at a temperature of 1.
+    draws = {"temperature": torch.where(info.top_ks == 1, 0.0, info.temperatures.flatten())}
+    if info.need_top_k_sampling:
+        draws["top_k"] = info.top_ks
+    if info.need_top_p_sampling:
+        draws["top_p"] = info.top_ps
+    if info.need_min_p_sampling:
+        draws["min_p"] = info.min_ps
+    if info.sampling_seed is not None:
+        draws["seeds"] = info.sampling_seed
+        draws["position"] = forward_batch.positions.view(-1, block_size)[:, 0].long()
+    return draws
 
 
 def _require(module: str) -> Any:
@@ -251,6 +295,14 @@ def _head_group() -> Any:
     return group.device_group if group.world_size > 1 else None
 
 
+def _each(draws: dict[str, Any], batch: int) -> list[dict[str, Any]]:
+    """Of each row its own."""
+    return [
+        {name: x[i : i + 1] if isinstance(x, Tensor) else x for name, x in draws.items()}
+        for i in range(batch)
+    ]
+
+
 class _Block:
     """A request's block under a policy that remembers its steps.
 
@@ -267,7 +319,7 @@ class _Block:
         self._decoder, self._budget = decoder, budget
         self._final = False
 
-    def step(self, tokens: Tensor, logits: Tensor, scores: Tensor | None) -> bool:
+    def step(self, tokens: Tensor, logits: Tensor, scores: Tensor | None, draws: dict[str, Any]) -> bool:
         """Whether the block was done before this step, so that the last pass kept its keys and values."""
         decoder = self._decoder
         if self._final:
@@ -276,10 +328,10 @@ class _Block:
         full = not bool((before == decoder.mask_token_id).any())
         if not decoder.policy.revises:
             if not full:
-                decoder.step(tokens, logits, scores)
+                decoder.step(tokens, logits, scores, **draws)
             return full
         recheck = torch.zeros(1, dtype=torch.bool, device=tokens.device)
-        decoder.step(tokens, logits, scores, budget=self._budget, recheck=recheck)
+        decoder.step(tokens, logits, scores, budget=self._budget, recheck=recheck, **draws)
         left, changed, again, spare = torch.stack(
             [
                 (tokens == decoder.mask_token_id).any(),
@@ -317,6 +369,9 @@ def algorithm() -> type:
             self._remembers = policy.revises or carries_over(policy)
             keywords |= {"policy": policy, "one_block": self._remembers, "revises": self._remembers}
             keywords.pop("tau", None)  # is in the policy
+            self._by_request = keywords.get("temperature") == OF_REQUEST
+            if self._by_request:
+                del keywords["temperature"]
             self._decoder = BlockDecoder(mask_token_id=self.mask_id, **keywords)
             self._started = 0
             self._scores: BlockScores | None = None
@@ -379,12 +434,15 @@ def algorithm() -> type:
                 raise RuntimeError(
                     f"{NAME}: {self._decoder.policy!r} needs all logits, which SGLang kept apart"
                 )
+            draws = _draws(forward_batch, self.block_size) if self._by_request else {}
             if self._remembers:
                 rows = [None] * batch if scores is None else scores.split(1)
-                blocks = zip(states, tokens.split(1), logits.split(1), rows, strict=True)
+                blocks = zip(states, tokens.split(1), logits.split(1), rows, _each(draws, batch), strict=True)
                 done = [state.step(*block) for state, *block in blocks]
             elif compact is None:
-                self._decoder.step(tokens, logits, scores)
+                self._decoder.step(tokens, logits, scores, **draws)
+            elif isinstance(draws.get("temperature"), Tensor):
+                raise RuntimeError(f"{NAME}: a request that draws needs all logits, which SGLang kept apart")
             else:
                 best, p = (x.view(batch, self.block_size) for x in (compact.argmax_ids, compact.max_probs))
                 self._decoder.step_predicted(tokens, best, p, scores)

@@ -10,12 +10,12 @@ Both take what ``GenerationConfig`` holds, from the model's ``generation_config`
 and beside it the options of ``attn_generate``. ``generate`` is called by itself and serves models that have
 no ``generate`` of their own, such as ``BertForMaskedLM``; it fills in masks of the prompt without
 ``max_new_tokens`` too. Served are ``max_new_tokens``, ``max_length``, ``eos_token_id`` (one or several),
-``pad_token_id``, ``do_sample``, ``temperature``, ``suppress_tokens``, ``sequence_bias`` of single tokens,
-``guidance_scale`` and ``negative_prompt_ids``, ``num_return_sequences``, ``return_dict_in_generate``,
-``output_scores`` and ``output_logits``; ``stop_strings`` with a ``tokenizer`` in ``generate`` alone, as
-transformers hands neither tokenizer nor streamer to a ``custom_generate`` (``stop`` and ``decode`` are for
-that). What else asks for something is an error that names it; so is ``top_k=50``, which transformers takes by
-default where ``do_sample`` is set, unless ``top_k=0`` is given.
+``pad_token_id``, ``do_sample`` with ``temperature``, ``top_k`` (50 by transformers' default), ``top_p`` and
+``min_p``, ``suppress_tokens``, ``sequence_bias`` of single tokens, ``guidance_scale`` and
+``negative_prompt_ids``, ``num_return_sequences``, ``return_dict_in_generate``, ``output_scores`` and
+``output_logits``; ``stop_strings`` with a ``tokenizer`` in ``generate`` alone, as transformers hands neither
+tokenizer nor streamer to a ``custom_generate`` (``stop`` and ``decode`` are for that). What else asks for
+something is an error that names it.
 
 Models are those of ``attn_sampler.adapters.models``, and causal classes after ``make_bidirectional``.
 """
@@ -38,7 +38,7 @@ from attn_sampler.adapters._engine import unserved
 from attn_sampler.adapters.models import adapt, find_family
 from attn_sampler.endings import TextEnds
 from attn_sampler.policy import Decision, Policy, StepState
-from attn_sampler.reference import REPLACED, StepResult
+from attn_sampler.reference import REPLACED, StepResult, truncation
 from attn_sampler.sampler import make_policy
 
 
@@ -52,7 +52,8 @@ class AttnGenerateOutput(GenerateDecoderOnlyOutput):
 
 #: Of ``GenerationConfig``, what is read below, what is the host's book-keeping, and what changes no token.
 _SERVED = (
-    *("max_length", "max_new_tokens", "eos_token_id", "pad_token_id", "do_sample", "temperature"),
+    *("max_length", "max_new_tokens", "eos_token_id", "pad_token_id"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p"),
     *("suppress_tokens", "sequence_bias", "guidance_scale", "num_return_sequences", "stop_strings"),
     *("return_dict_in_generate", "output_scores", "output_logits"),
     *("bos_token_id", "decoder_start_token_id", "transformers_version", "use_cache", "cache_implementation"),
@@ -60,11 +61,9 @@ _SERVED = (
     "prefill_chunk_size",
 )
 #: What a greedy configuration does not read, and one that samples has to leave alone.
-_SAMPLING = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_SAMPLING = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 #: Values that ask for nothing, beside transformers' defaults.
 _NEUTRAL: dict[str, list[Any]] = {
-    "top_k": [0],
-    "min_p": [0.0],
     "min_new_tokens": [0],
     "is_assistant": [False],
 }
@@ -72,6 +71,9 @@ _NEUTRAL: dict[str, list[Any]] = {
 _MADE_OF = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "TemperatureLogitsWarper": "temperature",
+    "TopKLogitsWarper": "top_k",
+    "TopPLogitsWarper": "top_p",
+    "MinPLogitsWarper": "min_p",
     "SuppressTokensLogitsProcessor": "suppress_tokens",
     "SequenceBiasLogitsProcessor": "sequence_bias",
     "LogitNormalization": "renormalize_logits",
@@ -152,7 +154,6 @@ def attn_generate(
     given = {name: value for name, value in model_kwargs.items() if name not in _PLAIN}
     given["streamer"], given["synced_gpus"] = streamer, synced_gpus or None
     _refuse(config, given, [*logits_processor, *stopping_criteria])
-    sampling = bool(config.do_sample)
     length = input_ids.shape[1]
     new = config.max_new_tokens
     if new is None:
@@ -171,7 +172,7 @@ def attn_generate(
     pad = _token_ids(config.pad_token_id)
     filler = pad[0] if pad else (ends[0] if ends else None)
     chosen = make_policy(policy, **({} if tau is None else {"tau": tau}))
-    temperature = float(config.temperature) if sampling else 0.0
+    draws = _draws(config) if config.do_sample else {"temperature": 0.0}
     keeps_scores = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
     recorder = _Recorder(chosen, len(input_ids), length, new) if keeps_scores else None
     if seed is None:
@@ -181,7 +182,7 @@ def attn_generate(
         input_ids,
         gen_length=new,
         policy=chosen if recorder is None else recorder,
-        temperature=temperature,
+        **draws,
         seed=seed,
         attention_mask=None if attention_mask is None else attention_mask.bool(),
         eos_last=eos_last,
@@ -205,13 +206,11 @@ def attn_generate(
     sequences, count = _ended(generation.tokens, to_fill, ending, filler)
     if not config.return_dict_in_generate:
         return sequences
-    kept = None if recorder is None else recorder.scores(count - length, temperature)
+    kept = None if recorder is None else recorder.scores(count - length, options["mask_token_id"], **draws)
     return AttnGenerateOutput(
         sequences=sequences,
         scores=kept if config.output_scores else None,
-        logits=recorder.scores(count - length, 0.0)
-        if recorder is not None and config.output_logits
-        else None,
+        logits=recorder.logits(count - length) if recorder is not None and config.output_logits else None,
         num_forward_passes=generation.num_forward_passes,
     )
 
@@ -307,12 +306,42 @@ class _Recorder(Policy):
         self._kept[sequence, position[own]] = logits[row[own], place[own]].float()
         return result
 
-    def scores(self, count: int, temperature: float) -> tuple[Tensor, ...]:
-        """[B, V] for each of the first new positions, divided by the temperature where there is one."""
-        if self._kept is None:
-            return ()
-        kept = self._kept[:, :count]
-        return tuple((kept / temperature if temperature > 0.0 else kept).unbind(dim=1))
+    def logits(self, count: int) -> tuple[Tensor, ...]:
+        """[B, V] for each of the first new positions."""
+        return () if self._kept is None else self._kept[:, :count].unbind(dim=1)
+
+    def scores(
+        self,
+        count: int,
+        mask_token_id: int,
+        temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+    ) -> tuple[Tensor, ...]:
+        """As ``logits``, divided by the temperature where there is one; -inf for what may not be drawn."""
+        if self._kept is None or temperature == 0.0:
+            return self.logits(count)
+        scaled = self._kept[:, :count] / temperature
+        if (top_k, top_p, min_p) != (0, 1.0, 0.0):
+            scaled[..., mask_token_id] = -torch.inf
+            filters = (torch.tensor(x, device=scaled.device).view(1, 1, 1) for x in (top_k, top_p, min_p))
+            scaled = scaled.masked_fill(~truncation(scaled, *filters), -torch.inf)
+        return scaled.unbind(dim=1)
+
+
+def _draws(config: GenerationConfig) -> dict[str, Any]:
+    """How a configuration that samples draws, as ``attn_sampler.generate`` takes it.
+
+    transformers' nucleus of ``top_p=0`` is the most probable token.
+    """
+    top_p = 1.0 if config.top_p is None else float(config.top_p)
+    return {
+        "temperature": float(config.temperature),
+        "top_k": int(config.top_k or 0),
+        "top_p": top_p if top_p > 0.0 else torch.finfo(torch.float32).tiny,
+        "min_p": float(config.min_p or 0.0),
+    }
 
 
 def _with_defaults(given: GenerationConfig | None) -> GenerationConfig:
@@ -329,13 +358,18 @@ def _refuse(config: GenerationConfig, given: Mapping[str, Any], made: Sequence[A
     defaults = config._get_default_generation_params()
     neutral = {name: [value] for name, value in defaults.items()}
     for name, values in _NEUTRAL.items():
-        neutral[name] = [*values] if name == "top_k" else [*neutral.get(name, []), *values]
+        neutral[name] = [*neutral.get(name, []), *values]
     asked = {name: x for name, x in vars(config).items() if not name.startswith("_") and x is not False}
     served = _SERVED if config.do_sample else (*_SERVED, *_SAMPLING)
     text = "; ".join(filter(None, (unserved(asked, served, neutral), unserved(given))))
     known = {kind: 1 for kind, name in _MADE_OF.items() if getattr(config, name, None) not in (None, False)}
-    if not config.do_sample or config.temperature == 1.0:
-        known["TemperatureLogitsWarper"] = 0
+    warps = {
+        "TemperatureLogitsWarper": config.temperature != 1.0,
+        "TopKLogitsWarper": config.top_k not in (None, 0),
+        "TopPLogitsWarper": config.top_p is not None and config.top_p < 1.0,
+        "MinPLogitsWarper": config.min_p is not None,
+    }
+    known |= {kind: int(bool(config.do_sample) and made) for kind, made in warps.items()}
     for kind in (type(each).__name__ for each in made):
         known[kind] = known.get(kind, 0) - 1
         if known[kind] < 0:

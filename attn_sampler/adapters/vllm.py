@@ -12,10 +12,13 @@ vLLM finds attn_sampler as a plugin; the entry in ``additional_config`` switches
 give no log-sum-exp over the context. The ranks of tensor parallelism add up their heads. ``Remask`` has the
 interface of ``batched_remask`` and of ``RemaskingPolicy``, so that a worker of your own can use it too.
 
-The entry alone says how tokens are drawn. vLLM applies its stops, lengths and ``n`` to the finished blocks;
-what else a request's ``SamplingParams`` ask for (a temperature of its own, ``top_p``, penalties, a grammar,
-...) the plugin's sampler leaves out, which is warned of, once for each name: a worker cannot turn a request
-down. Interface of commit 33cd242; tested without a GPU, in eager mode.
+vLLM applies its stops, lengths and ``n`` to the finished blocks. How tokens are drawn the entry says for all
+requests, by its ``temperature`` (by default 0), or with ``"temperature": "request"`` each request's
+``SamplingParams`` do: ``temperature`` (vLLM's default is 1), ``top_k``, ``top_p``, ``min_p`` and ``seed``,
+which makes its tokens the same in any batch. What else they ask for (penalties, a grammar, log-probabilities,
+for which the plugin's output has no place, ...) is left out, which is warned of, once for each name: a worker
+cannot turn a request down. ``min_p`` beside ``top_p`` is warned of too: vLLM filters by ``min_p`` first.
+Interface of commit 33cd242; tested without a GPU, in eager mode.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ import torch
 from torch import Tensor, nn
 
 from attn_sampler.adapters._engine import (
+    OF_REQUEST,
     BlockDecoder,
     BlockScores,
     attention_layers,
     last_tokens,
+    on_device,
     refuse_attention,
     require,
     unserved,
@@ -52,6 +57,8 @@ _VLLM_SERVES = (
     *("skip_clone", "output_text_buffer_length", "routed_experts_prompt_start"),
     *("_eos_token_id", "_all_stop_token_ids", "_bad_words_token_ids", "_watermarking_skipped"),
 )
+#: And, where requests say how tokens are drawn, what is read of them.
+_DRAWS = ("temperature", "top_k", "top_p", "min_p", "seed")
 #: What of an attention is not among the scaled products of a block.
 _KINDS = ("alibi_slopes", "logits_soft_cap", "sinks", "sliding_window")
 
@@ -67,8 +74,10 @@ class Remask:
     ----------
     mask_token_id, block_length
         The mask token, and C, the tokens of a block (``DRAFT_SIZE``).
-    policy, tau, temperature, seed, layers, diagonal, backend
+    policy, tau, seed, layers, diagonal, backend
         As in ``generate``.
+    temperature
+        A number, or ``"request"``: that of each request, and how else it draws.
     reduction
         As in ``column_scores``.
     """
@@ -80,15 +89,21 @@ class Remask:
         *,
         policy: str | Policy = "attn",
         tau: float | None = None,
-        temperature: float = 0.0,
+        temperature: float | str = 0.0,
         seed: int = 0,
         layers: str | slice | Sequence[int] = "all",
         diagonal: bool = True,
         reduction: str = "sum",
         backend: str = "auto",
     ) -> None:
+        self._by_request = temperature == OF_REQUEST
         self._decoder = BlockDecoder(
-            policy, tau=tau, mask_token_id=mask_token_id, temperature=temperature, seed=seed, backend=backend
+            policy,
+            tau=tau,
+            mask_token_id=mask_token_id,
+            temperature=0.0 if self._by_request else temperature,  # type: ignore[arg-type]  # is checked
+            seed=seed,
+            backend=backend,
         )
         self._layers = layers
         self._scores = BlockScores(
@@ -96,7 +111,36 @@ class Remask:
         )
         #: The requests whose blocks are handed over next, among those of the forward pass; None for all.
         self.requests: list[int] | None = None
+        #: Their ``SamplingParams``, and where in their texts they are, where they say how tokens are drawn.
+        self.params: list[Any] | None = None
+        self.position: Tensor | None = None  # [B]
+        self._added: dict[int, Any] = {}
         self._warned: set[str] = set()
+
+    def add_request(self, slot: int, params: Any) -> None:
+        """A request, by its place among those that vLLM is serving."""
+        self.check_request(params)
+        self._added[slot] = params
+
+    def begin(self, input_batch: Any, requests: list[int]) -> None:
+        """The blocks of these requests of the batch are handed over next."""
+        self.requests = requests
+        if self._by_request:
+            slots = input_batch.idx_mapping_np
+            self.params = [self._added[int(slots[i])] for i in requests]
+            ends = input_batch.seq_lens
+            self.position = ends.long()[on_device(requests, torch.int64, ends.device)]
+
+    def _draws(self) -> dict[str, Any]:
+        if not self._by_request:
+            return {}
+        if self.params is None:
+            raise ValueError(
+                "params: expected the SamplingParams of the requests whose blocks follow, got None"
+            )
+        draws: dict[str, Any] = {name: [getattr(x, name) for x in self.params] for name in _DRAWS}
+        draws["top_k"] = [max(k, 0) for k in draws["top_k"]]  # -1, as 0, stands for all
+        return draws | {"seeds": draws.pop("seed"), "position": self.position}
 
     def check_request(self, params: Any) -> None:
         """Warn of what a request's ``SamplingParams`` ask for in vain, once for each name."""
@@ -104,16 +148,23 @@ class Remask:
         if hasattr(kind, "for_sampler_warmup") and params == kind.for_sampler_warmup():
             return  # vLLM's own, which ask for everything
         default = kind()
+        if self._by_request and params.min_p > 0.0 and params.top_p < 1.0:
+            self._warn("min_p beside top_p", "min_p: it filters after top_p here, and in vLLM before")
+        served = (*_VLLM_SERVES, *_DRAWS) if self._by_request else _VLLM_SERVES
         for name in params.__struct_fields__:
             neutral = [getattr(default, name)]
             if name == "temperature":
                 neutral.append(self._decoder.temperature)
-            if name == "seed" and self._decoder.temperature == 0.0:
+            if name == "seed" and self._decoder.temperature == 0.0 and not self._by_request:
                 continue  # nothing is drawn
-            text = unserved({name: getattr(params, name)}, _VLLM_SERVES, {name: neutral})
-            if text and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(f"attn_sampler draws by additional_config alone; {text}", stacklevel=2)
+            if text := unserved({name: getattr(params, name)}, served, {name: neutral}):
+                more = " and requests' own ways" if self._by_request else " alone"
+                self._warn(name, f"attn_sampler draws by additional_config{more}; {text}")
+
+    def _warn(self, name: str, text: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(text, stacklevel=3)
 
     def watch(self, model: nn.Module) -> None:
         """Add up the attention inside the blocks that the model decodes from now on."""
@@ -164,7 +215,7 @@ class Remask:
                 scores = self._scores.read(len(draft))
             else:
                 scores = self._scores.read(max(self.requests) + 1)[self.requests]
-        result = self._decoder.step(draft, logits, scores)
+        result = self._decoder.step(draft, logits, scores, **self._draws())
         committed = (result.selected & masked).sum(dim=-1)
         return draft, (draft != mask_token_id).all(dim=-1), committed
 
@@ -251,11 +302,11 @@ def _use(sampler: Any, remask: Remask) -> None:
     def wrapped(logits: Tensor, input_batch: Any) -> Any:
         ends = input_batch.cu_num_logits_np
         counts = [int(ends[i + 1] - ends[i]) for i in range(input_batch.num_reqs)]
-        remask.requests = [i for i, count in enumerate(counts) if count == sampler._draft_size]
+        remask.begin(input_batch, [i for i, count in enumerate(counts) if count == sampler._draft_size])
         return denoise(logits, input_batch)
 
     def add_request(req_index: int, prompt_len: int, sampling_params: Any) -> None:
-        remask.check_request(sampling_params)
+        remask.add_request(req_index, sampling_params)
         sampler._base_sampler.add_request(req_index, prompt_len, sampling_params)
 
     sampler._remask_fn = remask

@@ -20,6 +20,9 @@ step one thing is replaced, which positions are accepted. Two of its samplers ar
     chooses which predictions stay. The engine's temperature, and a request's of 0, are served; its
     ``selection_policy`` and ``confidence_threshold``, whose place the policy takes, are refused.
 
+What else a request may ask for vLLM answers itself, with an error at its front: no other temperature, no
+``min_p``, ``seed``, grammar or bias goes with its diffusion models, whatever the sampler.
+
 vLLM's attention gives no log-sum-exp, so the queries of a canvas meet the keys of the paged cache once more,
 in every layer that counts: exact, at the price of reading these keys. A policy that needs no attention reads
 none. The ranks of tensor parallelism add up their heads. Attention is read inside vLLM's compiled models too,
@@ -212,7 +215,6 @@ class CanvasAttention:
         self._rows: Tensor | None = None  # [B], which requests of the batch have a canvas
         self._batch = 0
         self._counts: Tensor | None = None  # [B], how long their canvases are, where one is short
-        self._longest = 0
         self._seen = 0
         watched = attention_layers(model, _attention_class(), layers)
         self._depth = len(watched)
@@ -232,7 +234,6 @@ class CanvasAttention:
         self._counts = None
         if (lengths[rows] < self._length).any():
             self._counts = torch.from_numpy(lengths[rows].astype(np.int64)).to(device)
-        self._longest = int(input_batch.seq_lens_cpu_upper_bound[:count][rows].max()) if len(rows) else 0
         self._batch = count
         self._seen = 0
 
@@ -297,7 +298,6 @@ class CanvasAttention:
             key_pages(kv_cache, impl.head_size),
             metadata.block_table[rows],
             metadata.seq_lens[rows],
-            longest=self._longest,
             first=index == 0,
             last=last,
             **options,
@@ -422,18 +422,12 @@ class _MaskedStep(_Step):
     def __init__(self, state: Any, sampler: Any, module: Any, decoder: BlockDecoder, attention: Any) -> None:
         super().__init__(module, decoder, attention)
         self._sampling = sampler.sampling_states
-        self._greedy: list[bool] = []
         config = state.vllm_config.diffusion_config
         for name in ("selection_policy", "confidence_threshold"):
             if (value := getattr(config, name, None)) is not None:
                 raise ValueError(
                     f"diffusion_config: {name} has no effect beside a policy of {_OPTION}, got {value!r}"
                 )
-
-    def begin(self, input_batch: Any) -> None:
-        count = input_batch.num_reqs
-        rows = np.flatnonzero(np.diff(input_batch.cu_num_logits_np[: count + 1]))
-        self._greedy = (self._sampling.temperature.np[input_batch.idx_mapping_np[rows]] == 0).tolist()
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
         call = self._named(arguments, keywords)
@@ -444,15 +438,17 @@ class _MaskedStep(_Step):
         masked = (canvas == mask) & real
         free = masked & ~committing[:, None]
 
-        temperatures = [0.0 if greedy else float(call.temperature) for greedy in self._greedy]
+        temperature: float | Tensor = float(call.temperature)
+        if temperature > 0.0:
+            temperature = torch.where(self._sampling.temperature.gpu[slots] > 0.0, temperature, 0.0)
         tokens = torch.where(free, mask, int(mask == 0))  # what is not free looks filled
         scores = self._scores(call)
-        result = self._decoder.step(tokens, logits, scores, temperatures=temperatures)
+        result = self._decoder.step(tokens, logits, scores, temperature=temperature)
         step = call.step_tensor[slots] + 1
         at_last = step >= call.max_denoising_steps
         filled = free & (result.selected | at_last[:, None])
         if call.capture_logprobs:
-            self._keep_log_probs(call, logits, result.token_ids, filled, temperatures)
+            self._keep_log_probs(call, logits, result.token_ids, filled, temperature)
         after = torch.where(filled, result.token_ids.to(canvas.dtype), canvas)
 
         call.canvas[slots] = torch.where(committing[:, None], mask, after)
@@ -469,11 +465,13 @@ class _MaskedStep(_Step):
         return logits.float()
 
     def _keep_log_probs(
-        self, call: Any, logits: Tensor, token_ids: Tensor, filled: Tensor, temperatures: list[float]
+        self, call: Any, logits: Tensor, token_ids: Tensor, filled: Tensor, temperature: float | Tensor
     ) -> None:
         """Of what is filled in now: its log-probability in the distribution drawn from, and its rank."""
-        scale = logits.new_tensor([t if t > 0 else 1.0 for t in temperatures], dtype=torch.float32)
-        x = logits.float() / scale[:, None, None]
+        scale: float | Tensor = 1.0
+        if isinstance(temperature, Tensor):
+            scale = torch.where(temperature > 0.0, temperature, 1.0)[:, None, None]
+        x = logits.float() / scale
         x[..., call.mask_token_id] = -torch.inf
         chosen = x.gather(-1, token_ids[..., None])
         log_prob = (chosen - x.logsumexp(dim=-1, keepdim=True))[..., 0]

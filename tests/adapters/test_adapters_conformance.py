@@ -46,6 +46,16 @@ ENGINES = {
                 *("RadixAttention.tp_q_head_num", "RadixAttention.tp_k_head_num", "RadixAttention.head_dim"),
                 *("RadixAttention.scaling", "RadixAttention.logit_cap", "RadixAttention.sliding_window_size"),
             ],
+            "sglang/srt/sampling/sampling_batch_info.py": [
+                *("SamplingBatchInfo.temperatures", "SamplingBatchInfo.top_ks", "SamplingBatchInfo.top_ps"),
+                *("SamplingBatchInfo.min_ps", "SamplingBatchInfo.is_all_greedy"),
+                *("SamplingBatchInfo.need_top_k_sampling", "SamplingBatchInfo.need_top_p_sampling"),
+                *("SamplingBatchInfo.need_min_p_sampling", "SamplingBatchInfo.sampling_seed"),
+            ],
+            "sglang/srt/model_executor/forward_batch_info.py": [
+                *("ForwardBatch.sampling_info", "ForwardBatch.positions", "ForwardBatch.dllm_prompt_mask"),
+            ],
+            "sglang/srt/runtime_context.py": ["get_exec"],
             "sglang/srt/layers/attention/flashinfer_backend.py": ["_safe_merge_state"],
             "sglang/srt/layers/logits_processor.py": ["LogitsProcessorOutput.full_logits"],
             "sglang/srt/arg_groups/overrides.py": [
@@ -84,7 +94,7 @@ ENGINES = {
             ],
             "vllm/v1/worker/gpu/input_batch.py": [
                 *("InputBatch.num_reqs", "InputBatch.cu_num_logits_np", "InputBatch.num_draft_tokens"),
-                *("InputBatch.seq_lens", "InputBatch.seq_lens_cpu_upper_bound", "InputBatch.idx_mapping_np"),
+                *("InputBatch.seq_lens", "InputBatch.idx_mapping_np"),
             ],
             "vllm/v1/attention/backends/triton_attn.py": [
                 "TritonAttentionImpl.forward(layer, query, key, value, kv_cache, attn_metadata, output)",
@@ -102,6 +112,7 @@ ENGINES = {
             "vllm/config/vllm.py": ["VllmConfig.additional_config", "VllmConfig.diffusion_config"],
             "vllm/config/compilation.py": ["CUDAGraphMode.has_full_cudagraphs"],
             "vllm/v1/worker/gpu/sample/states.py": ["SamplingStates.temperature"],
+            "vllm/sampling_params.py": ["SamplingParams._validate_diffusion(model_config)"],
         },
     ),
     "lmdeploy": Engine(

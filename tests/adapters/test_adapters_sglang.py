@@ -19,6 +19,7 @@ from engine_toy import (
     decode_whole,
     fields,
     load,
+    load_alone,
     needs_installed,
     request_class,
     sources,
@@ -27,6 +28,8 @@ from engine_toy import (
 )
 from torch import Tensor, nn
 from toy_model import MASK
+
+from attn_sampler.reference import truncation
 
 SOURCE = ("sglang", "sglang/srt/dllm/algorithm/base.py")
 over_stand_ins = pytest.mark.parametrize("adapter", ["stand-in"], indirect=True)
@@ -213,8 +216,30 @@ def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("attn_sampler.adapters.sglang")
 
 
+def sampling_info(asked: list[dict[str, Any]], deterministic: bool = True) -> Any:
+    """SGLang's ``SamplingBatchInfo`` of requests with these normalized parameters."""
+    plain = {"temperature": 1.0, "top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, "sampling_seed": 42}
+    given = [plain | each for each in asked]
+
+    def of(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([each[name] for each in given], dtype=dtype)
+
+    return SimpleNamespace(
+        temperatures=of("temperature", torch.float32)[:, None],
+        top_ks=of("top_k", torch.int32),
+        top_ps=of("top_p", torch.float32),
+        min_ps=of("min_p", torch.float32),
+        is_all_greedy=all(each["top_k"] <= 1 for each in given),
+        need_top_p_sampling=any(each["top_p"] != 1.0 for each in given),
+        need_top_k_sampling=any(each["top_k"] != 1 << 30 for each in given),
+        need_min_p_sampling=any(each["min_p"] > 0 for each in given),
+        sampling_seed=of("sampling_seed", torch.int64) if deterministic else None,
+    )
+
+
 def make_batch(requests: list[Request], **fields: Any) -> Any:
     prefixes = [request.cached for request in requests]
+    own = torch.arange(BLOCK, dtype=torch.int32)
     return SimpleNamespace(
         **{
             "batch_size": len(requests),
@@ -224,16 +249,24 @@ def make_batch(requests: list[Request], **fields: Any) -> Any:
             "extend_prefix_lens_cpu": prefixes,
             "joins": any(prefixes),
             "dllm_prompt_mask": None,
+            "positions": torch.cat([own + cached for cached in prefixes]),
+            "sampling_info": sampling_info([getattr(request, "asks", {}) for request in requests]),
         }
         | fields
     )
 
 
 def serve(
-    algorithm: Any, runner: ModelRunner, num_blocks: int, prompts: list[list[int]] = PROMPTS
+    algorithm: Any,
+    runner: ModelRunner,
+    num_blocks: int,
+    prompts: list[list[int]] = PROMPTS,
+    asked: list[dict[str, Any]] | None = None,
 ) -> list[list[int]]:
     """All prompts at once, block after block, as the scheduler does."""
     requests = [Request(prompt) for prompt in prompts]
+    for request, asks in zip(requests, asked or [], strict=False):
+        request.asks = asks  # type: ignore[attr-defined]
     goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in prompts]
     kept: dict[int, Any] = {}
     for _ in range(100):
@@ -476,6 +509,115 @@ def test_a_temperature_of_its_own(adapter: Any):
     assert refusal(adapter, {"temperature": 0.7}, {}, temperature=0.7) is None
     with pytest.warns(UserWarning, match="a request's temperature of 0 is not served beside the file's"):
         assert refusal(adapter, {"temperature": 0.7}, {}, **greedy) is None
+
+
+ASKED = [
+    {"top_k": 1},  # which is what SGLang makes of a temperature of 0
+    {"temperature": 0.8, "top_k": 7, "sampling_seed": 5},
+    {"temperature": 1.5, "top_p": 0.9, "min_p": 0.05, "sampling_seed": 6},
+    {"sampling_seed": 7},
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "fdfo"), [("attn", False), ("threshold", True), ("klass", False), ("t2m", True)]
+)
+def test_requests_that_draw_in_their_own_way(adapter: Any, policy: str, fdfo: bool):
+    """Each as it would alone, by its seed; one of a temperature of 0 as by a file that says so."""
+    config = DllmConfig({"temperature": "request", "policy": policy}, fdfo)
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[3], PROMPTS[1]]
+    algorithm, runner = adapter.algorithm()(config), ModelRunner(config)
+    served = serve(algorithm, runner, 2, prompts, ASKED)
+    assert served[0] == decode_whole(toy(), prompts[0], 2, policy=policy)
+    for i in (3, 1, 2):
+        assert serve(algorithm, runner, 2, prompts[i : i + 1], ASKED[i : i + 1]) == [served[i]]
+    others = [asks | {"sampling_seed": 9} for asks in ASKED]
+    assert serve(algorithm, runner, 2, prompts, others) != served
+
+
+@over_stand_ins
+def test_greedy_batches_and_single_filters_read_no_tensor_more_than_they_need(adapter: Any):
+    def draws(asked: list[dict[str, Any]], deterministic: bool = False) -> dict[str, Any]:
+        info = sampling_info(asked, deterministic)
+        return adapter._draws(make_batch([Request([])] * len(asked), sampling_info=info), BLOCK)
+
+    assert draws([{"top_k": 1}, {"top_k": 1, "top_p": 0.5}]) == {"temperature": 0.0}
+    mixed = draws([{"top_k": 1}, {"temperature": 0.5, "top_k": 1 << 30}])
+    assert mixed["temperature"].tolist() == [0.0, 0.5]
+    assert set(mixed) == {"temperature", "top_k"}
+    for name, value in (("top_p", 0.5), ("min_p", 0.25)):
+        assert draws([{name: value}])[name].tolist() == [value]
+        assert set(draws([{name: value}])) == {"temperature", name}
+    assert set(draws([{}], deterministic=True)) == {"temperature", "seeds", "position"}
+
+
+SAMPLER = ("sglang", "sglang/srt/layers/sampler.py")
+
+
+@over_stand_ins
+@pytest.mark.parametrize(
+    "asks",
+    [
+        pytest.param(asks, marks=needs_installed(*SAMPLER))
+        for asks in ({"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 9, "min_p": 0.2}, *ASKED[1:])
+    ],
+)
+def test_what_may_be_drawn_is_what_the_installed_sampler_leaves(
+    adapter: Any, monkeypatch: pytest.MonkeyPatch, asks: dict[str, Any]
+):
+    """SGLang's own, in PyTorch; of that a part, where it takes top_p of more than top_k leaves."""
+    names = ("is_cuda", "is_hip", "is_musa", "is_npu", "is_xpu", "is_gfx1250_supported", "get_bool_env_var")
+    no = dict.fromkeys(names, lambda *_: False)
+    sampler = load_alone(monkeypatch, "sglang.srt.layers.sampler", *SAMPLER, no)
+    info = sampling_info([asks], deterministic=False)
+    logits = torch.randn(60, MASK + 1, generator=torch.Generator().manual_seed(2)) * 2.0
+    logits[:, MASK] = -torch.inf
+    _, weights, ids, _ = sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+        (logits / info.temperatures).softmax(dim=-1),
+        *(x.expand(60) for x in (info.top_ks, info.top_ps, info.min_ps)),
+        need_min_p_sampling=info.need_min_p_sampling,
+        sampling_seed=None,
+        positions=None,
+        return_filtered_probs=True,
+    )
+    own = torch.zeros_like(weights).scatter(1, ids.long(), weights) > 0
+    filters = (x.view(1, 1, 1) for x in (info.top_ks, info.top_ps, info.min_ps))
+    mine = truncation((logits / info.temperatures)[None], *filters)[0] & logits.isfinite()
+    joint = info.need_top_k_sampling and info.need_top_p_sampling
+    assert (mine & ~own).sum() == 0
+    assert joint or (own == mine).all()
+
+
+@over_stand_ins
+def test_what_a_request_asks_for_that_draws_in_its_own_way(adapter: Any, monkeypatch: pytest.MonkeyPatch):
+    file = {"temperature": "request"}
+    for name, value in (("temperature", 0.5), ("top_k", 20), ("top_k", 1), ("top_p", 0.5), ("min_p", 0.1)):
+        assert refusal(adapter, file, {}, **{name: value}) is None
+    assert "by requests' temperature, top_k, top_p and min_p; ebnf: expected None, got 'x'" in (
+        refusal(adapter, file, {}, ebnf="x") or ""
+    )
+    assert "return_logprob: expected None, got True" in (
+        refusal(adapter, file, {"return_logprob": True}) or ""
+    )
+    flags = SimpleNamespace(deterministic=SimpleNamespace(enable_deterministic_inference=False))
+    stub(monkeypatch, {"sglang.srt.runtime_context": {"get_exec": lambda: flags}})
+    assert "sampling_seed: expected None, got 5" in (refusal(adapter, file, {}, sampling_seed=5) or "")
+    flags.deterministic.enable_deterministic_inference = True
+    assert refusal(adapter, file, {}, sampling_seed=5) is None
+    with pytest.raises(TypeError, match="temperature: expected"):
+        adapter.algorithm()(DllmConfig({"temperature": "file"}))
+
+
+@over_stand_ins
+def test_a_request_that_draws_needs_all_logits(adapter: Any):
+    algorithm = adapter.algorithm()(DllmConfig({"policy": "threshold", "temperature": "request"}))
+    state = SimpleNamespace(argmax_ids=torch.ones(BLOCK, dtype=torch.int64), max_probs=torch.ones(BLOCK))
+    output = SimpleNamespace(full_logits=None, dllm_vocab_state=state)
+    greedy = make_batch([Request([])], sampling_info=sampling_info([{"top_k": 1}]))
+    assert algorithm.step(greedy, output, [None]) == [False]
+    assert MASK not in greedy.input_ids
+    with pytest.raises(RuntimeError, match="a request that draws needs all logits"):
+        algorithm.step(make_batch([Request([])]), output, [None])
 
 
 @pytest.mark.parametrize("known", [pytest.param(APPLIED | REFUSED, marks=needs_installed(*PARAMS[:2]))])

@@ -19,7 +19,12 @@ from transformers import (
     LlamaForCausalLM,
     set_seed,
 )
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList, TemperatureLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import attn_sampler
@@ -76,6 +81,12 @@ def expected(model: Any, prompts: Tensor = PROMPTS, **options: Any) -> Tensor:
         ({"sequence_bias": {(12,): 5.0}}, {"logit_bias": {12: 5.0}}),
         ({"guidance_scale": 2.5}, {"guidance_scale": 1.5}),
         ({"do_sample": True, "top_k": 0, "seed": 3, "temperature": 1.5}, {"seed": 3, "temperature": 1.5}),
+        (
+            {"do_sample": True, "seed": 3, "temperature": 2.5, "top_k": 5, "top_p": 0.7, "min_p": 0.1},
+            {"seed": 3, "temperature": 2.5, "top_k": 5, "top_p": 0.7, "min_p": 0.1},
+        ),
+        ({"do_sample": True, "seed": 3, "temperature": 9.0, "top_p": 0.0}, {}),
+        ({"top_k": 3, "top_p": 0.5, "min_p": 0.2}, {}),  # which a greedy configuration does not read
         ({"decoder_cache": "prefix", "renormalize_logits": True, "top_p": 0.5}, {"cache": "prefix"}),
     ],
 )
@@ -164,6 +175,45 @@ def test_scores_are_those_of_the_pass_that_filled_a_position(model: Any, way: st
     torch.testing.assert_close(torch.stack(warm.scores) * 2.0, torch.stack(cold.logits))
 
 
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.3}, {"top_k": 9, "top_p": 0.7, "min_p": 0.2}]
+)
+def test_what_may_be_drawn_is_what_transformers_leaves(model: Any, filters: dict[str, Any]):
+    """50 tokens by default: beyond that, ``scores`` are those of transformers' own filters."""
+    output = call(
+        model,
+        "custom_generate",
+        max_new_tokens=8,
+        do_sample=True,
+        temperature=3.0,
+        seed=5,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        **filters,
+    )
+    scores, logits = torch.stack(output.scores, dim=1), torch.stack(output.logits, dim=1)
+    logits[..., MASK] = -torch.inf
+    config = GenerationConfig(do_sample=True, temperature=3.0, **({"top_k": 50} | filters))
+    warpers = model._get_logits_processor(config)
+    assert len(warpers) == 2 + len(filters) - ("top_k" in filters)
+    own = warpers(PROMPTS, logits.flatten(0, 1)).view_as(scores)
+    torch.testing.assert_close(scores, own)
+    drawn = output.sequences[:, PROMPTS.shape[1] :, None]
+    assert scores.gather(-1, drawn).isfinite().all()
+    assert MASK not in output.sequences
+
+
+def test_fifty_tokens_are_drawn_from_by_default():
+    from attn_sampler.adapters import transformers_generate as module
+
+    config = module._with_defaults(GenerationConfig(do_sample=True))
+    assert module._draws(config) == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
+    config = module._with_defaults(GenerationConfig(do_sample=True, top_k=0, temperature=0.5, min_p=0.1))
+    assert module._draws(config) == {"temperature": 0.5, "top_k": 0, "top_p": 1.0, "min_p": 0.1}
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_drawn_follows_set_seed(model: Any, way: str):
     drawn = []
@@ -225,9 +275,6 @@ REFUSED: dict[str, Any] = {
     **{"force_words_ids": [[3]], "dola_layers": "low", "encoder_no_repeat_ngram_size": 2},
 }
 SAMPLING = {
-    "top_k": 5,
-    "top_p": 0.5,
-    "min_p": 0.1,
     "typical_p": 0.5,
     "epsilon_cutoff": 0.1,
     "eta_cutoff": 0.1,
@@ -237,7 +284,7 @@ SAMPLING = {
 @pytest.mark.parametrize("name", [*REFUSED, *SAMPLING])
 def test_what_is_not_served_is_refused_by_name(model: Any, name: str):
     value = (REFUSED | SAMPLING)[name]
-    extra = {"do_sample": True, "top_k": 0} if name in SAMPLING else {}
+    extra = {"do_sample": True} if name in SAMPLING else {}
     with pytest.raises(NotImplementedError, match=f"{name}: expected"):
         call(model, "function", max_new_tokens=4, **(extra | {name: value}))
     if name in SAMPLING:
@@ -252,12 +299,13 @@ def test_what_else_is_refused(model: Any):
         with pytest.raises((NotImplementedError, ValueError), match=match):
             call(model, way, ids, max_new_tokens=4, **keywords)
 
-    refused("top_k: expected 0, got 50", do_sample=True)
     refused("sequence_bias: expected biases of single tokens", sequence_bias={(3, 4): 1.0})
     refused(
         "none of your own, got a TemperatureLogits",
         logits_processor=LogitsProcessorList([TemperatureLogitsWarper(2.0)]),
     )
+    drawing = {"do_sample": True, "top_k": 0, "logits_processor": LogitsProcessorList([TopKLogitsWarper(3)])}
+    refused("none of your own, got a TopKLogits", **drawing)
     refused("none of your own, got a function", stopping_criteria=StoppingCriteriaList([lambda *_: False]))
     refused("none of your own, got a PrefixConstr", prefix_allowed_tokens_fn=lambda *_: [3])
     refused("guidance_scale: expected 1 or more, got 0.5", "function", guidance_scale=0.5)

@@ -20,6 +20,7 @@ from engine_toy import (
     attend_blocks,
     decode_whole,
     fields,
+    load_alone,
     needs_installed,
     request_class,
     stub,
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from toy_model import MASK
 
 from attn_sampler import column_scores
+from attn_sampler.reference import truncation
 
 PROMPTS = [[5, 7, 2, 9, 11], [1, 4, 8], [2, 3, 5, 7, 11, 13]]
 CONTEXT = SimpleNamespace(attn_metadata=None)
@@ -165,10 +167,15 @@ def forward(model: FlatToy, requests: list[Request]) -> Tensor:
     )
 
 
-def serve(sampler: Any, model: FlatToy, num_blocks: int) -> list[list[int]]:
+def serve(
+    sampler: Any, model: FlatToy, num_blocks: int, prompts: list[list[int]] = PROMPTS, asked: Any = ()
+) -> list[list[int]]:
     """All prompts at once; a block that is done is forwarded once more, for its keys and values."""
-    requests = [Request(prompt) for prompt in PROMPTS]
-    goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in PROMPTS]
+    requests = [Request(prompt) for prompt in prompts]
+    goals = [-(-(len(prompt) + 1) // BLOCK) + num_blocks - 1 for prompt in prompts]
+    slots = {id(request): 5 - i for i, request in enumerate(requests)}
+    for request, params in zip(requests, asked, strict=False):
+        sampler.add_request(slots[id(request)], len(request.tokens), params)
     for _ in range(100):
         running = [r for r, goal in zip(requests, goals, strict=True) if r.cached < goal * BLOCK]
         if not running:
@@ -177,7 +184,13 @@ def serve(sampler: Any, model: FlatToy, num_blocks: int) -> list[list[int]]:
         ends = np.arange(len(running) + 1) * BLOCK
         sampler.model_state.drafts = {i: torch.tensor(r.block()) for i, r in enumerate(running)}
         was_full = [MASK not in request.block() for request in running]
-        sampler(logits, SimpleNamespace(cu_num_logits_np=ends, num_reqs=len(running)))
+        batch = SimpleNamespace(
+            cu_num_logits_np=ends,
+            num_reqs=len(running),
+            idx_mapping_np=np.array([slots[id(request)] for request in running]),
+            seq_lens=torch.tensor([request.cached + BLOCK for request in running], dtype=torch.int32),
+        )
+        sampler(logits, batch)
         for i, request in enumerate(running):
             block = sampler.model_state.drafts[i].tolist()
             if was_full[i]:
@@ -355,6 +368,68 @@ def test_requests_that_ask_for_nothing(adapter: Any, recwarn: pytest.WarningsRec
     remask.check_request(warmup)
     del SamplingParams.for_sampler_warmup
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("policy", ["attn", "threshold"])
+def test_requests_that_draw_in_their_own_way(adapter: Any, policy: str, recwarn: pytest.WarningsRecorder):
+    """Each as it would alone, by its seed; one of a temperature of 0 as by an entry that says so."""
+    asked = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.8, top_k=-1, min_p=0.05, seed=5),
+        SamplingParams(temperature=1.5, top_k=7, top_p=0.9, seed=6),
+    ]
+    model = make_model()
+
+    def served(rows: list[int], asked: list[Any] = asked) -> list[list[int]]:
+        sampler = start(adapter, model, {"temperature": "request", "policy": policy})
+        sampler._base_sampler = SimpleNamespace(add_request=lambda *_: None)
+        return serve(sampler, model, 2, [PROMPTS[i] for i in rows], [asked[i] for i in rows])
+
+    together = served([0, 1, 2])
+    assert together[0] == decode_whole(toy(), PROMPTS[0], 2, policy=policy, softmax_scope="block")
+    for rows in ([1], [2], [2, 1]):
+        assert served(rows) == [together[i] for i in rows]
+    others = [SamplingParams(**(vars(params) | {"seed": 9})) for params in asked]
+    assert served([0, 1, 2], others) != together
+    assert not recwarn.list
+
+
+FILTERS = ("vllm", "vllm/v1/sample/ops/topk_topp_sampler.py")
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [pytest.param(*x, marks=needs_installed(*FILTERS)) for x in ((4, 1.0), (0, 0.7), (9, 0.6), (-1, 1.0))],
+)
+def test_what_may_be_drawn_is_what_the_installed_filters_leave(
+    adapter: Any, monkeypatch: pytest.MonkeyPatch, top_k: int, top_p: float
+):
+    """vLLM's own, in PyTorch, which is given ``top_k`` as the size of the vocabulary where that is all."""
+    filters = load_alone(monkeypatch, "vllm.v1.sample.ops.topk_topp_sampler", *FILTERS, {})
+    logits = torch.randn(60, MASK, generator=torch.Generator().manual_seed(2)) * 2.0
+    k = torch.full((60,), top_k if top_k > 0 else MASK)
+    own = filters.apply_top_k_top_p_pytorch(logits.clone(), k, torch.full((60,), top_p)).isfinite()
+    remask = adapter.Remask(MASK, BLOCK, temperature="request")
+    remask.params = [SamplingParams(top_k=top_k, top_p=top_p)]
+    draws = {name: torch.tensor(remask._draws()[name]).view(1, 1, 1) for name in ("top_k", "top_p", "min_p")}
+    assert torch.equal(truncation(logits[None], *draws.values())[0], own)
+
+
+def test_what_a_request_that_draws_in_its_own_way_is_warned_of(adapter: Any):
+    remask = adapter.Remask(MASK, BLOCK, policy="threshold", temperature="request")
+    with pytest.warns(UserWarning, match="min_p: it filters after top_p here, and in vLLM before"):
+        remask.check_request(SamplingParams(min_p=0.1, top_p=0.5))
+    with pytest.warns(UserWarning, match="and requests' own ways; logprobs: expected None, got 3"):
+        remask.check_request(SamplingParams(logprobs=3))
+    with pytest.raises(ValueError, match="params: expected the SamplingParams"):
+        remask(torch.zeros(1, BLOCK, MASK + 1), torch.full((1, BLOCK), MASK), MASK, 0.9)
+    remask.params = [SamplingParams(top_k=1)]
+    logits = torch.randn(1, BLOCK, MASK + 1)
+    drawn = remask(logits, torch.full((1, BLOCK), MASK), MASK, 0.9)[0]
+    best = logits[..., :MASK].argmax(dim=-1)
+    assert ((drawn == best) | (drawn == MASK)).all()
+    with pytest.raises(TypeError, match="temperature: expected"):
+        adapter.Remask(MASK, BLOCK, temperature="asked")
 
 
 @pytest.mark.parametrize("known", [pytest.param(APPLIED | IGNORED, marks=needs_installed(*PARAMS[:2]))])

@@ -180,7 +180,6 @@ class Engine:
             query_start_loc=torch.from_numpy(starts),
             query_start_loc_np=starts,
             seq_lens=lengths,
-            seq_lens_cpu_upper_bound=lengths + 1,
             num_computed_prefill_tokens_np=cached,
             num_scheduled_tokens=np.full(len(running), BLOCK),
             prefill_len_np=np.array([request.prompt for request in running]),
@@ -389,6 +388,26 @@ def test_a_request_s_temperature_of_0_is_served_beside_the_engine_s(adapter: Any
     served = drawing.serve(1)
     assert served[2] == greedy[2]
     assert served[0] != greedy[0] or served[1] != greedy[1]
+
+
+def test_log_probabilities_are_those_of_each_row_s_temperature(adapter: Any):
+    engine = masked_engine(adapter, {"policy": "threshold", "tau": 0.0}, temperature=2.5, capture=True)
+    first, last = engine.requests[0].slot, engine.requests[2].slot
+    engine.sampler.sampling_states.temperature.np[last] = 0.0
+    engine.step(engine.requests)
+    seen, forward = [], engine.model.forward
+    engine.model.forward = lambda *given: seen.append(forward(*given)) or seen[-1]  # type: ignore[method-assign]
+    states = engine.sampler.diffusion_states
+    while (states.canvas[[first, last]] == MASK).any():
+        masked = (states.canvas[[first, last]] == MASK).all(dim=1)
+        engine.step(engine.requests)
+        for slot, row, temperature, fresh in ((first, 0, 2.5, masked[0]), (last, 2, 1.0, masked[1])):
+            if fresh and (states.canvas[slot] != MASK).all():
+                x = seen[-1].unflatten(0, (-1, BLOCK))[row] / temperature
+                x[:, MASK] = -torch.inf
+                expected = x.log_softmax(dim=-1).gather(-1, states.canvas[slot][:, None])[:, 0]
+                torch.testing.assert_close(states.unmask_logprobs[slot], expected)
+    assert len(seen) >= 1
 
 
 # A canvas of random tokens: a stand-in for DiffusionSampler of 0.33.0, or that itself.
@@ -756,7 +775,6 @@ def test_attention_that_cannot_be_read(adapter: Any):
             cu_num_logits_np=np.array([0, BLOCK]),
             num_draft_tokens=BLOCK,
             seq_lens=lengths,
-            seq_lens_cpu_upper_bound=lengths,
         )
     )
     with pytest.raises(RuntimeError, match="no attention of the model was seen: 0 of 2 layers"):
