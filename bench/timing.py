@@ -148,7 +148,7 @@ class CudaDevice:
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        self._flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.int8, device="cuda")
+        self._flush = torch.ones(properties.L2_cache_size, dtype=torch.int32, device="cuda")
 
     def activate(self) -> None:
         """It has no modes."""
@@ -185,7 +185,7 @@ class CudaDevice:
 
         def sample(graph: torch.cuda.CUDAGraph) -> float:
             reset()
-            self._flush.zero_()
+            self._flush.sum()  # written, the cache would be cleaned again on the candidate's time
             return self._replay(graph)
 
         cold = take_turns({n: lambda g=g: sample(g[0]) for n, g in graphs.items()}, seconds / 10, least)

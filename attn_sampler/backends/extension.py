@@ -61,7 +61,8 @@ _DTYPE = {
     torch.int32: 7,
 }
 
-#: Zero-filled device memory for what the kernels pass on to one another, by device and stream.
+#: Device memory, with counters at 0 at its start, for what the kernels pass on to one another, by device and
+#: stream.
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
@@ -138,7 +139,8 @@ def _run(function: Callable[..., int], out: Any, arguments: tuple) -> None:
     address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
     try:
         while needed := function(*arguments, (1, 1, index, stream, address, size)):
-            workspace = torch.zeros(needed, dtype=torch.uint8, device=like.device)
+            workspace = torch.empty(needed, dtype=torch.uint8, device=like.device)
+            workspace[: _C.WORKSPACE_ZEROS].zero_()  # in a captured graph it is done in each replay
             if not capturing:
                 _workspaces[index, stream] = workspace
             address, size = workspace.data_ptr(), needed

@@ -7,7 +7,7 @@ namespace attn_sampler {
 namespace cuda {
 namespace {
 
-constexpr int64_t kCounters = 1 << 14;
+constexpr int64_t kCounters = ATTN_SAMPLER_WORKSPACE_ZEROS / 4;
 constexpr int kKnownDevices = 64;
 
 void check(cudaError_t status, const char *call) {

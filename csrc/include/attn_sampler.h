@@ -36,6 +36,8 @@
 #define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120        /* logits are multiplied by its inverse in float32 */
 #define ATTN_SAMPLER_MAX_TOP_P_VOCAB (INT64_C(1) << 32) /* weights of 30 bits add up to less than 2^63 */
 
+#define ATTN_SAMPLER_WORKSPACE_ZEROS 65536 /* bytes of counters at the start of every CUDA workspace */
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -142,9 +144,9 @@ typedef struct attn_sampler_tensor {
  * allocates nothing, waits for nothing and may be captured in a graph. What the kernels pass on to one
  * another lies in the workspace: device memory of the caller's, aligned to 256 bytes. A call to which it is
  * too small launches nothing, says in workspace_needed how large it has to be, and answers
- * ATTN_SAMPLER_WORKSPACE_TOO_SMALL. It must be zero-filled before its first use; each call leaves it ready
- * for the next, of any function and shape. Calls that may run at the same time need one each. The CUDA
- * kernels take head dimensions up to ATTN_SAMPLER_MAX_HEADDIM.
+ * ATTN_SAMPLER_WORKSPACE_TOO_SMALL. Its first ATTN_SAMPLER_WORKSPACE_ZEROS bytes must be zero before its
+ * first use; each call leaves it ready for the next, of any function and shape. Calls that may run at the
+ * same time need one each. The CUDA kernels take head dimensions up to ATTN_SAMPLER_MAX_HEADDIM.
  */
 typedef struct attn_sampler_exec {
     int32_t device;           /* attn_sampler_device */

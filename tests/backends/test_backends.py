@@ -216,3 +216,9 @@ def test_a_workspace_for_each_device_and_stream(monkeypatch):
     assert run(0, 4096)[2] == 4096  # more is needed now
     assert extension._workspaces[0, 11].numel() == 4096
     assert run(0, 512)[2] == 4096
+    monkeypatch.setattr(torch, "empty", lambda *size, **keywords: torch.full(size, 7, **keywords))
+    zeros = extension._C.WORKSPACE_ZEROS
+    assert run(0, zeros + 64)[2] == zeros + 64
+    grown = extension._workspaces[0, 11]
+    assert not grown[:zeros].any()  # the counters alone
+    assert (grown[zeros:] == 7).all()

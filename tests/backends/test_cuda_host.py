@@ -16,7 +16,7 @@ import torch
 from cmake_build import build, tool
 from places import CUDA_HOST, WITH_WGMMA, WITHOUT_WGMMA, cuda_host
 from problems import FLOAT8, normal, row_lse
-from stand_ins import aligned, load
+from stand_ins import fresh_workspace, load
 
 from attn_sampler import options
 from attn_sampler.backends.extension import _view
@@ -101,8 +101,7 @@ def test_a_step_of_many_layers(
     assert step.run((CPU, 1, 0, 0, 0, 0)) == 0
     expected = step.results()
     needed = step.run((CUDA, 1, 0, 0, 0, 0))
-    workspace = aligned(needed)
-    workspace.zero_()
+    workspace = fresh_workspace(needed)
     first = None
     for seed in range(5):  # one workspace, as a replayed graph uses it, in different orders of the blocks
         step.host.cuda_host_shuffle(ctypes.c_uint64(seed))
@@ -129,8 +128,7 @@ def test_wgmma_is_chosen_and_gives_the_same_bits(extension: Path, with_lse: bool
         how = attention_options(slice(0, 260), 110, headdim**-0.5)
         arguments = [_view(x) for x in (out, layer, options.Masks(), how)]
         needed = module.column_scores(*arguments, (CUDA, 1, device, 0, 0, 0))
-        workspace = aligned(needed)
-        workspace.zero_()
+        workspace = fresh_workspace(needed)
         before = host.cuda_host_products()
         assert module.column_scores(*arguments, (CUDA, 1, device, 0, workspace.data_ptr(), needed)) == 0
         return out, host.cuda_host_products() - before
@@ -150,8 +148,7 @@ def test_wgmma_is_chosen_and_gives_the_same_bits(extension: Path, with_lse: bool
 def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
     step = Step(extension, 1, True)
     needed = step.run((CUDA, 1, 1, 0, 0, 0))
-    workspace = aligned(needed)
-    workspace.zero_()
+    workspace = fresh_workspace(needed)
     for device in (1, 0):
         assert step.run((CUDA, 1, device, 0, workspace.data_ptr(), needed)) == 0
         assert step.host.cuda_host_launch_device() == device
@@ -163,8 +160,7 @@ def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
 def test_a_small_workspace_runs_nothing(extension: Path) -> None:
     step = Step(extension, 1, True)
     needed = step.run((CUDA, 1, 0, 0, 0, 0))
-    workspace = aligned(needed)
-    workspace.zero_()
+    workspace = fresh_workspace(needed)
     before = step.host.cuda_host_launches()
     assert step.run((CUDA, 1, 0, 0, workspace.data_ptr(), needed - 1)) == needed
     assert step.host.cuda_host_launches() == before

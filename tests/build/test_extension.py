@@ -27,10 +27,12 @@ SELECTION = ("parallel", "confidence", 0.5, 0.9, 0.5, 3, "product")
 def calls() -> dict[str, tuple[Any, ...]]:
     """Arguments that each function takes; lists and tuples where either may be given."""
     q, k, lse = torch.randn(2, 2, 3, 8), torch.randn(2, 1, 6, 8), torch.zeros(2, 2, 3)
-    masks = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool), None
-    counted = (*masks[:2], torch.ones(2, 4, dtype=torch.bool))
+    masks = torch.ones(2, 6, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool), None, None, None
+    counted = (*masks[:2], torch.ones(2, 4, dtype=torch.bool), None, None)
     ids, scores, masked = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4), torch.ones(2, 4) == 1
-    sampling = ("probability", 1.0, torch.ones(2, dtype=torch.int64), None, 0)
+    shares, counts = torch.full((2,), 0.5), torch.full((2,), 5, dtype=torch.int32)
+    seeds, words = torch.ones(2, dtype=torch.int64), torch.full((2, 1), -1, dtype=torch.int32)
+    sampling = ("probability", shares, seeds, None, 0, counts, 0.9, shares, words)
     step = (slice(0, 4), 3, "all", ATTENTION, sampling, SELECTION)
     budget, revised = torch.ones(2, 4, dtype=torch.int32), torch.full((2, 4), 7, dtype=torch.uint8)
     revision = (scores + 2, scores + 3, revised, budget)

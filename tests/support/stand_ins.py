@@ -79,9 +79,7 @@ class CudaHost:
             where = (1, 1, self._device, 0)
             needed = function(*arguments, (*where, 0, 0))
             if needed:
-                workspace = aligned(needed)
-                workspace[:_COUNTERS] = 0
-                workspace[_COUNTERS:] = 255  # as a float, NaN
+                workspace = fresh_workspace(needed)
                 assert function(*arguments, (*where, workspace.data_ptr(), needed)) == 0
                 assert not workspace[:_COUNTERS].any()
             return 0
@@ -89,7 +87,9 @@ class CudaHost:
         return call
 
 
-def aligned(size: int) -> Tensor:
-    """Bytes of memory as a workspace starts on."""
-    storage = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-    return storage[-storage.data_ptr() % _ALIGNMENT :][:size]
+def fresh_workspace(size: int) -> Tensor:
+    """So many bytes, aligned as a workspace is: its counters are 0, and the rest, as a float, NaN."""
+    storage = torch.full((size + _ALIGNMENT,), 255, dtype=torch.uint8)
+    workspace = storage[-storage.data_ptr() % _ALIGNMENT :][:size]
+    workspace[:_COUNTERS] = 0
+    return workspace
