@@ -128,7 +128,7 @@ def test_options_of_the_request():
 
 #: What ``GenerationConfig`` can ask for beside a length and a temperature, each with a value that asks.
 ASKS = {
-    **{"top_k": 1, "top_p": 0.95, "min_p": 0.1, "top_h": 0.4, "typical_p": 0.5, "epsilon_cutoff": 1e-3},
+    **{"top_h": 0.4, "typical_p": 0.5, "epsilon_cutoff": 1e-3},
     **{"eta_cutoff": 1e-3, "repetition_penalty": 1.2, "encoder_repetition_penalty": 1.2, "num_beams": 4},
     **{"no_repeat_ngram_size": 3, "encoder_no_repeat_ngram_size": 3, "length_penalty": 2.0},
     **{"diversity_penalty": 0.5, "num_beam_groups": 2, "num_return_sequences": 2, "early_stopping": True},
@@ -162,7 +162,8 @@ ASKS = {
     **{"disable_compile": True, "return_dict_in_generate": True, "output_attentions": True},
     **{"output_hidden_states": True, "output_scores": True, "output_logits": True},
 }
-SERVED = ("max_new_tokens", "do_sample", "temperature")
+FILTERS = {"top_k": 2, "top_p": 0.6, "min_p": 0.3}
+SERVED = ("max_new_tokens", "do_sample", "temperature", *FILTERS)
 DRAW = {"do_sample": True, "temperature": 3.0}
 
 
@@ -172,7 +173,7 @@ def test_every_option_of_the_harness_and_of_transformers_is_classified():
     names = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
     assert names == {*ASKS, *SERVED, "use_cache", "transformers_version"}
     own = lm_eval.models.utils.GenKwargs.__annotations__
-    assert set(own) - {"__extra_items__"} == set(adapter.GEN_KWARGS)
+    assert {*own, *FILTERS} - {"__extra_items__"} == set(adapter.GEN_KWARGS)
 
 
 @pytest.mark.parametrize("name", [*ASKS, "seed", "stop", "anything"])
@@ -183,6 +184,18 @@ def test_options_that_are_not_served_are_refused_by_name(name: str):
     ):
         lm.generate_until([ask("ab"), ask("ab", **DRAW, **{name: value})])
     assert lm.model.calls == []
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_requests_draw_from_what_they_ask_for(name: str):
+    """Each by its own, in batches of their own; -1 is all tokens, as vLLM has it."""
+    lm, context = make(batch_size=4, seed=3), max(CONTEXTS, key=lambda c: len(set(answer(c))))
+    options = [{}, {name: FILTERS[name]}, {"top_k": -1}, {**FILTERS, name: FILTERS[name]}]
+    answers = lm.generate_until([ask(context, **DRAW, **x) for x in options])
+    given = [{**x, "top_k": max(x.get("top_k", 0), 0)} for x in options]
+    expected = [answer(context, temperature=3.0, seed=3 + i, **x) for i, x in enumerate(given)]
+    assert answers == expected
+    assert answer(context, temperature=3.0, seed=4) != expected[1]
 
 
 def test_options_that_ask_for_nothing():
