@@ -347,7 +347,7 @@ def attention_cost(batch: int, block: int, device: CpuDevice, seconds: float) ->
         "attention": lambda: F.scaled_dot_product_attention(q, k, k, enable_gqa=True),
         "scores, log-sum-exp given": lambda: scores.add(flat_q, flat_k, softmax_lse=lse, **ends),
         "scores inside the block": lambda: scores.add(flat_q, flat_k, **ends),
-        "scores over paged keys": lambda: scores.add_paged(q, cache, table, lengths, longest=context, **ends),
+        "scores over paged keys": lambda: scores.add_paged(q, cache, table, lengths, **ends),
     }
     taken = device.measure(ways, lambda: None, seconds, 7)
     return {name: taken[name]["median_ms"] for name in ways}

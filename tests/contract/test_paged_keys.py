@@ -13,6 +13,7 @@ from torch import Tensor
 
 import attn_sampler
 from attn_sampler import attention_map, column_scores, decode_step, ops, options, reference
+from attn_sampler.operator_arguments import flat
 
 PAGE_SIZES = (1, 3, 16, 17, 64, 256)
 CACHES = ("HND", "NHD", "half of HND pages", "first of two NHD", "wide rows")
@@ -503,12 +504,12 @@ def test_no_host_synchronisation(name):
 @pytest.mark.parametrize("op", ["column_scores", "attention_map", "decode_step"])
 def test_opcheck(backend, device, op):
     x = inputs(device)
-    masks = options.flat(options.Masks(block_table=x["table"], seqlens_k=x["ends"]))
+    masks = flat(options.Masks(block_table=x["table"], seqlens_k=x["ends"]))
     how = options.Attention(
         *(options.Span(-8, 0), options.Span(0, 6), -6, 0.2, "e", True, "sequence", False),
         *("none" if op == "attention_map" else "sum", False, False),
     )
-    layer = options.flat(options.Layer(x["q"], x["k"]))
+    layer = flat(options.Layer(x["q"], x["k"]))
     given: tuple
     if op == "decode_step":
         ids, scores = torch.zeros(5, 8, dtype=torch.int64, device=device), torch.zeros(5, 8, device=device)
@@ -518,10 +519,10 @@ def test_opcheck(backend, device, op):
             options.Selection("parallel", "confidence", 0.1, torch.inf, 0.0, 64, "product"),
         )
         layers = ([x["q"]] * 2, [x["k"]] * 2, [], [], [])
-        given = (*outputs, *(None,) * 4, x["logits"], *layers, *masks, *options.flat(step), backend)
+        given = (*outputs, *(None,) * 4, x["logits"], *layers, *masks, *flat(step), backend)
     else:
         shape = (5, 8) if op == "column_scores" else (5, 6, 8)
-        given = (torch.zeros(shape, device=device), *layer, *masks, *options.flat(how), backend)
+        given = (torch.zeros(shape, device=device), *layer, *masks, *flat(how), backend)
     results = torch.library.opcheck(getattr(torch.ops.attn_sampler, op).default, given)
     assert set(results.values()) == {"SUCCESS"}
 

@@ -216,7 +216,13 @@ PLACES = {
         unavailable=_triton_unavailable,
         left_out=_triton_runs_here,
         one_seed_in=8,
-        without=r"weights_are_by_value.*(-900-1|-0-40)\]|real_model\S*(dtype1|0\.8-dtype2)|small_rows\S*(0\.5|1\.0)-",
+        without="|".join(
+            (
+                r"weights_are_by_value.*(-900-1|-0-40|float(16|8_e4m3fn)-32-900-40)\]",
+                r"real_model\S*(dtype1|0\.8-dtype2)|small_rows\S*(0\.5|1\.0)-",
+                r"several_chunks\S*revision[134]|same_bits_every_run|seeds_are_streams",
+            )
+        ),
     ),
     "triton@compiler": Place(
         "triton", {TRITON_COMPILE: ""}, {"TRITON_INTERPRET": "0"}, unavailable=_triton_unavailable
