@@ -62,13 +62,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "early_stopping": (False,),
     "ignore_eos": (False,),
     "use_cache": (True, False),
-    "top_k": (0, -1),
     **dict.fromkeys(("n", "num_beams", "num_beam_groups", "num_return_sequences"), (1,)),
-    **dict.fromkeys(("top_p", "typical_p", "guidance_scale", "length_penalty"), (1.0,)),
+    **dict.fromkeys(("typical_p", "guidance_scale", "length_penalty"), (1.0,)),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1.0,)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
     **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens"), (0,)),
-    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0.0,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0.0,)),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0.0,)),
 }
 #: What has no part in a greedy choice.
