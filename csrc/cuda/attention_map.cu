@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
 #pragma unroll
         for (int e = 0; e < kElements; ++e)
             partial[(member * kElements + e) * kThreads] = total[e];
-        if (!last_to_arrive(args.arrived + tile, static_cast<uint32_t>(args.members)))
+        if (!last_to_arrive(args.arrived + tile, 1, static_cast<uint32_t>(args.members)))
             return;
 #pragma unroll
         for (int e = 0; e < kElements; ++e) {
@@ -179,8 +179,9 @@ int64_t attention_map(const AttentionProblem &p, const attn_sampler_exec &exec) 
         check_extent("q: blocks of a launch", tiles, INT32_MAX);
         /* At most three tiles have the positions of 64 rows. */
         const int64_t tiles_of_step = !is_reduced ? 1 : args.own_columns ? 3 : args.column_tiles;
+        const int64_t tiles_of_sequence = max_of(tiles / max_of(a.batch, 1), 1);
         args.members = static_cast<int32_t>(
-            clamp(launcher.target_blocks(2, 0) / tiles, 1, tiles_of_step * (args.bins > 1 ? 1 : a.heads)));
+            clamp(kMostParts / 2 / tiles_of_sequence, 1, tiles_of_step * (args.bins > 1 ? 1 : a.heads)));
         if (args.members > 1) {
             const int64_t elements = is_reduced ? 2 : 4 * kMapTiles;
             args.partial = launcher.take<float>(tiles * args.members * elements * kThreads);

@@ -1,10 +1,11 @@
 /* Column scores.
  *
- * A block owns a tile of columns of one sequence and a contiguous range of steps. A step is 64 rows: a
- * stretch of one key head's list of rows or, where lists are short, of several lists side by side. Its sums
- * stay in registers over all steps, layers and heads; what remains is one partial sum of each column for each
- * block. The last block to arrive adds these in the order of the blocks, so the result has the same bits in
- * every run.
+ * A unit is a tile of columns of one sequence and layer and some steps. A step is 64 rows: a stretch of one
+ * key head's list of rows or, where lists are short, of several lists side by side. A unit's sums stay in
+ * registers over its steps; what remains is one partial sum of each column. Which steps are a unit depends on
+ * the shape of one sequence and layer alone. Blocks take units as they come, next to each other; the one that
+ * ends a tile adds up its partial sums in their order, so the result has the same bits in every run, in every
+ * batch, and on every device of an architecture.
  */
 #ifndef ATTN_SAMPLER_CUDA_COLUMN_SCORES_CUH_
 #define ATTN_SAMPLER_CUDA_COLUMN_SCORES_CUH_
@@ -16,18 +17,30 @@ namespace cuda {
 
 struct ScoreArgs {
     AttentionArgs attention;
-    View<float, 4> out; /* batch, head, none, column */
-    float *partial;     /* [groups of blocks that add up, members, columns of a tile] */
-    uint32_t *arrived;  /* [groups] */
+    View<float, 4> out;               /* batch, head, none, column; of one layer */
+    float *of_layers;                 /* of a step in its place: [batch, layers of all launches, columns] */
+    float *partial;                   /* [groups of units that add up, units, columns of a tile] */
+    uint32_t *arrived;                /* [groups] */
+    int32_t layer_start, layer_count; /* of the launch's first layer in of_layers, and all of these */
     int32_t reduction;
-    int32_t tiles;                /* of columns */
-    int32_t bins;                 /* lists that must not mix, or 1: all do */
-    int32_t members;              /* blocks of a bin */
+    Divisor tiles, layers; /* of columns; of the launch */
+    Divisor groups;        /* of a tile: bins where these stay apart, or 1 */
+    Divisor units;         /* of a group */
+    Divisor members;       /* units of a bin */
+    Divisor steps_per_list, rows;
+    int32_t unit_steps;           /* of a unit, but for a bin's last */
     int32_t lists, rows_per_list; /* of a layer: key heads with all their query heads, or query heads */
     int32_t heads_per_list;
-    int32_t slots;                 /* lists side by side in a step: 1, 2 or 4 */
-    int32_t steps_per_list, steps; /* of a group of `slots` lists; of a bin */
-    bool per_head, accumulate;
+    int32_t slots;                       /* lists side by side in a step: 1, 2 or 4 */
+    int32_t steps;                       /* of a bin */
+    bool per_head, accumulate, has_bins; /* the latter: lists must not mix */
+};
+
+/* A tile of columns of a sequence, and a layer. */
+struct ScoreTile {
+    int b, tile, layer;
+    int64_t first_column;
+    int count;
 };
 
 /* The rows that may see a column, for the mean; `lane` of `lanes` threads counts its share where there are
@@ -49,45 +62,38 @@ __device__ inline int rows_seeing(const AttentionArgs &a, int b, int column, int
     return count;
 }
 
-/* Block `index` of B * tiles * bins * members. True in the one block of a tile that has written its columns.
- */
-template <typename T, int kTiles>
-__device__ bool column_scores_block(const ScoreArgs &s, int index) {
+/* The unit's value of column threadIdx.x % kColumns: its member's of a bin. `loaded` says whose keys are in
+ * shared memory: the first of the lists, or -1. */
+template <typename T, int kTiles, bool kMayBeUnaligned>
+__device__ float score_unit(const ScoreArgs &s, const ScoreTile &at, int bin, int member, uint32_t seen,
+                            int &loaded) {
     constexpr int kColumns = 8 * kTiles;
     const AttentionArgs &a = s.attention;
-    const int member = index % s.members, bin = index / s.members % s.bins;
-    const int bt = index / s.members / s.bins, tile = bt % s.tiles, b = bt / s.tiles;
-    const int64_t first_column = a.column_start + tile * kColumns;
-    const int count = min(kColumns, a.columns - tile * kColumns);
     const bool is_max = s.reduction == ATTN_SAMPLER_REDUCTION_MAX;
-
     uint4 *const keys = reinterpret_cast<uint4 *>(dynamic_shared() + sizeof(Shared));
     const int slot_vectors = chunks<T>(a) * kColumns * 4;
     const int warps_per_slot = kWarps / s.slots, warp = threadIdx.x / 32;
     const int slot = warp / warps_per_slot;
     const int rows_per_step = kBlockRows / s.slots;
-    const int first_list = s.bins > 1 ? bin : 0, n_lists = s.bins > 1 ? 1 : a.layers * s.lists;
-    const uint32_t seen = seen_columns<kTiles>(a, b, first_column, count);
+    const int lists_end = s.has_bins ? bin + 1 : s.lists;
 
     float total[kTiles][2];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
         total[j][0] = total[j][1] = 0.0f;
-    Tile<T, kTiles> rows;
-    int loaded = -1;
-    const int64_t steps = s.steps;
-    const int last_step = static_cast<int>(steps * (member + 1) / s.members);
-    for (int step = static_cast<int>(steps * member / s.members); step < last_step; ++step) {
-        const int lists = step / s.steps_per_list * s.slots;
-        const int own_list = lists + slot, list = first_list + own_list;
-        const int layer = list / s.lists, in_layer = list % s.lists;
+    Tile<T, kTiles, kMayBeUnaligned> rows;
+    const int last_step = min((member + 1) * s.unit_steps, s.steps);
+    for (int step = member * s.unit_steps; step < last_step; ++step) {
+        const int turn = s.steps_per_list.divide(step);
+        const int lists = bin + turn * s.slots, list = lists + slot; /* of a bin, its own */
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int f = step % s.steps_per_list * rows_per_step + warp % warps_per_slot * kWarpRows +
-                          r * 8 + threadIdx.x % 32 / 4;
-            if (own_list < n_lists && f < s.rows_per_list)
-                rows.row[r].find(a, layer, b, in_layer * s.heads_per_list + f / a.rows, f % a.rows,
-                                 first_column, kColumns, true);
+            const int f = (step - turn * s.steps_per_list.value) * rows_per_step +
+                          warp % warps_per_slot * kWarpRows + r * 8 + threadIdx.x % 32 / 4;
+            const int head = s.rows.divide(f);
+            if (list < lists_end && f < s.rows_per_list)
+                rows.row[r].find(a, at.layer, at.b, list * s.heads_per_list + head, f - head * a.rows,
+                                 at.first_column, kColumns, true);
             else
                 rows.row[r].clear();
         }
@@ -95,17 +101,16 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
         if (any)
             rows.load(a);
         if (lists != loaded && __syncthreads_or(any)) {
-            for (int i = 0; i < s.slots && lists + i < n_lists; ++i) {
-                const int other = first_list + lists + i;
-                load_keys<T, kColumns>(a, other / s.lists, b, other % s.lists * s.heads_per_list / a.group,
-                                       first_column, count, keys + i * slot_vectors);
-            }
+            for (int i = 0; i < s.slots && lists + i < lists_end; ++i)
+                load_keys<T, kColumns, kMayBeUnaligned>(a, at.layer, at.b,
+                                                        (lists + i) * s.heads_per_list / a.group,
+                                                        at.first_column, at.count, keys + i * slot_vectors);
             rows.template await_keys<0>();
             loaded = lists;
         }
         if (!any)
             continue;
-        const float scale = logit_scale<T>(a, layer, b, in_layer * s.heads_per_list / a.group);
+        const float scale = logit_scale<T>(a, at.layer, at.b, list * s.heads_per_list / a.group);
         float weight[kTiles][4];
         rows.arrange();
         rows.multiply(a, keys + slot * slot_vectors, weight);
@@ -120,6 +125,7 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
 
     /* Over the eight rows of a warp's lanes, then over the warps. */
     float *const of_warp = scratch<float>();
+    __syncthreads(); /* of the unit before, all is read */
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
@@ -136,28 +142,31 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
     __syncthreads();
     const int column = threadIdx.x % kColumns;
     float value = of_warp[column];
+#pragma unroll
     for (int w = 1; w < kWarps; ++w)
         value = is_max ? max_or_nan(value, of_warp[w * kColumns + column])
                        : value + of_warp[w * kColumns + column];
+    return value;
+}
 
-    /* The blocks whose columns add up: a bin's where heads stay apart, else the tile's. */
-    const int expected = s.per_head ? s.members : s.bins * s.members;
+/* Adds up the partial sums of a group, and writes its columns. */
+template <int kColumns>
+__device__ void finish_scores(const ScoreArgs &s, const ScoreTile &at, int group_of_tile,
+                              const float *partial, float value) {
+    const AttentionArgs &a = s.attention;
     constexpr int kStripes = kThreads / kColumns;
-    const int stripe = threadIdx.x / kColumns;
-    if (expected > 1) {
-        const int64_t group = s.per_head ? static_cast<int64_t>(bt) * s.bins + bin : bt;
-        float *const partial = s.partial + group * expected * kColumns + column;
-        if (stripe == 0)
-            partial[(s.per_head ? member : bin * s.members + member) * kColumns] = value;
-        if (!last_to_arrive(s.arrived + group, static_cast<uint32_t>(expected)))
-            return false;
-        const bool combine_max = is_max && (s.per_head || s.bins == 1);
+    const int column = threadIdx.x % kColumns, stripe = threadIdx.x / kColumns;
+    const int units = s.units.value;
+    if (units > 1) {
+        const bool combine_max = s.reduction == ATTN_SAMPLER_REDUCTION_MAX && (s.per_head || !s.has_bins);
         value = 0.0f;
-        for (int i = stripe; i < expected; i += kStripes) {
-            const float x = __ldcg(partial + i * kColumns);
+#pragma unroll 8
+        for (int i = stripe; i < units; i += kStripes) {
+            const float x = __ldcg(partial + i * kColumns + column);
             value = combine_max ? max_or_nan(x, value) : value + x;
         }
         float *const of_stripe = scratch<float>();
+        __syncthreads();
         of_stripe[threadIdx.x] = value;
         __syncthreads();
         value = of_stripe[column];
@@ -166,38 +175,79 @@ __device__ bool column_scores_block(const ScoreArgs &s, int index) {
             value = combine_max ? max_or_nan(x, value) : value + x;
         }
     }
+    const int own = at.tile * kColumns + column;
     if (s.reduction == ATTN_SAMPLER_REDUCTION_MEAN) {
         int *const of_stripe = scratch<int>() + kThreads;
         __syncthreads();
-        of_stripe[threadIdx.x] =
-            column < count ? rows_seeing(a, b, tile * kColumns + column, stripe, kStripes) : 0;
+        of_stripe[threadIdx.x] = column < at.count ? rows_seeing(a, at.b, own, stripe, kStripes) : 0;
         __syncthreads();
         int seeing = 0;
         for (int i = 0; i < kStripes; ++i)
             seeing += of_stripe[i * kColumns + column];
         value /= static_cast<float>(max(seeing, 1));
     }
-    if (stripe == 0 && column < count) {
-        float *const out = s.out.data + b * s.out.stride[0] + bin * s.out.stride[1] +
-                           (tile * kColumns + column) * s.out.stride[3];
-        *out = s.accumulate ? *out + value : value;
+    if (stripe != 0 || column >= at.count)
+        return;
+    if (s.of_layers != nullptr) {
+        const int64_t layer = static_cast<int64_t>(at.b) * s.layer_count + s.layer_start + at.layer;
+        s.of_layers[layer * a.columns + own] = value;
+        return;
     }
-    return true;
+    float *const out =
+        s.out.data + at.b * s.out.stride[0] + group_of_tile * s.out.stride[1] + own * s.out.stride[3];
+    *out = s.accumulate ? *out + value : value;
 }
 
-/* Columns of a tile: the narrowest that holds all of them, or the widest there is. */
-inline int tile_columns(int64_t columns, int dtype) {
-    if (columns <= 8)
+/* Units of batch * tiles * layers * groups * units of a group. Calls done(b) in the one block of a group that
+ * has written its columns. */
+template <typename T, int kTiles, bool kMayBeUnaligned, typename Done>
+__device__ void score_units(const ScoreArgs &s, Range units, Done done) {
+    constexpr int kColumns = 8 * kTiles;
+    const AttentionArgs &a = s.attention;
+    for (int unit = units.first; unit < units.last;) {
+        const int group = s.units.divide(unit), in_tile = s.groups.divide(group);
+        const int group_of_tile = group - in_tile * s.groups.value, in_layer = s.layers.divide(in_tile);
+        ScoreTile at;
+        at.layer = in_tile - in_layer * s.layers.value;
+        at.b = s.tiles.divide(in_layer);
+        at.tile = in_layer - at.b * s.tiles.value;
+        at.first_column = a.column_start + at.tile * kColumns;
+        at.count = min(kColumns, a.columns - at.tile * kColumns);
+        const uint32_t seen = seen_columns<kTiles>(a, at.b, at.first_column, at.count);
+        const int first = unit, stop = min((group + 1) * s.units.value, units.last);
+        float value = 0.0f;
+        int loaded = -1;
+        for (; unit < stop; ++unit) {
+            const int in_group = unit - group * s.units.value, bin = s.members.divide(in_group);
+            value = score_unit<T, kTiles, kMayBeUnaligned>(s, at, group_of_tile + bin,
+                                                           in_group - bin * s.members.value, seen, loaded);
+            if (s.units.value > 1 && threadIdx.x < kColumns)
+                s.partial[static_cast<int64_t>(unit) * kColumns + threadIdx.x] = value;
+        }
+        if (s.units.value > 1 && !last_to_arrive(s.arrived + group, static_cast<uint32_t>(stop - first),
+                                                 static_cast<uint32_t>(s.units.value)))
+            continue;
+        finish_scores<kColumns>(s, at, group_of_tile,
+                                s.partial + static_cast<int64_t>(group) * s.units.value * kColumns, value);
+        done(at.b);
+    }
+}
+
+/* Columns of a tile: the narrowest that holds all of them, or the widest there is; of keys and queries that
+ * may start anywhere, those of the one kernel that serves them. */
+inline int tile_columns(int64_t columns, int dtype, bool aligned) {
+    if (columns <= 8 && aligned)
         return 8;
-    return columns <= 32 || element_size(dtype) != 2 ? 32 : 64;
+    return columns <= 32 || !aligned || element_size(dtype) != 2 ? 32 : 64;
 }
 
 /* Scores of layers of one shape in tiles of so many columns. */
 ScoreArgs score_args(const AttentionProblem &p, const AttentionArgs &attention, int64_t columns,
                      Launcher &launcher);
 
-inline int64_t score_blocks(const ScoreArgs &s) {
-    return static_cast<int64_t>(s.attention.batch) * s.tiles * s.bins * s.members;
+inline int64_t score_unit_count(const ScoreArgs &s) {
+    return static_cast<int64_t>(s.attention.batch) * s.tiles.value * s.layers.value * s.groups.value *
+           s.units.value;
 }
 
 template <typename T>

@@ -1,6 +1,8 @@
-/* The whole decoding step in one launch: the first blocks read the logits, the others score columns, and the
- * last part of a sequence to finish, scores or confidence, selects and commits. Without logits and selection
- * the same kernel is column_scores. */
+/* The whole decoding step in one launch of as many blocks as run at a time. Each has an equal share of the
+ * bytes: some units of the column scores, whose ends take longest, then some of the logits. The last part of
+ * a sequence to finish, a tile of scores or the confidence of a position, selects and commits. Without logits
+ * and selection the same kernel is column_scores.
+ */
 #include "cuda/column_scores.cuh"
 #include "cuda/select_tokens.cuh"
 #include "cuda/token_confidence.cuh"
@@ -13,33 +15,71 @@ struct StepArgs {
     ScoreArgs scores;
     ConfidenceArgs confidence;
     SelectArgs select;
-    int32_t confidence_blocks;
+    Deal score_units;
+    /* Of the logits: of the blocks with a unit of scores more than the others, and of those others. */
+    Deal first_logits, other_logits;
+    int32_t first_blocks, first_units;
 };
 
-template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads, resident_blocks(8 * kTiles, sizeof(T)))
-    column_scores_or_step_kernel(const __grid_constant__ StepArgs args) {
-    const int block = static_cast<int>(blockIdx.x);
-    if (block < args.confidence_blocks) {
-        if (confidence_block(args.confidence, block))
-            finish_part(args.select, block / args.confidence.splits / args.confidence.positions);
-        return;
-    }
-    const int index = block - args.confidence_blocks;
-    if (column_scores_block<T, kTiles>(args.scores, index))
-        finish_part(args.select, index / args.scores.members / args.scores.bins / args.scores.tiles);
+__device__ inline Range logit_units(const StepArgs &args, int block) {
+    if (block < args.first_blocks)
+        return args.first_logits.of(block);
+    const Range range = args.other_logits.of(block - args.first_blocks);
+    return {args.first_units + range.first, args.first_units + range.last};
 }
 
-void launch(const char *name, const StepArgs &args, int dtype, Launcher &launcher) {
-    const int columns = tile_columns(args.scores.attention.columns, dtype);
+/* Compiled once: it is as long as all kinds of tiles together, and has registers of its own. */
+__device__ ATTN_SAMPLER_NOINLINE void read_logits(const StepArgs &args, int block) {
+    confidence_units(args.confidence, logit_units(args, block), [&](int b) { finish_part(args.select, b); });
+}
+
+template <typename T, int kTiles, bool kMayBeUnaligned>
+__global__ void __launch_bounds__(kThreads, resident_blocks(8 * kTiles, sizeof(T), kMayBeUnaligned))
+    column_scores_or_step_kernel(const __grid_constant__ StepArgs args) {
+    const int block = static_cast<int>(blockIdx.x);
+    score_units<T, kTiles, kMayBeUnaligned>(args.scores, args.score_units.of(block),
+                                            [&](int b) { finish_part(args.select, b); });
+    read_logits(args, block);
+}
+
+/* Deals units of scores and of logits, of so many bytes each, to blocks. */
+void share(StepArgs &args, int64_t blocks, int64_t scores, int64_t score_bytes, int64_t logits,
+           int64_t logit_bytes) {
+    args.score_units = deal(scores, blocks);
+    const int64_t first = args.score_units.extra, others = blocks - first;
+    const int64_t more =
+        others * score_bytes / max_of(logit_bytes, 1); /* of logits, for a unit of scores less */
+    const int64_t of_first = clamp((logits - more) * first / blocks, 0, logits);
+    args.first_blocks = static_cast<int32_t>(first);
+    args.first_units = static_cast<int32_t>(of_first);
+    args.first_logits = deal(of_first, first);
+    args.other_logits = deal(logits - of_first, others);
+}
+
+void launch(const char *name, StepArgs &args, int dtype, Launcher &launcher) {
+    const ScoreArgs &scores = args.scores;
+    const AttentionArgs &a = scores.attention;
+    const int columns = tile_columns(a.columns, dtype, a.aligned);
     dispatch_type(dtype, [&](auto type) {
         using T = decltype(type);
         constexpr int kWidest = sizeof(T) == 2 ? 8 : 4;
-        const auto kernel = columns == 8    ? column_scores_or_step_kernel<T, 1>
-                            : columns == 32 ? column_scores_or_step_kernel<T, 4>
-                                            : column_scores_or_step_kernel<T, kWidest>;
-        launcher.launch(name, kernel, args, args.confidence_blocks + score_blocks(args.scores),
-                        score_shared_bytes<T>(args.scores, columns));
+        const auto kernel = !a.aligned      ? column_scores_or_step_kernel<T, 4, true>
+                            : columns == 8  ? column_scores_or_step_kernel<T, 1, false>
+                            : columns == 32 ? column_scores_or_step_kernel<T, 4, false>
+                                            : column_scores_or_step_kernel<T, kWidest, false>;
+        const int64_t shared = score_shared_bytes<T>(scores, columns);
+        const int64_t score_count = score_unit_count(scores);
+        const int64_t logit_count = confidence_unit_count(args.confidence);
+        check_extent("logits: units of a launch", logit_count, INT32_MAX);
+        const int64_t blocks =
+            min_of(score_count + logit_count,
+                   launcher.target_blocks(resident_blocks(columns, sizeof(T), !a.aligned), shared));
+        const int64_t row_bytes = a.headdim * static_cast<int64_t>(sizeof(T));
+        const int64_t logit_bytes = args.confidence.groups_per_split * kGroup *
+                                    (args.confidence.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2);
+        share(args, blocks, score_count, scores.unit_steps * kBlockRows * row_bytes, logit_count,
+              logit_bytes);
+        launcher.launch(name, kernel, args, blocks, shared);
     });
 }
 
@@ -59,7 +99,10 @@ bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
 } // namespace
 
 void launch_scores(const ScoreArgs &scores, int dtype, Launcher &launcher) {
-    launch("column_scores", StepArgs{scores, {}, {}, 0}, dtype, launcher);
+    StepArgs args{};
+    args.scores = scores;
+    args.confidence.splits = args.confidence.by_positions = divisor(1);
+    launch("column_scores", args, dtype, launcher);
 }
 
 /* Layers of one shape share a launch; the first brings the confidence with it, the last to finish selects. */
@@ -75,32 +118,45 @@ int64_t decode_step(const StepProblem &p, const attn_sampler_exec &exec) {
     return run(exec, [&](Launcher &launcher) {
         StepArgs args{};
         args.confidence = confidence_args(p.predict, launcher);
-        check_extent("logits: blocks of a launch", confidence_blocks(args.confidence), INT32_MAX);
-        args.confidence_blocks = static_cast<int32_t>(confidence_blocks(args.confidence));
         SelectArgs &select = args.select;
         select = select_args(p.select);
         select.tokens = p.tokens;
         select.token_ids = p.predict.token_ids;
         select.mask_token_id = p.mask_token_id;
         select.arrived = launcher.counters(select.batch);
-        /* The parts of a sequence's step: the confidence of each position, and each launch's tiles. */
+        /* The parts of a sequence's step: the confidence of each position, and each layer's tiles. */
         int64_t parts = select.columns;
-        for (int64_t first = 0; first < p.num_layers; first = end_of_group(first))
-            parts += ceil_div(select.columns, tile_columns(select.columns, p.layers[first].dtype));
+        std::vector<AttentionArgs> groups;
+        for (int64_t first = 0; first < p.num_layers; first = end_of_group(first)) {
+            groups.push_back(attention_args(&p.layers[first], end_of_group(first) - first));
+            const AttentionArgs &a = groups.back();
+            parts +=
+                a.layers * ceil_div(a.columns, tile_columns(a.columns, p.layers[first].dtype, a.aligned));
+        }
         check_extent("layers: parts of a step", parts, INT32_MAX);
         select.parts = static_cast<uint32_t>(parts);
-        if (p.num_layers == 0)
+        if (p.num_layers == 0) {
             launch_confidence("decode_step", args.confidence, select, launcher);
-        for (int64_t first = 0, end; first < p.num_layers; first = end) {
-            end = end_of_group(first);
+            return;
+        }
+        select.layers = static_cast<int32_t>(p.num_layers);
+        float *const of_layers = launcher.take<float>(select.batch * p.num_layers * select.columns);
+        select.scores_of_layers = of_layers;
+        const View<float, 4> &out = p.layers[0].out;
+        select.summed = {out.data, {out.stride[0], out.stride[3]}};
+        int64_t first = 0;
+        for (AttentionArgs &attention : groups) {
             const AttentionProblem &layer = p.layers[first];
-            AttentionArgs attention = attention_args(&layer, end - first);
             attention.row_tokens = {p.row_tokens, {p.tokens.stride[0], p.tokens.stride[1]}};
             attention.mask_token_id = p.mask_token_id;
-            args.scores = score_args(layer, attention, tile_columns(select.columns, layer.dtype), launcher);
-            args.scores.accumulate = first > 0;
+            args.scores = score_args(layer, attention,
+                                     tile_columns(select.columns, layer.dtype, attention.aligned), launcher);
+            args.scores.of_layers = of_layers;
+            args.scores.layer_start = static_cast<int32_t>(first);
+            args.scores.layer_count = select.layers;
             launch("decode_step", args, layer.dtype, launcher);
-            args.confidence_blocks = 0;
+            first += attention.layers;
+            args.confidence.batch = 0; /* the first launch alone brings it */
         }
     });
 }

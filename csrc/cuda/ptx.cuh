@@ -1,4 +1,5 @@
-/* Everything that is written in PTX, and nothing else: the rest of csrc/cuda is plain C++.
+/* Everything that is written in PTX, or done in another way where tests run on a CPU: the rest of csrc/cuda
+ * is plain C++.
  *
  * The narrow types are storage; arithmetic on them is the tensor cores' or, after widening, float32.
  */
@@ -8,6 +9,8 @@
 #include <cstdint>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "attn_sampler_random.h"
 
 namespace attn_sampler {
 namespace cuda {
@@ -22,6 +25,9 @@ struct BFloat16 {
 struct Float8 {
     uint8_t bits;
 };
+
+/* A function that is called. */
+#define ATTN_SAMPLER_NOINLINE __noinline__
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -56,16 +62,20 @@ __device__ inline float exp2_fast(float x) {
     return y;
 }
 
-/* Adds one to a counter and returns what it was; at `limit` it starts again from 0. What this block wrote
- * before a barrier is visible to whoever sees the new count, and what others wrote before theirs to this
- * block after a barrier. */
-__device__ inline uint32_t take_ticket(uint32_t *counter, uint32_t limit) {
+/* Adds to a counter and returns what it was. What this block wrote before a barrier is visible to whoever
+ * sees the new count, and what others wrote before theirs to this block after a barrier. */
+__device__ inline uint32_t take_tickets(uint32_t *counter, uint32_t count) {
     uint32_t old;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                  : "=r"(old)
-                 : "l"(counter), "r"(limit)
+                 : "l"(counter), "r"(count)
                  : "memory");
     return old;
+}
+
+/* Of the sampling stream; the tests count them. */
+__device__ inline PhiloxWords<uint64_t> noise_words(uint64_t seed, uint32_t group, uint32_t position) {
+    return philox(seed, group, position);
 }
 
 /* 16 bytes that this kernel reads once. */

@@ -44,7 +44,8 @@ __device__ void row_lse_block(const LseArgs &args) {
     const AttentionArgs &a = args.attention;
     const int split = static_cast<int>(blockIdx.x) % args.splits,
               unit = static_cast<int>(blockIdx.x) / args.splits;
-    const int row_tile = unit % args.row_tiles, list = unit / args.row_tiles;
+    /* Of causal rows, those that see most go first. */
+    const int row_tile = args.row_tiles - 1 - unit % args.row_tiles, list = unit / args.row_tiles;
     const int kv_head = list % a.kv_heads, b = list / a.kv_heads % a.batch,
               layer = list / a.kv_heads / a.batch;
     const int n_rows = a.group * a.rows, first_row = row_tile * kBlockRows;
@@ -152,7 +153,7 @@ __device__ void row_lse_block(const LseArgs &args) {
         float2 *const partial = args.partial + static_cast<int64_t>(unit) * args.splits * kBlockRows + own;
         if (own < kBlockRows)
             partial[split * kBlockRows] = make_float2(result.max, result.sum);
-        if (!last_to_arrive(args.arrived + unit, static_cast<uint32_t>(args.splits)))
+        if (!last_to_arrive(args.arrived + unit, 1, static_cast<uint32_t>(args.splits)))
             return;
         result = {-infinity(), 0.0f};
         for (int i = 0; own < kBlockRows && i < args.splits; ++i) {
@@ -185,10 +186,10 @@ void launch(LseArgs &args, Launcher &launcher) {
     const int64_t lists = static_cast<int64_t>(a.layers) * a.batch * a.kv_heads;
     args.row_tiles = static_cast<int32_t>(ceil_div(n_rows, kBlockRows));
     const int64_t units = lists * args.row_tiles, key_tiles = ceil_div(a.keys, kColumns);
-    /* A split is worth at least four tiles of keys. */
+    /* A split is worth at least four tiles of keys. How many there are is a matter of one sequence and layer.
+     */
     const int64_t shared = static_cast<int64_t>(sizeof(Shared)) + 2 * tile_bytes<T>(a, kColumns);
-    const int64_t busy = launcher.target_blocks(resident_blocks(64, sizeof(T)), shared);
-    const int64_t wanted = clamp(busy / clamp(units, 1, INT32_MAX), 1, INT32_MAX);
+    const int64_t wanted = kMostParts / clamp(a.kv_heads * args.row_tiles, 1, kMostParts);
     const int64_t splits = clamp(wanted, 1, clamp(key_tiles / 4, 1, INT32_MAX));
     args.tiles_per_split = static_cast<int32_t>(ceil_div(key_tiles, splits));
     args.splits = static_cast<int32_t>(ceil_div(key_tiles, args.tiles_per_split));

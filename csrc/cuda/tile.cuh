@@ -78,26 +78,6 @@ __device__ inline int chunks(const AttentionArgs &a) {
     return (a.headdim + kChunk<T> - 1) / kChunk<T>;
 }
 
-__device__ inline uint32_t bits(float x) { return __float_as_uint(x); }
-template <typename T>
-__device__ inline uint32_t bits(T x) {
-    return x.bits;
-}
-
-/* Elements d ... of a row that may start anywhere, zeros beyond its end. */
-template <typename T>
-__device__ inline uint4 load_unaligned(const T *row, int d, int headdim) {
-    constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
-    uint32_t word[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int w = 0; w < 4; ++w)
-#pragma unroll(sizeof(T) == 1 ? 1 : kPerWord) /* all the bytes at once would not fit the registers */
-        for (int i = 0; i < kPerWord; ++i)
-            if (d + w * kPerWord + i < headdim)
-                word[w] |= bits(row[d + w * kPerWord + i]) << (32 / kPerWord * i);
-    return uint4{word[0], word[1], word[2], word[3]};
-}
-
 /* One of the batch. */
 struct Sequence {
     int b, ahead; /* the latter: of its keys, key positions are so far */
@@ -234,7 +214,7 @@ struct Row {
 /* Starts loading kColumns keys of a key head from position `first` on, of which `count` exist, into
  * keys[chunk][column][lane % 4] or, for wgmma, keys[chunk][lane % 4][column]. Masked and absent ones are
  * zeros. Ends with copy_commit(). */
-template <typename T, int kColumns>
+template <typename T, int kColumns, bool kMayBeUnaligned = true>
 __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int kv_head, int64_t first,
                                  int count, uint4 *keys) {
     const Sequence s(a, b);
@@ -253,7 +233,7 @@ __device__ inline void load_keys(const AttentionArgs &a, int layer, int b, int k
             const bool valid = counts && d < a.headdim;
             uint4 *const to = keys + (kForWgmma ? (chunk * 4 + lane) * kColumns + column
                                                 : (chunk * kColumns + column) * 4 + lane);
-            if (a.aligned)
+            if (!kMayBeUnaligned || a.aligned)
                 copy_async(to, valid ? row + d : base, valid);
             else
                 *to = valid ? load_unaligned(row, d, a.headdim) : uint4{0, 0, 0, 0};
@@ -280,8 +260,9 @@ __device__ inline void widen(uint32_t x, uint32_t (&pair)[2]) {
 #endif
 }
 
-/* 16 rows of a warp and their product with 8 * kTiles keys. */
-template <typename T, int kTiles>
+/* 16 rows of a warp and their product with 8 * kTiles keys. The way of elements that start anywhere is as
+ * long as all the others together: kernels that are asked for the common case alone do without. */
+template <typename T, int kTiles, bool kMayBeUnaligned = true>
 class WarpTile {
   public:
     Row<T> row[2]; /* g and g + 8 */
@@ -403,7 +384,7 @@ class WarpTile {
 
     __device__ void load_slice(const AttentionArgs &a, int first) {
         const int d = (first * 4 + static_cast<int>(threadIdx.x) % 4) * kVector<T>;
-        if (a.aligned) {
+        if (!kMayBeUnaligned || a.aligned) {
 #pragma unroll
             for (int c = 0; c < kSliceChunks<T>; ++c)
 #pragma unroll

@@ -7,19 +7,17 @@ namespace attn_sampler {
 namespace cuda {
 namespace {
 
-constexpr int64_t kMinSplitGroups = 256; /* 2048 tokens: what a block reads of a row at least */
-
 struct ConfidenceStepArgs {
     ConfidenceArgs confidence;
     SelectArgs select;
+    Deal units;
 };
 
 /* Of token_confidence, or of a decoding step to which the scores are given. */
 __global__ void __launch_bounds__(kThreads, 4)
     token_confidence_or_step_kernel(const __grid_constant__ ConfidenceStepArgs args) {
-    const int block = static_cast<int>(blockIdx.x);
-    if (confidence_block(args.confidence, block))
-        finish_part(args.select, block / args.confidence.splits / args.confidence.positions);
+    confidence_units(args.confidence, args.units.of(static_cast<int>(blockIdx.x)),
+                     [&](int b) { finish_part(args.select, b); });
 }
 
 } // namespace
@@ -44,14 +42,15 @@ ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher) {
     a.noise_place = static_cast<int32_t>(p.vocab_start % 4);
     a.dtype = p.dtype;
     a.metric = p.metric;
-    /* A group more than the vocabulary fills: rows may start within one. */
-    const int64_t rows = p.batch * p.positions, groups = p.vocab / kGroup + 2;
-    const int64_t wanted = 2 * launcher.target_blocks(4, 0) / clamp(rows, 1, INT32_MAX);
-    a.groups_per_split = static_cast<int32_t>(
-        ceil_div(groups, clamp(wanted, 1, clamp(groups / kMinSplitGroups, 1, kThreads))));
-    a.splits = static_cast<int32_t>(ceil_div(groups, a.groups_per_split));
-    if (a.splits > 1) {
-        a.partial = launcher.take<Confidence>(rows * a.splits);
+    /* A unit is some turns of four groups a thread, as few as one sequence has work for. */
+    const int64_t rows = p.batch * p.positions, groups = ceil_div(p.vocab, kGroup);
+    constexpr int64_t kTurn = 4 * kThreads;
+    const int64_t turns = clamp(p.positions * groups / (kTurn * kMostParts / 2), 2, 8);
+    a.groups_per_split = static_cast<int32_t>(turns * kTurn);
+    a.splits = divisor(ceil_div(groups, a.groups_per_split));
+    a.by_positions = divisor(p.positions);
+    if (a.splits.value > 1) {
+        a.partial = launcher.take<Confidence>(rows * a.splits.value);
         a.arrived = launcher.counters(rows);
     }
     return a;
@@ -59,8 +58,12 @@ ConfidenceArgs confidence_args(const ConfidenceProblem &p, Launcher &launcher) {
 
 void launch_confidence(const char *name, const ConfidenceArgs &confidence, const SelectArgs &select,
                        Launcher &launcher) {
-    launcher.launch(name, token_confidence_or_step_kernel, ConfidenceStepArgs{confidence, select},
-                    confidence_blocks(confidence), static_cast<int64_t>(sizeof(Shared)));
+    const int64_t units = confidence_unit_count(confidence);
+    check_extent("logits: units of a launch", units, INT32_MAX);
+    const int64_t blocks = min_of(units, launcher.target_blocks(4, 0));
+    launcher.launch(name, token_confidence_or_step_kernel,
+                    ConfidenceStepArgs{confidence, select, deal(units, blocks)}, blocks,
+                    static_cast<int64_t>(sizeof(Shared)));
 }
 
 int64_t token_confidence(const ConfidenceProblem &p, const attn_sampler_exec &exec) {

@@ -121,8 +121,9 @@ class WarpgroupTile : public WarpTile<T, kWgmmaTiles> {
 };
 
 /* The tile of a kernel for 8 * kTiles columns. */
-template <typename T, int kTiles>
-using Tile = std::conditional_t<kTiles == kWgmmaTiles, WarpgroupTile<T>, WarpTile<T, kTiles>>;
+template <typename T, int kTiles, bool kMayBeUnaligned = true>
+using Tile =
+    std::conditional_t<kTiles == kWgmmaTiles, WarpgroupTile<T>, WarpTile<T, kTiles, kMayBeUnaligned>>;
 
 /* Whether this architecture can run such a kernel; no other is launched. */
 template <int kTiles>

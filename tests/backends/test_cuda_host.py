@@ -40,24 +40,33 @@ class Step:
     """A decoding step of 70 layers, more than one launch's table holds, straight at the extension."""
 
     def __init__(
-        self, extension: Path, n_layers: int, with_lse: bool, dtype: torch.dtype = torch.bfloat16
+        self,
+        extension: Path,
+        n_layers: int,
+        with_lse: bool,
+        dtype: torch.dtype = torch.bfloat16,
+        sequences: slice = slice(2),
+        vocab: int = 11,
     ) -> None:
         self.module = load(extension)
         self.host = ctypes.CDLL(str(extension))
-        q = [normal(i, 2, 4, 6, 32, dtype=dtype) for i in range(n_layers)]
-        k = [normal(100 + i, 2, 2, 24, 32, dtype=dtype) for i in range(n_layers)]
-        scales = [normal(200 + i, 2, 2).abs() if dtype == FLOAT8 else None for i in range(n_layers)]
+        q = [normal(i, 2, 4, 6, 32, dtype=dtype)[sequences] for i in range(n_layers)]
+        k = [normal(100 + i, 2, 2, 24, 32, dtype=dtype)[sequences] for i in range(n_layers)]
+        batch = q[0].shape[0]
+        scales = [
+            normal(200 + i, 2, 2)[sequences].abs() if dtype == FLOAT8 else None for i in range(n_layers)
+        ]
         lse = [row_lse(x, y, k_descale=z) if with_lse else None for x, y, z in zip(q, k, scales, strict=True)]
-        self.tokens = torch.full((2, 24), 7)
+        self.tokens = torch.full((batch, 24), 7)
         self.tokens[:, ::3] = 5  # no mask token: it may be revised
         self.start = self.tokens.clone()
-        self.scores = torch.full((2, 6), torch.nan)
-        self.token_ids, self.confidence = torch.zeros(2, 6, dtype=torch.int64), torch.zeros(2, 6)
-        self.selected = torch.zeros(2, 6, dtype=torch.bool)
-        self.log_prob, self.current = torch.zeros(2, 6), torch.zeros(2, 6)
-        self.revised = torch.zeros(2, 6, dtype=torch.uint8)
-        self.budget = torch.ones(2, 6, dtype=torch.int32)
-        self.logits = normal(7, 2, 6, 11, dtype=torch.float32).mul(5)
+        self.scores = torch.full((batch, 6), torch.nan)
+        self.token_ids, self.confidence = torch.zeros(batch, 6, dtype=torch.int64), torch.zeros(batch, 6)
+        self.selected = torch.zeros(batch, 6, dtype=torch.bool)
+        self.log_prob, self.current = torch.zeros(batch, 6), torch.zeros(batch, 6)
+        self.revised = torch.zeros(batch, 6, dtype=torch.uint8)
+        self.budget = torch.ones(batch, 6, dtype=torch.int32)
+        self.logits = normal(7, 2, 6, vocab, dtype=torch.float32).mul(5)[sequences]
         layers = zip(q, k, lse, [None] * n_layers, scales, strict=True)
         self.keep = q, k, lse, scales
         how = options.Step(
@@ -116,6 +125,76 @@ def test_a_step_of_many_layers(
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
+def test_bits_are_a_matter_of_one_sequence(extension: Path, with_lse: bool) -> None:
+    """Whatever the number of multiprocessors, the order of the blocks, and the sequences beside it."""
+
+    def results(device: int, sequences: slice) -> tuple[list[torch.Tensor], int]:
+        step = Step(extension, 3, with_lse, sequences=sequences, vocab=8211)
+        needed = step.run((CUDA, 1, device, 0, 0, 0))
+        workspace = fresh_workspace(needed)
+        assert step.run((CUDA, 1, device, 0, workspace.data_ptr(), needed)) == 0
+        return step.results(), step.host.cuda_host_blocks()
+
+    expected, _ = results(1, slice(2))
+    host = ctypes.CDLL(str(extension))
+    for processors in (2, 3, 5, 13, 64, 132, 264):
+        host.cuda_host_shuffle(ctypes.c_uint64(processors))
+        found, blocks = results(processors, slice(2))
+        assert blocks == min(
+            4 * processors, 30
+        )  # of the step: three layers' units of either, twelve of logits
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True)), processors
+        alone, _ = results(processors, slice(1, 2))
+        assert all(torch.equal(x, y[1:]) for x, y in zip(alone, expected, strict=True)), processors
+
+
+def test_a_step_adds_layers_up_as_calls_would(extension: Path) -> None:
+    module = load(extension)
+    step = Step(extension, 3, True)
+    needed = step.run((CUDA, 1, 1, 0, 0, 0))
+    workspace = fresh_workspace(needed)
+    assert step.run((CUDA, 1, 1, 0, workspace.data_ptr(), needed)) == 0
+    q, k, lse, _ = step.keep
+    out = torch.full((2, 6), torch.nan)
+    for i in range(3):
+        how = attention_options(slice(18, 24), 18)._replace(accumulate=i > 0)
+        arguments = [_view(x) for x in (out, options.Layer(q[i], k[i], lse[i]), options.Masks(), how)]
+        assert module.column_scores(*arguments, (CUDA, 1, 1, 0, 0, 0)) == 0  # one unit: no partial sums
+    assert torch.equal(out, step.scores)
+
+
+def test_sampling_asks_for_little_noise(extension: Path) -> None:
+    """Once for four tokens, and not at all for those that the noise cannot lift above a key that was met."""
+    module, host = load(extension), ctypes.CDLL(str(extension))
+    host.cuda_host_noise_groups.restype = ctypes.c_int64
+    flat, normals = torch.zeros(2, 4, 1 << 15), normal(0, 2, 4, 1 << 15, dtype=torch.float32).mul(3)
+    peaked = normals.clone()
+    peaked[..., 100] = 45
+    rising = torch.linspace(0, 30, 1 << 15).expand(2, 4, -1).contiguous()
+
+    def noise(logits: torch.Tensor) -> float:
+        outputs = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4), torch.zeros(2, 4), None
+        how = options.Sampling("probability", 1.0, 3)
+        arguments = [_view(x) for x in (outputs, logits, None, how)]
+        needed = module.token_confidence(*arguments, (CUDA, 1, 2, 0, 0, 0))
+        workspace = fresh_workspace(needed)
+        before = host.cuda_host_noise_groups()
+        assert module.token_confidence(*arguments, (CUDA, 1, 2, 0, workspace.data_ptr(), needed)) == 0
+        assert host.cuda_host_blocks() == 8  # each has a row
+        return (host.cuda_host_noise_groups() - before) / (logits.numel() / 4)
+
+    for logits, least, most in [
+        (flat, 1.0, 1.05),
+        (normals, 0.9, 1.05),
+        (rising, 0.9, 1.05),
+        (normals.mul(5), 0.05, 0.2),
+        (peaked, 0.03, 0.2),
+        (peaked.flip(2), 0.9, 1.05),  # the last to be met
+    ]:
+        assert least <= noise(logits) <= most
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
 def test_wgmma_is_chosen_and_gives_the_same_bits(extension: Path, with_lse: bool) -> None:
     """On the device that has it, in every order of blocks and threads; and not with a wider head."""
     module, host = load(extension), ctypes.CDLL(str(extension))
@@ -154,7 +233,7 @@ def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
         assert step.host.cuda_host_launch_device() == device
         assert step.host.cuda_host_current_device() == 0
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
-        step.run((CUDA, 1, 2, 0, workspace.data_ptr(), needed))
+        step.run((CUDA, 1, 300, 0, workspace.data_ptr(), needed))
 
 
 def test_a_small_workspace_runs_nothing(extension: Path) -> None:

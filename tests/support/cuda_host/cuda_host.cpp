@@ -24,6 +24,7 @@ Block *block = nullptr;
 Thread *thread = nullptr;
 std::mt19937_64 random_order(0);
 int products = 0;
+int64_t noise_groups = 0;
 
 namespace {
 
@@ -34,6 +35,7 @@ constexpr int kWithoutAsking = 48 * 1024;
 constexpr unsigned kResident = 3;                             /* blocks that run at the same time */
 constexpr unsigned char kGuardByte = 0xA5, kUnwritten = 0xFF; /* floats of the latter are NaN */
 
+constexpr int kDevices = 300;
 std::mutex mutex; /* one launch at a time */
 Place scheduler;
 const void *scheduler_stack = nullptr;
@@ -41,7 +43,8 @@ size_t scheduler_stack_size = 0;
 std::map<AnyKernel, int> shared_limit;
 std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of the resident blocks' threads, kept */
 std::string last_failure;
-int device = 0, processors = 2, launches = 0, launch_device = -1, launches_until_failure = 0;
+unsigned launch_blocks = 0;
+int device = 0, launches = 0, launch_device = -1, launches_until_failure = 0;
 
 /* Leaves a stack for another; returns when something leaves for this one. After a fiber's first entry no
  * signal mask is saved, which would take a system call each time. */
@@ -261,6 +264,7 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
     }
     ++launches;
     launch_device = device;
+    launch_blocks = blocks;
     Launch fresh = {call, kernel, argument, shared_bytes, ""};
     current = &fresh;
     scheduler.entered = true;
@@ -313,7 +317,7 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
 } // namespace cuda_host
 
 cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 2;
+    *count = cuda_host::kDevices;
     return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int *device) {
@@ -321,16 +325,17 @@ cudaError_t cudaGetDevice(int *device) {
     return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-    if (device < 0 || device > 1) {
+    if (device < 0 || device >= cuda_host::kDevices) {
         cuda_host::last_failure = "invalid device ordinal";
         return cudaErrorInvalidDevice;
     }
     cuda_host::device = device;
     return cudaSuccess;
 }
-/* Device 0 is of the kind that has wgmma. */
+/* Device 0 is of the kind that has wgmma; of the others, each has as many multiprocessors as its number says.
+ */
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
-    *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_host::processors
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? std::max(device, 2)
              : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 0 ? 9 : 8)
                                                               : 100 * 1024;
     return cudaSuccess;
@@ -364,9 +369,12 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t) 
 EXPORT void cuda_host_shuffle(uint64_t seed) { cuda_host::random_order.seed(seed); }
 /* Lets the launch that is this many away fail: 1 is the next. */
 EXPORT void cuda_host_fail(int launch) { cuda_host::launches_until_failure = launch; }
+/* The blocks of the latest launch. */
+EXPORT int cuda_host_blocks() { return static_cast<int>(cuda_host::launch_blocks); }
 EXPORT int cuda_host_launches() { return cuda_host::launches; }
 /* Asynchronous ones, each of a block. */
 EXPORT int cuda_host_products() { return cuda_host::products; }
+EXPORT int64_t cuda_host_noise_groups() { return cuda_host::noise_groups; }
 /* The device that was current at the latest launch, and the one that is now. */
 EXPORT int cuda_host_launch_device() { return cuda_host::launch_device; }
 EXPORT int cuda_host_current_device() { return cuda_host::device; }

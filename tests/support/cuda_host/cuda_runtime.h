@@ -39,6 +39,8 @@ struct Index {
 /* The running thread and its block. */
 extern Index thread_index, block_index;
 unsigned char *shared_memory();
+/* Groups of four tokens whose noise was asked for so far. */
+extern int64_t noise_groups;
 
 /* Waits for all threads of the block; how many of them passed true. `file` and `line` say where. */
 int meet_block(bool vote, const char *file, int line);
@@ -121,6 +123,9 @@ inline uint32_t __float_as_uint(float x) {
     uint32_t y;
     memcpy(&y, &x, sizeof(y));
     return y;
+}
+inline uint32_t __umulhi(uint32_t x, uint32_t y) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(x) * y >> 32);
 }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }

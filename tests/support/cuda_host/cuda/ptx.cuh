@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include "attn_sampler_random.h"
+
 namespace attn_sampler {
 namespace cuda {
 
@@ -16,6 +18,8 @@ struct BFloat16 {
 struct Float8 {
     uint8_t bits;
 };
+
+#define ATTN_SAMPLER_NOINLINE __attribute__((noinline))
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
@@ -46,10 +50,15 @@ inline float exp2_fast(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
-inline uint32_t take_ticket(uint32_t *counter, uint32_t limit) {
+inline uint32_t take_tickets(uint32_t *counter, uint32_t count) {
     const uint32_t old = *counter;
-    *counter = old >= limit ? 0 : old + 1;
+    *counter = old + count;
     return old;
+}
+
+inline PhiloxWords<uint64_t> noise_words(uint64_t seed, uint32_t group, uint32_t position) {
+    ++cuda_host::noise_groups;
+    return philox(seed, group, position);
 }
 
 /* Aligned, as the sanitizer checks. */
