@@ -71,6 +71,12 @@ def cpu_isa() -> str:
     return _C.cpu_isa()
 
 
+@functools.cache
+def _cuda_device_unavailable(index: int) -> str | None:
+    """Why the CUDA kernels do not run on a device, such as one of an architecture without code."""
+    return _C.cuda_device_unavailable(index)
+
+
 def cpu_amx_refusal() -> str | None:
     """Why the processor's AMX unit does not serve; None where it does, or there is none."""
     return _C.cpu_amx_refusal()
@@ -93,6 +99,9 @@ class Extension(Backend):
         return UNAVAILABLE or getattr(_C, f"{self.name}_unavailable")()
 
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
+        index = tensors[0].get_device() if tensors else -1
+        if self.name == "cuda" and index >= 0 and (reason := _cuda_device_unavailable(index)) is not None:
+            return reason
         if any(x.dim() == 4 and x.shape[-1] > self._max_headdim for x in tensors):
             return f"its kernels take head dimensions up to {self._max_headdim}"
         return super().refuses(op, tensors)

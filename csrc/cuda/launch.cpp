@@ -2,6 +2,9 @@
 
 #include <atomic>
 #include <iterator>
+#include <map>
+#include <mutex>
+#include <string>
 
 namespace attn_sampler {
 namespace cuda {
@@ -31,12 +34,49 @@ int64_t attribute(cudaDeviceAttr which, int device, std::atomic<int> (&known)[kK
 
 std::atomic<int> known_processors[kKnownDevices], known_shared[kKnownDevices], known_major[kKnownDevices];
 
+/* What device_unavailable answers, "" where the kernels run. */
+std::string find_reason(int device) {
+    try {
+        const DeviceGuard guard(device);
+        const cudaError_t status = find_code();
+        if (status == cudaSuccess)
+            return "";
+        cudaGetLastError();
+        int major = 0, minor = 0;
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+              "cudaDeviceGetAttribute");
+        check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+              "cudaDeviceGetAttribute");
+        return "this build has no code for device " + std::to_string(device) + ", of compute capability " +
+               std::to_string(major) + "." + std::to_string(minor) + " (" + cudaGetErrorString(status) + ")";
+    } catch (const Error &error) {
+        return error.what();
+    }
+}
+
 } // namespace
 
 void check_extent(const char *name, int64_t extent, int64_t limit) {
     if (extent > limit)
         throw Error(ATTN_SAMPLER_UNSUPPORTED, "%s: the CUDA kernels take at most %lld, got %lld", name,
                     static_cast<long long>(limit), static_cast<long long>(extent));
+}
+
+const char *device_unavailable(int device) {
+    static std::atomic<bool> runs[kKnownDevices];
+    if (device >= 0 && device < kKnownDevices && runs[device].load(std::memory_order_relaxed))
+        return nullptr;
+    static std::mutex mutex;
+    static std::map<int, std::string> reasons; /* of which none moves */
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto found = reasons.find(device);
+    if (found == reasons.end())
+        found = reasons.emplace(device, find_reason(device)).first;
+    if (!found->second.empty())
+        return found->second.c_str();
+    if (device >= 0 && device < kKnownDevices)
+        runs[device].store(true, std::memory_order_relaxed);
+    return nullptr;
 }
 
 DeviceGuard::DeviceGuard(int device) : former_(0), changed_(false) {

@@ -391,6 +391,10 @@ ATTN_SAMPLER_API const char *attn_sampler_cpu_unavailable(void);
 /* NULL if this build has CUDA kernels and a usable device; else the reason why not. */
 ATTN_SAMPLER_API const char *attn_sampler_cuda_unavailable(void);
 
+/* NULL if they run on the device of this CUDA ordinal; else the reason why not, such as an architecture that
+ * they are not compiled for. A call that asks for such a device answers ATTN_SAMPLER_UNSUPPORTED. */
+ATTN_SAMPLER_API const char *attn_sampler_cuda_device_unavailable(int32_t device_index);
+
 #ifdef __cplusplus
 }
 #endif

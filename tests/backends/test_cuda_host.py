@@ -8,7 +8,9 @@ kernels are reported.
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from problems import FLOAT8, normal, row_lse
 from stand_ins import fresh_workspace, load
 
 from attn_sampler import options
+from attn_sampler.backends import extension as backend_of_extension
 from attn_sampler.backends.extension import _view
 
 CPU, CUDA = 0, 1
@@ -154,7 +157,35 @@ def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
         assert step.host.cuda_host_launch_device() == device
         assert step.host.cuda_host_current_device() == 0
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
-        step.run((CUDA, 1, 2, 0, workspace.data_ptr(), needed))
+        step.run((CUDA, 1, 3, 0, workspace.data_ptr(), needed))
+
+
+def test_a_device_without_code_is_refused(extension: Path) -> None:
+    """Before anything is launched, so that "auto" goes to another backend."""
+    step = Step(extension, 1, True)
+    before = step.host.cuda_host_launches()
+    message = r"no code for device 2, of compute capability 7\.0 \(no kernel image is available\)"
+    for _ in range(2):
+        with pytest.raises(step.module.Refused, match=message):
+            step.run((CUDA, 1, 2, 0, 0, 0))
+        assert re.search(message, step.module.cuda_device_unavailable(2))
+    assert step.module.cuda_device_unavailable(0) is step.module.cuda_device_unavailable(1) is None
+    assert "invalid device ordinal" in step.module.cuda_device_unavailable(3)
+    assert step.host.cuda_host_launches() == before
+    assert step.host.cuda_host_current_device() == 0
+    assert torch.equal(step.tokens, step.start)
+
+
+def test_auto_passes_over_a_device_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU for which the CUDA kernels are not compiled is Triton's."""
+    x = types.SimpleNamespace(
+        device=torch.device("cuda", 5), dtype=torch.float32, shape=(2, 3), get_device=lambda: 5
+    )
+    x.dim, x.stride = lambda: 2, lambda _: 1
+    monkeypatch.setattr(backend_of_extension, "_cuda_device_unavailable", {5: "no code", 6: None}.get)
+    assert backend_of_extension.CUDA.refuses("select_tokens", (x, x)) == "no code"
+    x.get_device = lambda: 6
+    assert backend_of_extension.CUDA.refuses("select_tokens", (x, x)) is None
 
 
 def test_a_small_workspace_runs_nothing(extension: Path) -> None:

@@ -13,7 +13,7 @@ from cmake_build import ROOT, build_once
 
 from bench import cuda_resources
 
-ARCHITECTURES = {"sm_80", "sm_90a", "sm_100a", "sm_120"}
+ARCHITECTURES = {"sm_80", "sm_90a", "sm_100", "sm_120"}
 
 pytestmark = [
     pytest.mark.slow,

@@ -310,10 +310,17 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
     return fresh.failure[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+cudaError_t find_image() {
+    if (device != 2)
+        return cudaSuccess;
+    last_failure = "no kernel image is available";
+    return cudaErrorNoKernelImageForDevice;
+}
+
 } // namespace cuda_host
 
 cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 2;
+    *count = 3;
     return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int *device) {
@@ -321,7 +328,7 @@ cudaError_t cudaGetDevice(int *device) {
     return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-    if (device < 0 || device > 1) {
+    if (device < 0 || device > 2) {
         cuda_host::last_failure = "invalid device ordinal";
         return cudaErrorInvalidDevice;
     }
@@ -331,7 +338,8 @@ cudaError_t cudaSetDevice(int device) {
 /* Device 0 is of the kind that has wgmma. */
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
     *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_host::processors
-             : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 0 ? 9 : 8)
+             : attribute == cudaDevAttrComputeCapabilityMajor ? 9 - device
+             : attribute == cudaDevAttrComputeCapabilityMinor ? 0
                                                               : 100 * 1024;
     return cudaSuccess;
 }

@@ -137,13 +137,16 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
     cudaErrorLaunchFailure = 719
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {};
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-    cudaDevAttrComputeCapabilityMajor
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor
 };
 typedef struct CUstream_st *cudaStream_t;
 
@@ -166,12 +169,18 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t s
 namespace cuda_host {
 
 typedef void (*AnyKernel)();
+cudaError_t find_image();
 cudaError_t set_shared_limit(AnyKernel kernel, int bytes);
 cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argument, unsigned blocks,
                    unsigned threads, size_t shared_bytes);
 
 } // namespace cuda_host
 
+/* The last device is of an architecture for which nothing is compiled. */
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Kernel *) {
+    return cuda_host::find_image();
+}
 template <typename Args>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Args), cudaFuncAttribute, int bytes) {
     return cuda_host::set_shared_limit(reinterpret_cast<cuda_host::AnyKernel>(kernel), bytes);
