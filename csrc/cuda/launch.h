@@ -32,7 +32,7 @@ constexpr int64_t kMaxPositions = 1 << 30; /* of any kind: they are 32-bit on th
 /* Refuses what is larger than the kernels take. */
 void check_extent(const char *name, int64_t extent, int64_t limit);
 
-/* Makes a device current, and the former one again. */
+/* Makes a device current, and the former one again if it has a context: one without is not in use. */
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device);

@@ -7,6 +7,7 @@ kernels are reported.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import subprocess
@@ -160,6 +161,37 @@ def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
         step.run((CUDA, 1, 3, 0, workspace.data_ptr(), needed))
 
 
+@pytest.mark.parametrize(
+    ("former", "contexts", "after", "made"),
+    [
+        (0, 0b001, 0, 0b011),  # in use: current again
+        (0, 0b010, 1, 0b010),  # the process uses the other alone, and gets no context on this
+        (0, 0b000, 1, 0b010),
+        (1, 0b010, 1, 0b010),
+        (2, 0b110, 2, 0b110),
+        (2, 0b010, 1, 0b010),
+    ],
+)
+def test_no_context_is_made_on_another_device(
+    extension: Path, former: int, contexts: int, after: int, made: int
+) -> None:
+    """Of a thread whose current device is `former`, by a step on device 1, nor where its launch fails."""
+    step = Step(extension, 1, True)
+    needed = step.run((CUDA, 1, 1, 0, 0, 0))
+    workspace = fresh_workspace(needed)
+    for fails in (False, True):
+        step.host.cuda_host_become(former, contexts)
+        step.host.cuda_host_fail(int(fails))
+        expected = (
+            pytest.raises(RuntimeError, match="as was asked for") if fails else contextlib.nullcontext()
+        )
+        with expected:
+            step.run((CUDA, 1, 1, 0, workspace.data_ptr(), needed))
+        found = step.host.cuda_host_current_device(), step.host.cuda_host_contexts()
+        step.host.cuda_host_become(0, 1)
+        assert found == (after, made)
+
+
 def test_a_device_without_code_is_refused(extension: Path) -> None:
     """Before anything is launched, so that "auto" goes to another backend."""
     step = Step(extension, 1, True)
@@ -171,6 +203,8 @@ def test_a_device_without_code_is_refused(extension: Path) -> None:
         assert re.search(message, step.module.cuda_device_unavailable(2))
     assert step.module.cuda_device_unavailable(0) is step.module.cuda_device_unavailable(1) is None
     assert "invalid device ordinal" in step.module.cuda_device_unavailable(3)
+    for index in (-1, 64):
+        assert step.module.cuda_device_unavailable(index) == "there is no such device"
     assert step.host.cuda_host_launches() == before
     assert step.host.cuda_host_current_device() == 0
     assert torch.equal(step.tokens, step.start)

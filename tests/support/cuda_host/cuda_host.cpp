@@ -41,6 +41,7 @@ size_t scheduler_stack_size = 0;
 std::map<AnyKernel, int> shared_limit;
 std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of the resident blocks' threads, kept */
 std::string last_failure;
+unsigned contexts = 1; /* a bit for each device: it has a primary context */
 int device = 0, processors = 2, launches = 0, launch_device = -1, launches_until_failure = 0;
 
 /* Leaves a stack for another; returns when something leaves for this one. After a fiber's first entry no
@@ -333,6 +334,19 @@ cudaError_t cudaSetDevice(int device) {
         return cudaErrorInvalidDevice;
     }
     cuda_host::device = device;
+    cuda_host::contexts |= 1u << device;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned,
+                                             unsigned long long, cudaDriverEntryPointQueryResult *) {
+    const auto get_state = +[](int device, unsigned *flags, int *is_active) {
+        *flags = 0;
+        *is_active = static_cast<int>(cuda_host::contexts >> device & 1);
+        return 0;
+    };
+    if (strcmp(symbol, "cuDevicePrimaryCtxGetState") != 0)
+        return cudaErrorInvalidValue;
+    *function = reinterpret_cast<void *>(get_state);
     return cudaSuccess;
 }
 /* Device 0 is of the kind that has wgmma. */
@@ -378,3 +392,10 @@ EXPORT int cuda_host_products() { return cuda_host::products; }
 /* The device that was current at the latest launch, and the one that is now. */
 EXPORT int cuda_host_launch_device() { return cuda_host::launch_device; }
 EXPORT int cuda_host_current_device() { return cuda_host::device; }
+/* The devices that have a context, a bit each. */
+EXPORT unsigned cuda_host_contexts() { return cuda_host::contexts; }
+/* Makes a device current, without a context, and says which devices have one. */
+EXPORT void cuda_host_become(int device, unsigned contexts) {
+    cuda_host::device = device;
+    cuda_host::contexts = contexts;
+}

@@ -140,6 +140,9 @@ enum cudaError_t {
     cudaErrorNoKernelImageForDevice = 209,
     cudaErrorLaunchFailure = 719
 };
+#define CUDART_VERSION 13000
+constexpr unsigned long long cudaEnableDefault = 0;
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {};
 enum cudaDeviceAttr {
@@ -154,6 +157,10 @@ cudaError_t cudaGetDeviceCount(int *count);
 cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
+/* Of the driver's functions there is one: cuDevicePrimaryCtxGetState. */
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult *status);
 cudaError_t cudaGetLastError();
 /* Of the latest launch that failed, in full. */
 const char *cudaGetErrorString(cudaError_t error);
