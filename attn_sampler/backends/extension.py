@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +65,18 @@ _DTYPE = {
 #: Device memory, with counters at 0 at its start, for what the kernels pass on to one another, by device and
 #: stream.
 _workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+class _OfThread(threading.local):
+    """The same for the stream that each thread calls its own by one handle (cudaStreamPerThread)."""
+
+    HANDLE = 2
+
+    def __init__(self) -> None:
+        self.workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+_of_thread = _OfThread()
 
 
 def cpu_isa() -> str:
@@ -144,19 +157,20 @@ def _run(function: Callable[..., int], out: Any, arguments: tuple) -> None:
     stream = torch._C._cuda_getCurrentRawStream(index)
     # A captured graph outlives this call and may be replayed beside others: it has memory of its own.
     capturing = torch.cuda.is_current_stream_capturing()
-    workspace = None if capturing else _workspaces.get((index, stream))
+    workspaces = _workspaces if stream != _OfThread.HANDLE else _of_thread.workspaces
+    workspace = None if capturing else workspaces.get((index, stream))
     address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
     try:
         while needed := function(*arguments, (1, 1, index, stream, address, size)):
             workspace = torch.empty(needed, dtype=torch.uint8, device=like.device)
             workspace[: _C.WORKSPACE_ZEROS].zero_()  # in a captured graph it is done in each replay
             if not capturing:
-                _workspaces[index, stream] = workspace
+                workspaces[index, stream] = workspace
             address, size = workspace.data_ptr(), needed
     except _C.Refused:
         raise
     except BaseException:  # launches may have failed half-way, and left counters that are not zero
-        _workspaces.pop((index, stream), None)
+        workspaces.pop((index, stream), None)
         raise
 
 
