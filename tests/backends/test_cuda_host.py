@@ -250,8 +250,8 @@ def test_under_the_sanitizers(tmp_path: Path) -> None:
     assert "CPU and GPU committed the block in the same" in result.stdout
     assert "all agree" in result.stdout
     for report in (
-        "waits at cuda_host_check.cpp:",
-        "while others are at cuda_host_check.cpp:",
+        "waits at cuda_check.cpp:",
+        "while others are at cuda_check.cpp:",
         "have ended",
         "a write beyond the 1024 bytes of shared memory",
         "a product without a fence before it",
