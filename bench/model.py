@@ -237,9 +237,9 @@ def page(results: Iterable[Mapping[str, Any]] = ()) -> str:
 
 {state}
 
-`python -m bench model`: the CUDA backend, bfloat16, log-sum-exp given, greedy; microseconds. Predicted is start
-+ imbalance x the longest of memory, issue, exponentials and products + tail. Where a measured time differs, the
-column that would have to be another tells which assumption was wrong.
+`python -m bench model`: the CUDA backend, bfloat16, log-sum-exp given, greedy; microseconds. Predicted is
+start + imbalance x the longest of memory, issue, exponentials and products + tail. Where a measured time
+differs, the column that would have to be another tells which assumption was wrong.
 
 {table(taken)}
 
