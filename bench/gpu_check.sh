@@ -104,13 +104,15 @@ test="$python -m pytest -q -p no:cacheprovider --durations=5"
 case $2 in
 correct)
     stage kernels 10 "$library tests/support" bash -c "build/cmake-*/cuda_check"
-    stage graphs 45 "$library tests" $test --backend cuda tests/backends/test_cuda_graphs.py
+    stage graphs 60 "$library tests" $test --backend cuda tests/backends/test_cuda_graphs.py
     if found compute-sanitizer memcheck racecheck; then
         sanitize memcheck
         sanitize racecheck
     fi
     stage steps 25 "$library tests" $test --backend cuda tests/contract/test_decode_step.py
-    stage triton 40 "$library tests" $test --backend triton tests/backends/test_cuda_graphs.py \
+    # Several processes on one GPU: compiling the Triton kernels is most of the time.
+    stage triton 40 "$library tests" $test -n 6 --dist worksteal --backend triton -k "not tiles" \
+        tests/backends/test_cuda_graphs.py \
         tests/contract/test_decode_step.py::test_it_is_its_parts \
         tests/contract/test_decode_step.py::test_steps_fill_the_block
     ;;
@@ -126,8 +128,7 @@ timing)
     done
     ;;
 rest)
-    # Several processes on one GPU: compiling the Triton kernels is most of the time.
-    stage tests 110 "$library tests" $test -n 8 --dist worksteal -m "not slow and not long" \
+    stage tests 110 "$library tests" $test -v -n 8 --dist worksteal -m "not slow and not long" \
         --backend cuda --backend triton tests/contract tests/backends
     if found compute-sanitizer synccheck initcheck; then
         sanitize synccheck

@@ -223,7 +223,7 @@ def test_many_runs_of_masked_rows_give_the_same_bits(backend, device):
     results: list[StepResult] = []
     replay = record(device, lambda: results.append(step.run(backend=backend)))
     wrong = torch.zeros((), dtype=torch.int64, device=device)
-    for _ in range(reruns(device, 2000, 3)):
+    for _ in range(reruns(device, 10_000, 3)):
         step.tokens.copy_(given)
         replay()
         for x, y in zip(results[-1][:5], expected[:5], strict=True):
