@@ -112,8 +112,8 @@ class Extension(Backend):
         return UNAVAILABLE or getattr(_C, f"{self.name}_unavailable")()
 
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
-        index = tensors[0].get_device() if tensors else -1
-        if self.name == "cuda" and index >= 0 and (reason := _cuda_device_unavailable(index)) is not None:
+        index = tensors[0].get_device() if self.name == "cuda" and tensors else -1
+        if index >= 0 and (reason := _cuda_device_unavailable(index)) is not None:
             return reason
         if any(x.dim() == 4 and x.shape[-1] > self._max_headdim for x in tensors):
             return f"its kernels take head dimensions up to {self._max_headdim}"
