@@ -143,11 +143,11 @@ typedef struct attn_sampler_tensor {
  * On CUDA a call only launches kernels, on `stream` of the device, which is current during the call (and
  * stays so where the process has no context on the thread's former one); it allocates nothing, waits for
  * nothing and may be captured in a graph. What the kernels pass on to one another lies in the workspace:
- * device memory of the caller's, aligned to 256 bytes. A call to which it is
- * too small launches nothing, says in workspace_needed how large it has to be, and answers
- * ATTN_SAMPLER_WORKSPACE_TOO_SMALL. Its first ATTN_SAMPLER_WORKSPACE_ZEROS bytes must be zero before its
- * first use; each call leaves it ready for the next, of any function and shape. Calls that may run at the
- * same time need one each. The CUDA kernels take head dimensions up to ATTN_SAMPLER_MAX_HEADDIM.
+ * device memory of the caller's, aligned to 256 bytes. A call to which it is too small launches nothing, says
+ * in workspace_needed how large it has to be, and answers ATTN_SAMPLER_WORKSPACE_TOO_SMALL. Its first
+ * ATTN_SAMPLER_WORKSPACE_ZEROS bytes must be zero before its first use; each call leaves it ready for the
+ * next, of any function and shape. Calls that may run at the same time need one each. The CUDA kernels take
+ * head dimensions up to ATTN_SAMPLER_MAX_HEADDIM.
  */
 typedef struct attn_sampler_exec {
     int32_t device;           /* attn_sampler_device */
