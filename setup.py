@@ -2,8 +2,9 @@
 
 The extension needs no torch to build. Without a C++ compiler the package is built without it and says so;
 with one, a build that fails is an error. ATTN_SAMPLER_CUDA=0|1 switches the CUDA part off or insists on it
-(default: built where nvcc is found). ATTN_SAMPLER_WGMMA=ON takes the kernels for Hopper, which have not run
-on a GPU yet.
+(default: built where nvcc is found), CUDAARCHS names other GPU architectures than all that are served.
+ATTN_SAMPLER_WGMMA=ON takes the kernels for Hopper, which have not run on a GPU yet; ATTN_SAMPLER_CHECKS=ON
+builds the programs beside it that check the CUDA part.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class CMakeBuild(build_ext):
             "-DATTN_SAMPLER_PYTHON=ON",
             f"-DATTN_SAMPLER_CUDA={os.environ.get('ATTN_SAMPLER_CUDA', 'auto')}",
             f"-DATTN_SAMPLER_WGMMA={os.environ.get('ATTN_SAMPLER_WGMMA', 'OFF')}",
+            f"-DATTN_SAMPLER_CHECKS={os.environ.get('ATTN_SAMPLER_CHECKS', 'OFF')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             # Named, because an earlier build's may lie in an isolated environment that is gone.

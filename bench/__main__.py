@@ -4,6 +4,7 @@
     python -m bench end-to-end        tokens per second, and where a step's time goes
     python -m bench compare OLD NEW   exit status 1 where ours became slower
     python -m bench report            RESULTS.md from the files under results/
+    python -m bench model             what steps should take on a GPU, beside what they took
 
 Every result is checked before it is timed. Candidates take turns in one process, with cold caches.
 """
@@ -68,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         help="times the old median (default 1.15)",
     )
     commands.add_parser("report", help="write RESULTS.md")
+    model = commands.add_parser("model", help="write results/model.md: predicted times on a GPU")
+    model.add_argument(
+        "--results", type=command_line.input_file, nargs="+", default=[], help="files of that GPU"
+    )
+    model.add_argument("--output", type=Path, default=report.RESULTS / "model.md", metavar="FILE")
+    model.add_argument("--json", action="store_true", help="print the rows, and write nothing")
     return parser
 
 
@@ -91,6 +98,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     if options.command == "report":
         print(f"written: {report.write_results_page()}")
         return 0
+    if options.command == "model":
+        try:
+            taken = list(map(report.read, options.results))
+        except ValueError as error:
+            parser.error(str(error))
+        return _model(taken, options.output, options.json)
     shown = [word for word in given if word != "kernels"]
     command = " ".join(["python -m bench", *shown])
     if options.command == "end-to-end":
@@ -100,6 +113,22 @@ def _run(arguments: Sequence[str] | None) -> int:
             parser.error(str(error))
         return _end_to_end(options, command)
     return _kernels(options, command)
+
+
+def _model(taken: list[dict[str, Any]], path: Path, as_json: bool) -> int:
+    from . import model
+
+    if as_json:
+        rows = [model.predict(name, row) for name, row in model.DECODE.items()]
+        derived = ("body", "bound", "total", "waves")
+        shown = [
+            {**r._asdict(), "plan": r.plan._asdict(), **{n: getattr(r, n) for n in derived}} for r in rows
+        ]
+        print(json.dumps({"predicted_us": shown, "measured_us": model.measured(taken)}, indent=1))
+        return 0
+    model.write(path, taken)
+    print(f"written: {path}")
+    return 0
 
 
 def _kernels(options: argparse.Namespace, command: str) -> int:

@@ -141,9 +141,7 @@ class CudaDevice:
 
     name = "cuda"
     threads = None
-    cold = (
-        "before each sample, a buffer of four times the L2 cache is overwritten; a sample is one graph replay"
-    )
+    cold = "before each sample, a buffer of four times the L2 cache is read; a sample is one graph replay"
     calls = 20  # in the graph of which *warm* is a twentieth
 
     def __init__(self) -> None:

@@ -121,3 +121,8 @@ const char *attn_sampler_cpu_amx_refusal(void) { return cpu_amx_refusal(); }
 const char *attn_sampler_cpu_unavailable(void) { return kCpuDevice.unavailable(); }
 
 const char *attn_sampler_cuda_unavailable(void) { return kCudaDevice.unavailable(); }
+
+const char *attn_sampler_cuda_device_unavailable(int32_t device_index) {
+    const char *const reason = kCudaDevice.unavailable();
+    return reason != nullptr ? reason : kCudaDevice.ordinal_unavailable(device_index);
+}

@@ -416,6 +416,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_amx_refusal", [] { return attn_sampler_cpu_amx_refusal(); });
     m.def("cpu_unavailable", [] { return attn_sampler_cpu_unavailable(); });
     m.def("cuda_unavailable", [] { return attn_sampler_cuda_unavailable(); });
+    m.def("cuda_device_unavailable", &attn_sampler_cuda_device_unavailable);
     py::dict limits;
     limits["MAX_ELEMENTS"] = ATTN_SAMPLER_MAX_ELEMENTS;
     limits["MAX_ROWS"] = ATTN_SAMPLER_MAX_ROWS;

@@ -10,6 +10,7 @@ namespace attn_sampler {
  * that it needs, where those of exec are fewer. They throw Error (error.h) or std::bad_alloc. */
 struct Device {
     const char *(*unavailable)(); /* why nothing can run here; null where it can. The answer is found once. */
+    const char *(*ordinal_unavailable)(int index); /* the same of one of several, if anything can run here */
     int64_t (*column_scores)(const AttentionProblem &, const attn_sampler_exec &);
     int64_t (*attention_map)(const AttentionProblem &, const attn_sampler_exec &);
     int64_t (*token_confidence)(const ConfidenceProblem &, const attn_sampler_exec &);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,9 +67,27 @@ _DTYPE = {
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
+class _OfThread(threading.local):
+    """The same for the stream that each thread calls its own by one handle (cudaStreamPerThread)."""
+
+    HANDLE = 2
+
+    def __init__(self) -> None:
+        self.workspaces: dict[tuple[int, int], Tensor] = {}
+
+
+_of_thread = _OfThread()
+
+
 def cpu_isa() -> str:
     """The instruction set that the CPU kernels run with here."""
     return _C.cpu_isa()
+
+
+@functools.cache
+def _cuda_device_unavailable(index: int) -> str | None:
+    """Why the CUDA kernels do not run on a device, such as one of an architecture without code."""
+    return _C.cuda_device_unavailable(index)
 
 
 def cpu_amx_refusal() -> str | None:
@@ -93,6 +112,9 @@ class Extension(Backend):
         return UNAVAILABLE or getattr(_C, f"{self.name}_unavailable")()
 
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
+        index = tensors[0].get_device() if self.name == "cuda" and tensors else -1
+        if index >= 0 and (reason := _cuda_device_unavailable(index)) is not None:
+            return reason
         if any(x.dim() == 4 and x.shape[-1] > self._max_headdim for x in tensors):
             return f"its kernels take head dimensions up to {self._max_headdim}"
         return super().refuses(op, tensors)
@@ -135,19 +157,20 @@ def _run(function: Callable[..., int], out: Any, arguments: tuple) -> None:
     stream = torch._C._cuda_getCurrentRawStream(index)
     # A captured graph outlives this call and may be replayed beside others: it has memory of its own.
     capturing = torch.cuda.is_current_stream_capturing()
-    workspace = None if capturing else _workspaces.get((index, stream))
+    workspaces = _workspaces if stream != _OfThread.HANDLE else _of_thread.workspaces
+    workspace = None if capturing else workspaces.get((index, stream))
     address, size = (0, 0) if workspace is None else (workspace.data_ptr(), workspace.numel())
     try:
         while needed := function(*arguments, (1, 1, index, stream, address, size)):
             workspace = torch.empty(needed, dtype=torch.uint8, device=like.device)
             workspace[: _C.WORKSPACE_ZEROS].zero_()  # in a captured graph it is done in each replay
             if not capturing:
-                _workspaces[index, stream] = workspace
+                workspaces[index, stream] = workspace
             address, size = workspace.data_ptr(), needed
     except _C.Refused:
         raise
     except BaseException:  # launches may have failed half-way, and left counters that are not zero
-        _workspaces.pop((index, stream), None)
+        workspaces.pop((index, stream), None)
         raise
 
 

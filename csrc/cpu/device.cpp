@@ -141,6 +141,7 @@ const char *cpu_amx_refusal() { return amx_refusal().empty() ? nullptr : amx_ref
 
 const Device kCpuDevice = {
     unavailable,
+    [](int) -> const char * { return nullptr; },
     run<AttentionProblem, &CpuKernels::column_scores>,
     run<AttentionProblem, &CpuKernels::attention_map>,
     run<ConfidenceProblem, &CpuKernels::token_confidence>,

@@ -22,8 +22,8 @@ const char *unavailable() {
 
 } // namespace
 
-const Device kCudaDevice = {unavailable,         cuda::column_scores,
-                            cuda::attention_map, cuda::token_confidence,
-                            cuda::select_tokens, cuda::decode_step};
+const Device kCudaDevice = {unavailable,         cuda::device_unavailable, cuda::column_scores,
+                            cuda::attention_map, cuda::token_confidence,   cuda::select_tokens,
+                            cuda::decode_step};
 
 } // namespace attn_sampler

@@ -2,6 +2,8 @@
 
 #include <atomic>
 #include <iterator>
+#include <mutex>
+#include <string>
 
 namespace attn_sampler {
 namespace cuda {
@@ -31,12 +33,65 @@ int64_t attribute(cudaDeviceAttr which, int device, std::atomic<int> (&known)[kK
 
 std::atomic<int> known_processors[kKnownDevices], known_shared[kKnownDevices], known_major[kKnownDevices];
 
+/* Whether a device has a primary context, which making it current would give it: some hundred megabytes of a
+ * GPU that the process may not use at all. The driver is asked through the runtime: the library loads
+ * without. */
+bool has_context(int device) {
+    using GetState = int(int device, unsigned *flags, int *is_active);
+    static GetState *const get_state = [] {
+        void *entry = nullptr;
+#if CUDART_VERSION >= 12050
+        const cudaError_t status = cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &entry,
+                                                                    11000, cudaEnableDefault, nullptr);
+#else
+        const cudaError_t status =
+            cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &entry, cudaEnableDefault);
+#endif
+        if (status != cudaSuccess)
+            cudaGetLastError();
+        return reinterpret_cast<GetState *>(entry);
+    }();
+    unsigned flags = 0;
+    int is_active = 0;
+    return get_state == nullptr || get_state(device, &flags, &is_active) != 0 || is_active != 0;
+}
+
+/* What device_unavailable answers, "" where the kernels run. */
+std::string find_reason(int device) {
+    try {
+        const DeviceGuard guard(device);
+        const cudaError_t status = find_code();
+        if (status == cudaSuccess)
+            return "";
+        cudaGetLastError();
+        int major = 0, minor = 0;
+        check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+              "cudaDeviceGetAttribute");
+        check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+              "cudaDeviceGetAttribute");
+        throw Error(ATTN_SAMPLER_UNSUPPORTED,
+                    "this build has no code for device %d, of compute capability %d.%d (%s)", device, major,
+                    minor, cudaGetErrorString(status));
+    } catch (const Error &error) {
+        return error.what();
+    }
+}
+
 } // namespace
 
 void check_extent(const char *name, int64_t extent, int64_t limit) {
     if (extent > limit)
         throw Error(ATTN_SAMPLER_UNSUPPORTED, "%s: the CUDA kernels take at most %lld, got %lld", name,
                     static_cast<long long>(limit), static_cast<long long>(extent));
+}
+
+const char *device_unavailable(int device) {
+    if (device < 0 || device >= kKnownDevices)
+        return "there is no such device";
+    static std::once_flag asked[kKnownDevices];
+    static std::string reasons[kKnownDevices];
+    std::call_once(asked[device], [device] { reasons[device] = find_reason(device); });
+    return reasons[device].empty() ? nullptr : reasons[device].c_str();
 }
 
 DeviceGuard::DeviceGuard(int device) : former_(0), changed_(false) {
@@ -48,7 +103,7 @@ DeviceGuard::DeviceGuard(int device) : former_(0), changed_(false) {
 }
 
 DeviceGuard::~DeviceGuard() {
-    if (changed_)
+    if (changed_ && has_context(former_))
         cudaSetDevice(former_);
 }
 

@@ -21,12 +21,18 @@ int64_t token_confidence(const ConfidenceProblem &, const attn_sampler_exec &);
 int64_t select_tokens(const SelectProblem &, const attn_sampler_exec &);
 int64_t decode_step(const StepProblem &, const attn_sampler_exec &);
 
+/* Why the kernels do not run on a device; null where they do. Asked of the driver once. */
+const char *device_unavailable(int device);
+
+/* Whether the current device has code of these kernels: success, or what the driver answers. */
+cudaError_t find_code();
+
 constexpr int64_t kMaxPositions = 1 << 30; /* of any kind: they are 32-bit on the device */
 
 /* Refuses what is larger than the kernels take. */
 void check_extent(const char *name, int64_t extent, int64_t limit);
 
-/* Makes a device current, and the former one again. */
+/* Makes a device current, and the former one again if it has a context: one without is not in use. */
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device);
@@ -117,6 +123,8 @@ class Launcher {
 template <typename Plan>
 int64_t run(const attn_sampler_exec &exec, Plan plan) {
     const DeviceGuard guard(exec.device_index);
+    if (const char *const reason = device_unavailable(exec.device_index))
+        throw Error(ATTN_SAMPLER_UNSUPPORTED, "exec.device_index: %s", reason);
     Launcher launcher(exec);
     plan(launcher);
     return launcher.issue();

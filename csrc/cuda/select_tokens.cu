@@ -12,6 +12,12 @@ __global__ void __launch_bounds__(kThreads) select_tokens_kernel(const __grid_co
 
 } // namespace
 
+/* All kernels are compiled for the same architectures. */
+cudaError_t find_code() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, select_tokens_kernel);
+}
+
 SelectArgs select_args(const SelectProblem &p) {
     check_extent("scores: columns", p.columns, kMaxPositions);
     SelectArgs s{};

@@ -11,6 +11,7 @@ const Device kCudaDevice = {
     nullptr,
     nullptr,
     nullptr,
+    nullptr,
 };
 
 } // namespace attn_sampler

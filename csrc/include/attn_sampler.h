@@ -140,13 +140,14 @@ typedef struct attn_sampler_tensor {
 
 /* Where and how to run.
  *
- * On CUDA a call only launches kernels, on `stream` of the device, which is current during the call; it
- * allocates nothing, waits for nothing and may be captured in a graph. What the kernels pass on to one
- * another lies in the workspace: device memory of the caller's, aligned to 256 bytes. A call to which it is
- * too small launches nothing, says in workspace_needed how large it has to be, and answers
- * ATTN_SAMPLER_WORKSPACE_TOO_SMALL. Its first ATTN_SAMPLER_WORKSPACE_ZEROS bytes must be zero before its
- * first use; each call leaves it ready for the next, of any function and shape. Calls that may run at the
- * same time need one each. The CUDA kernels take head dimensions up to ATTN_SAMPLER_MAX_HEADDIM.
+ * On CUDA a call only launches kernels, on `stream` of the device, which is current during the call (and
+ * stays so where the process has no context on the thread's former one); it allocates nothing, waits for
+ * nothing and may be captured in a graph. What the kernels pass on to one another lies in the workspace:
+ * device memory of the caller's, aligned to 256 bytes. A call to which it is too small launches nothing, says
+ * in workspace_needed how large it has to be, and answers ATTN_SAMPLER_WORKSPACE_TOO_SMALL. Its first
+ * ATTN_SAMPLER_WORKSPACE_ZEROS bytes must be zero before its first use; each call leaves it ready for the
+ * next, of any function and shape. Calls that may run at the same time need one each. The CUDA kernels take
+ * head dimensions up to ATTN_SAMPLER_MAX_HEADDIM.
  */
 typedef struct attn_sampler_exec {
     int32_t device;           /* attn_sampler_device */
@@ -390,6 +391,10 @@ ATTN_SAMPLER_API const char *attn_sampler_cpu_unavailable(void);
 
 /* NULL if this build has CUDA kernels and a usable device; else the reason why not. */
 ATTN_SAMPLER_API const char *attn_sampler_cuda_unavailable(void);
+
+/* NULL if they run on the device of this CUDA ordinal; else the reason why not, such as an architecture that
+ * they are not compiled for. A call that asks for such a device answers ATTN_SAMPLER_UNSUPPORTED. */
+ATTN_SAMPLER_API const char *attn_sampler_cuda_device_unavailable(int32_t device_index);
 
 #ifdef __cplusplus
 }

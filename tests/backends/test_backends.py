@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -208,6 +209,12 @@ def test_a_workspace_for_each_device_and_stream(monkeypatch):
     assert other[1] != first[1]
     streams[0] = 13
     assert run(0, 512)[1] not in (first[1], other[1])
+    assert len(extension._workspaces) == 3
+    streams[0] = 2  # the default stream of each thread: two that meet there do not share
+    own = run(0, 512)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, 0, 512).result()[1] != own[1]
+    assert run(0, 512) == own
     assert len(extension._workspaces) == 3
     streams[0], capturing = 11, True
     assert run(0, 512)[1] != first[1]

@@ -7,8 +7,11 @@ kernels are reported.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,13 @@ from problems import FLOAT8, normal, row_lse
 from stand_ins import fresh_workspace, load
 
 from attn_sampler import options
+from attn_sampler.backends import extension as backend_of_extension
 from attn_sampler.backends.extension import _view
 
 CPU, CUDA = 0, 1
+N_DEVICES = 10  # emulated; none has code on device 2
+#: Multiprocessors of those that differ by their number of them alone, by device.
+PROCESSORS = {1: 2, 3: 1, 4: 3, 5: 5, 6: 13, 7: 64, 8: 132, 9: 264}
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +144,14 @@ def test_bits_are_a_matter_of_one_sequence(extension: Path, with_lse: bool) -> N
 
     expected, _ = results(1, slice(2))
     host = ctypes.CDLL(str(extension))
-    for processors in (2, 3, 5, 13, 64, 132, 264):
+    for device, processors in PROCESSORS.items():
         host.cuda_host_shuffle(ctypes.c_uint64(processors))
-        found, blocks = results(processors, slice(2))
+        found, blocks = results(device, slice(2))
         assert blocks == min(
             4 * processors, 30
-        )  # of the step: three layers' units of either, twelve of logits
+        )  # of the step: a unit of each layer, two of each row's logits
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True)), processors
-        alone, _ = results(processors, slice(1, 2))
+        alone, _ = results(device, slice(1, 2))
         assert all(torch.equal(x, y[1:]) for x, y in zip(alone, expected, strict=True)), processors
 
 
@@ -176,10 +183,10 @@ def test_sampling_asks_for_little_noise(extension: Path) -> None:
         outputs = torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4), torch.zeros(2, 4), None
         how = options.Sampling("probability", 1.0, 3)
         arguments = [_view(x) for x in (outputs, logits, None, how)]
-        needed = module.token_confidence(*arguments, (CUDA, 1, 2, 0, 0, 0))
+        needed = module.token_confidence(*arguments, (CUDA, 1, 1, 0, 0, 0))
         workspace = fresh_workspace(needed)
         before = host.cuda_host_noise_groups()
-        assert module.token_confidence(*arguments, (CUDA, 1, 2, 0, workspace.data_ptr(), needed)) == 0
+        assert module.token_confidence(*arguments, (CUDA, 1, 1, 0, workspace.data_ptr(), needed)) == 0
         assert host.cuda_host_blocks() == 8  # each has a row
         return (host.cuda_host_noise_groups() - before) / (logits.numel() / 4)
 
@@ -187,8 +194,8 @@ def test_sampling_asks_for_little_noise(extension: Path) -> None:
         (flat, 1.0, 1.05),
         (normals, 0.9, 1.05),
         (rising, 0.9, 1.05),
-        (normals.mul(5), 0.05, 0.2),
-        (peaked, 0.03, 0.2),
+        (normals.mul(5), 0.05, 0.3),
+        (peaked, 0.03, 0.3),
         (peaked.flip(2), 0.9, 1.05),  # the last to be met
     ]:
         assert least <= noise(logits) <= most
@@ -233,7 +240,68 @@ def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
         assert step.host.cuda_host_launch_device() == device
         assert step.host.cuda_host_current_device() == 0
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
-        step.run((CUDA, 1, 300, 0, workspace.data_ptr(), needed))
+        step.run((CUDA, 1, N_DEVICES, 0, workspace.data_ptr(), needed))
+
+
+@pytest.mark.parametrize(
+    ("former", "contexts", "after", "made"),
+    [
+        (0, 0b001, 0, 0b011),  # in use: current again
+        (0, 0b010, 1, 0b010),  # the process uses the other alone, and gets no context on this
+        (0, 0b000, 1, 0b010),
+        (1, 0b010, 1, 0b010),
+        (2, 0b110, 2, 0b110),
+        (2, 0b010, 1, 0b010),
+    ],
+)
+def test_no_context_is_made_on_another_device(
+    extension: Path, former: int, contexts: int, after: int, made: int
+) -> None:
+    """Of a thread whose current device is `former`, by a step on device 1, nor where its launch fails."""
+    step = Step(extension, 1, True)
+    needed = step.run((CUDA, 1, 1, 0, 0, 0))
+    workspace = fresh_workspace(needed)
+    for fails in (False, True):
+        step.host.cuda_host_become(former, contexts)
+        step.host.cuda_host_fail(int(fails))
+        expected = (
+            pytest.raises(RuntimeError, match="as was asked for") if fails else contextlib.nullcontext()
+        )
+        with expected:
+            step.run((CUDA, 1, 1, 0, workspace.data_ptr(), needed))
+        found = step.host.cuda_host_current_device(), step.host.cuda_host_contexts()
+        step.host.cuda_host_become(0, 1)
+        assert found == (after, made)
+
+
+def test_a_device_without_code_is_refused(extension: Path) -> None:
+    """Before anything is launched, so that "auto" goes to another backend."""
+    step = Step(extension, 1, True)
+    before = step.host.cuda_host_launches()
+    message = r"no code for device 2, of compute capability 7\.0 \(no kernel image is available\)"
+    for _ in range(2):
+        with pytest.raises(step.module.Refused, match=message):
+            step.run((CUDA, 1, 2, 0, 0, 0))
+        assert re.search(message, step.module.cuda_device_unavailable(2))
+    assert step.module.cuda_device_unavailable(0) is step.module.cuda_device_unavailable(1) is None
+    assert "invalid device ordinal" in step.module.cuda_device_unavailable(N_DEVICES)
+    for index in (-1, 64):
+        assert step.module.cuda_device_unavailable(index) == "there is no such device"
+    assert step.host.cuda_host_launches() == before
+    assert step.host.cuda_host_current_device() == 0
+    assert torch.equal(step.tokens, step.start)
+
+
+def test_auto_passes_over_a_device_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU for which the CUDA kernels are not compiled is Triton's."""
+    x = types.SimpleNamespace(
+        device=torch.device("cuda", 5), dtype=torch.float32, shape=(2, 3), get_device=lambda: 5
+    )
+    x.dim, x.stride = lambda: 2, lambda _: 1
+    monkeypatch.setattr(backend_of_extension, "_cuda_device_unavailable", {5: "no code", 6: None}.get)
+    assert backend_of_extension.CUDA.refuses("select_tokens", (x, x)) == "no code"
+    x.get_device = lambda: 6
+    assert backend_of_extension.CUDA.refuses("select_tokens", (x, x)) is None
 
 
 def test_a_small_workspace_runs_nothing(extension: Path) -> None:
@@ -264,8 +332,8 @@ def test_under_the_sanitizers(tmp_path: Path) -> None:
     assert "CPU and GPU committed the block in the same" in result.stdout
     assert "all agree" in result.stdout
     for report in (
-        "waits at cuda_host_check.cpp:",
-        "while others are at cuda_host_check.cpp:",
+        "waits at cuda_check.cpp:",
+        "while others are at cuda_check.cpp:",
         "have ended",
         "a write beyond the 1024 bytes of shared memory",
         "a product without a fence before it",

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from cmake_build import ROOT, build_once
 
-from bench import cuda_resources
+from bench import cuda_resources, sass
 
-ARCHITECTURES = {"sm_80", "sm_90a", "sm_100a", "sm_120"}
+ARCHITECTURES = {"sm_80", "sm_90a", "sm_100", "sm_120"}
+
+#: What a greedy logit may cost: issued instructions on the common path of the loop that reads the logits.
+MOST_FOR_A_LOGIT = {"sm_80": 15.0, "sm_90a": 15.0, "sm_100": 13.0, "sm_120": 13.0}
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,6 +73,45 @@ def test_the_example_runs_or_says_why_not(build: tuple[Path, str]) -> None:
     else:
         assert result.returncode == 0, result.stderr
         assert "CPU and GPU committed the block" in result.stdout
+
+
+def test_images(build: tuple[Path, str]) -> None:
+    """Machine code for each architecture in each source, and PTX of the oldest for those that come."""
+    needs_tool("cuobjdump")
+    objects = sorted(build[0].glob("CMakeFiles/cuda_kernels.dir/csrc/cuda/*.cu.o"))
+    assert len(objects) == 6
+    for path in [*objects, build[0] / "libattn_sampler.so"]:
+        assert sass.images(path) == {*ARCHITECTURES, "compute_80"}, path.name
+
+
+@pytest.mark.parametrize(
+    ("source", "kernels", "architectures"),
+    [
+        ("token_confidence", "^token_confidence", ARCHITECTURES),
+        ("decode_step", r"^column_scores_or_step_kernel<BFloat16, 4", {"sm_90a"}),
+    ],
+)
+def test_a_greedy_logit_costs_few_instructions(
+    build: tuple[Path, str], source: str, kernels: str, architectures: set[str]
+) -> None:
+    needs_tool("cuobjdump")
+    path = build[0] / f"CMakeFiles/cuda_kernels.dir/csrc/cuda/{source}.cu.o"
+    for architecture in sorted(architectures):
+        machines = cuda_resources.machine_code(path, kernels, architecture)
+        assert machines
+        print(cuda_resources.machine_table(machines))
+        for m in machines:
+            costs = [s.per_element for s in m.streams if s.loop.elements and s.per_element is not None]
+            # The cheapest loop is the greedy one: sampling costs many times as much.
+            assert costs, m.kernel
+            assert min(costs) <= MOST_FOR_A_LOGIT[architecture], (m.kernel, architecture, min(costs))
+
+
+def needs_tool(name: str) -> None:
+    try:
+        sass.tool(name)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def compile_ptx(folder: Path, source: str, *options: str) -> dict[str, str]:

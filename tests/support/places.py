@@ -183,6 +183,7 @@ INTERPRETED = "^(?!.*(reruns_give_the_same_bits|samples_follow_the_softmax))"
 #: Of what each row is asked: not once more what is refused before any kernel.
 DRAWS = "random_problems|real_model|of_rows|of_each|as_alone|bits|no_token"
 FUNCTIONS = (COLUMN_SCORES, ATTENTION_MAP, WINDOWS, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP)
+CUDA_GRAPHS = "backends/test_cuda_graphs.py"
 TABLE, AMX_EMULATOR = "backends/test_backends.py", "backends/test_amx_emulator.py"
 TRITON_KERNELS, TRITON_COMPILE = "backends/test_triton_kernels.py", "backends/test_triton_compile.py"
 
@@ -236,6 +237,7 @@ PLACES = {
         | {
             ROW_SAMPLING: DRAWS + "|samples_follow",
             PAGED_KEYS: "random_problems|not_read|no_rows|count_from|same_bits|test_step$|pages|layouts",
+            CUDA_GRAPHS: "",
         },
     ),
     "cuda@host-wgmma": _cuda_host(
@@ -247,6 +249,7 @@ PLACES = {
             PAGED_KEYS: "random_problems",
             DECODE_STEP: "random_steps",
             LOGIT_RANGE: "",
+            CUDA_GRAPHS: "",
         },
     ),
 }

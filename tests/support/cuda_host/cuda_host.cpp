@@ -2,6 +2,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -35,7 +36,8 @@ constexpr int kWithoutAsking = 48 * 1024;
 constexpr unsigned kResident = 3;                             /* blocks that run at the same time */
 constexpr unsigned char kGuardByte = 0xA5, kUnwritten = 0xFF; /* floats of the latter are NaN */
 
-constexpr int kDevices = 300;
+constexpr int kProcessors[] = {2, 2, 2, 1, 3, 5, 13, 64, 132, 264}; /* of each device */
+constexpr int kDevices = static_cast<int>(std::size(kProcessors));
 std::mutex mutex; /* one launch at a time */
 Place scheduler;
 const void *scheduler_stack = nullptr;
@@ -44,6 +46,7 @@ std::map<AnyKernel, int> shared_limit;
 std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of the resident blocks' threads, kept */
 std::string last_failure;
 unsigned launch_blocks = 0;
+unsigned contexts = 1; /* a bit for each device: it has a primary context */
 int device = 0, launches = 0, launch_device = -1, launches_until_failure = 0;
 
 /* Leaves a stack for another; returns when something leaves for this one. After a fiber's first entry no
@@ -314,6 +317,13 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
     return fresh.failure[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+cudaError_t find_image() {
+    if (device != 2)
+        return cudaSuccess;
+    last_failure = "no kernel image is available";
+    return cudaErrorNoKernelImageForDevice;
+}
+
 } // namespace cuda_host
 
 cudaError_t cudaGetDeviceCount(int *count) {
@@ -330,13 +340,28 @@ cudaError_t cudaSetDevice(int device) {
         return cudaErrorInvalidDevice;
     }
     cuda_host::device = device;
+    cuda_host::contexts |= 1u << device;
     return cudaSuccess;
 }
-/* Device 0 is of the kind that has wgmma; of the others, each has as many multiprocessors as its number says.
- */
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned,
+                                             unsigned long long, cudaDriverEntryPointQueryResult *) {
+    const auto get_state = +[](int device, unsigned *flags, int *is_active) {
+        *flags = 0;
+        *is_active = static_cast<int>(cuda_host::contexts >> device & 1);
+        return 0;
+    };
+    if (strcmp(symbol, "cuDevicePrimaryCtxGetState") != 0)
+        return cudaErrorInvalidValue;
+    *function = reinterpret_cast<void *>(get_state);
+    return cudaSuccess;
+}
+/* Device 0 is of the kind that has wgmma, and for device 2 there is no code. */
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
-    *value = attribute == cudaDevAttrMultiProcessorCount      ? std::max(device, 2)
-             : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 0 ? 9 : 8)
+    *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_host::kProcessors[device]
+             : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 0   ? 9
+                                                                 : device == 2 ? 7
+                                                                               : 8)
+             : attribute == cudaDevAttrComputeCapabilityMinor ? 0
                                                               : 100 * 1024;
     return cudaSuccess;
 }
@@ -378,3 +403,10 @@ EXPORT int64_t cuda_host_noise_groups() { return cuda_host::noise_groups; }
 /* The device that was current at the latest launch, and the one that is now. */
 EXPORT int cuda_host_launch_device() { return cuda_host::launch_device; }
 EXPORT int cuda_host_current_device() { return cuda_host::device; }
+/* The devices that have a context, a bit each. */
+EXPORT unsigned cuda_host_contexts() { return cuda_host::contexts; }
+/* Makes a device current, without a context, and says which devices have one. */
+EXPORT void cuda_host_become(int device, unsigned contexts) {
+    cuda_host::device = device;
+    cuda_host::contexts = contexts;
+}

@@ -142,13 +142,19 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
     cudaErrorLaunchFailure = 719
 };
+#define CUDART_VERSION 13000
+constexpr unsigned long long cudaEnableDefault = 0;
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {};
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-    cudaDevAttrComputeCapabilityMajor
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor
 };
 typedef struct CUstream_st *cudaStream_t;
 
@@ -156,6 +162,10 @@ cudaError_t cudaGetDeviceCount(int *count);
 cudaError_t cudaGetDevice(int *device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device);
+/* Of the driver's functions there is one: cuDevicePrimaryCtxGetState. */
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult *status);
 cudaError_t cudaGetLastError();
 /* Of the latest launch that failed, in full. */
 const char *cudaGetErrorString(cudaError_t error);
@@ -171,12 +181,18 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t s
 namespace cuda_host {
 
 typedef void (*AnyKernel)();
+cudaError_t find_image();
 cudaError_t set_shared_limit(AnyKernel kernel, int bytes);
 cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argument, unsigned blocks,
                    unsigned threads, size_t shared_bytes);
 
 } // namespace cuda_host
 
+/* The last device is of an architecture for which nothing is compiled. */
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Kernel *) {
+    return cuda_host::find_image();
+}
 template <typename Args>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Args), cudaFuncAttribute, int bytes) {
     return cuda_host::set_shared_limit(reinterpret_cast<cuda_host::AnyKernel>(kernel), bytes);

@@ -1,23 +1,75 @@
-/* Runs the CUDA kernels on the host over random small problems, in heap buffers of exact size so that a
- * sanitizer sees every stray access, and compares them with the CPU kernels. Then breaks the rules on
- * purpose. */
+/* Runs the CUDA kernels over random small problems, in buffers of exact size so that a sanitizer sees every
+ * stray access, and compares them with the CPU kernels. On a GPU the buffers are managed memory, each of an
+ * allocation of its own; exits with 77 where there is none. Built for the host it breaks the rules on purpose
+ * too, afterwards.
+ *
+ *     cuda_check [FIRST LAST]   the problems of these numbers, of 0 to 90
+ */
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
 #include "attn_sampler.h"
+
+#if defined(ATTN_SAMPLER_CUDA_ON_HOST)
 #include "cuda/wgmma.cuh"
 #include "problem.h"
 
 extern "C" void cuda_host_shuffle(uint64_t seed);
 extern "C" void cuda_host_fail(int launch);
+#endif
 
 namespace {
+
+#if defined(ATTN_SAMPLER_CUDA_ON_HOST)
+constexpr float kTolerance = 2e-5f; /* of the largest value */
+
+void *allocate(size_t size) {
+    void *memory = nullptr;
+    return posix_memalign(&memory, 256, size) == 0 ? memory : nullptr;
+}
+void release(void *memory) { free(memory); }
+#else
+constexpr float kTolerance = 1e-4f; /* its exponentials are approximate, and its products cut sums short */
+
+void *allocate(size_t size) {
+    void *memory = nullptr;
+    return cudaMallocManaged(&memory, size) == cudaSuccess ? memory : nullptr;
+}
+void release(void *memory) { cudaFree(memory); }
+#endif
+
+/* Of memory that both processors see. */
+template <typename T>
+struct Shared {
+    using value_type = T;
+    Shared() = default;
+    template <typename U>
+    Shared(const Shared<U> &) {}
+    T *allocate(size_t count) {
+        void *const memory = ::allocate(count * sizeof(T));
+        if (memory == nullptr) {
+            printf("out of memory\n");
+            exit(1);
+        }
+        return static_cast<T *>(memory);
+    }
+    void deallocate(T *memory, size_t) { release(memory); }
+    template <typename U>
+    bool operator==(const Shared<U> &) const {
+        return true;
+    }
+    template <typename U>
+    bool operator!=(const Shared<U> &) const {
+        return false;
+    }
+};
 
 std::mt19937 rng(1);
 
@@ -26,7 +78,7 @@ float normal() { return std::normal_distribution<float>()(rng); }
 
 /* A dense tensor of its own, the last dimensions inner. */
 struct Array {
-    std::vector<unsigned char> bytes;
+    std::vector<unsigned char, Shared<unsigned char>> bytes;
     attn_sampler_tensor tensor{};
 
     Array(int dtype, std::vector<int64_t> shape) {
@@ -87,6 +139,14 @@ void require(attn_sampler_status status) {
     }
 }
 
+/* Until what was launched has ended. */
+void wait() {
+    if (const cudaError_t status = cudaStreamSynchronize(nullptr); status != cudaSuccess) {
+        printf("failed: %s\n", cudaGetErrorString(status));
+        exit(1);
+    }
+}
+
 /* Calls call(out, exec) on the CPU, then with CUDA in a workspace of exact size. */
 template <typename Call>
 void on_both(Call call, Array &cpu, Array &cuda) {
@@ -98,19 +158,21 @@ void on_both(Call call, Array &cpu, Array &cuda) {
     attn_sampler_status status = call(cuda, exec);
     if (status == ATTN_SAMPLER_WORKSPACE_TOO_SMALL) {
         exec.workspace_size = exec.workspace_needed;
-        if (posix_memalign(&memory, 256, static_cast<size_t>(exec.workspace_size)) != 0)
+        memory = allocate(static_cast<size_t>(exec.workspace_size));
+        if (memory == nullptr)
             exit(1);
         memset(memory, 0, static_cast<size_t>(exec.workspace_size));
         exec.workspace = memory;
         status = call(cuda, exec);
     }
     require(status);
-    free(memory);
+    wait();
+    release(memory);
     float largest = 0.0f;
     for (size_t i = 0; i < cpu.size<float>(); ++i)
         largest = std::fmax(largest, std::fabs(cpu.data<float>()[i]));
     for (size_t i = 0; i < cpu.size<float>(); ++i)
-        if (!(std::fabs(cpu.data<float>()[i] - cuda.data<float>()[i]) <= 2e-5f * largest)) {
+        if (!(std::fabs(cpu.data<float>()[i] - cuda.data<float>()[i]) <= kTolerance * largest)) {
             printf("element %zu: %g on the CPU, %g with CUDA\n", i, static_cast<double>(cpu.data<float>()[i]),
                    static_cast<double>(cuda.data<float>()[i]));
             exit(1);
@@ -257,6 +319,7 @@ void selection_problem() {
                                                 nullptr};
         require(attn_sampler_select_tokens(scores.view(), confidence.view(), masked.view(), &params,
                                            selected.view(), &revision, &exec));
+        wait();
         for (const Array *array : {&selected, &revised, &budget})
             answers[device].insert(answers[device].end(), array->bytes.begin(), array->bytes.end());
     }
@@ -265,6 +328,59 @@ void selection_problem() {
         exit(1);
     }
 }
+
+/* A whole step of several layers: of the heads' dimensions that the kernels are made for, rows that fill
+ * their tiles and rows that do not. */
+void step_problem(int index) {
+    const int dtype = index % 3;
+    const int64_t batch = pick({1, 2, 3}), kv_heads = 2, heads = kv_heads * pick({1, 2}),
+                  headdim = 32 * pick({1, 2, 3, 4}), columns = pick({4, 8, 32, 70}),
+                  rows = columns + pick({0, 1, 40}), keys = rows + pick({0, 30}), vocab = pick({50, 1031});
+    constexpr int kLayers = 3;
+    const bool given = rng() % 2 != 0;
+    std::vector<Array> q, k;
+    Array lse(ATTN_SAMPLER_FLOAT32, {batch, heads, rows}), logits(pick({0, 1, 2}), {batch, columns, vocab});
+    for (int i = 0; i < kLayers; ++i) {
+        q.emplace_back(dtype, std::vector<int64_t>{batch, heads, rows, headdim}).fill_normal(1.0f);
+        k.emplace_back(dtype, std::vector<int64_t>{batch, kv_heads, keys, headdim}).fill_normal(1.0f);
+    }
+    lse.fill_normal(1.0f);
+    logits.fill_normal(2.0f);
+    std::vector<attn_sampler_layer> layers;
+    for (int i = 0; i < kLayers; ++i)
+        layers.push_back({q[static_cast<size_t>(i)].view(), k[static_cast<size_t>(i)].view(),
+                          given ? lse.view() : nullptr, nullptr, nullptr});
+    attn_sampler_decode_step_params params{};
+    params.block = {keys - columns, keys};
+    params.mask_token_id = vocab - 1;
+    params.attention.columns = params.block;
+    params.attention.query_start = keys - rows;
+    params.attention.softmax_scale = 1.0 / std::sqrt(static_cast<double>(headdim));
+    params.attention.diagonal = 1;
+    params.attention.window_left = params.attention.window_right = -1;
+    params.selection.tau = 0.2;
+    params.query_rows = pick({0, 1});
+    Array cpu(ATTN_SAMPLER_FLOAT32, {batch, columns}), cuda(ATTN_SAMPLER_FLOAT32, {batch, columns}),
+        confidence(ATTN_SAMPLER_FLOAT32, {batch, columns}), selected(ATTN_SAMPLER_BOOL, {batch, columns});
+    Array start(ATTN_SAMPLER_INT64, {batch, keys});
+    for (size_t i = 0; i < start.size<int64_t>(); ++i)
+        start.data<int64_t>()[i] = rng() % 2 == 0 ? vocab - 1 : 1;
+    Array tokens[] = {start, start},
+          ids[] = {{ATTN_SAMPLER_INT64, {batch, columns}}, {ATTN_SAMPLER_INT64, {batch, columns}}};
+    on_both(
+        [&](Array &scores, attn_sampler_exec &exec) {
+            return attn_sampler_decode_step(tokens[exec.device].view(), logits.view(), layers.data(), kLayers,
+                                            nullptr, &params, scores.view(), ids[exec.device].view(),
+                                            confidence.view(), selected.view(), nullptr, &exec);
+        },
+        cpu, cuda);
+    if (ids[0].bytes != ids[1].bytes || tokens[0].bytes != tokens[1].bytes) {
+        printf("different tokens in a step\n");
+        exit(1);
+    }
+}
+
+#if defined(ATTN_SAMPLER_CUDA_ON_HOST)
 
 /* Two layers of different shapes take two launches. Where the second fails, the first has counted parts of a
  * step that does not end; the next call must not find them. */
@@ -367,21 +483,35 @@ void must_fail(void (*kernel)(int), size_t shared_bytes) {
     printf("reported: %s\n", cudaGetErrorString(cudaErrorLaunchFailure));
 }
 
+#endif
+
 } // namespace
 
-int main() {
-    for (int i = 0; i < 90; ++i) {
+int main(int argc, char **argv) {
+    if (const char *const reason = attn_sampler_cuda_unavailable()) {
+        printf("skipped: %s\n", reason);
+        return 77;
+    }
+    const int first = argc == 3 ? atoi(argv[1]) : 0, last = argc == 3 ? atoi(argv[2]) : 90;
+    for (int i = first; i < last; ++i) {
+        rng.seed(static_cast<unsigned>(i));
+#if defined(ATTN_SAMPLER_CUDA_ON_HOST)
         cuda_host_shuffle(static_cast<uint64_t>(i));
+#endif
         attention_problem(i);
         confidence_problem(i);
         selection_problem();
+        if (i % 3 == 0)
+            step_problem(i / 3);
     }
+#if defined(ATTN_SAMPLER_CUDA_ON_HOST)
     failing_launch();
     for (void (*kernel)(int) : {two_barriers, missing_threads, missing_lanes, stray_write})
         must_fail(kernel, 1024);
     for (void (*kernel)(int) : {product_without_fence, product_out_of_bounds, product_of_two_matrices,
                                 product_of_three_warps, product_of_unpublished})
         must_fail(kernel, 8192); /* a matrix is 4096 bytes long */
+#endif
     printf("all agree\n");
     return 0;
 }
