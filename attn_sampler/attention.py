@@ -1,4 +1,4 @@
-"""What keys receive of attention, and what rows give: ``column_scores`` and ``attention_map``."""
+"""What keys receive of attention, and what rows give: ``column_scores``, ``top_columns``, ``attention_map``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from attn_sampler import checks, ops, outputs
-from attn_sampler.backends import BACKEND_CHOICES
-from attn_sampler.options import MAX_ELEMENTS, Attention, Layer, Masks, bounds
+from attn_sampler.backends import BACKEND_CHOICES, Backend
+from attn_sampler.options import MAX_ELEMENTS, Attention, Layer, Masks, Top, bounds
+from attn_sampler.reference import TopColumns
 
 
 def column_scores(
@@ -118,6 +119,93 @@ def column_scores(
     return _attend(ops.column_scores, layer, masks, options, out, backend)
 
 
+def top_columns(
+    q: Tensor,  # [B, Hq, M, D]
+    k: Tensor,  # [B, Hkv, N, D]
+    *,
+    count: int,
+    per: str = "kv_head",
+    sinks: int = 0,
+    recent: int = 0,
+    pool: tuple[str, int] | None = None,
+    columns: slice | None = None,
+    softmax_lse: Tensor | None = None,  # [B, Hq, M]
+    lse_base: str = "e",
+    q_descale: Tensor | None = None,  # [B, Hkv]
+    k_descale: Tensor | None = None,  # [B, Hkv]
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    key_mask: Tensor | None = None,  # [B, N]
+    query_mask: Tensor | None = None,  # [B, M]
+    query_start: int | None = None,
+    softmax_scope: str = "sequence",
+    diagonal: bool = True,
+    reduction: str = "sum",
+    block_table: Tensor | None = None,  # [B, P]
+    seqlens_k: Tensor | None = None,  # [B]
+    backend: str = "auto",
+) -> TopColumns:
+    """The columns of the largest column scores: the keys of a cache that matter to these queries.
+
+    The choice of SnapKV (arXiv 2404.14469: the last queries vote, and votes are pooled), H2O (arXiv 2306.14048:
+    heavy hitters beside recent keys) and, with the queries of a block of masks, MAGE (arXiv 2602.14209). The
+    scores of all columns never leave the kernel.
+
+    Parameters
+    ----------
+    count
+        How many columns to choose for each of the G groups, 1 to C.
+    per
+        What shares a choice, and whose scores are added up: ``"kv_head"``, the query heads of a key head
+        (G = Hkv: an index into its cache); ``"head"``, each query head alone (G = Hq); ``"all"`` (G = 1).
+    sinks, recent
+        So many of the first and of the last present columns are chosen whatever their scores. They count
+        towards ``count``, which is no less than both together.
+    pool
+        ``("max", width)`` or ``("mean", width)``, width odd and at most 1023: the scores, added up over
+        heads, are pooled over so many columns around each before the choice (SnapKV: 5 or 7), at stride 1. In
+        a window, what is beyond the columns, absent or kept by sinks or recent has no part in the maximum and
+        counts as 0 in the mean, which divides by the width. Default: the scores as they are.
+    columns, softmax_lse, ..., backend
+        As in ``column_scores``.
+
+    Returns
+    -------
+    TopColumns
+        ``positions`` int64 and ``scores`` float32, both ``[B, G, count]``. First what sinks and recent keep,
+        by position and with the scores themselves; then the others by their (pooled) scores, the largest
+        first, NaN after all numbers, the lowest position first among equals: the first n of a group are the
+        choice of a smaller count n. A column whose key is masked or not there is absent and never chosen:
+        where fewer are present than count, the rest is position -1 with score -inf. Positions are those of
+        ``k``, from 0 at each sequence's first key, also where columns count from its end. The same bits in
+        any batch and, on the CPU, with any number of threads; where scores round to other bits on another
+        backend, columns of all but equal scores may change places.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError, BackendUnavailableError
+        As ``column_scores``.
+    """
+    given = (q, k, softmax_lse, q_descale, k_descale)
+    masked = (key_mask, query_mask, None, block_table, seqlens_k)
+    how = (softmax_scale, lse_base, causal, softmax_scope, diagonal, reduction, False, False)
+    attention = (bounds(columns), None, query_start, *how, window_size)
+    choice = (count, per, sinks, recent, pool)
+    direct, layer, masks = _direct(backend, q, k, block_table), Layer(*given), Masks(*masked)
+    # Before anything is checked no more memory is taken than any choice needs.
+    if direct is not None and type(per) is str and type(count) is int and 0 < count <= masks.n_keys(k):
+        result = outputs.attempted(outputs.top_columns, q, k, per, count)
+        if result is not None and direct.attempt("top_columns", result, given, masked, (attention, *choice)):
+            return result
+    checks.choice("backend", backend, BACKEND_CHOICES)
+    options = Top(Attention(*attention), *choice).checked(layer, masks)
+    masks.check(q, k)
+    result = outputs.made(outputs.top_columns, q, k, per, count)
+    ops.top_columns(backend, result, layer, masks, options)
+    return result
+
+
 def attention_map(
     q: Tensor,  # [B, Hq, M, D]
     k: Tensor,  # [B, Hkv, N, D]
@@ -183,14 +271,22 @@ def attention_map(
     return _attend(ops.attention_map, layer, masks, options, out, backend)
 
 
+def _direct(backend: str, q: Tensor, k: Tensor, table: Tensor | None) -> Backend | None:
+    """What takes a call on these tensors before it is checked, if there is something."""
+    direct = ops.direct(backend, q)
+    spans_pages = table is None or (ops.is_plain(table) and table.dim() == 2)
+    plain = direct is not None and spans_pages and ops.is_plain(k) and q.dim() == k.dim() == 4
+    return direct if plain else None
+
+
 def _attend(
     function: ops.Function, given: tuple, masked: tuple, how: tuple, out: Tensor | None, backend: str
 ) -> Tensor:
     """column_scores or attention_map of what ``Layer``, ``Masks`` and ``Attention`` hold."""
     q, k, is_map = given[0], given[1], function is ops.attention_map
-    direct, table, seqlens_k = ops.direct(backend, q), masked[3], masked[4]
-    spans_pages = table is None or (ops.is_plain(table) and table.dim() == 2)
-    if direct is not None and spans_pages and ops.is_plain(k) and q.dim() == k.dim() == 4:
+    table, seqlens_k = masked[3], masked[4]
+    direct = _direct(backend, q, k, table)
+    if direct is not None:
         if out is None:
             n_keys = k.shape[2] if table is None else k.shape[2] * table.shape[1]
             sizes = [outputs.count(how[1], q.shape[2])] if is_map else []

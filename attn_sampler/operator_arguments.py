@@ -16,6 +16,7 @@ _ARGUMENTS = {
     slice | Span: "SymInt {0}_start, SymInt {0}_stop",
     slice | Span | None: "SymInt {0}_start, SymInt {0}_stop",
     tuple[int, int]: "SymInt {0}_left, SymInt {0}_right",
+    tuple[str, int] | None: "str {0}, SymInt {0}_width",
     int: "SymInt {}",
     int | None: "SymInt? {}",
     int | Tensor | None: "SymInt {0}, Tensor? {0}_rows",
@@ -64,7 +65,7 @@ def unflat(record: type[Record], values: Iterator[Any]) -> Record:
     for name, kind in record.__annotations__.items():
         if kind in (slice | Span, slice | Span | None):
             fields.append(Span(next(values), next(values)))
-        elif kind == tuple[int, int]:
+        elif kind in (tuple[int, int], tuple[str, int] | None):
             fields.append((next(values), next(values)))
         elif name in _OF_ROWS:
             value, of_rows = next(values), next(values)

@@ -17,14 +17,14 @@ from torch.utils._device import DeviceContext
 from attn_sampler import checks
 from attn_sampler.backends import Backend, choose_backend, direct_backend
 from attn_sampler.operator_arguments import flat, schema, unflat
-from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step
-from attn_sampler.reference import Selected, StepResult
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step, Top
+from attn_sampler.reference import Selected, StepResult, TopColumns
 
 _LIBRARY = torch.library.Library("attn_sampler", "DEF")
 
 
 class Function:
-    """One of the five functions, which write into ``out``.
+    """One of the six functions, which write into ``out``.
 
     An argument is a tensor (given by its name, with a question mark where it may be None), a record (given by
     its class), or a list of layers.
@@ -92,7 +92,8 @@ class Function:
         """What the operator does."""
         *rest, backend = values
         written, given = rest[: self._count], iter(rest[self._count :])
-        record = {"decode_step": StepResult, "select_tokens": Selected}.get(self.name)
+        records = {"decode_step": StepResult, "select_tokens": Selected, "top_columns": TopColumns}
+        record = records.get(self.name)
         out = tuple(written) if record is None else record(*written)
         arguments: list[Any] = []
         for argument in self._arguments:
@@ -115,6 +116,7 @@ _LAYERS = ", ".join(f"Tensor[] {name}" for name in Layer._fields)
 
 column_scores = Function("column_scores", "Tensor(a!) out", Layer, Masks, Attention)
 attention_map = Function("attention_map", "Tensor(a!) out", Layer, Masks, Attention)
+top_columns = Function("top_columns", "Tensor(a!) positions, Tensor(b!) scores", Layer, Masks, Top)
 token_confidence = Function(
     "token_confidence",
     "Tensor(a!) token_ids, Tensor(b!) confidence, Tensor(c!) log_prob, Tensor(d!)? current",

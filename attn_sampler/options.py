@@ -25,6 +25,7 @@ MAX_KEYS = (1 << 30) - 1  # the kernels count keys, and the positions of a block
 MAX_HEADDIM = 512  # of the GPU kernels: a tile of keys has to fit the shared memory
 MAX_VOCAB = 1 << 34  # the sampling stream counts groups of 4 tokens in 32 bits
 MAX_TOP_P_VOCAB = 1 << 32  # the sum of so many weights of 30 bits is less than 2^63
+MAX_POOL_WIDTH = 1023  # a kernel holds the scores around those that it pools
 MAX_POSITION = 1 << 62  # far enough from the end of int64 for sums of positions
 MAX_SCALE = 2.35e38  # finite in float32, its product with log2(e) too
 MIN_TEMPERATURE = 2.0**-120  # logits are multiplied by its inverse, in float32
@@ -33,6 +34,8 @@ LOG2E = math.log2(math.e)
 QUERY_ROWS = ("all", "masked")
 REDUCTIONS = ("sum", "mean", "max")
 MAP_REDUCTIONS = ("none", "sum", "diagonal")
+PER = ("kv_head", "head", "all")
+POOLS = ("max", "mean")
 RULES = ("parallel", "sequential", "threshold")
 REVISION_ORDERS = ("product", "doubt", "score")
 _SCALES = f"a finite number of magnitude up to {MAX_SCALE:.3g}"
@@ -193,6 +196,40 @@ class Attention(NamedTuple):
         start = masks.first_row(n_rows, layer.k) if self.query_start is None else self.query_start
         scale = headdim**-0.5 if self.softmax_scale is None else float(self.softmax_scale)
         return Attention(columns, rows, start, scale, *self[4:])
+
+
+class Top(NamedTuple):
+    """Which columns are chosen; the C API's attn_sampler_top_columns_params."""
+
+    attention: Attention
+    count: int
+    per: str
+    sinks: int
+    recent: int
+    pool: tuple[str, int] | None  # how, and an odd width; a width of 1 pools nothing
+
+    def checked(self, layer: Layer, masks: Masks) -> "Top":
+        """Resolved for q and k, which are checked here too, and so is where keys are."""
+        checks.choice("per", self.per, PER)
+        count = checks.integer("count", self.count, 1, _INT64_END)
+        sinks = checks.integer("sinks", self.sinks, 0, _INT64_END)
+        recent = checks.integer("recent", self.recent, 0, _INT64_END)
+        pool = ("max", 1) if self.pool is None else self.pool
+        if not isinstance(pool, tuple) or len(pool) != 2:
+            raise TypeError(f"pool: expected a tuple (how, width) or None, got {type(pool).__name__}")
+        checks.choice("pool", pool[0], POOLS)
+        width = checks.integer("pool", pool[1], 1, MAX_POOL_WIDTH + 1)
+        if width % 2 == 0:
+            raise ValueError(f"pool: expected an odd width, so that a column is in the middle, got {width}")
+        attention = self.attention.checked(layer, masks, False)
+        columns = attention.columns.stop - attention.columns.start  # type: ignore[union-attr]
+        if count > columns:
+            raise ValueError(f"count: expected at most the {columns} columns, got {count}")
+        if sinks + recent > count:
+            raise ValueError(
+                f"sinks, recent: expected at most count = {count} columns together, got {sinks} and {recent}"
+            )
+        return Top(attention, count, self.per, sinks, recent, pool)
 
 
 class Sampling(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
-from attn_sampler.reference import Selected, StepResult
+from attn_sampler.reference import Selected, StepResult, TopColumns
 
 
 def count(span: Any, length: int, from_end: bool = False) -> int:
@@ -49,6 +49,13 @@ def attended(q: Tensor, per_head: bool, *sizes: int) -> Tensor:
     """A new float32 [B, C] or [B, R, C] or, per head, [B, Hq, C] or [B, Hq, R, C]."""
     # What per_head has to be is for the extension to ask: anything may be given.
     return q.new_empty(*q.shape[: 2 if per_head is True else 1], *sizes, dtype=torch.float32)
+
+
+def top_columns(q: Tensor, k: Tensor, per: str, count: int) -> TopColumns:
+    """New positions and scores [B, Hkv, count], [B, Hq, count] or [B, 1, count]."""
+    groups = {"kv_head": k.shape[1], "head": q.shape[1]}.get(per, 1)
+    positions = q.new_empty(q.shape[0], groups, count, dtype=torch.int64)
+    return TopColumns(positions, torch.empty_like(positions, dtype=torch.float32))
 
 
 def predictions(logits: Tensor, with_current: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -79,6 +79,13 @@ class Selected(NamedTuple):
     budget: Tensor  # [B, C] int32, the tensor that was given, updated in place
 
 
+class TopColumns(NamedTuple):
+    """The columns that receive most attention, in the order of ``attn_sampler.top_columns``."""
+
+    positions: Tensor  # [B, G, count] int64, key positions; -1 where there is none
+    scores: Tensor  # [B, G, count] float32; -inf where there is none
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -231,6 +238,69 @@ def column_scores(
     if not per_head:
         scores = scores.sum(dim=1)
     return scores if out is None else out.add_(scores)
+
+
+def _columns(
+    batch: int,
+    k: Tensor,
+    columns: slice | None = None,
+    key_mask: Tensor | None = None,
+    block_table: Tensor | None = None,
+    seqlens_k: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """The key position of each column, and whether there is a key that counts: [B, C] both."""
+    n_keys, there = k.shape[2], torch.ones(1, 1, dtype=torch.bool, device=k.device)
+    if block_table is not None:
+        n_keys = block_table.shape[1] * k.shape[2]
+        there = ((block_table >= 0) & (block_table < k.shape[0])).repeat_interleave(k.shape[2], dim=1)
+    if key_mask is not None:
+        there = there & key_mask
+    lo, hi, _ = _place(columns, None, 0, n_keys, seqlens_k is not None)
+    position = torch.arange(lo, hi, device=k.device)[None, :]
+    if seqlens_k is not None:
+        position = position + seqlens_k.long().clamp(0, n_keys)[:, None]
+    position, there = position.expand(batch, -1), there.expand(batch, n_keys)
+    return position, there.gather(1, position.clamp(min=0)) & (position >= 0)
+
+
+def top_columns(
+    q: Tensor,
+    k: Tensor,
+    *,
+    count: int,
+    per: str = "kv_head",
+    sinks: int = 0,
+    recent: int = 0,
+    pool: tuple[str, int] | None = None,  # "max" or "mean", and an odd width
+    **scores_options: Any,
+) -> TopColumns:
+    """The columns that receive most attention, for each key head, for each query head or for all."""
+    scores = column_scores(q, k, per_head=True, **scores_options)
+    groups = {"kv_head": k.shape[1], "head": q.shape[1], "all": 1}[per]
+    scores = scores.unflatten(1, (groups, q.shape[1] // groups)).sum(dim=2)
+    position, present = (x[:, None].expand(scores.shape) for x in _columns(len(q), k, **scores_options))
+    first, total = present.cumsum(dim=-1), present.sum(dim=-1, keepdim=True)
+    kept = present & ((first <= sinks) | (first > total - recent))
+
+    if pool is not None:  # of the columns to choose among
+        how, width = pool
+        nothing = -_INF if how == "max" else 0.0
+        padded = torch.nn.functional.pad(
+            scores.masked_fill(kept | ~present, nothing), (width // 2, width // 2), value=nothing
+        )
+        windows = padded.unfold(-1, width, 1)
+        pooled = windows.amax(dim=-1) if how == "max" else windows.sum(dim=-1) / width
+        scores = torch.where(kept, scores, pooled)
+
+    # Those that are kept, then numbers, then NaN, then what is absent; the lowest position wins ties.
+    rank = torch.where(kept, 0, 1 + scores.isnan().int()).masked_fill(~present, 3)
+    order = scores.masked_fill(rank != 1, 0.0).argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, rank.gather(-1, order).argsort(dim=-1, stable=True))[..., :count]
+    return TopColumns(
+        position.masked_fill(~present, -1).gather(-1, order),
+        scores.masked_fill(~present, -_INF).gather(-1, order),
+    )
 
 
 def attention_map(

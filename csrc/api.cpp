@@ -75,6 +75,14 @@ attn_sampler_status attn_sampler_attention_map(const attn_sampler_layer *layer,
                [&] { return check_attention_map(layer, masks, *params, out, *exec); });
 }
 
+attn_sampler_status attn_sampler_top_columns(const attn_sampler_layer *layer, const attn_sampler_masks *masks,
+                                             const attn_sampler_top_columns_params *params,
+                                             const attn_sampler_tensor *positions,
+                                             const attn_sampler_tensor *scores, attn_sampler_exec *exec) {
+    return run(&Device::top_columns, params, exec,
+               [&] { return check_top_columns(layer, masks, *params, positions, scores, *exec); });
+}
+
 attn_sampler_status
 attn_sampler_token_confidence(const attn_sampler_tensor *logits, const attn_sampler_tensor *current_ids,
                               const attn_sampler_sampling_params *params,

@@ -284,6 +284,31 @@ int64_t attention(py::handle out, py::handle layer, py::handle masks, py::handle
                [&](attn_sampler_exec *exec) { return kFunction(&layer_, &masks_, &params, out_, exec); });
 }
 
+int64_t top_columns(py::handle out, py::handle layer, py::handle masks, py::handle options,
+                    py::handle where) {
+    Views view;
+    view.reserve(12);
+    const Record outputs(out, 2), fields(options, 6);
+    const auto *const positions = view(outputs[0]), *const scores = view(outputs[1]);
+    const attn_sampler_layer layer_ = layer_of(layer, view);
+    const attn_sampler_masks masks_ = masks_of(masks, view);
+    attn_sampler_top_columns_params params{};
+    params.attention = attention_params(fields[0], *layer_.q, *layer_.k, masks_, {"sum", "mean", "max"});
+    params.count = integer(fields[1]);
+    params.per = choice(fields[2], {"kv_head", "head", "all"});
+    params.sinks = integer(fields[3]);
+    params.recent = integer(fields[4]);
+    params.pool_width = 1;
+    if (!fields[5].is_none()) {
+        const Record pool(fields[5], 2);
+        params.pool = choice(pool[0], {"max", "mean"});
+        params.pool_width = integer(pool[1]);
+    }
+    return run(where, [&](attn_sampler_exec *exec) {
+        return attn_sampler_top_columns(&layer_, &masks_, &params, positions, scores, exec);
+    });
+}
+
 int64_t token_confidence(py::handle out, py::handle logits, py::handle current_ids, py::handle options,
                          py::handle where) {
     Views view;
@@ -394,6 +419,7 @@ PyMethodDef method(const char *name) {
 PyMethodDef methods[] = {
     method<attention<attn_sampler_column_scores, false>, 5>("column_scores"),
     method<attention<attn_sampler_attention_map, true>, 5>("attention_map"),
+    method<top_columns, 5>("top_columns"),
     method<token_confidence, 5>("token_confidence"),
     method<select_tokens, 8>("select_tokens"),
     method<decode_step, 6>("decode_step"),
@@ -424,6 +450,7 @@ PYBIND11_MODULE(_C, m) {
     limits["MAX_HEADDIM"] = ATTN_SAMPLER_MAX_HEADDIM;
     limits["MAX_VOCAB"] = ATTN_SAMPLER_MAX_VOCAB;
     limits["MAX_POSITION"] = ATTN_SAMPLER_MAX_POSITION;
+    limits["MAX_POOL_WIDTH"] = ATTN_SAMPLER_MAX_POOL_WIDTH;
     limits["MAX_SCALE"] = ATTN_SAMPLER_MAX_SCALE;
     limits["MAX_TOP_P_VOCAB"] = ATTN_SAMPLER_MAX_TOP_P_VOCAB;
     m.attr("WORKSPACE_ZEROS") = ATTN_SAMPLER_WORKSPACE_ZEROS;

@@ -278,6 +278,47 @@ AttentionProblem check_attention_map(const attn_sampler_layer *layer, const attn
     return p;
 }
 
+TopProblem check_top_columns(const attn_sampler_layer *layer, const attn_sampler_masks *masks,
+                             const attn_sampler_top_columns_params &params, const Tensor *positions,
+                             const Tensor *scores, const attn_sampler_exec &exec) {
+    check_layer(layer);
+    TopProblem p{};
+    p.params = params;
+    p.params.attention.per_head = 0;
+    p.params.attention.accumulate = 0;
+    p.attention = check_attention(*layer, masks, p.params.attention, exec);
+    check_choice("params.per", params.per, 3);
+    check_choice("params.pool", params.pool, 2);
+    if (params.pool_width < 1 || params.pool_width > ATTN_SAMPLER_MAX_POOL_WIDTH ||
+        params.pool_width % 2 == 0)
+        throw Error(kInvalid, "params.pool_width: expected an odd number from 1 to %d, got %" PRId64,
+                    ATTN_SAMPLER_MAX_POOL_WIDTH, params.pool_width);
+    const int64_t columns = length(params.attention.columns);
+    if (params.count < 1 || params.count > columns)
+        throw Error(kInvalid, "params.count: expected 1 to the %" PRId64 " columns, got %" PRId64, columns,
+                    params.count);
+    if (params.sinks < 0 || params.sinks > params.count)
+        throw Error(kInvalid, "params.sinks: expected 0 to %" PRId64 ", got %" PRId64, params.count,
+                    params.sinks);
+    if (params.recent < 0 || params.recent > params.count - params.sinks)
+        throw Error(kInvalid, "params.recent: expected 0 to %" PRId64 ", got %" PRId64,
+                    params.count - params.sinks, params.recent);
+    p.groups = params.per == ATTN_SAMPLER_PER_KV_HEAD ? p.attention.kv_heads
+               : params.per == ATTN_SAMPLER_PER_HEAD  ? p.attention.heads
+                                                      : 1;
+    const std::initializer_list<int64_t> shape = {p.attention.batch, p.groups, params.count};
+    check_output("positions", positions, ATTN_SAMPLER_INT64, shape);
+    check_output("scores", scores, ATTN_SAMPLER_FLOAT32, shape);
+    Written written;
+    written.add("positions", positions);
+    written.add("scores", scores);
+    written.read(*layer);
+    written.read(masks);
+    set_view(p.positions, positions);
+    set_view(p.scores, scores);
+    return p;
+}
+
 ConfidenceProblem check_token_confidence(const Tensor *logits, const Tensor *current_ids,
                                          const attn_sampler_sampling_params &params, const Tensor *token_ids,
                                          const Tensor *confidence, const Tensor *log_prob,

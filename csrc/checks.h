@@ -20,6 +20,11 @@ AttentionProblem check_attention_map(const attn_sampler_layer *layer, const attn
                                      const attn_sampler_attention_params &params,
                                      const attn_sampler_tensor *out, const attn_sampler_exec &exec);
 
+TopProblem check_top_columns(const attn_sampler_layer *layer, const attn_sampler_masks *masks,
+                             const attn_sampler_top_columns_params &params,
+                             const attn_sampler_tensor *positions, const attn_sampler_tensor *scores,
+                             const attn_sampler_exec &exec);
+
 ConfidenceProblem
 check_token_confidence(const attn_sampler_tensor *logits, const attn_sampler_tensor *current_ids,
                        const attn_sampler_sampling_params &params, const attn_sampler_tensor *token_ids,

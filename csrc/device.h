@@ -13,6 +13,7 @@ struct Device {
     const char *(*ordinal_unavailable)(int index); /* the same of one of several, if anything can run here */
     int64_t (*column_scores)(const AttentionProblem &, const attn_sampler_exec &);
     int64_t (*attention_map)(const AttentionProblem &, const attn_sampler_exec &);
+    int64_t (*top_columns)(const TopProblem &, const attn_sampler_exec &);
     int64_t (*token_confidence)(const ConfidenceProblem &, const attn_sampler_exec &);
     int64_t (*select_tokens)(const SelectProblem &, const attn_sampler_exec &);
     int64_t (*decode_step)(const StepProblem &, const attn_sampler_exec &);

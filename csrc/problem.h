@@ -80,6 +80,15 @@ struct AttentionProblem {
     int num_threads;
 };
 
+/* The columns to choose of one layer's. */
+struct TopProblem {
+    AttentionProblem attention; /* whose out is the device's to place */
+    int64_t groups;             /* of heads that share a choice */
+    attn_sampler_top_columns_params params;
+    View<int64_t, 3> positions; /* batch, group, place */
+    View<float, 3> scores;
+};
+
 /* The keys that a row may see by where it stands: from `left` before its position to `right` after it. A side
  * without limit has one that no key is beyond. Positions are counted from `query_start` on: rows that are far
  * from all keys are moved next to them, with what they see, so that all sums are small. */

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("column_scores", "attention_map", "token_confidence", "select_tokens", "decode_step")
+OPS = ("column_scores", "attention_map", "top_columns", "token_confidence", "select_tokens", "decode_step")
 
 
 class Backend(abc.ABC):
-    """A way to run the five functions."""
+    """A way to run the functions, or most of them."""
 
     name: str
+    #: Those that it has.
+    ops: Sequence[str] = OPS
     #: The type of device on whose tensors "auto" tries it; None: it serves whatever is left.
     auto: str | None
     #: Whether ``attempt`` takes arguments that nobody has checked.
@@ -37,6 +39,8 @@ class Backend(abc.ABC):
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
         """Why it does not serve op on these floating-point tensors (q and k; logits; scores and confidence;
         of a step logits, then q and k of all layers); None where it does."""
+        if op not in self.ops:
+            return f"it has no {op} yet"
         own = self.device
         for tensor in tensors:
             if tensor.device.type != own:
@@ -59,6 +63,7 @@ class Backend(abc.ABC):
         """What runs op on checked arguments, and writes into the first of them:
 
         - ``column_scores(out, layer, masks, options)`` and ``attention_map(out, layer, masks, options)``
+        - ``top_columns(out, layer, masks, options)`` with a ``TopColumns`` as out
         - ``token_confidence((token_ids, confidence, log_prob, current), logits, current_ids, options)``,
         current
           and current_ids both None or neither
@@ -68,5 +73,5 @@ class Backend(abc.ABC):
         are
           all None or none, and a list of layers, empty where the scores of out are given
 
-        The options are ``Attention``, ``Sampling``, ``Selection`` and ``Step`` of ``attn_sampler.options``.
+        The options are ``Attention``, ``Top``, ``Sampling``, ``Selection`` and ``Step`` of ``attn_sampler.options``.
         """

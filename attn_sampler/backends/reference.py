@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attn_sampler import reference
 from attn_sampler.backends.base import Backend
-from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step
-from attn_sampler.reference import Selected, StepResult
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step, Top
+from attn_sampler.reference import Selected, StepResult, TopColumns
 
 
 def _plain(function: Callable[..., None]) -> Callable[..., None]:
@@ -83,6 +83,15 @@ class Reference(Backend):
         _check_attention(layer, masks)
         keywords = _keywords(masks, options, "accumulate")
         _store(out, reference.attention_map(**layer._asdict(), **keywords), options.accumulate)
+
+    @_plain
+    def top_columns(self, out: TopColumns, layer: Layer, masks: Masks, options: Top) -> None:
+        _check_attention(layer, masks)
+        choice = options._asdict()
+        keywords = _keywords(
+            masks, choice.pop("attention"), "rows", "per_head", "accumulate", "column_mask"
+        )
+        _copy(out, reference.top_columns(**layer._asdict(), **choice, **keywords))
 
     @_plain
     def token_confidence(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from attn_sampler.backends.base import Backend
+from attn_sampler.backends.base import OPS, Backend
 
 #: Where the kernels live: the functions of a backend, and ``refuses``.
 MODULE = "attn_sampler.kernels"
@@ -27,6 +27,7 @@ class Triton(Backend):
 
     name = "triton"
     auto = "cuda"
+    ops = tuple(op for op in OPS if op != "top_columns")
 
     @property
     def device(self) -> str:

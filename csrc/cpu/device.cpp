@@ -144,6 +144,7 @@ const Device kCpuDevice = {
     [](int) -> const char * { return nullptr; },
     run<AttentionProblem, &CpuKernels::column_scores>,
     run<AttentionProblem, &CpuKernels::attention_map>,
+    cpu::top_columns,
     run<ConfidenceProblem, &CpuKernels::token_confidence>,
     cpu::select_tokens,
     cpu::decode_step,

@@ -25,6 +25,7 @@ const char *cpu_amx_refusal();
 
 /* What is the same on every instruction set, as device.h has it. */
 namespace cpu {
+int64_t top_columns(const TopProblem &, const attn_sampler_exec &);
 int64_t select_tokens(const SelectProblem &, const attn_sampler_exec &);
 int64_t decode_step(const StepProblem &, const attn_sampler_exec &);
 } // namespace cpu

@@ -12,6 +12,7 @@ const Device kCudaDevice = {
     nullptr,
     nullptr,
     nullptr,
+    nullptr,
 };
 
 } // namespace attn_sampler

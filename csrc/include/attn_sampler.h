@@ -32,8 +32,9 @@
     ((INT64_C(1) << 30) - 1) /* the kernels count keys, and positions of a block, in 32 bits */
 #define ATTN_SAMPLER_MAX_VOCAB (INT64_C(1) << 34)    /* the sampling stream counts groups of 4 in 32 bits */
 #define ATTN_SAMPLER_MAX_POSITION (INT64_C(1) << 62) /* sums of positions stay far from overflow */
-#define ATTN_SAMPLER_MAX_SCALE 2.35e38               /* finite in float32, times log2(e) too */
-#define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120        /* logits are multiplied by its inverse in float32 */
+#define ATTN_SAMPLER_MAX_POOL_WIDTH 1023      /* a kernel holds the scores around those that it pools */
+#define ATTN_SAMPLER_MAX_SCALE 2.35e38        /* finite in float32, times log2(e) too */
+#define ATTN_SAMPLER_MIN_TEMPERATURE 0x1p-120 /* logits are multiplied by its inverse in float32 */
 #define ATTN_SAMPLER_MAX_TOP_P_VOCAB (INT64_C(1) << 32) /* weights of 30 bits add up to less than 2^63 */
 
 #define ATTN_SAMPLER_WORKSPACE_ZEROS 65536 /* bytes of counters at the start of every CUDA workspace */
@@ -95,6 +96,16 @@ typedef enum attn_sampler_map_reduction {
     ATTN_SAMPLER_MAP_REDUCTION_SUM = 1,
     ATTN_SAMPLER_MAP_REDUCTION_DIAGONAL = 2 /* the entry at the row's own position, 0 where there is none */
 } attn_sampler_map_reduction;
+
+/* What shares a choice of columns: G of it. */
+typedef enum attn_sampler_per {
+    ATTN_SAMPLER_PER_KV_HEAD = 0, /* the query heads of a key head, G = Hkv */
+    ATTN_SAMPLER_PER_HEAD = 1,    /* each query head alone, G = Hq */
+    ATTN_SAMPLER_PER_ALL = 2      /* G = 1 */
+} attn_sampler_per;
+
+/* How scores are pooled over neighbouring columns. */
+typedef enum attn_sampler_pool { ATTN_SAMPLER_POOL_MAX = 0, ATTN_SAMPLER_POOL_MEAN = 1 } attn_sampler_pool;
 
 typedef enum attn_sampler_metric {
     ATTN_SAMPLER_METRIC_PROBABILITY = 0,
@@ -232,6 +243,35 @@ ATTN_SAMPLER_API attn_sampler_status attn_sampler_column_scores(const attn_sampl
                                                                 const attn_sampler_attention_params *params,
                                                                 const attn_sampler_tensor *out,
                                                                 attn_sampler_exec *exec);
+
+/* Which columns are chosen of those that receive most. A column is present if it has a key that is not absent
+ * and that key_mask does not hide. */
+typedef struct attn_sampler_top_columns_params {
+    attn_sampler_attention_params attention; /* per_head, accumulate and rows are not read */
+    int64_t count;                           /* 1 to the number of columns */
+    int32_t per;                             /* attn_sampler_per */
+    int64_t sinks, recent; /* first and last present columns that are chosen anyway, at most count together */
+    int32_t pool;          /* attn_sampler_pool */
+    int64_t pool_width;    /* odd, at most ATTN_SAMPLER_MAX_POOL_WIDTH; 1 pools nothing */
+} attn_sampler_top_columns_params;
+
+/* The columns of the largest scores, those of column_scores added up over the heads that share a choice, and
+ * then pooled over the pool_width columns around each: in a window, what is beyond the columns, absent, or
+ * one of the sinks or the recent has no part in the maximum and counts as 0 in the mean, which divides by the
+ * width. First come the sinks and the recent, by position and with scores that are not pooled; then the
+ * others, the largest score first, NaN after all numbers, the lowest position first among equals. Where fewer
+ * are present than count, the rest is position -1 with score -inf. Positions count from key 0 of each
+ * sequence, with seqlens_k too.
+ *
+ * masks may be NULL. positions [B,G,count] int64, scores [B,G,count] float32. B and M may be 0. Not served on
+ * CUDA yet.
+ */
+ATTN_SAMPLER_API attn_sampler_status attn_sampler_top_columns(const attn_sampler_layer *layer,
+                                                              const attn_sampler_masks *masks,
+                                                              const attn_sampler_top_columns_params *params,
+                                                              const attn_sampler_tensor *positions,
+                                                              const attn_sampler_tensor *scores,
+                                                              attn_sampler_exec *exec);
 
 /* out[b,(h),r,c] (+)= A[b,h,rows.start + r,columns.start + c], added up over heads unless per_head, and 0 in
  * the columns that do not count. out [B,R,C] or, per head, [B,Hq,R,C], float32. Reduced, out[b,(h),r] is the
