@@ -1,4 +1,5 @@
-"""What keys receive of attention, and what rows give: ``column_scores``, ``top_columns``, ``attention_map``."""
+"""What keys receive of attention, and what rows give: ``column_scores``, ``top_columns`` of the largest, and
+``attention_map``."""
 
 from __future__ import annotations
 
@@ -148,9 +149,9 @@ def top_columns(
 ) -> TopColumns:
     """The columns of the largest column scores: the keys of a cache that matter to these queries.
 
-    The choice of SnapKV (arXiv 2404.14469: the last queries vote, and votes are pooled), H2O (arXiv 2306.14048:
-    heavy hitters beside recent keys) and, with the queries of a block of masks, MAGE (arXiv 2602.14209). The
-    scores of all columns never leave the kernel.
+    The choice of SnapKV (arXiv 2404.14469: the last queries vote, and votes are pooled), of H2O (arXiv
+    2306.14048: heavy hitters beside recent keys) and, of a diffusion model's block, of MAGE (arXiv
+    2602.14209). On the CPU the scores of all columns never leave the kernel.
 
     Parameters
     ----------

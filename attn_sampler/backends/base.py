@@ -73,5 +73,6 @@ class Backend(abc.ABC):
         are
           all None or none, and a list of layers, empty where the scores of out are given
 
-        The options are ``Attention``, ``Top``, ``Sampling``, ``Selection`` and ``Step`` of ``attn_sampler.options``.
+        The options are ``Attention``, ``Top``, ``Sampling``, ``Selection`` and ``Step`` of
+        ``attn_sampler.options``.
         """

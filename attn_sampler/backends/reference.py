@@ -88,9 +88,7 @@ class Reference(Backend):
     def top_columns(self, out: TopColumns, layer: Layer, masks: Masks, options: Top) -> None:
         _check_attention(layer, masks)
         choice = options._asdict()
-        keywords = _keywords(
-            masks, choice.pop("attention"), "rows", "per_head", "accumulate", "column_mask"
-        )
+        keywords = _keywords(masks, choice.pop("attention"), "rows", "per_head", "accumulate", "column_mask")
         _copy(out, reference.top_columns(**layer._asdict(), **choice, **keywords))
 
     @_plain

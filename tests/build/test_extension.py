@@ -42,6 +42,10 @@ def calls() -> dict[str, tuple[Any, ...]]:
     return {
         "column_scores": (scores, (q, k, lse, None, None), masks, ATTENTION, WHERE),
         "attention_map": (torch.zeros(2, 3, 4), [q, k, lse], counted, mapped, WHERE),
+        "top_columns": (
+            *((ids[:, None] + 7, scores[:, None] - 1), (q, k, lse), masks),
+            *((ATTENTION, 4, "all", 1, 2, ("mean", 3)), WHERE),
+        ),
         "token_confidence": ((ids, scores, scores + 1, scores + 2), logits, ids + 1, sampling, WHERE),
         "select_tokens": (
             *((~masked, revised, budget), scores, scores + 1, masked, scores + 0.5, masked),

@@ -14,6 +14,7 @@ from attn_sampler import (
     column_scores,
     select_tokens,
     token_confidence,
+    top_columns,
 )
 from attn_sampler.ops import is_plain
 
@@ -176,6 +177,11 @@ def test_attention(function, change, error, start, words):
     shape = (B, C) if function is column_scores else (B, M, C)
     arguments = attention_arguments() | {"out": torch.full(shape, 5.0)} | change
     rejects(function, arguments, error, start, *words)
+
+
+@pytest.mark.parametrize(("change", "error", "start", "words"), [x for x in ATTENTION if x[2] != "per_head"])
+def test_attention_of_top_columns(change, error, start, words):
+    rejects(top_columns, attention_arguments() | {"count": 2} | change, error, start, *words)
 
 
 @pytest.mark.parametrize("function", [column_scores, attention_map])

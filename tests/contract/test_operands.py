@@ -23,6 +23,7 @@ from attn_sampler import (
     revise_tokens,
     select_tokens,
     token_confidence,
+    top_columns,
 )
 
 Call = tuple[Callable[..., Any], dict[str, Any]]
@@ -59,6 +60,7 @@ def small_calls(device: torch.device) -> dict[str, Call]:
         "scores": (column_scores, {**attention, "out": random(2, 4)}),
         "float8": (column_scores, {**attention, **scales, "q": q.to(eighth), "k": k.to(eighth)}),
         "map": (attention_map, {**attention, "out": random(2, 4, 4)}),
+        "top_columns": (top_columns, {**attention, "count": 3, "recent": 1, "pool": ("mean", 3)}),
         "confidence": (token_confidence, {"logits": logits, **sampling}),
         "select": (select_tokens, scores),
         "judge": (token_confidence, {"logits": logits, "current_ids": tokens[:, 1:5] % 3}),
@@ -89,7 +91,7 @@ def small_calls(device: torch.device) -> dict[str, Call]:
 
 NAMES = (
     *("scores", "float8", "map", "confidence", "select", "step", "step of scores"),
-    *("judge", "mass", "revise"),
+    *("judge", "mass", "revise", "top_columns"),
 )
 WRITTEN = {
     **{"scores": "out", "map": "out", "mass": "out"},
@@ -128,6 +130,7 @@ def huge_calls(seed: int) -> dict[str, Call]:
         "k": (column_scores, {"q": few, "k": many, "columns": slice(0, 1), "reduction": "max"}),
         "rows": (attention_map, {"q": many, "k": few, "rows": slice(0, 1), **where}),
         "map": (attention_map, {"q": many, "k": many}),
+        "top": (top_columns, {"q": many, "k": few[:, :1], "columns": slice(0, 1), "count": 1}),
         "many rows": (
             column_scores,
             {"q": one.expand(1 << 16, 1, 1 << 17, 1), "k": one.expand(1 << 16, 1, 4, 1)},

@@ -25,10 +25,11 @@ from attn_sampler import (
     revise_tokens,
     select_tokens,
     token_confidence,
+    top_columns,
 )
 from attn_sampler.backends import extension
 from attn_sampler.operator_arguments import flat
-from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step
+from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Span, Step, Top
 
 OPS = torch.ops.attn_sampler  # registered by the import above
 MASK = 5
@@ -69,6 +70,8 @@ def calls(x: dict, backend: str) -> dict:
     per_head = Attention(Span(4, 8), Span(0, 7), *how, "mean", True, False)
     mapped = Attention(Span(4, 8), Span(1, 4), *how, "none", False, False)
     massed = mapped._replace(reduction="sum", per_head=True)
+    top = Top(summed._replace(accumulate=False), 3, "kv_head", 1, 1, ("mean", 3))
+    best = torch.zeros_like(x["lse"][:, :3, :3], dtype=torch.int64)
     scores = torch.zeros_like(x["scores"])
     ids = torch.zeros_like(scores, dtype=torch.int64)
     batch = x["seeds"].shape[0]
@@ -108,6 +111,10 @@ def calls(x: dict, backend: str) -> dict:
                 *flat(massed),
                 backend,
             ),
+        ],
+        "top_columns": [
+            (best, best.float(), *layer, *masks, *flat(top), backend),
+            (best[:, :1], best[:, :1].float(), *layer, *no_masks, *flat(top._replace(per="all")), backend),
         ],
         "token_confidence": [
             (ids, scores, current, None, x["logits"], None, *flat(Sampling("probability", 0.0, 0)), backend),
@@ -173,6 +180,14 @@ def functions(backend: str) -> dict:
     def mass(x):
         return attention_map(x["q"], x["k"], reduction="sum", column_mask=x["key_mask"], backend=backend)
 
+    def choice_of_top_columns(x):
+        pool = ("max", 3)
+        return top_columns(x["q"] * 2, x["k"], count=5, sinks=1, recent=2, pool=pool, backend=backend)
+
+    def one_choice_of_top_columns(x):
+        where = {"columns": slice(-4, None), "key_mask": x["key_mask"]}
+        return top_columns(x["q"], x["k"], count=4, per="all", softmax_lse=x["lse"], **where, backend=backend)
+
     def revise(x):
         seen = (x["scores"], x["confidence"], x["masked"], x["confidence"] * 0.9, ~x["masked"])
         return revise_tokens(*seen, x["budget"], remask_tau=0.6, max_revisions=1, backend=backend)
@@ -199,6 +214,7 @@ def functions(backend: str) -> dict:
         for f in (
             *(scores, scores_of_layers, attention, confidence, sample, select),
             *(step, step_in_float8, step_from_scores, judge, mass, revise, revising_step),
+            *(choice_of_top_columns, one_choice_of_top_columns),
         )
     }
 
@@ -328,6 +344,8 @@ def names_of(function: str) -> list[str]:
         "judge": ["token_confidence"],
         "mass": ["attention_map"],
         "revise": ["select_tokens"],
+        "choice_of_top_columns": ["top_columns"],
+        "one_choice_of_top_columns": ["top_columns"],
     }
     return operators.get(function, ["decode_step"])
 

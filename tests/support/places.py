@@ -19,8 +19,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from cmake_build import CPU_ISAS, build_once, python_module
+from table import row
 
-from attn_sampler.backends import REGISTRY, extension
+from attn_sampler.backends import OPS, REGISTRY, extension
 from attn_sampler.backends import unavailable as backend_unavailable
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -123,6 +124,7 @@ def _isa(isa: str) -> Place:
             ),
             REVISION: "reduced|column_mask|tell_of|parts",  # the rest is the same on all
             PAGED_KEYS: "random_problems|layouts|same_bits",
+            TOP_COLUMNS: "random_problems|same_bits",
             ROW_SAMPLING: "random_problems|real_model",
         },
         {"ATTN_SAMPLER_CPU_ISA": isa},
@@ -173,7 +175,7 @@ WITH_WGMMA, WITHOUT_WGMMA = 0, 1  # devices
 COLUMN_SCORES, ATTENTION_MAP = "contract/test_column_scores.py", "contract/test_attention_map.py"
 TOKEN_CONFIDENCE, SELECT_TOKENS = "contract/test_token_confidence.py", "contract/test_select_tokens.py"
 DECODE_STEP, ERRORS = "contract/test_decode_step.py", "contract/test_errors.py"
-PAGED_KEYS = "contract/test_paged_keys.py"
+PAGED_KEYS, TOP_COLUMNS = "contract/test_paged_keys.py", "contract/test_top_columns.py"
 LOGIT_RANGE, OPERANDS = "contract/test_logit_range.py", "contract/test_operands.py"
 WINDOWS, REVISION = "contract/test_windows.py", "contract/test_revision.py"
 ROW_SAMPLING = "contract/test_row_sampling.py"
@@ -259,10 +261,13 @@ NOT_IMPORTABLE = [] if _triton_unavailable() is None else [TRITON_KERNELS, TRITO
 
 
 def takes(name: str, function: pytest.Function) -> bool:
-    """Whether a test runs in this place. Slow and long ones are left to this process, but for the files that
-    are of one place."""
+    """Whether a test runs in this place, whose backend has to have the function that it is about. Slow and long
+    ones are left to this process, but for the files that are of one place."""
     only = function.get_closest_marker("places")
     tests = PLACES[name].tests
+    op = row(function.nodeid)
+    if op in OPS and op not in REGISTRY[PLACES[name].backend].ops:
+        return False
     if only is not None:
         return name in only.args
     if tests is None:

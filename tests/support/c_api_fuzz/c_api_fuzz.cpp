@@ -138,7 +138,7 @@ Broken break_attention(Call &call) {
     case 5:
         break_choice(random, a.per_head, "", 2);
         break_choice(random, a.accumulate, "", 2);
-        return {"params.", !is_step};
+        return {"params.", !is_step && call.function != kTopColumns};
     case 6:
         a.softmax_scale = random.pick({double{NAN}, HUGE_VAL, -HUGE_VAL, 2.36e38, -1e300});
         return {"params.softmax_scale", true};
@@ -168,6 +168,31 @@ Broken break_attention(Call &call) {
         if (call.num_layers == 0)
             return break_attention(call);
         return break_columns(call);
+    }
+}
+
+Broken break_choice_of_columns(Call &call) {
+    Random &random = call.random;
+    attn_sampler_top_columns_params &top = call.top;
+    const attn_sampler_span &columns = call.params.attention.columns;
+    switch (random.below(6)) {
+    case 0:
+        top.count = random.pick<int64_t>({0, -1, INT64_MIN, INT64_MAX, columns.stop - columns.start + 1});
+        return {"params.count", true};
+    case 1:
+        return break_choice(random, top.per, "params.per", 3);
+    case 2:
+        top.sinks = random.pick<int64_t>({-1, INT64_MIN, INT64_MAX, top.count + 1});
+        return {"params.sinks", true};
+    case 3:
+        top.recent = random.pick<int64_t>({-1, INT64_MIN, INT64_MAX, top.count - top.sinks + 1});
+        return {"params.recent", true};
+    case 4:
+        return break_choice(random, top.pool, "params.pool", 2);
+    default:
+        top.pool_width =
+            random.pick<int64_t>({0, 2, -1, INT64_MIN, INT64_MAX, ATTN_SAMPLER_MAX_POOL_WIDTH + 2});
+        return {"params.pool_width", true};
     }
 }
 
@@ -251,7 +276,7 @@ Broken break_step(Call &call) {
 Broken break_exec(Call &call) {
     Random &random = call.random;
     const bool has_layers =
-        call.function <= kAttentionMap || (call.function == kDecodeStep && call.num_layers > 0);
+        call.function <= kTopColumns || (call.function == kDecodeStep && call.num_layers > 0);
     switch (random.below(6)) {
     case 0:
         call.has_params = false;
@@ -276,6 +301,8 @@ Broken break_exec(Call &call) {
 
 Broken break_option(Call &call) {
     switch (call.function) {
+    case kTopColumns:
+        return call.random.chance(50) ? break_choice_of_columns(call) : break_attention(call);
     case kTokenConfidence:
         return break_sampling(call);
     case kSelectTokens:

@@ -42,6 +42,36 @@ void check_attention(const Call &call) {
                 "attention that cannot be");
 }
 
+/* Keys of the columns, each once, none after what is not there, and scores that fall after what is kept. */
+void check_choice(const Call &call) {
+    const attn_sampler_attention_params &a = call.params.attention;
+    const attn_sampler_top_columns_params &top = call.top;
+    const std::vector<int64_t> positions = values<int64_t>(call.positions, call);
+    const std::vector<float> scores = values<float>(call.scores, call);
+    const int64_t last = a.columns.stop + call.end;
+    for (size_t first = 0; first < positions.size(); first += static_cast<size_t>(top.count)) {
+        std::vector<int64_t> chosen;
+        for (size_t i = first; i < first + static_cast<size_t>(top.count); ++i) {
+            const bool is_there = positions[i] >= 0;
+            const auto place = static_cast<int64_t>(i - first);
+            if (!is_there)
+                require(positions[i] == -1 && scores[i] == -HUGE_VALF, "a score of no column");
+            require(!is_there || (positions[i] < last && (call.end > 0 || positions[i] >= a.columns.start)),
+                    "a key of no column");
+            require(!is_there || place == static_cast<int64_t>(chosen.size()), "a column after none");
+            require(!call.plain || !is_there || scores[i] >= 0.0f, "a score that cannot be");
+            if (is_there && place > top.sinks + top.recent)
+                require(scores[i] < scores[i - 1] || std::isnan(scores[i]) ||
+                            (scores[i] == scores[i - 1] && positions[i] > positions[i - 1]),
+                        "columns out of order");
+            if (is_there)
+                chosen.push_back(positions[i]);
+        }
+        std::sort(chosen.begin(), chosen.end());
+        require(std::adjacent_find(chosen.begin(), chosen.end()) == chosen.end(), "a column twice");
+    }
+}
+
 void check_confidence(const Call &call) {
     const attn_sampler_sampling_params &s = call.params.sampling;
     const int64_t excluded = call.function == kDecodeStep ? call.params.mask_token_id : s.exclude_token_id;
@@ -198,6 +228,8 @@ void check_valid(Call &call) {
     check_writes(call, before);
     if (call.out != nullptr || (call.function == kDecodeStep && call.num_layers > 0))
         check_attention(call);
+    if (call.function == kTopColumns)
+        check_choice(call);
     if (call.token_ids != nullptr)
         check_confidence(call);
     if (call.function == kSelectTokens)

@@ -163,7 +163,15 @@ struct Tensor {
     }
 };
 
-enum Function { kColumnScores, kAttentionMap, kTokenConfidence, kSelectTokens, kDecodeStep, kFunctions };
+enum Function {
+    kColumnScores,
+    kAttentionMap,
+    kTopColumns,
+    kTokenConfidence,
+    kSelectTokens,
+    kDecodeStep,
+    kFunctions
+};
 
 /* A call: its arguments, valid as drawn. */
 struct Call {
@@ -180,11 +188,12 @@ struct Call {
     int64_t num_layers = 1;
     attn_sampler_masks masks = {};
     attn_sampler_decode_step_params params = {}; /* those of the others are part of them */
+    attn_sampler_top_columns_params top = {};    /* but for the attention */
     attn_sampler_exec exec = {};
-    const attn_sampler_tensor *out = nullptr, *tokens = nullptr, *logits = nullptr, *scores = nullptr,
-                              *token_ids = nullptr, *confidence = nullptr, *masked = nullptr,
-                              *selected = nullptr, *current_ids = nullptr, *log_prob = nullptr,
-                              *current = nullptr;
+    const attn_sampler_tensor *positions = nullptr, *out = nullptr, *tokens = nullptr, *logits = nullptr,
+                              *scores = nullptr, *token_ids = nullptr, *confidence = nullptr,
+                              *masked = nullptr, *selected = nullptr, *current_ids = nullptr,
+                              *log_prob = nullptr, *current = nullptr;
     attn_sampler_revision revision = {};
     attn_sampler_tensor unread = {nullptr, {-1, INT64_MAX, 1, 7}, {INT64_MIN, INT64_MAX, 0, 1}, 4, -1};
     bool has_params = true, has_exec = true, revises = false;
@@ -192,7 +201,7 @@ struct Call {
     explicit Call(uint64_t seed) : random(seed), function(static_cast<Function>(random.below(kFunctions))) {
         batch = random.pick<int64_t>({1, 1, 2, 2, 3, 0});
         exec.num_threads = static_cast<int>(random.between(1, 3));
-        if (function == kColumnScores || function == kAttentionMap)
+        if (function <= kTopColumns)
             draw_attention();
         else if (function == kTokenConfidence)
             draw_confidence(random.below(6));
@@ -216,6 +225,9 @@ struct Call {
             return attn_sampler_column_scores(layers, m, p ? &p->attention : nullptr, out, e);
         case kAttentionMap:
             return attn_sampler_attention_map(layers, m, p ? &p->attention : nullptr, out, e);
+        case kTopColumns:
+            top.attention = params.attention;
+            return attn_sampler_top_columns(layers, m, p ? &top : nullptr, positions, scores, e);
         case kTokenConfidence:
             return attn_sampler_token_confidence(logits, current_ids, p ? &p->sampling : nullptr, token_ids,
                                                  confidence, log_prob, current, e);
@@ -362,6 +374,8 @@ struct Call {
             add(masks.column_mask, "column_mask", Role::input, ATTN_SAMPLER_BOOL,
                 {batch, a.columns.stop - a.columns.start}, 0, 1, {0, 1}, false);
         const int64_t heads = layer[0].q->shape[1], columns = a.columns.stop - a.columns.start;
+        if (function == kTopColumns)
+            return draw_choice(columns);
         const int64_t map_rows = a.rows.stop - a.rows.start;
         const bool is_reduced = is_map && a.reduction != ATTN_SAMPLER_MAP_REDUCTION_NONE;
         if (is_reduced && a.per_head)
@@ -376,6 +390,20 @@ struct Call {
             add_output(out, "out", ATTN_SAMPLER_FLOAT32, {batch, columns});
         if (a.accumulate)
             tensors.back().each([&](unsigned char *at) { tensors.back().set(at, 0.5); });
+    }
+
+    void draw_choice(int64_t columns) {
+        top.count = random.pick<int64_t>({1, columns, random.between(1, columns)});
+        top.per = static_cast<int32_t>(random.below(3));
+        top.sinks = random.pick<int64_t>({0, random.between(0, top.count)});
+        top.recent = random.pick<int64_t>({0, random.between(0, top.count - top.sinks)});
+        top.pool = static_cast<int32_t>(random.below(2));
+        top.pool_width = random.pick<int64_t>({1, 3, 7, ATTN_SAMPLER_MAX_POOL_WIDTH});
+        const int64_t groups = top.per == ATTN_SAMPLER_PER_KV_HEAD ? layer[0].k->shape[1]
+                               : top.per == ATTN_SAMPLER_PER_HEAD  ? layer[0].q->shape[1]
+                                                                   : 1;
+        add_output(positions, "positions", ATTN_SAMPLER_INT64, {batch, groups, top.count});
+        add_output(scores, "scores", ATTN_SAMPLER_FLOAT32, {batch, groups, top.count});
     }
 
     void draw_confidence(int64_t positions) {
