@@ -352,13 +352,13 @@ ConfidenceProblem check_token_confidence(const Tensor *logits, const Tensor *cur
     }
     written.read("current_ids", current_ids);
     written.read("logits", logits);
-    written.read(params);
     check_choice("params.metric", params.metric, 3);
     if (params.vocab_start < 0 || params.vocab_start > ATTN_SAMPLER_MAX_VOCAB - p.vocab)
         throw Error(kInvalid, "params.vocab_start: expected 0 to %" PRId64 ", got %" PRId64,
                     ATTN_SAMPLER_MAX_VOCAB - p.vocab, params.vocab_start);
     p.draws = draws_of(params, p.batch, p.vocab);
     p.bitmask = bitmask_of(params.token_bitmask, p.batch, p.positions, p.vocab);
+    written.read(params);
     p.dtype = logits->dtype;
     set_view(p.logits, logits);
     set_view(p.token_ids, token_ids);
