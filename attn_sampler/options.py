@@ -202,7 +202,7 @@ class Top(NamedTuple):
     """Which columns are chosen; the C API's attn_sampler_top_columns_params."""
 
     attention: Attention
-    count: int
+    count: int  # type: ignore[assignment]  # of a tuple's methods, which nobody calls
     per: str
     sinks: int
     recent: int

@@ -256,7 +256,7 @@ def _columns(
         there = ((block_table >= 0) & (block_table < k.shape[0])).repeat_interleave(k.shape[2], dim=1)
     if key_mask is not None:
         there = there & key_mask
-    lo, hi, _ = _place(columns, None, 0, n_keys, seqlens_k is not None)
+    lo, hi = _place(columns, None, 0, n_keys, seqlens_k is not None)[:2]
     position = torch.arange(lo, hi, device=k.device)[None, :]
     if seqlens_k is not None:
         position = position + seqlens_k.long().clamp(0, n_keys)[:, None]

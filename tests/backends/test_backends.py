@@ -55,7 +55,7 @@ def test_a_function_that_a_backend_does_not_have(monkeypatch):
     q, k = normal(0, 1, 2, 3, 8), normal(1, 1, 2, 5, 8)
     expected = top_columns(q, k, count=3, backend="reference")
     assert all(map(torch.equal, top_columns(q, k, count=3), expected))
-    with pytest.raises(BackendUnavailableError, match="^backend: 'cpu' cannot run top_columns here: "):
+    with pytest.raises(BackendUnavailableError, match=r"^backend: 'cpu' cannot run top_columns here: "):
         top_columns(q, k, count=3, backend="cpu")
 
 

@@ -261,8 +261,8 @@ NOT_IMPORTABLE = [] if _triton_unavailable() is None else [TRITON_KERNELS, TRITO
 
 
 def takes(name: str, function: pytest.Function) -> bool:
-    """Whether a test runs in this place, whose backend has to have the function that it is about. Slow and long
-    ones are left to this process, but for the files that are of one place."""
+    """Whether a test runs in this place, whose backend has to have the function that it is about. Slow and
+    long ones are left to this process, but for the files that are of one place."""
     only = function.get_closest_marker("places")
     tests = PLACES[name].tests
     op = row(function.nodeid)

@@ -154,18 +154,18 @@ Broken break_attention(Call &call) {
         a.softmax_scope ^= 1; /* with a log-sum-exp it may not be the block's */
         return {"softmax_lse", false};
     case 10: /* another number of sequences, or of heads, in more than one tensor */
-        if (call.num_layers == 0)
+        if (call.layer[0].q == nullptr)
             return break_attention(call);
         call.tensor("q").view.shape[0] += 2; /* which no other change mends */
         call.tensor("k").view.shape[0] += 2;
         return {"q and k", true, true};
     case 11:
-        if (call.num_layers == 0 || call.tensor("k").view.shape[1] == 1)
+        if (call.layer[0].q == nullptr || call.tensor("k").view.shape[1] == 1)
             return break_attention(call);
         call.tensor("q").view.shape[1] = call.tensor("k").view.shape[1] + 1;
         return {"k", true};
     default:
-        if (call.num_layers == 0)
+        if (call.layer[0].q == nullptr)
             return break_attention(call);
         return break_columns(call);
     }
