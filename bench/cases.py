@@ -19,9 +19,22 @@ from .problems import (
     sampled_problem,
     step_problem,
     sweep_problem,
+    top_columns_problem,
     truncated_problem,
 )
-from .rows import ALL_COLUMNS, BY_BATCH, BY_COLUMNS, BY_KEYS, BY_ROWS, DECODE, PAGED, PEER, VOCABULARY, Row
+from .rows import (
+    ALL_COLUMNS,
+    BY_BATCH,
+    BY_COLUMNS,
+    BY_KEYS,
+    BY_ROWS,
+    DECODE,
+    LONG,
+    PAGED,
+    PEER,
+    VOCABULARY,
+    Row,
+)
 
 
 class Case(NamedTuple):
@@ -54,6 +67,14 @@ def all_columns_cost(row: Row, element: int) -> tuple[float, float]:
     n_bytes += 4 * row.batch * row.heads * row.columns
     visible = row.n_keys - (row.n_rows - 1) / 2 if row.causal else row.n_keys
     return n_bytes, 2.0 * n_queries * visible * row.headdim
+
+
+def top_columns_cost(row: Row, element: int) -> tuple[float, float]:
+    """As with all columns, but for what is written; and the log-sum-exp."""
+    n_bytes, operations = all_columns_cost(row, element)
+    chosen = row.batch * row.kv_heads * max(1, row.n_keys // 16)
+    written = 12 * chosen - 4 * row.batch * row.heads * row.columns
+    return n_bytes + written + 4 * row.batch * row.heads * row.n_rows, operations
 
 
 def block_scope_cost(row: Row, element: int) -> tuple[float, float]:
@@ -120,6 +141,13 @@ CASES = {
         ALL_COLUMNS,
         all_columns_cost,
         all_columns_problem,
+        _attention_bytes,
+    ),
+    "top_columns": Case(
+        "The keys of a long context that matter, a 16th of them, log-sum-exp given",
+        LONG,
+        top_columns_cost,
+        top_columns_problem,
         _attention_bytes,
     ),
     "paged": Case(

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from attn_sampler import column_scores, decode_step, is_backend_supported, reference, token_confidence
+from attn_sampler import (
+    column_scores,
+    decode_step,
+    is_backend_supported,
+    reference,
+    token_confidence,
+    top_columns,
+)
 from attn_sampler.attention_calls import attention_with_lse
 
 from . import rivals
@@ -175,6 +182,43 @@ def all_columns_problem(row: Row, setting: Setting, per_head: bool = False) -> P
 def per_head_problem(row: Row, setting: Setting) -> Problem:
     """All columns, the heads kept apart: what flash-colreduce does."""
     return all_columns_problem(row, setting, per_head=True)
+
+
+def top_columns_problem(row: Row, setting: Setting) -> Problem:
+    """A 16th of the keys for each key head, the log-sum-exp given."""
+    q, k = row.attention(setting.dtype, setting.device)
+    lse, count = row.softmax_lse(q, k), max(1, row.n_keys // 16)
+    matrix = _matrix_bytes(row, setting.element)
+
+    def call(backend: str) -> tuple[Tensor, Tensor]:
+        return top_columns(q, k, count=count, softmax_lse=lse, backend=backend)
+
+    def then_topk() -> tuple[Tensor, Tensor]:
+        scores = column_scores(q, k, softmax_lse=lse, per_head=True)
+        found = scores.unflatten(1, (row.kv_heads, -1)).sum(dim=2).topk(count)
+        return found.indices, found.values
+
+    candidates = setting.ours("top_columns", (q, k), call, matrix)
+    candidates |= {
+        "column_scores, topk": Candidate(then_topk),
+        "PyTorch": Candidate(lambda: rivals.top_columns(q, k, lse, count), scratch_bytes=matrix),
+        "torch.compile": Candidate(
+            lambda: compiled(rivals.top_columns)(q, k, lse, count), scratch_bytes=matrix, compiled=True
+        ),
+    }
+    exact = []
+    for h in range(row.kv_heads):  # a key head at a time, as the log-sum-exp
+        group = slice(h * row.heads // row.kv_heads, (h + 1) * row.heads // row.kv_heads)
+        keys, of_group = k[:, h : h + 1].double(), lse[:, group].double()
+        exact.append(rivals.block_scores(q[:, group].double(), keys, of_group, row.block))
+    scores = torch.stack(exact, dim=1)
+    largest = scores.topk(count).values
+
+    def error(result: tuple[Tensor, Tensor], ours: bool) -> float:
+        positions, found = result
+        return max(relative_error(found, largest), relative_error(scores.gather(-1, positions), largest))
+
+    return Problem(candidates, error)
 
 
 def paged_problem(row: Row, setting: Setting) -> Problem:

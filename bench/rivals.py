@@ -66,6 +66,13 @@ def block_scores(q: Tensor, k: Tensor, softmax_lse: Tensor, columns: slice) -> T
     return torch.exp(logits - softmax_lse[..., None]).sum(dim=(1, 2))
 
 
+def top_columns(q: Tensor, k: Tensor, softmax_lse: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The keys of the largest scores of each key head, and these, as torch.topk has them."""
+    attention = torch.exp(_logits(q, k).to(softmax_lse.dtype) - softmax_lse[..., None])
+    scores, positions = attention.unflatten(1, (k.shape[1], -1)).sum(dim=(2, 3)).topk(count)
+    return positions, scores
+
+
 def block_scope_scores(q: Tensor, k: Tensor, columns: slice) -> Tensor:
     """Queries and keys both of the block, softmax over the block."""
     size = columns.stop - columns.start

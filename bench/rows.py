@@ -84,6 +84,12 @@ ALL_COLUMNS = {"a1": _all_columns(1, 1024, 1024), "a2": _all_columns(1, 32, 4096
 #: Steps of engines whose keys lie in the pages of a cache.
 PAGED = {key: DECODE[key] for key in ("4", "6", "11", "13")}
 
+#: The last queries of a long context choose, of each key head, a 16th of its keys to keep.
+LONG = {
+    f"k{number}": Row(f"window of 32, N={n}", 1, 32, 8, 32, n, n, 128)
+    for number, n in enumerate((4096, 8192, 32768, 131072), start=1)
+}
+
 #: flash-colreduce's own benchmark.
 PEER = {
     f"p{number}": row
@@ -110,5 +116,5 @@ BY_ROWS = {
 }
 BY_BATCH = {f"B={b}": Row(f"row 4 at B={b}", b, 32, 32, 32, 1280, 32, 128) for b in (1, 2, 4, 8, 16, 32)}
 
-ROWS = {**DECODE, **ALL_COLUMNS, **PEER, **BY_KEYS, **BY_ROWS, **BY_COLUMNS, **BY_BATCH}
+ROWS = {**DECODE, **ALL_COLUMNS, **LONG, **PEER, **BY_KEYS, **BY_ROWS, **BY_COLUMNS, **BY_BATCH}
 QUICK = ("1", "4", "10", "a1", "a2", "p1", "N=1024", "N=16384", "C=8", "C=128", "B=1", "B=8")
