@@ -1,4 +1,4 @@
-"""The README's example runs as printed."""
+"""The README's examples run as printed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,30 @@ import torch
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def test_example_decodes_the_block() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+def run(index: int) -> dict[str, object]:
+    """The names that an example leaves."""
+    codes = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    assert len(codes) == 2
+    assert len(codes[index].splitlines()) <= 20
     torch.manual_seed(0)
     names: dict[str, object] = {}
-    exec(compile(code, str(README), "exec"), names)
+    exec(compile(codes[index], str(README), "exec"), names)
+    return names
+
+
+def test_example_decodes_the_block() -> None:
+    names = run(0)
     tokens, mask = names["tokens"], names["mask"]
     assert isinstance(tokens, torch.Tensor)
     assert tokens[0, :4].tolist() == [1, 2, 3, 4]
     assert not (tokens == mask).any()
-    assert len(code.splitlines()) <= 20
+
+
+def test_example_keeps_the_keys_that_matter() -> None:
+    kept, k, v = map(run(1).get, ("kept", "k", "v"))
+    assert isinstance(kept, torch.Tensor)
+    assert kept[0, :, :36].tolist() == [[*range(4), *range(4064, 4096)]] * 2
+    assert all(len(set(row)) == 512 for row in kept[0].tolist())
+    for x in (k, v):
+        assert isinstance(x, torch.Tensor)
+        assert x.shape == (1, 2, 512, 64)

@@ -1,4 +1,4 @@
-"""Thousands of random problems for all five functions, each judged against the reference in float64.
+"""Thousands of random problems for all functions, each judged against the reference in float64.
 
 A seed is one problem. To run one alone, with the whole traceback:
 ``python tests/contract/test_fuzz.py BACKEND SEED``.
@@ -16,6 +16,7 @@ import pytest
 import test_decode_step
 import test_select_tokens
 import test_token_confidence
+import test_top_columns
 import torch
 from places import device_of
 from problems import ATTENTION_DTYPES, AttentionProblem, assert_accurate, random_attention
@@ -49,10 +50,15 @@ def check(backend: str, seed: int) -> None:
     rng = random.Random(f"problem {seed}")
     device = device_of(backend)
     with threads(rng.choice((1, 2, 5))):
-        kind = rng.choice(("column_scores",) * 3 + ("attention_map",) * 2 + ("confidence", "select", "step"))
+        kind = rng.choice(
+            ("column_scores",) * 3 + ("attention_map",) * 2 + ("confidence", "select", "step", "top")
+        )
         if kind == "confidence":
             vocab = rng.choice((1, 2, 3, 17, 64, 257, 1023, 2048, 2049, 8191, rng.randint(1, 5000)))
             test_token_confidence.test_random_problems(backend, device, vocab, 1000 + seed)
+        elif kind == "top":
+            if attn_sampler.is_backend_supported("top_columns", backend).supported:
+                test_top_columns.test_random_problems(backend, device, 1000 + seed, ATTENTION_DTYPES)
         elif kind == "select":
             check_selection(backend, device, rng)
         elif kind == "step":
