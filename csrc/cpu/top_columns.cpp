@@ -192,7 +192,8 @@ int64_t top_columns(const TopProblem &top, const attn_sampler_exec &) {
     const int64_t columns = columns_of(top), units = top.attention.batch * top.groups;
     const int64_t at_once = clamp(kScoreBytes / (columns * 4), 1, max_of(units, 1));
     const int threads = top.attention.num_threads;
-    const Workspace work(threads, Choice::bytes(columns, top.params.count), at_once * columns * 4);
+    const Workspace work(static_cast<int>(min_of(threads, at_once)), Choice::bytes(columns, top.params.count),
+                         at_once * columns * 4);
     if (!work)
         throw std::bad_alloc();
     float *const scores = static_cast<float *>(work.shared());
