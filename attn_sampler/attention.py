@@ -179,9 +179,9 @@ def top_columns(
         first, NaN after all numbers, the lowest position first among equals: the first n of a group are the
         choice of a smaller count n. A column whose key is masked or not there is absent and never chosen:
         where fewer are present than count, the rest is position -1 with score -inf. Positions are those of
-        ``k``, from 0 at each sequence's first key, also where columns count from its end. The same bits in
-        any batch and, on the CPU, with any number of threads; where scores round to other bits on another
-        backend, columns of all but equal scores may change places.
+        ``k``, from 0 at each sequence's first key, also where columns count from its end. On the CPU the bits
+        are the same with any number of threads and in any batch; where another backend rounds otherwise,
+        columns of all but equal scores may change places.
 
     Raises
     ------
