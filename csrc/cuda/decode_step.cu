@@ -37,6 +37,7 @@ template <typename T, int kTiles, bool kMayBeUnaligned>
 __global__ void __launch_bounds__(kThreads, resident_blocks(8 * kTiles, sizeof(T), kMayBeUnaligned))
     column_scores_or_step_kernel(const __grid_constant__ StepArgs args) {
     const int block = static_cast<int>(blockIdx.x);
+    await_launches();
     score_units<T, kTiles, kMayBeUnaligned>(args.scores, args.score_units.of(block),
                                             [&](int b) { finish_part(args.select, b); });
     read_logits(args, block);
@@ -77,7 +78,7 @@ void launch(const char *name, StepArgs &args, int dtype, Launcher &launcher) {
         const int64_t row_bytes = a.headdim * static_cast<int64_t>(sizeof(T));
         const int64_t logit_bytes = args.confidence.groups_per_split * kGroup *
                                     (args.confidence.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2);
-        share(args, blocks, score_count, scores.unit_steps * kBlockRows * row_bytes, logit_count,
+        share(args, blocks, score_count, int64_t{scores.unit_steps} * kBlockRows * row_bytes, logit_count,
               logit_bytes);
         launcher.launch(name, kernel, args, blocks, shared);
     });

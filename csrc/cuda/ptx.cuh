@@ -55,6 +55,19 @@ __device__ inline unsigned char *dynamic_shared() {
     return memory;
 }
 
+/* Lets what is launched next take its place as soon as all blocks of this kernel have started. */
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/* Waits until all that was launched before has ended. Nothing that it may have written is read earlier. */
+__device__ inline void await_launches() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* 2^x within 2 ulp; results below 2^-126 are 0. */
 __device__ inline float exp2_fast(float x) {
     float y;

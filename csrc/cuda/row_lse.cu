@@ -172,6 +172,8 @@ __device__ void row_lse_block(const LseArgs &args) {
 template <typename T, int kTiles>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     row_lse_kernel(const __grid_constant__ LseArgs args) {
+    let_next_start();
+    await_launches();
     if constexpr (kServed<kTiles>)
         row_lse_block<T, kTiles>(args);
     else

@@ -7,6 +7,7 @@ namespace cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) select_tokens_kernel(const __grid_constant__ SelectArgs args) {
+    await_launches();
     select_sequence(args, static_cast<int>(blockIdx.x));
 }
 

@@ -171,7 +171,7 @@ void begin_block(Block &b, unsigned index) {
         t.products.clear();
         t.open_group = t.closed_groups = 0;
         t.n_products = 0;
-        t.fenced = false;
+        t.fenced = t.awaited = false;
         t.accumulators = nullptr;
         ucontext_t &context = t.place.context;
         getcontext(&context);
@@ -213,6 +213,10 @@ void end_block(Block &b) {
         snprintf(current->failure, sizeof(current->failure), "a write beyond the %zu bytes of shared memory",
                  current->shared_bytes);
     for (const Thread &t : b.threads)
+        if (!failed() && current->starts_early && !t.awaited)
+            snprintf(current->failure, sizeof(current->failure),
+                     "thread %u has not waited for the launch before", t.index);
+    for (const Thread &t : b.threads)
         if (!failed() && t.n_products != b.matrices.size())
             snprintf(current->failure, sizeof(current->failure),
                      "thread %u took part in %zu of the block's %zu products", t.index, t.n_products,
@@ -222,6 +226,8 @@ void end_block(Block &b) {
 }
 
 } // namespace
+
+void await_launches() { thread->awaited = true; }
 
 unsigned char *shared_memory() { return block->shared; }
 
@@ -253,7 +259,7 @@ cudaError_t set_shared_limit(AnyKernel kernel, int bytes) {
 }
 
 cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argument, unsigned blocks,
-                   unsigned threads, size_t shared_bytes) {
+                   unsigned threads, size_t shared_bytes, bool starts_early) {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto limit = shared_limit.find(kernel);
     if (blocks == 0 || threads == 0 || threads % 32 != 0 ||
@@ -268,7 +274,7 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
     ++launches;
     launch_device = device;
     launch_blocks = blocks;
-    Launch fresh = {call, kernel, argument, shared_bytes, ""};
+    Launch fresh = {call, kernel, argument, shared_bytes, starts_early, ""};
     current = &fresh;
     scheduler.entered = true;
     std::vector<unsigned> order(blocks);
@@ -363,6 +369,10 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int dev
                                                                                : 8)
              : attribute == cudaDevAttrComputeCapabilityMinor ? 0
                                                               : 100 * 1024;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 13000;
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
