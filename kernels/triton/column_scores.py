@@ -368,13 +368,14 @@ def plan_columns(problem: Problem, options: Attention) -> Plan:
     groups = problem.heads if options.per_head else 1
     tiles = launch.cdiv(columns.stop - columns.start, cut.tile.block_n)
     packs = 1 if options.per_head else problem.heads // pack
-    # A part has 128 packed rows, 32 KB of most shapes: whole packs of heads where they are small, or some
-    # tiles of one pack's rows.
-    parts = min(_MOST_PARTIALS, launch.parts(groups * tiles, packs * packed_rows, 128))
+    # A part has 64 packed rows of several packs, 16 KB of most shapes, or 128 of one: keys are read for each.
+    programs, units = groups * tiles, packs * packed_rows
+    parts = min(_MOST_PARTIALS, launch.parts(programs, units, 64))
     packs_per_split = launch.cdiv(packs, min(packs, parts))
     head_splits = launch.cdiv(packs, packs_per_split)
     row_splits = 1
     if packs_per_split == 1:
+        parts = min(_MOST_PARTIALS, launch.parts(programs, units, 128))
         row_splits = max(1, min(parts // head_splits, launch.cdiv(packed_rows, cut.tile.block_m)))
     groups, layers = groups * problem.batch, len(problem.layers.q.data)
     return Plan(cut, pack, rows, layers, groups, tiles, head_splits, row_splits, packs_per_split)

@@ -299,6 +299,7 @@ def _select_row(
                 ok,
                 tokens.n_splits,
                 mask_token_id,
+                OPTIONS.metric,
                 OPTIONS.splits,
             )
             value = confidence_of(best, OPTIONS.metric)

@@ -74,23 +74,30 @@ class Partial(NamedTuple):
 
 
 @triton.jit
-def _reduce_partials(p, AXIS: tl.constexpr):
-    """Merge the partials along an axis."""
+def _reduce_partials(p, AXIS: tl.constexpr, METRIC: tl.constexpr):
+    """Merge the partials along an axis. What another metric needs is left at 0: each field that is merged is
+    a reduction over the warps, and a part of the vocabulary is over in a few microseconds."""
     top = tl.max(p.m, AXIS, keep_dims=True)
     distance = _distance(p.m, top)
     weight = tl.exp2(distance * _LOG2E)
-    t = tl.sum(weight * (p.t + distance * p.l), AXIS)
     l = tl.sum(weight * p.l, AXIS)  # noqa: E741
+    t = tl.zeros_like(l)
+    if METRIC == "entropy":
+        t = tl.sum(weight * (p.t + distance * p.l), AXIS)
     best = tl.max(p.key, AXIS, keep_dims=True)
     winner = tl.min(tl.where(p.key == best, p.token, _NO_TOKEN), AXIS, keep_dims=True)
     won = p.token == winner
     x = tl.max(tl.where(won, p.x, -_INF), AXIS)
-    other = tl.max(tl.where(won, p.other, p.m), AXIS)
+    other = tl.zeros_like(l)
+    if METRIC == "margin":
+        other = tl.max(tl.where(won, p.other, p.m), AXIS)
     return Partial(tl.max(p.m, AXIS), l, t, tl.max(p.key, AXIS), tl.min(winner, AXIS), x, other)
 
 
 @triton.jit
-def merge_partials(partials, plane, row, row_ok, n_splits, exclude, SPLITS: tl.constexpr):
+def merge_partials(
+    partials, plane, row, row_ok, n_splits, exclude, METRIC: tl.constexpr, SPLITS: tl.constexpr
+):
     """Merge the stored partials of rows: partials[field * plane + row * n_splits + split]. Where no token is
     present, any that is not excluded has to do."""
     split = tl.arange(0, SPLITS)[None, :]
@@ -99,13 +106,17 @@ def merge_partials(partials, plane, row, row_ok, n_splits, exclude, SPLITS: tl.c
     none = -_INF
     m = tl.load(p, mask=ok, other=none)
     l = tl.load(p + plane, mask=ok, other=0.0)  # noqa: E741
-    t = tl.load(p + 2 * plane, mask=ok, other=0.0)
+    t = tl.zeros_like(l)
+    if METRIC == "entropy":
+        t = tl.load(p + 2 * plane, mask=ok, other=0.0)
     key = tl.load(p + 3 * plane, mask=ok, other=none)
     token = tl.load(p + 4 * plane, mask=ok, other=0.0).to(tl.int32, bitcast=True)
     token = tl.where(ok, token, _NO_TOKEN)
     x = tl.load(p + 5 * plane, mask=ok, other=none)
-    other = tl.load(p + 6 * plane, mask=ok, other=none)
-    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 1)
+    other = tl.zeros_like(l)
+    if METRIC == "margin":
+        other = tl.load(p + 6 * plane, mask=ok, other=none)
+    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 1, METRIC)
     token = tl.where(best.token == _NO_TOKEN, (exclude == 0).to(tl.int32), best.token)
     return Partial(best.m, best.l, best.t, best.key, token, best.x, best.other)
 
@@ -293,7 +304,7 @@ def token_partials_kernel(
         )
         hit = found[None, :] & (raw == m[None, :]) & (here != exclude)
         token = tl.min(tl.where(hit, here, _NO_TOKEN), 0)
-    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 0)
+    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 0, METRIC)
     token = best.token
     if not KEYED:
         # No logit above -inf: the first token there is.
@@ -302,11 +313,13 @@ def token_partials_kernel(
     p = partials + row.to(tl.int64) * n_splits + split
     tl.store(p, best.m)
     tl.store(p + plane, best.l)
-    tl.store(p + 2 * plane, best.t)
+    if METRIC == "entropy":
+        tl.store(p + 2 * plane, best.t)
     tl.store(p + 3 * plane, best.key)
     tl.store(p + 4 * plane, token.to(tl.float32, bitcast=True))
     tl.store(p + 5 * plane, best.x)
-    tl.store(p + 6 * plane, best.other)
+    if METRIC == "margin":
+        tl.store(p + 6 * plane, best.other)
 
 
 class Current(NamedTuple):
@@ -337,7 +350,7 @@ def merge_partials_kernel(
     """What is predicted of BLOCK rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < n_rows
-    best = merge_partials(partials, plane, row, ok, n_splits, exclude, SPLITS)
+    best = merge_partials(partials, plane, row, ok, n_splits, exclude, METRIC, SPLITS)
     tl.store(token_ids + row, best.token.to(tl.int64), mask=ok)
     tl.store(confidence + row, confidence_of(best, METRIC), mask=ok)
     tl.store(log_prob + row, log_prob_of(best), mask=ok)

@@ -175,15 +175,13 @@ def truncate_kernel(
                 above = _mass(row, below - 1, BLOCK)
                 found = above.to(tl.float64) < draw.top_p.to(tl.float64) * mass.to(tl.float64)
             most = below - 1
-        other = -_INF
+        zeros = tl.zeros([SPLITS], tl.float32)
+        tl.store(p + 3 * plane, zeros, mask=ok)
+        tl.store(p + 4 * plane, (token + tl.zeros([SPLITS], tl.int32)).to(tl.float32, bitcast=True), mask=ok)
+        tl.store(p + 5 * plane, x + zeros, mask=ok)
         if METRIC == "margin":
             others = tl.full([BLOCK], -_INF, tl.float32)
             for start in range(0, logits.vocab, BLOCK):
                 here = start + tl.arange(0, BLOCK)
                 others = tl.maximum(others, tl.where(here == token, -_INF, _raw(row, here)))
-            other = tl.max(others, 0)
-        zeros = tl.zeros([SPLITS], tl.float32)
-        tl.store(p + 3 * plane, zeros, mask=ok)
-        tl.store(p + 4 * plane, (token + tl.zeros([SPLITS], tl.int32)).to(tl.float32, bitcast=True), mask=ok)
-        tl.store(p + 5 * plane, x + zeros, mask=ok)
-        tl.store(p + 6 * plane, other + zeros, mask=ok)
+            tl.store(p + 6 * plane, tl.max(others, 0) + zeros, mask=ok)

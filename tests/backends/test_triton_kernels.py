@@ -65,7 +65,9 @@ def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = launch.parts
-    monkeypatch.setattr(launch, "parts", lambda programs, units, least: parts(programs, units, min(least, 2)))
+    monkeypatch.setattr(
+        launch, "parts", lambda programs, units, least: parts(programs, units, max(1, least // 4))
+    )
 
 
 @pytest.fixture
@@ -189,11 +191,11 @@ def test_predictions_are_the_same_bits_in_any_batch() -> None:
 
 @pytest.mark.usefixtures("small_vocabulary_tiles")
 def test_steps_are_the_same_bits_in_any_batch_and_layer_by_layer() -> None:
-    block, batch = slice(20, 30), BATCH
-    tokens, logits = torch.full((batch, 40), MASK, device=DEVICE), normal(4, batch, 10, VOCAB).to(DEVICE)
+    block, batch = slice(10, 18), BATCH
+    tokens, logits = torch.full((batch, 20), MASK, device=DEVICE), normal(4, batch, 8, VOCAB).to(DEVICE)
     layers = [
-        (normal(seed, batch, 2, 40, 16).to(DEVICE), normal(seed + 9, batch, 1, 40, 16).to(DEVICE))
-        for seed in range(3)
+        (normal(seed, batch, 2, 20, 16).to(DEVICE), normal(seed + 9, batch, 1, 20, 16).to(DEVICE))
+        for seed in range(2)
     ]
     together = decode_step(tokens.clone(), logits, layers, block=block, mask_token_id=MASK, backend="triton")
     own = decode_step(
@@ -320,7 +322,7 @@ def test_no_noise_is_above_the_largest() -> None:
 @pytest.mark.skipif(not launch.INTERPRET, reason="a compiled kernel calls nothing")
 @pytest.mark.usefixtures("small_vocabulary_tiles")
 def test_noise_is_made_where_it_may_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 25 tiles, those up to a token that stands out, and all of a flat row."""
+    """Of ten tiles, those up to a token that stands out, and all of a flat row."""
     made: list[int] = []
 
     def counted(*arguments):  # type: ignore[no-untyped-def]
@@ -330,8 +332,8 @@ def test_noise_is_made_where_it_may_decide(monkeypatch: pytest.MonkeyPatch) -> N
     module = importlib.import_module("attn_sampler.kernels.token_confidence")
     monkeypatch.setattr(module, "gumbel_noise", counted)
     monkeypatch.setattr(launch, "parts", lambda programs, units, least: 1)
-    for place, expected in ((None, 25), (20, 2), (399, 25)):
-        logits = torch.zeros(1, 1, 400)
+    for place, expected in ((None, 10), (20, 2), (159, 10)):
+        logits = torch.zeros(1, 1, 160)
         if place is not None:
             logits[0, 0, place] = 60.0
         for temperature in (1.0, torch.ones(1)):
