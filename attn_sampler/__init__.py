@@ -14,6 +14,7 @@ from attn_sampler.reference import Prediction, StepResult
 from attn_sampler.revision import T2M, T2T, WINO, AttnCheck, Saber
 from attn_sampler.sampler import POLICIES, Policy, StepState, make_policy, register_policy
 from attn_sampler.trace import Commit, DecodeTrace
+from attn_sampler.warming import warm_up
 
 __all__ = [
     "ADAS",
@@ -53,4 +54,5 @@ __all__ = [
     "revise_tokens",
     "select_tokens",
     "token_confidence",
+    "warm_up",
 ]
