@@ -51,7 +51,7 @@ __device__ inline uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
 
 /* The shared memory that the launch asked for. */
 __device__ inline unsigned char *dynamic_shared() {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ __align__(128) unsigned char memory[];
     return memory;
 }
 
