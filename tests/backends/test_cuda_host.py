@@ -147,12 +147,33 @@ def test_bits_are_a_matter_of_one_sequence(extension: Path, with_lse: bool) -> N
     for device, processors in PROCESSORS.items():
         host.cuda_host_shuffle(ctypes.c_uint64(processors))
         found, blocks = results(device, slice(2))
-        assert blocks == min(
-            4 * processors, 30
-        )  # of each layer, and two of each row
+        assert blocks == min(4 * processors, 30)  # of each layer, and two of each row
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True)), processors
         alone, _ = results(device, slice(1, 2))
         assert all(torch.equal(x, y[1:]) for x, y in zip(alone, expected, strict=True)), processors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_whose_keys_are_cut(extension: Path, dtype: torch.dtype) -> None:
+    """The log-sum-exp over more keys than one block reads; the first sequence alone has the same bits."""
+    module, host = load(extension), ctypes.CDLL(str(extension))
+    q, k = normal(0, 2, 1, 3, 16, dtype=dtype), normal(1, 2, 1, 3300, 16, dtype=dtype)
+
+    def scores(batch: int) -> torch.Tensor:
+        out = torch.full((batch, 8), torch.nan)
+        layer = options.Layer(q[:batch], k[:batch], None)
+        arguments = [_view(x) for x in (out, layer, options.Masks(), attention_options(slice(40, 48), 3297))]
+        needed = module.column_scores(*arguments, (CUDA, 1, 1, 0, 0, 0))
+        workspace = fresh_workspace(needed)
+        assert module.column_scores(*arguments, (CUDA, 1, 1, 0, workspace.data_ptr(), needed)) == 0
+        return out
+
+    weights = torch.softmax(q.double() @ k.double().mT / 4, dim=3)  # [2, 1, 3, 3300]
+    for seed in range(3):
+        host.cuda_host_shuffle(ctypes.c_uint64(seed))
+        found = scores(2)
+        torch.testing.assert_close(found.double(), weights.sum((1, 2))[:, 40:48], rtol=1e-4, atol=1e-7)
+        assert torch.equal(scores(1), found[:1])
 
 
 def test_a_step_adds_layers_up_as_calls_would(extension: Path) -> None:
