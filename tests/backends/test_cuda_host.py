@@ -54,11 +54,15 @@ class Step:
         dtype: torch.dtype = torch.bfloat16,
         sequences: slice = slice(2),
         vocab: int = 11,
+        rows: int = 6,
+        unaligned: tuple[int, ...] = (),  # layers
     ) -> None:
         self.module = load(extension)
         self.host = ctypes.CDLL(str(extension))
-        q = [normal(i, 2, 4, 6, 32, dtype=dtype)[sequences] for i in range(n_layers)]
+        q = [normal(i, 2, 4, rows, 32, dtype=dtype)[sequences] for i in range(n_layers)]
         k = [normal(100 + i, 2, 2, 24, 32, dtype=dtype)[sequences] for i in range(n_layers)]
+        for i in unaligned:
+            k[i] = torch.cat([k[i].new_zeros(1), k[i].flatten()])[1:].view(k[i].shape)
         batch = q[0].shape[0]
         scales = [
             normal(200 + i, 2, 2)[sequences].abs() if dtype == FLOAT8 else None for i in range(n_layers)
@@ -80,7 +84,7 @@ class Step:
             slice(18, 24),
             7,
             "all",
-            attention_options(slice(18, 24), 18),
+            attention_options(slice(18, 24), 24 - rows),
             options.Sampling("probability", 0.0, None),
             options.Selection("parallel", "confidence", 0.4, 0.4, 0.1, 1),
         )
@@ -155,18 +159,25 @@ def test_bits_are_a_matter_of_one_sequence(extension: Path, with_lse: bool) -> N
         assert all(torch.equal(x, y[1:]) for x, y in zip(alone, expected, strict=True)), processors
 
 
-def test_a_step_adds_layers_up_as_calls_would(extension: Path) -> None:
+@pytest.mark.parametrize("rows", [6, 150])  # of one unit, and of many
+@pytest.mark.parametrize(("unaligned", "launches"), [((), 1), ((1,), 3)])
+def test_a_step_adds_layers_up_as_calls_would(
+    extension: Path, rows: int, unaligned: tuple[int, ...], launches: int
+) -> None:
+    """In the same bits, whichever of them start on 16 bytes."""
     module = load(extension)
-    step = Step(extension, 3, True)
+    step = Step(extension, 3, True, rows=rows, unaligned=unaligned)
     needed = step.run((CUDA, 1, 1, 0, 0, 0))
     workspace = fresh_workspace(needed)
+    before = step.host.cuda_host_launches()
     assert step.run((CUDA, 1, 1, 0, workspace.data_ptr(), needed)) == 0
+    assert step.host.cuda_host_launches() - before == launches
     q, k, lse, _ = step.keep
     out = torch.full((2, 6), torch.nan)
     for i in range(3):
-        how = attention_options(slice(18, 24), 18)._replace(accumulate=i > 0)
+        how = attention_options(slice(18, 24), 24 - rows)._replace(accumulate=i > 0)
         arguments = [_view(x) for x in (out, options.Layer(q[i], k[i], lse[i]), options.Masks(), how)]
-        assert module.column_scores(*arguments, (CUDA, 1, 1, 0, 0, 0)) == 0  # one unit: no partial sums
+        assert module.column_scores(*arguments, (CUDA, 1, 1, 0, workspace.data_ptr(), needed)) == 0
     assert torch.equal(out, step.scores)
 
 
