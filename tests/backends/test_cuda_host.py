@@ -26,7 +26,7 @@ from attn_sampler.backends import extension as backend_of_extension
 from attn_sampler.backends.extension import _view
 
 CPU, CUDA = 0, 1
-N_DEVICES = 10  # emulated; none has code on device 2
+N_DEVICES = 11  # emulated; none has code on device 2, and PTX of an older one is compiled for device 10
 #: Multiprocessors of those that differ by their number of them alone, by device.
 PROCESSORS = {1: 2, 3: 1, 4: 3, 5: 5, 6: 13, 7: 64, 8: 132, 9: 264}
 
@@ -250,6 +250,15 @@ def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
         assert step.host.cuda_host_current_device() == 0
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
         step.run((CUDA, 1, N_DEVICES, 0, workspace.data_ptr(), needed))
+
+
+@pytest.mark.parametrize(("device", "early"), [(0, 1), (1, 0), (10, 0)])
+def test_only_code_that_waits_starts_early(extension: Path, device: int, early: int) -> None:
+    step = Step(extension, 1, True)
+    needed = step.run((CUDA, 1, device, 0, 0, 0))
+    workspace = fresh_workspace(needed)
+    assert step.run((CUDA, 1, device, 0, workspace.data_ptr(), needed)) == 0
+    assert step.host.cuda_host_starts_early() == early
 
 
 @pytest.mark.parametrize(
