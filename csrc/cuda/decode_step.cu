@@ -84,7 +84,8 @@ void launch(const char *name, StepArgs &args, int dtype, Launcher &launcher) {
     });
 }
 
-/* Whether two layers can share a launch: everything equal but the addresses. */
+/* Whether two layers can share a launch: everything equal but the addresses, of which none decides by which
+ * kernel another layer is read, and so the bits of its sums. */
 bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
     auto same = [](const auto &x, const auto &y) {
         return memcmp(x.stride, y.stride, sizeof(x.stride)) == 0;
@@ -94,7 +95,7 @@ bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
            a.pages.count == b.pages.count && a.pages.size == b.pages.size &&
            (a.softmax_lse.data == nullptr) == (b.softmax_lse.data == nullptr) &&
            same(a.softmax_lse, b.softmax_lse) && same(a.q_descale, b.q_descale) &&
-           same(a.k_descale, b.k_descale);
+           same(a.k_descale, b.k_descale) && is_aligned(a) == is_aligned(b);
 }
 
 } // namespace

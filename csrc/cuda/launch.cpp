@@ -42,6 +42,7 @@ bool driver_captures_early_starts() {
 }
 
 std::atomic<int> known_processors[kKnownDevices], known_shared[kKnownDevices], known_major[kKnownDevices];
+int known_code[kKnownDevices]; /* its architecture, once device_unavailable has been asked */
 
 /* Whether a device has a primary context, which making it current would give it: some hundred megabytes of a
  * GPU that the process may not use at all. The driver is asked through the runtime: the library loads
@@ -70,7 +71,7 @@ bool has_context(int device) {
 std::string find_reason(int device) {
     try {
         const DeviceGuard guard(device);
-        const cudaError_t status = find_code();
+        const cudaError_t status = find_code(&known_code[device]);
         if (status == cudaSuccess)
             return "";
         cudaGetLastError();
@@ -124,7 +125,7 @@ Launcher::Launcher(const attn_sampler_exec &exec)
       shared_of_processor_(
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device_index, known_shared)),
       compute_major_(attribute(cudaDevAttrComputeCapabilityMajor, exec.device_index, known_major)),
-      starts_early_(compute_major_ >= 9 && driver_captures_early_starts()) {}
+      starts_early_(known_code[exec.device_index] >= 90 && driver_captures_early_starts()) {}
 
 void *Launcher::take_bytes(int64_t bytes) {
     const int64_t start = used_ > 0 ? used_ : kCounters * 4;

@@ -24,8 +24,9 @@ int64_t decode_step(const StepProblem &, const attn_sampler_exec &);
 /* Why the kernels do not run on a device; null where they do. Asked of the driver once. */
 const char *device_unavailable(int device);
 
-/* Whether the current device has code of these kernels: success, or what the driver answers. */
-cudaError_t find_code();
+/* Whether the current device has code of these kernels: success, or what the driver answers. And what
+ * __CUDA_ARCH__ was of it, by 10: less than the device's own where the driver compiles older PTX. */
+cudaError_t find_code(int *architecture);
 
 constexpr int64_t kMaxPositions = 1 << 30; /* of any kind: they are 32-bit on the device */
 

@@ -61,7 +61,8 @@ __device__ inline void let_next_start() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-/* Waits until all that was launched before has ended. Nothing that it may have written is read earlier. */
+/* Waits until all that was launched before has ended. Nothing that it may have written is read earlier. Older
+ * code does not wait, on whatever device: it is launched after the end (Launcher). */
 __device__ inline void await_launches() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

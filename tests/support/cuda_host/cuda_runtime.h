@@ -152,7 +152,9 @@ enum cudaError_t {
 constexpr unsigned long long cudaEnableDefault = 0;
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -184,7 +186,7 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t s
 namespace cuda_host {
 
 typedef void (*AnyKernel)();
-cudaError_t find_image();
+cudaError_t find_image(int *architecture);
 cudaError_t set_shared_limit(AnyKernel kernel, int bytes);
 cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argument, unsigned blocks,
                    unsigned threads, size_t shared_bytes, bool starts_early);
@@ -193,8 +195,8 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
 
 /* The last device is of an architecture for which nothing is compiled. */
 template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Kernel *) {
-    return cuda_host::find_image();
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, Kernel *) {
+    return cuda_host::find_image(&attributes->ptxVersion);
 }
 template <typename Args>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Args), cudaFuncAttribute, int bytes) {
