@@ -14,6 +14,7 @@ from attn_sampler.reference import Prediction, StepResult, TopColumns
 from attn_sampler.revision import T2M, T2T, WINO, AttnCheck, Saber
 from attn_sampler.sampler import POLICIES, Policy, StepState, make_policy, register_policy
 from attn_sampler.trace import Commit, DecodeTrace
+from attn_sampler.warming import warm_up
 
 __all__ = [
     "ADAS",
@@ -55,4 +56,5 @@ __all__ = [
     "select_tokens",
     "token_confidence",
     "top_columns",
+    "warm_up",
 ]

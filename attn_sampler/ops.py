@@ -7,7 +7,9 @@ other calls pass it by.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, S
 from attn_sampler.reference import Selected, StepResult, TopColumns
 
 _LIBRARY = torch.library.Library("attn_sampler", "DEF")
+
+#: The backend that compiles what calls on meta tensors need (``warm_up``).
+_WARMING: ContextVar[Backend | None] = ContextVar("warming", default=None)
 
 
 class Function:
@@ -49,6 +54,9 @@ class Function:
         """Run on checked arguments."""
         if nothing_listens() and _are_ordinary((out, *arguments)):
             self._run(backend, out, *arguments)
+            return
+        if not torch.compiler.is_compiling() and (compiler := _WARMING.get()) is not None:
+            compiler.function(self.name)(out, *arguments)
             return
         values = [*(out if isinstance(out, tuple) else (out,))]
         for argument in arguments:
@@ -154,6 +162,16 @@ def _written(out: Any, arguments: Sequence[Any]) -> list[tuple[str, Tensor]]:
         return [(name, tensor) for name, tensor in given.items() if tensor is not None]
     adds = any(isinstance(x, Attention) and x.accumulate for x in arguments)
     return [("out", out)] if adds else []
+
+
+@contextlib.contextmanager
+def warming(backend: Backend) -> Iterator[None]:
+    """Calls on meta tensors are this backend's, which compiles for them."""
+    token = _WARMING.set(backend)
+    try:
+        yield
+    finally:
+        _WARMING.reset(token)
 
 
 #: Lets autograd know that a tensor was written past torch: what it saved of it is no longer that.

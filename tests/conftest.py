@@ -6,6 +6,7 @@ turn comes. Its reports are logged as if the test had run here.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -32,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (worker := getattr(config, "workerinput", None)) is not None:
+        # Threads of processes that share the cores would wait for one another, spinning.
+        share = max(1, (os.cpu_count() or 1) // worker["workercount"])
+        torch.set_num_threads(share)
+        os.environ["OMP_NUM_THREADS"] = str(share)  # of the processes that tests start
     asked = config.getoption("--backend")
     if not config.getoption("--served"):
         for name in asked or ():

@@ -58,6 +58,11 @@ class Backend(abc.ABC):
         """Run op on unchecked arguments; False, and nothing is written, if they are not plainly right."""
         return False
 
+    def compiled_by(self, device: torch.device, calls: Callable[[], None]) -> int:
+        """Make calls of its functions on meta tensors, which stand for some on the device: how many kernels
+        were compiled. Nobody needs them where nothing is compiled at run time."""
+        return 0
+
     @abc.abstractmethod
     def function(self, op: str) -> Callable[..., None]:
         """What runs op on checked arguments, and writes into the first of them:

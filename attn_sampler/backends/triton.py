@@ -53,6 +53,9 @@ class Triton(Backend):
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
         return super().refuses(op, tensors) or self._kernels().refuses(op, tensors)
 
+    def compiled_by(self, device: torch.device, calls: Callable[[], None]) -> int:
+        return self._kernels().launch.compiled_by(device, calls)
+
     def function(self, op: str) -> Callable[..., None]:
         return getattr(self._kernels(), op)
 

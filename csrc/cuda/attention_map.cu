@@ -40,6 +40,7 @@ __device__ inline uint32_t counted_columns(const MapArgs &args, int b, int tile)
 template <typename T, bool kReduced>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     attention_map_kernel(const __grid_constant__ MapArgs args) {
+    await_launches();
     const AttentionArgs &a = args.attention;
     const int index = static_cast<int>(blockIdx.x), member = index % args.members,
               tile = index / args.members;

@@ -30,8 +30,8 @@ constexpr int resident_blocks(int columns, int element_size, bool may_be_unalign
     return element_size == 4 ? 2 : columns > 32 ? kWide : element_size == 1 || may_be_unaligned ? 3 : 4;
 }
 
-/* The front of every block's shared memory; keys follow it. */
-struct alignas(16) Shared {
+/* The front of every block's shared memory; keys follow it, on 128 bytes, as is best for wgmma's matrices. */
+struct alignas(128) Shared {
     bool is_last;
     alignas(16) unsigned char scratch[2048]; /* a float of each warp for each column of the widest tile */
 };

@@ -13,6 +13,7 @@ struct WideArgs {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, resident_blocks(kWgmmaColumns, sizeof(T)))
     column_scores_kernel(const __grid_constant__ WideArgs args) {
+    await_launches();
     if constexpr (kHasWgmma)
         score_units<T, kWgmmaTiles, true>(args.scores, args.units.of(static_cast<int>(blockIdx.x)),
                                           [](int) {});

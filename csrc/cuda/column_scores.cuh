@@ -5,7 +5,7 @@
  * registers over its steps; what remains is one partial sum of each column. Which steps are a unit depends on
  * the shape of one sequence and layer alone. Blocks take units as they come, next to each other; the one that
  * ends a tile adds up its partial sums in their order, so the result has the same bits in every run, in every
- * batch, and on every device of an architecture.
+ * batch that starts on 16 bytes where the sequence does, and on every device of an architecture.
  */
 #ifndef ATTN_SAMPLER_CUDA_COLUMN_SCORES_CUH_
 #define ATTN_SAMPLER_CUDA_COLUMN_SCORES_CUH_

@@ -37,6 +37,7 @@ template <typename T, int kTiles, bool kMayBeUnaligned>
 __global__ void __launch_bounds__(kThreads, resident_blocks(8 * kTiles, sizeof(T), kMayBeUnaligned))
     column_scores_or_step_kernel(const __grid_constant__ StepArgs args) {
     const int block = static_cast<int>(blockIdx.x);
+    await_launches();
     score_units<T, kTiles, kMayBeUnaligned>(args.scores, args.score_units.of(block),
                                             [&](int b) { finish_part(args.select, b); });
     read_logits(args, block);
@@ -77,13 +78,14 @@ void launch(const char *name, StepArgs &args, int dtype, Launcher &launcher) {
         const int64_t row_bytes = a.headdim * static_cast<int64_t>(sizeof(T));
         const int64_t logit_bytes = args.confidence.groups_per_split * kGroup *
                                     (args.confidence.dtype == ATTN_SAMPLER_FLOAT32 ? 4 : 2);
-        share(args, blocks, score_count, scores.unit_steps * kBlockRows * row_bytes, logit_count,
+        share(args, blocks, score_count, int64_t{scores.unit_steps} * kBlockRows * row_bytes, logit_count,
               logit_bytes);
         launcher.launch(name, kernel, args, blocks, shared);
     });
 }
 
-/* Whether two layers can share a launch: everything equal but the addresses. */
+/* Whether two layers can share a launch: everything equal but the addresses, of which none decides by which
+ * kernel another layer is read, and so the bits of its sums. */
 bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
     auto same = [](const auto &x, const auto &y) {
         return memcmp(x.stride, y.stride, sizeof(x.stride)) == 0;
@@ -93,7 +95,7 @@ bool same_shape(const AttentionProblem &a, const AttentionProblem &b) {
            a.pages.count == b.pages.count && a.pages.size == b.pages.size &&
            (a.softmax_lse.data == nullptr) == (b.softmax_lse.data == nullptr) &&
            same(a.softmax_lse, b.softmax_lse) && same(a.q_descale, b.q_descale) &&
-           same(a.k_descale, b.k_descale);
+           same(a.k_descale, b.k_descale) && is_aligned(a) == is_aligned(b);
 }
 
 } // namespace

@@ -31,7 +31,18 @@ int64_t attribute(cudaDeviceAttr which, int device, std::atomic<int> (&known)[kK
     return value;
 }
 
+/* Older ones refuse them in a graph. */
+bool driver_captures_early_starts() {
+    static const bool captures = [] {
+        int version = 0;
+        check(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+        return version >= 12030;
+    }();
+    return captures;
+}
+
 std::atomic<int> known_processors[kKnownDevices], known_shared[kKnownDevices], known_major[kKnownDevices];
+int known_code[kKnownDevices]; /* its architecture, once device_unavailable has been asked */
 
 /* Whether a device has a primary context, which making it current would give it: some hundred megabytes of a
  * GPU that the process may not use at all. The driver is asked through the runtime: the library loads
@@ -60,7 +71,7 @@ bool has_context(int device) {
 std::string find_reason(int device) {
     try {
         const DeviceGuard guard(device);
-        const cudaError_t status = find_code();
+        const cudaError_t status = find_code(&known_code[device]);
         if (status == cudaSuccess)
             return "";
         cudaGetLastError();
@@ -113,7 +124,8 @@ Launcher::Launcher(const attn_sampler_exec &exec)
       processors_(attribute(cudaDevAttrMultiProcessorCount, exec.device_index, known_processors)),
       shared_of_processor_(
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, exec.device_index, known_shared)),
-      compute_major_(attribute(cudaDevAttrComputeCapabilityMajor, exec.device_index, known_major)) {}
+      compute_major_(attribute(cudaDevAttrComputeCapabilityMajor, exec.device_index, known_major)),
+      starts_early_(known_code[exec.device_index] >= 90 && driver_captures_early_starts()) {}
 
 void *Launcher::take_bytes(int64_t bytes) {
     const int64_t start = used_ > 0 ? used_ : kCounters * 4;
@@ -143,6 +155,7 @@ Launcher::Launch &Launcher::add(const char *name, int64_t blocks, int64_t shared
     launch.name = name;
     launch.blocks = blocks;
     launch.shared_bytes = shared_bytes;
+    launch.starts_early = starts_early_;
     return launch;
 }
 

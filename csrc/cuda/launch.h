@@ -24,8 +24,9 @@ int64_t decode_step(const StepProblem &, const attn_sampler_exec &);
 /* Why the kernels do not run on a device; null where they do. Asked of the driver once. */
 const char *device_unavailable(int device);
 
-/* Whether the current device has code of these kernels: success, or what the driver answers. */
-cudaError_t find_code();
+/* Whether the current device has code of these kernels: success, or what the driver answers. And what
+ * __CUDA_ARCH__ was of it, by 10: less than the device's own where the driver compiles older PTX. */
+cudaError_t find_code(int *architecture);
 
 constexpr int64_t kMaxPositions = 1 << 30; /* of any kind: they are 32-bit on the device */
 
@@ -87,6 +88,7 @@ class Launcher {
     struct Launch {
         const char *name;
         int64_t blocks, shared_bytes;
+        bool starts_early;
         cudaError_t (*start)(const Launch &, cudaStream_t);
         void (*kernel)();
         alignas(16) unsigned char args[4096]; /* as much as a kernel takes on every architecture */
@@ -99,11 +101,20 @@ class Launcher {
         if (launch.shared_bytes > 48 * 1024)
             status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(launch.shared_bytes));
-        void *arguments[] = {const_cast<unsigned char *>(launch.args)};
-        return status != cudaSuccess
-                   ? status
-                   : cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(launch.blocks)), dim3(128),
-                                      arguments, static_cast<size_t>(launch.shared_bytes), stream);
+        if (status != cudaSuccess)
+            return status;
+        /* Blocks may take their places while the launch before ends; kernels wait for it before they read. */
+        cudaLaunchAttribute early{};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(launch.blocks));
+        config.blockDim = dim3(128);
+        config.dynamicSmemBytes = static_cast<size_t>(launch.shared_bytes);
+        config.stream = stream;
+        config.attrs = &early;
+        config.numAttrs = launch.starts_early ? 1 : 0;
+        return cudaLaunchKernelEx(&config, kernel, *reinterpret_cast<const Args *>(launch.args));
     }
 
     void *take_bytes(int64_t bytes);
@@ -114,7 +125,8 @@ class Launcher {
     uintptr_t memory_; /* read and written by what is launched alone: there may be too little of it */
     int64_t size_, used_ = 0, counters_used_ = 0, zeros_start_ = 0, zeros_stop_ = 0;
     int64_t processors_, shared_of_processor_, compute_major_;
-    Launch first_[2]; /* more are rare, and pay for memory of the host */
+    bool starts_early_; /* see start */
+    Launch first_[2];   /* more are rare, and pay for memory of the host */
     size_t launches_ = 0;
     std::vector<Launch> more_;
 };

@@ -16,6 +16,14 @@ bool is_aligned(const View<const void, 3> &x, const int64_t (&shape)[3], int64_t
 
 } // namespace
 
+bool is_aligned(const AttentionProblem &p) {
+    const int64_t size = element_size(p.dtype);
+    const bool paged = p.pages.table.data != nullptr;
+    const int64_t q_shape[] = {p.batch, p.heads, p.n_rows};
+    const int64_t k_shape[] = {paged ? p.pages.count : p.batch, p.kv_heads, paged ? p.pages.size : p.n_keys};
+    return p.headdim * size % 16 == 0 && is_aligned(p.q, q_shape, size) && is_aligned(p.k, k_shape, size);
+}
+
 /* A tile of rows and one of columns are to be filled; narrower ones waste what wgmma gains. */
 bool wgmma_serves(const AttentionArgs &a, int dtype, int64_t rows, int64_t columns,
                   const Launcher &launcher) {
@@ -40,11 +48,7 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
         row_start = clamp(key_start - window.query_start, 0, p.n_rows);
         row_stop = clamp(key_stop - window.query_start, row_start, p.n_rows);
     }
-    const int64_t size = element_size(p.dtype);
-    const bool paged = p.pages.table.data != nullptr;
-    const int64_t q_shape[] = {p.batch, p.heads, p.n_rows};
-    const int64_t k_shape[] = {paged ? p.pages.count : p.batch, p.kv_heads, paged ? p.pages.size : p.n_keys};
-    a.aligned = p.headdim * size % 16 == 0;
+    a.aligned = is_aligned(p);
     for (int64_t i = 0; i < num_layers; ++i) {
         const AttentionProblem &layer = layers[i];
         a.q.set(i, layer.q);
@@ -52,14 +56,13 @@ AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers)
         a.softmax_lse.set(i, layer.softmax_lse);
         a.q_descale.set(i, layer.q_descale);
         a.k_descale.set(i, layer.k_descale);
-        a.aligned = a.aligned && is_aligned(layer.q, q_shape, size) && is_aligned(layer.k, k_shape, size);
     }
     a.key_mask = p.key_mask;
     a.query_mask = p.query_mask;
     a.seqlens_k = p.seqlens_k;
     a.pages = p.pages;
     a.positions = static_cast<int32_t>(p.n_keys);
-    a.together = !paged && p.seqlens_k.data == nullptr;
+    a.together = p.pages.table.data == nullptr && p.seqlens_k.data == nullptr;
     a.query_start = window.query_start + row_start;
     a.key_start = key_start;
     a.column_start = params.columns.start;

@@ -8,7 +8,11 @@
 namespace attn_sampler {
 namespace cuda {
 
-/* Arguments of up to kMaxLayers layers of one shape; computed_lse and row_tokens are left null. */
+/* Whether every row of q and k starts on 16 bytes and is a multiple of them long. */
+bool is_aligned(const AttentionProblem &p);
+
+/* Arguments of up to kMaxLayers layers of one shape, all of them aligned or none; computed_lse and row_tokens
+ * are left null. */
 AttentionArgs attention_args(const AttentionProblem *layers, int64_t num_layers);
 
 /* Launches the row log-sum-exp, where it is not given, and lets args read it. */

@@ -51,8 +51,22 @@ __device__ inline uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
 
 /* The shared memory that the launch asked for. */
 __device__ inline unsigned char *dynamic_shared() {
-    extern __shared__ __align__(16) unsigned char memory[];
+    extern __shared__ __align__(128) unsigned char memory[];
     return memory;
+}
+
+/* Lets what is launched next take its place as soon as all blocks of this kernel have started. */
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/* Waits until all that was launched before has ended. Nothing that it may have written is read earlier. Older
+ * code does not wait, on whatever device: it is launched after the end (Launcher). */
+__device__ inline void await_launches() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 /* 2^x within 2 ulp; results below 2^-126 are 0. */

@@ -172,6 +172,8 @@ __device__ void row_lse_block(const LseArgs &args) {
 template <typename T, int kTiles>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     row_lse_kernel(const __grid_constant__ LseArgs args) {
+    let_next_start();
+    await_launches();
     if constexpr (kServed<kTiles>)
         row_lse_block<T, kTiles>(args);
     else
@@ -186,11 +188,12 @@ void launch(LseArgs &args, Launcher &launcher) {
     const int64_t lists = static_cast<int64_t>(a.layers) * a.batch * a.kv_heads;
     args.row_tiles = static_cast<int32_t>(ceil_div(n_rows, kBlockRows));
     const int64_t units = lists * args.row_tiles, key_tiles = ceil_div(a.keys, kColumns);
-    /* A split is worth at least four tiles of keys. How many there are is a matter of one sequence and layer.
-     */
+    /* How many splits there are is a matter of one sequence and layer, though with others beside them none
+     * would be needed: each has so many tiles of keys that its rows and its end cost little next to them. */
+    constexpr int64_t kLeastTiles = 16;
     const int64_t shared = static_cast<int64_t>(sizeof(Shared)) + 2 * tile_bytes<T>(a, kColumns);
     const int64_t wanted = kMostParts / clamp(a.kv_heads * args.row_tiles, 1, kMostParts);
-    const int64_t splits = clamp(wanted, 1, clamp(key_tiles / 4, 1, INT32_MAX));
+    const int64_t splits = clamp(wanted, 1, clamp(key_tiles / kLeastTiles, 1, INT32_MAX));
     args.tiles_per_split = static_cast<int32_t>(ceil_div(key_tiles, splits));
     args.splits = static_cast<int32_t>(ceil_div(key_tiles, args.tiles_per_split));
     if (args.splits > 1) {

@@ -7,15 +7,18 @@ namespace cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) select_tokens_kernel(const __grid_constant__ SelectArgs args) {
+    await_launches();
     select_sequence(args, static_cast<int>(blockIdx.x));
 }
 
 } // namespace
 
 /* All kernels are compiled for the same architectures. */
-cudaError_t find_code() {
-    cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, select_tokens_kernel);
+cudaError_t find_code(int *architecture) {
+    cudaFuncAttributes attributes{};
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, select_tokens_kernel);
+    *architecture = attributes.ptxVersion;
+    return status;
 }
 
 SelectArgs select_args(const SelectProblem &p) {

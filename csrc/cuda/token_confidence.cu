@@ -16,6 +16,7 @@ struct ConfidenceStepArgs {
 /* Of token_confidence, or of a decoding step to which the scores are given. */
 __global__ void __launch_bounds__(kThreads, 4)
     token_confidence_or_step_kernel(const __grid_constant__ ConfidenceStepArgs args) {
+    await_launches();
     confidence_units(args.confidence, args.units.of(static_cast<int>(blockIdx.x)),
                      [&](int b) { finish_part(args.select, b); });
 }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,6 +32,7 @@ from .tile import (
     logit_scale,
     logit_units,
     logits_tile,
+    lse_stride,
     near,
     place,
     products_tile,
@@ -177,7 +177,8 @@ def attention_map_kernel(
             if lse is None:
                 part += weights_tile(logits, logits, logits, unit, sees, True)
             else:
-                lse_rows = lse.data[0] + b * lse.stride_b[0] + head * lse.stride_h[0]
+                lse_rows = lse.data[0] + b * lse_stride(lse.stride_b, 0, OPTIONS.lse_splits)
+                lse_rows += head * lse_stride(lse.stride_h, 0, OPTIONS.lse_splits)
                 lse_rows += row.to(tl.int64) * lse.stride_m[0]
                 top, rest = load_lse(lse_rows, in_range, lse.scale, unit, OPTIONS.lse_splits)
                 part += weights_tile(logits, top, rest, unit, sees, False)
@@ -236,23 +237,23 @@ def attention_map(out: Tensor, layer: Layer, masks: Masks, options: Attention) -
 
     block_m, block_n = cut.tile.block_m, cut.tile.block_n
     row_tiles, column_tiles = launch.cdiv(n_rows, block_m), launch.cdiv(n_columns, block_n)
-    of_row = launch.cdiv(column_tiles, 2)  # programs of a reduced row at the most, of two tiles at the least
     size = block_m * block_n
+    # Two heads a part, or two tiles of a reduced row: their keys cost more than a partial result then.
+    column_parts = column_tiles if options.reduction == "sum" else 1
     if reduced:
         column_tiles, size = 1, block_m
-    groups = problem.batch * (problem.heads if options.per_head else 1)
-    tiles = groups * row_tiles * column_tiles
-    wanted = max(1, 2 * launch.processors(device) // tiles)
-    heads_per_split = 1 if options.per_head else launch.cdiv(problem.heads, min(problem.heads, wanted))
-    head_splits = 1 if options.per_head else launch.cdiv(problem.heads, heads_per_split)
-    column_splits = 1
-    if options.reduction == "sum":
-        column_splits = max(1, min(of_row, wanted // head_splits))
+    tiles = row_tiles * column_tiles * (problem.heads if options.per_head else 1)
+    head_splits = heads_per_split = 1
+    if not options.per_head:
+        heads_per_split = launch.cdiv(problem.heads, launch.parts(tiles, problem.heads, 2))
+        head_splits = launch.cdiv(problem.heads, heads_per_split)
+    column_splits = launch.parts(tiles * head_splits, column_parts, 2)
+    tiles *= problem.batch
     splits = head_splits * column_splits
     partials = counters = None
     if splits > 1:
         partials = launch.workspace(device, tiles, splits, size)
-        counters = torch.zeros(tiles, dtype=torch.int32, device=device)
+        counters = launch.tickets(device, tiles)
     strides = out.stride()[2 if options.per_head else 1 :]  # of rows and columns, or of rows alone
     launch.launch(
         attention_map_kernel,

@@ -1,9 +1,13 @@
 """Column scores: attention weights, summed over query rows, heads and layers.
 
 The kernel keeps a tile of keys (the columns) and streams query rows, over heads and layers. With the
-log-sum-exp known, no other key is read. Rows, heads and layers are split among programs where there are too
-few of those; the last program to finish a tile of columns adds the splits up in a fixed order, and in a
-decoding step the last one of a row of the batch selects and commits as well.
+log-sum-exp known, no other key is read. Rows and heads are split among programs, and layers always are. The
+last program to finish a tile of columns in a layer adds up the layer's splits, the last one of all layers
+adds those up, and in a decoding step the last one of a row of the batch selects and commits as well.
+
+All of that goes in a fixed order, that of the layers one after another: a layer is cut as if it were alone
+(``launch.parts``), so layers of the same number of heads give the bits in one call that they give in one
+after another that accumulates (but for the mean, which divides once).
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,6 +42,7 @@ from .tile import (
     logit_scale,
     logit_units,
     logits_tile,
+    lse_stride,
     near,
     of_layer,
     place,
@@ -67,13 +71,12 @@ class Options(NamedTuple):
     accumulate: bool
     masked_rows: bool  # only rows of masked tokens count
     lse_splits: int
-    row_splits: int
     pack: int
+    is_cut: bool  # each layer, into several splits
 
 
 @triton.jit(
     do_not_specialize=[
-        "stride_layer",
         "n_groups",
         "n_columns",
         "row_start",
@@ -82,8 +85,8 @@ class Options(NamedTuple):
         "query_start",
         "left",
         "right",
-        "n_layers",
         "head_splits",
+        "row_splits",
         "packs_per_split",
         "tiles",
         "block_start",
@@ -109,8 +112,8 @@ def column_scores_kernel(
     query_start,
     left,
     right,
-    n_layers,
     head_splits,
+    row_splits,
     packs_per_split,
     tiles,
     tokens,
@@ -123,25 +126,26 @@ def column_scores_kernel(
     COMMIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One tile of columns, over one split of the rows, packs of heads and layers.
+    """One tile of columns of one layer, over one split of the rows and packs of heads.
 
-    Program: (group * splits + split) * tiles + tile, where a group is a row of the batch (or one head of
-    it, per head) and split = (layer * head_splits + head split) * ROW_SPLITS + row split.
+    Program: ((group * layers + layer) * splits + split) * tiles + tile, where a group is a row of the batch
+    (or one head of it, per head) and split = head split * row_splits + row split.
     """
     REDUCTION: tl.constexpr = OPTIONS.reduction
-    ROW_SPLITS: tl.constexpr = OPTIONS.row_splits
+    N_LAYERS: tl.constexpr = len(layers.q.data)
     PACK: tl.constexpr = OPTIONS.pack
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     pid = tl.program_id(0)
     tile = pid % tiles
     pid = pid // tiles
-    splits = n_layers * head_splits * ROW_SPLITS
+    splits = head_splits * row_splits
     split = pid % splits
-    group = pid // splits
-    layer = split // (head_splits * ROW_SPLITS)
-    head_split = split // ROW_SPLITS % head_splits
-    row_split = split % ROW_SPLITS
+    pid = pid // splits
+    layer = pid % N_LAYERS
+    group = pid // N_LAYERS
+    head_split = split // row_splits
+    row_split = split % row_splits
 
     n_heads = of_layer(layers.heads, layer)
     if OPTIONS.per_head:
@@ -166,7 +170,7 @@ def column_scores_kernel(
         first_row = tl.minimum(tl.maximum(row_start, own - right), row_stop).to(tl.int32)
         end_row = tl.maximum(tl.minimum(row_stop, own + BLOCK_N + left), first_row).to(tl.int32)
     row_tiles = ((end_row - first_row) * PACK + BLOCK_M - 1) // BLOCK_M
-    tiles_per_split = (row_tiles + ROW_SPLITS - 1) // ROW_SPLITS
+    tiles_per_split = (row_tiles + row_splits - 1) // row_splits
     first_r = first_row * PACK + row_split * tiles_per_split * BLOCK_M
     last_r = tl.minimum(first_r + tiles_per_split * BLOCK_M, end_row * PACK)
 
@@ -180,9 +184,11 @@ def column_scores_kernel(
     heads_per_key = of_layer(layers.groups, layer)
     if lse is not None:
         lse_base = (
-            of_layer(lse.data, layer) + layer.to(tl.int64) * stride_layer + b * of_layer(lse.stride_b, layer)
+            of_layer(lse.data, layer)
+            + layer.to(tl.int64) * stride_layer
+            + b * lse_stride(lse.stride_b, layer, OPTIONS.lse_splits)
         )
-        lse_h = of_layer(lse.stride_h, layer)
+        lse_h = lse_stride(lse.stride_h, layer, OPTIONS.lse_splits)
         lse_m = of_layer(lse.stride_m, layer)
 
     score = tl.zeros([BLOCK_N], tl.float32)
@@ -207,7 +213,7 @@ def column_scores_kernel(
             row_ok = is_set(query_mask, b, row, in_range)
             if OPTIONS.masked_rows:
                 at = block_start + (query_start - column_start) + row
-                offset = b * tokens.stride_b + at.to(tl.int64) * tokens.stride_n
+                offset = b * (tokens.stride_b16 >> 4) + at.to(tl.int64) * tokens.stride_n
                 row_ok = row_ok & (tl.load(tokens.data + offset, mask=in_range, other=0) == mask_token_id)
             sees = visible(row_ok, position, key_ok, key, left, right, OPTIONS.limited)
             if lse is None:
@@ -225,8 +231,8 @@ def column_scores_kernel(
             else:
                 acc += weights
             if REDUCTION == "mean":
-                # All heads and layers have the same rows: those of one are counted.
-                counted = row_head == first_pack if OPTIONS.per_head else (row_head == 0) & (layer == 0)
+                # All heads and layers have the same rows: those of one head are counted.
+                counted = row_head == first_pack if OPTIONS.per_head else row_head == 0
                 count += tl.sum((sees & counted[:, None]).to(tl.int32), 0)
         if REDUCTION == "max":
             score += tl.max(acc, 0).to(tl.float32, bitcast=True)
@@ -235,22 +241,34 @@ def column_scores_kernel(
 
     finished = True
     if partials is not None:
-        # partials[group, split, column], then, for the mean, as many counts.
-        counts = n_groups.to(tl.int64) * splits * n_columns
-        row_of = partials + group.to(tl.int64) * splits * n_columns + column
-        tl.store(row_of + split.to(tl.int64) * n_columns, score, mask=column_ok)
-        if REDUCTION == "mean":
-            bits = count.to(tl.float32, bitcast=True)
-            tl.store(row_of + counts + split.to(tl.int64) * n_columns, bits, mask=column_ok)
-        finished = is_last(counters + group * tiles + tile, splits)
-    if finished:
-        if partials is not None:
-            if REDUCTION == "max":
-                score = _largest_of_splits(row_of, n_columns, column_ok, n_layers * head_splits, ROW_SPLITS)
-            else:
-                score = _sum_of_splits(row_of, n_columns, column_ok, splits, tl.float32)
+        # Of layers [group, layer, column], of splits [group, layer, split, column], and as many counts.
+        plane_of = n_groups.to(tl.int64) * N_LAYERS * n_columns
+        layers_of = partials + group.to(tl.int64) * N_LAYERS * n_columns + column
+        row_of = partials + (group.to(tl.int64) * N_LAYERS + layer) * splits * n_columns + column
+        if N_LAYERS > 1:
+            row_of += plane_of
+        counts_of = row_of + plane_of * splits
+        tickets = counters + (group * tiles + tile) * (N_LAYERS + 1)
+        if OPTIONS.is_cut:
+            tl.store(row_of + split.to(tl.int64) * n_columns, score, mask=column_ok)
             if REDUCTION == "mean":
-                count = _sum_of_splits(row_of + counts, n_columns, column_ok, splits, tl.int32)
+                bits = count.to(tl.float32, bitcast=True)
+                tl.store(counts_of + split.to(tl.int64) * n_columns, bits, mask=column_ok)
+            finished = is_last(tickets + layer, splits)
+            if finished:
+                if REDUCTION == "max":
+                    score = _largest_of_splits(row_of, n_columns, column_ok, head_splits, row_splits)
+                else:
+                    score = _sum_of_splits(row_of, n_columns, column_ok, splits, tl.float32)
+                if REDUCTION == "mean":
+                    count = _sum_of_splits(counts_of, n_columns, column_ok, splits, tl.int32)
+        if N_LAYERS > 1:  # noqa: SIM102 (the compiler's)
+            if finished:
+                tl.store(layers_of + layer.to(tl.int64) * n_columns, score, mask=column_ok)
+                finished = is_last(tickets + N_LAYERS, N_LAYERS)
+                if finished:
+                    score = _sum_of_layers(layers_of, n_columns, column_ok, N_LAYERS)
+    if finished:
         if REDUCTION == "mean":
             score = score / tl.maximum(count, 1).to(tl.float32)
         target = out.data + b * out.stride_b + column.to(tl.int64) * out.stride_c
@@ -260,9 +278,9 @@ def column_scores_kernel(
             score += tl.load(target, mask=column_ok, other=0.0)
         tl.store(target, score, mask=column_ok)
         if commit is not None:
-            last_tile = is_last(counters + n_groups * tiles + group, tiles)
+            last_tile = is_last(counters + n_groups * tiles * (N_LAYERS + 1) + group, tiles)
             if last_tile:
-                scores = Matrix(out.data, out.stride_b, out.stride_c)
+                scores = Matrix(out.data, out.stride_b * 16, out.stride_c)
                 commit_row(
                     group,
                     scores,
@@ -278,15 +296,19 @@ def column_scores_kernel(
 
 
 @triton.jit
-def _largest_of_splits(row_of, n_columns, ok, packs, ROW_SPLITS: tl.constexpr):
-    """The sum over packs of heads of the largest of their splits [block_n]."""
-    score = tl.zeros([ok.shape[0]], tl.float32)
-    offs = tl.arange(0, ROW_SPLITS)
-    for index in range(0, packs):
-        at = (index * ROW_SPLITS + offs).to(tl.int64)[:, None] * n_columns
-        part = tl.load(row_of[None, :] + at, mask=ok[None, :], other=0.0)
-        score += tl.max(part.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0).to(tl.float32, bitcast=True)
-    return score
+def _largest_of_splits(row_of, n_columns, ok, head_splits, row_splits):
+    """The sum over heads of the largest of their splits [block_n]."""
+    score = tl.zeros([32, ok.shape[0]], tl.float32)
+    for start in range(0, head_splits, 32):
+        offs = start + tl.arange(0, 32)
+        there = (offs < head_splits)[:, None] & ok[None, :]
+        largest = tl.zeros([32, ok.shape[0]], tl.int32)
+        for index in range(0, row_splits):
+            at = (offs * row_splits + index).to(tl.int64)[:, None] * n_columns
+            part = tl.load(row_of[None, :] + at, mask=there, other=0.0)
+            largest = tl.maximum(largest, part.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        score += largest.to(tl.float32, bitcast=True)
+    return tl.sum(score, 0)
 
 
 @triton.jit
@@ -301,12 +323,22 @@ def _sum_of_splits(row_of, n_columns, ok, splits, DTYPE: tl.constexpr):
     return tl.sum(total, 0)
 
 
+@triton.jit
+def _sum_of_layers(row_of, n_columns, ok, N_LAYERS: tl.constexpr):
+    """The sum of all layers [block_n], one after another; none of the loads waits for a sum."""
+    total = tl.zeros([ok.shape[0]], tl.float32)
+    for layer in tl.static_range(N_LAYERS):
+        total += tl.load(row_of + layer * n_columns.to(tl.int64), mask=ok, other=0.0)
+    return total
+
+
 class Plan(NamedTuple):
     """How a column reduction is cut into programs."""
 
     cut: Cut
     pack: int
     rows: Span  # the query rows that can contribute
+    layers: int
     groups: int  # rows of the output
     tiles: int
     head_splits: int
@@ -316,7 +348,11 @@ class Plan(NamedTuple):
     @property
     def counters(self) -> int:
         """How many the kernel needs, without those of a commit."""
-        return self.groups * self.tiles
+        return self.groups * self.tiles * (self.layers + 1)
+
+
+#: Of a layer's tile of columns at the most: its last program adds them up, 32 at a time.
+_MOST_PARTIALS = 128
 
 
 def plan_columns(problem: Problem, options: Attention) -> Plan:
@@ -329,24 +365,20 @@ def plan_columns(problem: Problem, options: Attention) -> Plan:
     packed_rows = (rows.stop - rows.start) * pack
     cut = cut_columns("column_scores", problem, options, packed_rows)
 
-    groups = problem.batch * (problem.heads if options.per_head else 1)
+    groups = problem.heads if options.per_head else 1
     tiles = launch.cdiv(columns.stop - columns.start, cut.tile.block_n)
     packs = 1 if options.per_head else problem.heads // pack
-    row_tiles = launch.cdiv(packed_rows, cut.tile.block_m)
-    n_layers = len(problem.layers.q.data)
-    wanted = 4 * launch.processors(problem.device) // max(groups * tiles * n_layers, 1)
-    packs_per_split = launch.cdiv(packs, min(packs, max(wanted, 1)))
+    # A part has 64 packed rows of several packs, 16 KB of most shapes, or 128 of one: keys are read for each.
+    programs, units = groups * tiles, packs * packed_rows
+    parts = min(_MOST_PARTIALS, launch.parts(programs, units, 64))
+    packs_per_split = launch.cdiv(packs, min(packs, parts))
     head_splits = launch.cdiv(packs, packs_per_split)
     row_splits = 1
-    # A program has two tiles of rows at the least, or loading its keys costs more than its rows.
-    while (
-        packs_per_split == 1
-        and row_splits < 64
-        and 4 * row_splits <= row_tiles
-        and head_splits * row_splits < wanted
-    ):
-        row_splits *= 2
-    return Plan(cut, pack, rows, groups, tiles, head_splits, row_splits, packs_per_split)
+    if packs_per_split == 1:
+        parts = min(_MOST_PARTIALS, launch.parts(programs, units, 128))
+        row_splits = max(1, min(parts // head_splits, launch.cdiv(packed_rows, cut.tile.block_m)))
+    groups, layers = groups * problem.batch, len(problem.layers.q.data)
+    return Plan(cut, pack, rows, layers, groups, tiles, head_splits, row_splits, packs_per_split)
 
 
 def _rows_at(columns: Span, query_start: int, n_rows: int) -> Span:
@@ -387,17 +419,17 @@ def reduce_columns(
     device, rows, window = problem.device, plan.rows, Window.of(problem, options)
     n_columns = options.columns.stop - options.columns.start
     lse = OF_TILE if plan.cut.of_tile else row_lse(problem, softmax_lse, options, rows)
-    splits = len(problem.layers.q.data) * plan.head_splits * plan.row_splits
+    splits = plan.head_splits * plan.row_splits
+    kept = splits * (2 if options.reduction == "mean" else 1) if splits > 1 else 0
+    kept += plan.layers > 1
     partials = None
-    if splits > 1:
-        partials = launch.workspace(
-            device, 2 if options.reduction == "mean" else 1, plan.groups, splits, n_columns
-        )
+    if kept:
+        partials = launch.workspace(device, plan.groups, plan.layers, kept, n_columns)
         if counters is None:
-            counters = torch.zeros(plan.counters, dtype=torch.int32, device=device)
+            counters = launch.tickets(device, plan.counters)
     launch.launch(
         column_scores_kernel,
-        plan.groups * splits * plan.tiles,
+        plan.groups * plan.layers * splits * plan.tiles,
         {
             "layers": problem.layers,
             "lse": lse.operand,
@@ -415,8 +447,8 @@ def reduce_columns(
             "query_start": near(options.query_start),
             "left": window.left,
             "right": window.right,
-            "n_layers": len(problem.layers.q.data),
             "head_splits": plan.head_splits,
+            "row_splits": plan.row_splits,
             "packs_per_split": plan.packs_per_split,
             "tiles": plan.tiles,
             **step,
@@ -428,8 +460,8 @@ def reduce_columns(
                 options.accumulate,
                 masked_rows,
                 lse.splits,
-                plan.row_splits,
                 plan.pack,
+                splits > 1,
             ),
             "TILE": plan.cut.tile,
         },

@@ -13,6 +13,8 @@ from torch import Tensor
 _WORD_SCALE = tl.constexpr(2.0**-32)
 _WORD_OFFSET = tl.constexpr(2.0**-33)
 _WORD_MAX = tl.constexpr(1.0 - 2.0**-24)
+#: The largest noise of all words, that of word 0.
+MOST_NOISE = tl.constexpr(float.fromhex("0x1.6dfb52p+4"))
 _SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 _LOG2_HIGH = tl.constexpr(float.fromhex("0x1.63p-1"))
 _LOG2_LOW = tl.constexpr(float.fromhex("-0x1.bd0106p-13"))
@@ -88,12 +90,11 @@ class Logits(NamedTuple):
     stride_b: int
     stride_c: int
     stride_v: int
-    positions: int
     vocab: int
 
     @classmethod
     def of(cls, x: Tensor) -> Logits:
-        return cls(x, *x.stride(), *x.shape[1:])
+        return cls(x, *x.stride(), x.shape[2])
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""How the kernels are launched: the device's class and size, and the static table of launch parameters.
+"""How the kernels are launched: how work is cut, what class a device is of, and the table of parameters.
 
 Nothing is tuned at run time. ``TABLE`` holds one ``Config`` for each kernel, architecture class and shape
 class; ``bench/tune_triton.py`` measures the candidates of a device and prints the entries to put here.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ INTERPRET: bool = triton.knobs.runtime.interpret
 MAX_POSITIONS = 1 << 29
 _MAX_PROGRAMS = (1 << 31) - 1
 
-# The interpreter runs programs one after the other: few of them, but more than one of everything.
-_INTERPRETER_PROCESSORS = 4
+# Two for each multiprocessor of a large GPU; see ``parts``.
+_PROGRAMS = 264
 
 
 class Config(NamedTuple):
@@ -87,9 +88,16 @@ def config(kernel: str, shape_class: str, device: torch.device) -> Config:
     return own or TABLE[kernel, "any", shape_class]
 
 
-@functools.cache
 def architecture(device: torch.device) -> str:
-    """Architecture class: "sm80" (8.x), "sm90", "sm100" (10.x), "sm120" (12.x), "hip", or "other"."""
+    """Architecture class: "sm80" (8.x), "sm90", "sm100" (10.x), "sm120" (12.x), "hip", or "other". On meta
+    that of the current device, which is compiled for."""
+    if device.type == "meta":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "other"
     if torch.version.hip is not None:
@@ -98,12 +106,21 @@ def architecture(device: torch.device) -> str:
     return f"sm{major}0"
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Number of multiprocessors (compute units) of the device."""
-    if device.type != "cuda":
-        return _INTERPRETER_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def parts(programs: int, units: int, least: int) -> int:
+    """Into how many parts at the most the ``units`` of work of each of a sequence's programs are cut.
+
+    Sums are rounded by where they are cut, so every cut is made here, from the shapes of one sequence (and
+    one layer) and from nothing else: its bits depend neither on what else is in the batch, nor on the
+    device's size, nor on how many layers a call has. One sequence alone fills a large GPU then, where it has
+    that much work: ``_PROGRAMS`` programs, not more. In a large batch the parts are as many as if the
+    sequence were alone; what keeps them from being too small is ``least``, the units that each has at the
+    least, which the kernels choose such that a part's own cost (its prologue, its partial result) is small
+    beside them.
+
+    The same bits are promised to operands of the same strides and alignment: these may change in which
+    layout a tile is read and added up.
+    """
+    return max(1, min(_PROGRAMS // max(programs, 1), units // least))
 
 
 # Triton's own functions of these names cost microseconds a call outside of a kernel.
@@ -139,7 +156,7 @@ def last_program_commits(device: torch.device) -> bool:
     It needs a release-acquire increment at the device's scope, which CUDA and HIP devices have; elsewhere a
     decoding step is finished in one more launch.
     """
-    return INTERPRET or device.type == "cuda"
+    return INTERPRET or device.type in ("cuda", "meta")
 
 
 def launch(
@@ -151,19 +168,56 @@ def launch(
     device: torch.device,
     fuse_multiply_add: bool = True,
 ) -> None:
-    """Start ``programs`` programs of a kernel on the device's current stream."""
+    """Start ``programs`` programs of a kernel on the device's current stream. For operands on meta it is
+    compiled, and nothing is started."""
     if programs > _MAX_PROGRAMS:
         raise ValueError(
             f"backend: a launch takes at most {_MAX_PROGRAMS} programs, and these are {programs}"
         )
+    how = {
+        "num_warps": parameters.num_warps,
+        "num_stages": parameters.num_stages,
+        "enable_fp_fusion": fuse_multiply_add,
+    }
+    if device.type == "meta":
+        _compile(kernel, programs, {**arguments, **how})
+        return
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        kernel[(programs,)](
-            **arguments,
-            num_warps=parameters.num_warps,
-            num_stages=parameters.num_stages,
-            enable_fp_fusion=fuse_multiply_add,
-        )
+    try:
+        with on_device:
+            kernel[(programs,)](**arguments, **how)
+    except BaseException:
+        _TICKETS.of_stream.clear()  # whatever it had counted
+        raise
+
+
+class _Compiled(threading.local):
+    """By this thread."""
+
+    count = 0
+
+
+_COMPILED = _Compiled()
+
+
+def _compile(kernel: Any, programs: int, arguments: Mapping[str, object]) -> None:
+    """What a launch does before it starts anything: look for the variant, or compile and load it."""
+    variants = kernel.device_caches[triton.runtime.driver.active.get_current_device()][0]
+    known = len(variants)
+    binary = kernel.warmup(**arguments, grid=(programs,))
+    if len(variants) > known:
+        _ = binary.run  # loads it
+        _COMPILED.count += 1
+
+
+def compiled_by(device: torch.device, calls: Callable[[], None]) -> int:
+    """How many kernels were compiled for the device by some calls on meta tensors."""
+    if INTERPRET:
+        return 0
+    before = _COMPILED.count
+    with torch.cuda.device(device):
+        calls()
+    return _COMPILED.count - before
 
 
 def workspace(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -173,3 +227,36 @@ def workspace(device: torch.device, *shape: int, dtype: torch.dtype = torch.floa
     the graph, and nothing outlives or outruns the launches that use it.
     """
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+class _Tickets(threading.local):
+    """Of one thread: where its launches count."""
+
+    def __init__(self) -> None:
+        self.of_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+
+_TICKETS = _Tickets()
+
+
+def tickets(device: torch.device, count: int) -> Tensor:
+    """At least ``count`` int32 counters for one launch on the current stream, all 0 when it starts.
+
+    They are 0 again when it ends: the last program that counts at one sets it back (``tile.is_last``). So one
+    tensor, zeroed once, serves all launches of a stream, which run one after another; no launch has to zero
+    it. Each stream has its own, and each thread, as different streams of two threads may bear the same
+    number. A graph may be replayed on any stream, beside whatever runs there: what is captured has counters
+    of its own, zeroed by the graph. A kernel that starts runs to its end, or its context is lost; where a
+    launch fails before or while it starts, the counters are forgotten (``launch``).
+    """
+    stream = 0
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return torch.zeros(count, dtype=torch.int32, device=device)
+            stream = torch.cuda.current_stream().cuda_stream
+    kept = _TICKETS.of_stream.get((device, stream))
+    if kept is None or kept.numel() < count:
+        kept = torch.zeros(max(4096, next_power_of_2(count)), dtype=torch.int32, device=device)
+        _TICKETS.of_stream[device, stream] = kept
+    return kept

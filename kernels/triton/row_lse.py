@@ -51,6 +51,8 @@ class Options(NamedTuple):
 
 @triton.jit(
     do_not_specialize=[
+        "n_heads",
+        "n_rows",
         "n_batch",
         "row_start",
         "row_stop",
@@ -171,7 +173,9 @@ def row_lse(
     """The row log-sum-exp of all layers, as it was given or launched here for a range of rows."""
     if softmax_lse[0] is not None:
         scale = LOG2E if options.lse_base == "e" else 1.0
-        return RowLse(Lse(tuple(softmax_lse), *shared_strides(softmax_lse), scale), 0, 0)
+        (b, h, m) = shared_strides(softmax_lse)
+        strides = tuple(16 * x for x in b), tuple(16 * x for x in h), m
+        return RowLse(Lse(tuple(softmax_lse), *strides, scale), 0, 0)
     keys = options.columns if options.softmax_scope == "block" else Span(0, problem.n_keys)
     return _computed(problem, options, rows, keys)
 
@@ -191,11 +195,15 @@ def _computed(
     block_m = fitting(n_rows, parameters.block_m)
     block_n = fitting(n_keys, parameters.block_n)
     packs = problem.heads // pack
-    programs = n_layers * problem.batch * packs * launch.cdiv(max(n_rows, 0), block_m)
-    splits = 1
-    while splits < 32 and 2 * splits * block_n < n_keys and programs * splits < 2 * launch.processors(device):
-        splits *= 2
-    lse = launch.workspace(device, n_layers, problem.batch, problem.heads, problem.n_rows, 2, splits)
+    of_sequence = packs * launch.cdiv(n_rows, block_m)
+    programs = n_layers * problem.batch * of_sequence
+    # A part has four tiles of keys, 64 KB of most shapes. A power of two of them, which a reader of the
+    # results loads at once, and few, which add 8 bytes to what it reads of a row.
+    parts = launch.parts(of_sequence, launch.cdiv(n_keys, block_n), 4)
+    splits = min(32, 1 << (parts.bit_length() - 1))
+    # Whole groups of 16 rows: the strides differ by that, in what they divide by, for no number of rows.
+    kept_rows = launch.cdiv(problem.n_rows, 16) * 16
+    lse = launch.workspace(device, n_layers, problem.batch, problem.heads, kept_rows, 2, splits)
     if programs > 0:
         launch.launch(
             row_lse_kernel,
@@ -206,7 +214,7 @@ def _computed(
                 "lse": lse,
                 "stride_layer": lse.stride(0),
                 "n_heads": problem.heads,
-                "n_rows": problem.n_rows,
+                "n_rows": kept_rows,
                 "n_batch": problem.batch,
                 "row_start": rows.start,
                 "row_stop": rows.stop,

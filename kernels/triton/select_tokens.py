@@ -121,7 +121,7 @@ class Commit(NamedTuple):
 def _row(matrix, b):
     row = matrix
     if matrix is not None:
-        row = Row(matrix.data + b * matrix.stride_b, matrix.stride_n)
+        row = Row(matrix.data + b * (matrix.stride_b16 >> 4), matrix.stride_n)
     return row
 
 
@@ -299,6 +299,7 @@ def _select_row(
                 ok,
                 tokens.n_splits,
                 mask_token_id,
+                OPTIONS.metric,
                 OPTIONS.splits,
             )
             value = confidence_of(best, OPTIONS.metric)

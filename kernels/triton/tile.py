@@ -4,8 +4,9 @@ The query heads that share a key head are packed into the rows of a tile: row r 
 r % PACK of the pack. Logarithms are to base 2 throughout.
 
 Kernels take tensors with their strides, and compile-time options, as records. Triton specialises every
-integer of a record by whether 16 divides it and whether it is 1, as strides want; sizes and places that
-differ from call to call are therefore arguments by themselves, named under ``do_not_specialize``.
+integer of a record by whether 16 divides it and whether it is 1, as strides want. What differs from call to
+call must not be compiled for: sizes and places are therefore arguments by themselves, named under
+``do_not_specialize``, and in records they are 16-fold (``..16``), so that 16 always divides them.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ class Matrix(NamedTuple):
     """A tensor [B, N]."""
 
     data: Tensor
-    stride_b: int
+    stride_b16: int
     stride_n: int
 
     @classmethod
     def of(cls, x: Tensor) -> Matrix:
-        return cls(x, *x.stride())
+        return cls(x, 16 * x.stride(0), x.stride(1))
 
     @classmethod
     def optional(cls, x: Tensor | None) -> Matrix | None:
@@ -61,8 +62,8 @@ class Keys(NamedTuple):
     mask: Matrix | None
     table: Matrix | None
     lengths: Vector | None
-    n_keys: int
-    pages: tuple[int, ...] | None  # of all layers, or of each
+    n_keys16: int  # 0 where it makes no difference
+    pages16: tuple[int, ...] | None  # of all layers, or of each
 
     @classmethod
     def of(cls, masks: Masks, tensors: Sequence[Tensor]) -> Keys:
@@ -70,8 +71,8 @@ class Keys(NamedTuple):
             Matrix.optional(masks.key_mask),
             Matrix.optional(masks.block_table),
             None if masks.seqlens_k is None else Vector(masks.seqlens_k, masks.seqlens_k.stride(0)),
-            masks.n_keys(tensors[0]),
-            _shared([x.shape[0] for x in tensors]) if masks.paged else None,
+            0 if masks.seqlens_k is None else 16 * masks.n_keys(tensors[0]),
+            _shared([16 * x.shape[0] for x in tensors]) if masks.paged else None,
         )
 
 
@@ -97,7 +98,7 @@ class Lse(NamedTuple):
     """Row log-sum-exp [B, H, M] of all layers."""
 
     data: tuple[Tensor, ...]
-    stride_b: tuple[int, ...]
+    stride_b: tuple[int, ...]  # 16-fold where it was given, as stride_h
     stride_h: tuple[int, ...]
     stride_m: tuple[int, ...]
     scale: float  # to base 2
@@ -146,10 +147,19 @@ def of_layer(values, layer):
 
 
 @triton.jit
+def lse_stride(strides, layer, SPLITS: tl.constexpr):
+    """stride_b or stride_h of an ``Lse``, given or computed in so many splits."""
+    stride = of_layer(strides, layer)
+    if SPLITS == 0:
+        stride = stride >> 4
+    return stride
+
+
+@triton.jit
 def is_set(mask, b, at, ok):
     """Where ok, and set in row b of a mask; all are set in no mask."""
     if mask is not None:
-        offset = b * mask.stride_b + at.to(tl.int64) * mask.stride_n
+        offset = b * (mask.stride_b16 >> 4) + at.to(tl.int64) * mask.stride_n
         ok = ok & (tl.load(mask.data + offset, mask=ok, other=0) != 0)
     return ok
 
@@ -160,7 +170,8 @@ def keys_ahead(keys, b):
     ahead = 0
     if keys.lengths is not None:
         length = tl.load(keys.lengths.data + b * keys.lengths.stride_b)
-        ahead = keys.n_keys - tl.minimum(tl.maximum(length, 0), keys.n_keys)
+        n_keys = keys.n_keys16 >> 4
+        ahead = n_keys - tl.minimum(tl.maximum(length, 0), n_keys)
     return ahead
 
 
@@ -183,9 +194,9 @@ def find_keys(layers, keys, layer, b, position, ok, ahead, TILE: tl.constexpr):
     offset = n.to(tl.int64) * of_layer(layers.k.stride_r, layer)
     if keys.table is not None:
         index = n // TILE.page_size
-        entry = b * keys.table.stride_b + index.to(tl.int64) * keys.table.stride_n
+        entry = b * (keys.table.stride_b16 >> 4) + index.to(tl.int64) * keys.table.stride_n
         page = tl.load(keys.table.data + entry, mask=ok, other=-1)
-        ok = ok & (page >= 0) & (page < of_layer(keys.pages, layer))
+        ok = ok & (page >= 0) & (page < (of_layer(keys.pages16, layer) >> 4))
         offset = (n - index * TILE.page_size).to(tl.int64) * of_layer(layers.k.stride_r, layer)
         offset += page.to(tl.int64) * of_layer(layers.k.stride_b, layer)
     return ok, is_set(keys.mask, b, n, ok), offset
@@ -337,12 +348,15 @@ def is_last(counter, total):
     """Whether all the other programs that count here have finished; their results can be read then.
 
     The increment releases this program's results and acquires the others'. It is one thread's: the first
-    barrier puts the writes of all threads before it, the second puts their reads after it.
+    barrier puts the writes of all threads before it, the second puts their reads after it. The last one sets
+    the counter back to 0 for the next launch: no other program of this one comes to it again.
     """
     tl.debug_barrier()
     before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
-    return before == total - 1
+    last = before == total - 1
+    tl.store(counter, 0, mask=last)
+    return last
 
 
 class Problem(NamedTuple):

@@ -28,7 +28,18 @@ from torch import Tensor
 from attn_sampler.options import LOG2E, Sampling
 
 from . import launch
-from .draws import Bitmask, Draws, Logits, Rows, draw_of, gumbel_noise, inverse_of, is_allowed, normal
+from .draws import (
+    MOST_NOISE,
+    Bitmask,
+    Draws,
+    Logits,
+    Rows,
+    draw_of,
+    gumbel_noise,
+    inverse_of,
+    is_allowed,
+    normal,
+)
 from .tile import Matrix
 from .truncation import truncate_kernel
 
@@ -63,23 +74,30 @@ class Partial(NamedTuple):
 
 
 @triton.jit
-def _reduce_partials(p, AXIS: tl.constexpr):
-    """Merge the partials along an axis."""
+def _reduce_partials(p, AXIS: tl.constexpr, METRIC: tl.constexpr):
+    """Merge the partials along an axis. What another metric needs is left at 0: each field that is merged is
+    a reduction over the warps, and a part of the vocabulary is over in a few microseconds."""
     top = tl.max(p.m, AXIS, keep_dims=True)
     distance = _distance(p.m, top)
     weight = tl.exp2(distance * _LOG2E)
-    t = tl.sum(weight * (p.t + distance * p.l), AXIS)
     l = tl.sum(weight * p.l, AXIS)  # noqa: E741
+    t = tl.zeros_like(l)
+    if METRIC == "entropy":
+        t = tl.sum(weight * (p.t + distance * p.l), AXIS)
     best = tl.max(p.key, AXIS, keep_dims=True)
     winner = tl.min(tl.where(p.key == best, p.token, _NO_TOKEN), AXIS, keep_dims=True)
     won = p.token == winner
     x = tl.max(tl.where(won, p.x, -_INF), AXIS)
-    other = tl.max(tl.where(won, p.other, p.m), AXIS)
+    other = tl.zeros_like(l)
+    if METRIC == "margin":
+        other = tl.max(tl.where(won, p.other, p.m), AXIS)
     return Partial(tl.max(p.m, AXIS), l, t, tl.max(p.key, AXIS), tl.min(winner, AXIS), x, other)
 
 
 @triton.jit
-def merge_partials(partials, plane, row, row_ok, n_splits, exclude, SPLITS: tl.constexpr):
+def merge_partials(
+    partials, plane, row, row_ok, n_splits, exclude, METRIC: tl.constexpr, SPLITS: tl.constexpr
+):
     """Merge the stored partials of rows: partials[field * plane + row * n_splits + split]. Where no token is
     present, any that is not excluded has to do."""
     split = tl.arange(0, SPLITS)[None, :]
@@ -88,13 +106,17 @@ def merge_partials(partials, plane, row, row_ok, n_splits, exclude, SPLITS: tl.c
     none = -_INF
     m = tl.load(p, mask=ok, other=none)
     l = tl.load(p + plane, mask=ok, other=0.0)  # noqa: E741
-    t = tl.load(p + 2 * plane, mask=ok, other=0.0)
+    t = tl.zeros_like(l)
+    if METRIC == "entropy":
+        t = tl.load(p + 2 * plane, mask=ok, other=0.0)
     key = tl.load(p + 3 * plane, mask=ok, other=none)
     token = tl.load(p + 4 * plane, mask=ok, other=0.0).to(tl.int32, bitcast=True)
     token = tl.where(ok, token, _NO_TOKEN)
     x = tl.load(p + 5 * plane, mask=ok, other=none)
-    other = tl.load(p + 6 * plane, mask=ok, other=none)
-    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 1)
+    other = tl.zeros_like(l)
+    if METRIC == "margin":
+        other = tl.load(p + 6 * plane, mask=ok, other=none)
+    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 1, METRIC)
     token = tl.where(best.token == _NO_TOKEN, (exclude == 0).to(tl.int32), best.token)
     return Partial(best.m, best.l, best.t, best.key, token, best.x, best.other)
 
@@ -140,9 +162,21 @@ class Options(NamedTuple):
     block_w: int
 
 
-@triton.jit(do_not_specialize=["first_group", "seed", "top_k", "exclude", "n_splits", "n_counters"])
+@triton.jit(
+    do_not_specialize=[
+        "positions",
+        "first_group",
+        "seed",
+        "top_k",
+        "exclude",
+        "plane",
+        "n_splits",
+        "n_counters",
+    ]
+)
 def token_partials_kernel(
     logits,
+    positions,
     bitmask,
     first_group,
     draws,
@@ -176,14 +210,15 @@ def token_partials_kernel(
             tl.store(counters + index, 0)
     row = pid // n_splits
     split = pid % n_splits
-    batch = row // logits.positions
-    position = row % logits.positions
+    batch = row // positions
+    position = row % positions
     base = logits.data + batch.to(tl.int64) * logits.stride_b + position.to(tl.int64) * logits.stride_c
     first = split * split_size - LEAD
     last = tl.minimum(first + split_size, logits.vocab)
     if SAMPLE:
         draw = draw_of(draws, seed, inverse_temperature, top_k, top_p, min_p, batch)
         samples = (draw.inverse_temperature > 0.0) & (draw.truncates == 0)
+        best = tl.full([], -_INF, tl.float32)
 
     # Sampling and the margin need the best token of every tile. Without them a lane only remembers the tile
     # in which its maximum rose, and looks the token up there at the end: half the work for each logit.
@@ -223,25 +258,38 @@ def token_partials_kernel(
         if KEYED:
             present = there & (here != exclude)
             clean = tl.where(raw == raw, raw, -_INF)
-            keys = clean
-            if SAMPLE:  # noqa: SIM102 (of the two the first is the compiler's)
-                if samples:
-                    group = (start + LEAD) // 4 + (
-                        tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4) + tl.arange(0, BLOCK_W // 4)[None, :]
-                    )
-                    group = first_group.to(tl.uint32) + group.to(tl.uint32)
-                    keys = raw * draw.inverse_temperature + gumbel_noise(draw.seed, position, group)
-                    keys = tl.where(keys == keys, keys, -_INF)
-            tile_key = tl.max(tl.where(present, keys, -_INF), 0)
-            tile_token = tl.min(tl.where(present & (keys == tile_key[None, :]), here, _NO_TOKEN), 0)
-            # Tokens are met in ascending order: a tie changes nothing, unless no token had been met.
-            take = (tile_key > key) | (token == _NO_TOKEN)
-            chosen = here == tile_token[None, :]
-            tile_other = tl.max(tl.where(chosen, -_INF, clean), 0)
-            other = tl.where(take, tl.maximum(tile_other, m), tl.maximum(other, tl.max(clean, 0)))
-            key = tl.where(take, tile_key, key)
-            x = tl.where(take, tl.max(tl.where(chosen, clean, -_INF), 0), x)
-            token = tl.where(take, tile_token, token)
+            looks = True
+            if SAMPLE:
+                # Multiplying and adding round monotonically: the key of no token here is above that of the
+                # largest logit with the largest noise. What is not above the best key loses to it, which an
+                # earlier token has; its noise need not be known.
+                bound = tl.max(tile_m, 0) * draw.inverse_temperature + MOST_NOISE
+                looks = (samples == 0) | (bound > best) | (best == -_INF)
+            if looks:
+                keys = clean
+                if SAMPLE:  # noqa: SIM102 (of the two the first is the compiler's)
+                    if samples:
+                        group = (start + LEAD) // 4 + (
+                            tl.arange(0, BLOCK_K)[:, None] * (BLOCK_W // 4)
+                            + tl.arange(0, BLOCK_W // 4)[None, :]
+                        )
+                        group = first_group.to(tl.uint32) + group.to(tl.uint32)
+                        keys = raw * draw.inverse_temperature + gumbel_noise(draw.seed, position, group)
+                        keys = tl.where(keys == keys, keys, -_INF)
+                tile_key = tl.max(tl.where(present, keys, -_INF), 0)
+                tile_token = tl.min(tl.where(present & (keys == tile_key[None, :]), here, _NO_TOKEN), 0)
+                # Tokens are met in ascending order: a tie changes nothing, unless no token had been met.
+                take = (tile_key > key) | (token == _NO_TOKEN)
+                chosen = here == tile_token[None, :]
+                tile_other = tl.max(tl.where(chosen, -_INF, clean), 0)
+                other = tl.where(take, tl.maximum(tile_other, m), tl.maximum(other, tl.max(clean, 0)))
+                key = tl.where(take, tile_key, key)
+                x = tl.where(take, tl.max(tl.where(chosen, clean, -_INF), 0), x)
+                token = tl.where(take, tile_token, token)
+                if SAMPLE:
+                    best = tl.max(key, 0)
+            else:
+                other = tl.maximum(other, tl.max(clean, 0))
         else:
             token = tl.where(rises, start, token)
         m = new_m
@@ -256,7 +304,7 @@ def token_partials_kernel(
         )
         hit = found[None, :] & (raw == m[None, :]) & (here != exclude)
         token = tl.min(tl.where(hit, here, _NO_TOKEN), 0)
-    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 0)
+    best = _reduce_partials(Partial(m, l, t, key, token, x, other), 0, METRIC)
     token = best.token
     if not KEYED:
         # No logit above -inf: the first token there is.
@@ -265,11 +313,13 @@ def token_partials_kernel(
     p = partials + row.to(tl.int64) * n_splits + split
     tl.store(p, best.m)
     tl.store(p + plane, best.l)
-    tl.store(p + 2 * plane, best.t)
+    if METRIC == "entropy":
+        tl.store(p + 2 * plane, best.t)
     tl.store(p + 3 * plane, best.key)
     tl.store(p + 4 * plane, token.to(tl.float32, bitcast=True))
     tl.store(p + 5 * plane, best.x)
-    tl.store(p + 6 * plane, best.other)
+    if METRIC == "margin":
+        tl.store(p + 6 * plane, best.other)
 
 
 class Current(NamedTuple):
@@ -281,11 +331,12 @@ class Current(NamedTuple):
     probability: Tensor
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits", "exclude"])
+@triton.jit(do_not_specialize=["plane", "n_rows", "positions", "n_splits", "exclude"])
 def merge_partials_kernel(
     partials,
     plane,
     n_rows,
+    positions,
     n_splits,
     token_ids,
     confidence,
@@ -299,14 +350,14 @@ def merge_partials_kernel(
     """What is predicted of BLOCK rows."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < n_rows
-    best = merge_partials(partials, plane, row, ok, n_splits, exclude, SPLITS)
+    best = merge_partials(partials, plane, row, ok, n_splits, exclude, METRIC, SPLITS)
     tl.store(token_ids + row, best.token.to(tl.int64), mask=ok)
     tl.store(confidence + row, confidence_of(best, METRIC), mask=ok)
     tl.store(log_prob + row, log_prob_of(best), mask=ok)
     if current is not None:
-        b = row // current.logits.positions
-        position = row % current.logits.positions
-        ids = current.ids.data + b.to(tl.int64) * current.ids.stride_b
+        b = row // positions
+        position = row % positions
+        ids = current.ids.data + b.to(tl.int64) * (current.ids.stride_b16 >> 4)
         token = tl.load(ids + position.to(tl.int64) * current.ids.stride_n, mask=ok, other=0)
         probability = probability_of(best, current.logits, current.bitmask, exclude, b, position, token, ok)
         tl.store(current.probability + row, probability, mask=ok)
@@ -337,7 +388,8 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
     rows = batch * positions
     lead = vocab_start % 4 if sample else 0
     tiles = launch.cdiv(lead + vocab, tile)
-    splits = min(tiles, 64, max(1, 4 * launch.processors(logits.device) // max(rows, 1)))
+    # Two tiles a part, 16 KB: the partials of all lanes are merged at its end. 64 parts are merged at once.
+    splits = min(64, launch.parts(positions, tiles, 2))
     tiles_per_split = launch.cdiv(tiles, splits)
     splits = launch.cdiv(tiles, tiles_per_split)
     partials = launch.workspace(logits.device, len(Partial._fields), rows, splits)
@@ -348,6 +400,7 @@ def token_partials(logits: Tensor, options: Sampling, counters: Tensor | None = 
     of_rows, numbers = zip(*map(Rows.split, given), strict=True)
     arguments = {
         "logits": Logits.of(logits),
+        "positions": positions,
         "bitmask": Bitmask.optional(options.token_bitmask),
         "first_group": vocab_start // 4,
         "draws": Draws(*of_rows),
@@ -418,6 +471,7 @@ def token_confidence(
             "partials": partials,
             "plane": rows * splits,
             "n_rows": rows,
+            "positions": logits.shape[1],
             "n_splits": splits,
             "token_ids": token_ids,
             "confidence": confidence,

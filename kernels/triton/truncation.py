@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .draws import draw_of, exact_neg_log, gumbel_noise, is_allowed, token_weight
+from .draws import MOST_NOISE, draw_of, exact_neg_log, gumbel_noise, is_allowed, token_weight
 
 _INF = tl.constexpr(float("inf"))
 _NO_TOKEN = tl.constexpr(2**31 - 1)
@@ -107,7 +107,8 @@ def _draw_from(row, seed, first_group, most, LEAD: tl.constexpr, BLOCK: tl.const
         here = start + tl.arange(0, BLOCK)
         scaled = _raw(row, here) * row.inverse_temperature
         near = (_below(row, scaled) <= most) & (scaled > -_INF)
-        if tl.max(near.to(tl.int32), 0) > 0:
+        # Of what is not near, and of what cannot exceed the best key, the noise need not be known.
+        if tl.max(tl.where(near, scaled, -_INF), 0) + MOST_NOISE > key:
             group = (start + LEAD) // 4 + tl.arange(0, BLOCK // 4)[None, :]
             noise = gumbel_noise(seed, row.position, first_group.to(tl.uint32) + group.to(tl.uint32))
             keys = tl.where(near, scaled + tl.reshape(noise, [BLOCK]), -_INF)
@@ -118,9 +119,10 @@ def _draw_from(row, seed, first_group, most, LEAD: tl.constexpr, BLOCK: tl.const
     return token
 
 
-@triton.jit(do_not_specialize=["first_group", "seed", "top_k", "exclude", "n_splits"])
+@triton.jit(do_not_specialize=["positions", "first_group", "seed", "top_k", "exclude", "plane", "n_splits"])
 def truncate_kernel(
     logits,
+    positions,
     bitmask,
     first_group,
     draws,
@@ -140,8 +142,8 @@ def truncate_kernel(
 ):
     """Draws a row's token where only some may be drawn, and puts it into all of the row's partials."""
     pid = tl.program_id(0)
-    b = pid // logits.positions
-    position = pid % logits.positions
+    b = pid // positions
+    position = pid % positions
     draw = draw_of(draws, seed, inverse_temperature, top_k, top_p, min_p, b)
     split = tl.arange(0, SPLITS)
     ok = split < n_splits
@@ -173,15 +175,13 @@ def truncate_kernel(
                 above = _mass(row, below - 1, BLOCK)
                 found = above.to(tl.float64) < draw.top_p.to(tl.float64) * mass.to(tl.float64)
             most = below - 1
-        other = -_INF
+        zeros = tl.zeros([SPLITS], tl.float32)
+        tl.store(p + 3 * plane, zeros, mask=ok)
+        tl.store(p + 4 * plane, (token + tl.zeros([SPLITS], tl.int32)).to(tl.float32, bitcast=True), mask=ok)
+        tl.store(p + 5 * plane, x + zeros, mask=ok)
         if METRIC == "margin":
             others = tl.full([BLOCK], -_INF, tl.float32)
             for start in range(0, logits.vocab, BLOCK):
                 here = start + tl.arange(0, BLOCK)
                 others = tl.maximum(others, tl.where(here == token, -_INF, _raw(row, here)))
-            other = tl.max(others, 0)
-        zeros = tl.zeros([SPLITS], tl.float32)
-        tl.store(p + 3 * plane, zeros, mask=ok)
-        tl.store(p + 4 * plane, (token + tl.zeros([SPLITS], tl.int32)).to(tl.float32, bitcast=True), mask=ok)
-        tl.store(p + 5 * plane, x + zeros, mask=ok)
-        tl.store(p + 6 * plane, other + zeros, mask=ok)
+            tl.store(p + 6 * plane, tl.max(others, 0) + zeros, mask=ok)

@@ -26,7 +26,7 @@ from attn_sampler.backends import extension as backend_of_extension
 from attn_sampler.backends.extension import _view
 
 CPU, CUDA = 0, 1
-N_DEVICES = 10  # emulated; none has code on device 2
+N_DEVICES = 11  # emulated; none has code on device 2, and PTX of an older one is compiled for device 10
 #: Multiprocessors of those that differ by their number of them alone, by device.
 PROCESSORS = {1: 2, 3: 1, 4: 3, 5: 5, 6: 13, 7: 64, 8: 132, 9: 264}
 
@@ -54,11 +54,15 @@ class Step:
         dtype: torch.dtype = torch.bfloat16,
         sequences: slice = slice(2),
         vocab: int = 11,
+        rows: int = 6,
+        unaligned: tuple[int, ...] = (),  # layers
     ) -> None:
         self.module = load(extension)
         self.host = ctypes.CDLL(str(extension))
-        q = [normal(i, 2, 4, 6, 32, dtype=dtype)[sequences] for i in range(n_layers)]
+        q = [normal(i, 2, 4, rows, 32, dtype=dtype)[sequences] for i in range(n_layers)]
         k = [normal(100 + i, 2, 2, 24, 32, dtype=dtype)[sequences] for i in range(n_layers)]
+        for i in unaligned:
+            k[i] = torch.cat([k[i].new_zeros(1), k[i].flatten()])[1:].view(k[i].shape)
         batch = q[0].shape[0]
         scales = [
             normal(200 + i, 2, 2)[sequences].abs() if dtype == FLOAT8 else None for i in range(n_layers)
@@ -80,7 +84,7 @@ class Step:
             slice(18, 24),
             7,
             "all",
-            attention_options(slice(18, 24), 18),
+            attention_options(slice(18, 24), 24 - rows),
             options.Sampling("probability", 0.0, None),
             options.Selection("parallel", "confidence", 0.4, 0.4, 0.1, 1),
         )
@@ -153,18 +157,48 @@ def test_bits_are_a_matter_of_one_sequence(extension: Path, with_lse: bool) -> N
         assert all(torch.equal(x, y[1:]) for x, y in zip(alone, expected, strict=True)), processors
 
 
-def test_a_step_adds_layers_up_as_calls_would(extension: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_whose_keys_are_cut(extension: Path, dtype: torch.dtype) -> None:
+    """The log-sum-exp over more keys than one block reads; the first sequence alone has the same bits."""
+    module, host = load(extension), ctypes.CDLL(str(extension))
+    q, k = normal(0, 2, 1, 3, 16, dtype=dtype), normal(1, 2, 1, 3300, 16, dtype=dtype)
+
+    def scores(batch: int) -> torch.Tensor:
+        out = torch.full((batch, 8), torch.nan)
+        layer = options.Layer(q[:batch], k[:batch], None)
+        arguments = [_view(x) for x in (out, layer, options.Masks(), attention_options(slice(40, 48), 3297))]
+        needed = module.column_scores(*arguments, (CUDA, 1, 1, 0, 0, 0))
+        workspace = fresh_workspace(needed)
+        assert module.column_scores(*arguments, (CUDA, 1, 1, 0, workspace.data_ptr(), needed)) == 0
+        return out
+
+    weights = torch.softmax(q.double() @ k.double().mT / 4, dim=3)  # [2, 1, 3, 3300]
+    for seed in range(3):
+        host.cuda_host_shuffle(ctypes.c_uint64(seed))
+        found = scores(2)
+        torch.testing.assert_close(found.double(), weights.sum((1, 2))[:, 40:48], rtol=1e-4, atol=1e-7)
+        assert torch.equal(scores(1), found[:1])
+
+
+@pytest.mark.parametrize("rows", [6, 150])  # of one unit, and of many
+@pytest.mark.parametrize(("unaligned", "launches"), [((), 1), ((1,), 3)])
+def test_a_step_adds_layers_up_as_calls_would(
+    extension: Path, rows: int, unaligned: tuple[int, ...], launches: int
+) -> None:
+    """In the same bits, whichever of them start on 16 bytes."""
     module = load(extension)
-    step = Step(extension, 3, True)
+    step = Step(extension, 3, True, rows=rows, unaligned=unaligned)
     needed = step.run((CUDA, 1, 1, 0, 0, 0))
     workspace = fresh_workspace(needed)
+    before = step.host.cuda_host_launches()
     assert step.run((CUDA, 1, 1, 0, workspace.data_ptr(), needed)) == 0
+    assert step.host.cuda_host_launches() - before == launches
     q, k, lse, _ = step.keep
     out = torch.full((2, 6), torch.nan)
     for i in range(3):
-        how = attention_options(slice(18, 24), 18)._replace(accumulate=i > 0)
+        how = attention_options(slice(18, 24), 24 - rows)._replace(accumulate=i > 0)
         arguments = [_view(x) for x in (out, options.Layer(q[i], k[i], lse[i]), options.Masks(), how)]
-        assert module.column_scores(*arguments, (CUDA, 1, 1, 0, 0, 0)) == 0  # one unit: no partial sums
+        assert module.column_scores(*arguments, (CUDA, 1, 1, 0, workspace.data_ptr(), needed)) == 0
     assert torch.equal(out, step.scores)
 
 
@@ -239,6 +273,15 @@ def test_the_device_is_current_during_the_call_only(extension: Path) -> None:
         assert step.host.cuda_host_current_device() == 0
     with pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
         step.run((CUDA, 1, N_DEVICES, 0, workspace.data_ptr(), needed))
+
+
+@pytest.mark.parametrize(("device", "early"), [(0, 1), (1, 0), (10, 0)])
+def test_only_code_that_waits_starts_early(extension: Path, device: int, early: int) -> None:
+    step = Step(extension, 1, True)
+    needed = step.run((CUDA, 1, device, 0, 0, 0))
+    workspace = fresh_workspace(needed)
+    assert step.run((CUDA, 1, device, 0, workspace.data_ptr(), needed)) == 0
+    assert step.host.cuda_host_starts_early() == early
 
 
 @pytest.mark.parametrize(
@@ -339,5 +382,6 @@ def test_under_the_sanitizers(tmp_path: Path) -> None:
         "a product reads beyond the shared memory",
         "warps multiply by different matrices",
         "took part in 0 of the block's 1 products",
+        "has not waited for the launch before",
     ):
         assert report in result.stdout, result.stdout

@@ -4,12 +4,13 @@ They run on the GPU where there is one, else in a place of their own, under ``TR
 tensors. There bfloat16 operands are widened to float32 on load, since the interpreter has no bfloat16
 arithmetic; what a GPU does with them shows on a GPU alone.
 
-Every workspace starts out poisoned, and the device has many processors, so that whatever can be split is.
+Every workspace starts out poisoned, and parts may be small, so that whatever can be split is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -23,12 +24,20 @@ import triton
 import triton.language as tl
 from attn_sampler.kernels import launch
 from attn_sampler.kernels.decode_step import MAX_LAYERS
-from attn_sampler.kernels.draws import gumbel_noise
+from attn_sampler.kernels.draws import MOST_NOISE, gumbel_noise
 from problems import AttentionProblem, assert_accurate, generator, judge, normal, random_attention, row_lse
 from test_decode_step import MASK, VOCAB, Step
 from torch import Tensor
 
-from attn_sampler import column_scores, kernels, reference, stream, token_confidence
+from attn_sampler import (
+    attention_map,
+    column_scores,
+    decode_step,
+    kernels,
+    reference,
+    stream,
+    token_confidence,
+)
 from attn_sampler.options import MAX_HEADDIM
 
 pytestmark = [
@@ -54,8 +63,11 @@ def poisoned_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def many_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "processors", lambda device: 64)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = launch.parts
+    monkeypatch.setattr(
+        launch, "parts", lambda programs, units, least: parts(programs, units, max(1, least // 4))
+    )
 
 
 @pytest.fixture
@@ -144,6 +156,78 @@ def test_same_bits_every_run(reduction: str) -> None:
         assert torch.equal(column_scores(q, k, reduction=reduction, backend="triton"), first)
 
 
+def alone(x: Tensor, index: int) -> Tensor:
+    return x[index : index + 1].clone()
+
+
+#: Sequences beside the one that is compared: interpreted, every program takes its time.
+BATCH = 2 if launch.INTERPRET else 64
+
+
+@pytest.mark.parametrize(("reduction", "per_head"), [("sum", False), ("mean", True), ("max", False)])
+def test_scores_are_the_same_bits_in_any_batch(reduction: str, per_head: bool) -> None:
+    """However many programs the others take: rows, heads and keys are cut as if a sequence were alone."""
+    q, k = normal(1, BATCH, 4, 20, 16).to(DEVICE), normal(2, BATCH, 2, 270, 16).to(DEVICE)
+    options = {"columns": slice(200, 210), "per_head": per_head, "reduction": reduction, "backend": "triton"}
+    together = column_scores(q, k, **options)
+    assert torch.equal(column_scores(alone(q, 1), alone(k, 1), **options), together[1:2])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_maps_are_the_same_bits_in_any_batch(reduction: str) -> None:
+    q, k = normal(1, BATCH, 4, 10, 16).to(DEVICE), normal(2, BATCH, 2, 130, 16).to(DEVICE)
+    options = {"columns": slice(10, 130), "reduction": reduction, "backend": "triton"}
+    together = attention_map(q, k, **options)
+    assert torch.equal(attention_map(alone(q, 1), alone(k, 1), **options), together[1:2])
+
+
+def test_predictions_are_the_same_bits_in_any_batch() -> None:
+    logits = normal(3, BATCH, 2, 9000).to(DEVICE)
+    together = token_confidence(logits, metric="entropy", backend="triton")
+    own = token_confidence(alone(logits, 1), metric="entropy", backend="triton")
+    for a, b in zip(own[:3], together[:3], strict=True):
+        assert torch.equal(a, b[1:2])
+
+
+@pytest.mark.usefixtures("small_vocabulary_tiles")
+def test_steps_are_the_same_bits_in_any_batch_and_layer_by_layer() -> None:
+    block, batch = slice(10, 18), BATCH
+    tokens, logits = torch.full((batch, 20), MASK, device=DEVICE), normal(4, batch, 8, VOCAB).to(DEVICE)
+    layers = [
+        (normal(seed, batch, 2, 20, 16).to(DEVICE), normal(seed + 9, batch, 1, 20, 16).to(DEVICE))
+        for seed in range(2)
+    ]
+    together = decode_step(tokens.clone(), logits, layers, block=block, mask_token_id=MASK, backend="triton")
+    own = decode_step(
+        alone(tokens, 1),
+        alone(logits, 1),
+        [(alone(q, 1), alone(k, 1)) for q, k in layers],
+        block=block,
+        mask_token_id=MASK,
+        backend="triton",
+    )
+    for a, b in zip(own[:5], together[:5], strict=True):
+        assert torch.equal(a, b[1:2])
+    scores = torch.zeros_like(own.scores)
+    for q, k in layers:
+        column_scores(alone(q, 1), alone(k, 1), columns=block, out=scores, backend="triton")
+    assert torch.equal(scores, own.scores)
+
+
+def test_counters_are_left_at_zero_and_forgotten_by_a_failed_launch() -> None:
+    q, k = normal(1, 1, 4, 20, 16).to(DEVICE), normal(2, 1, 2, 20, 16).to(DEVICE)
+    expected = column_scores(q, k, backend="triton")
+    counters = launch.tickets(DEVICE, 1)
+    assert launch.tickets(DEVICE, 1) is counters
+    assert not counters.any()
+    counters.fill_(1)
+    with pytest.raises(Exception):  # noqa: B017, PT011 (the interpreter's, or the compiler's)
+        launch.launch(_noise_kernel, 1, {}, launch.Config(1, 1, 4, 1), device=DEVICE)
+    assert launch.tickets(DEVICE, 1) is not counters
+    assert torch.equal(column_scores(q, k, backend="triton"), expected)
+    assert launch.tickets(DEVICE, 10**5).numel() >= 10**5
+
+
 def test_cost_is_bounded_by_the_columns(names: list[str]) -> None:
     """With the log-sum-exp given, keys outside the columns are not read, and one launch does it."""
     q, k = normal(5, 2, 4, 16, 64), normal(6, 2, 2, 63, 64)
@@ -225,6 +309,41 @@ def test_noise_is_equal_to_the_last_bit(seed: int) -> None:
     )
     expected = stream.gumbel_noise((1, 6, 4 * 1024), seed, DEVICE)[0, 5]
     assert torch.equal(out.view(torch.int32), expected.contiguous().view(torch.int32))
+
+
+def test_no_noise_is_above_the_largest() -> None:
+    """exponential(w) grows with w, but for its rounding, and it is the more than 2^-16 from word 2^16 on."""
+    first = stream.gumbel(torch.arange(1 << 17, dtype=torch.int64))
+    rest = stream.gumbel(torch.randint(1 << 17, 1 << 32, (1 << 17,), generator=generator(3)))
+    assert first.max() == first[0] == MOST_NOISE.value
+    assert max(first[1 << 16 :].max(), rest.max()) < MOST_NOISE.value - 10
+
+
+@pytest.mark.skipif(not launch.INTERPRET, reason="a compiled kernel calls nothing")
+@pytest.mark.usefixtures("small_vocabulary_tiles")
+def test_noise_is_made_where_it_may_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten tiles, those up to a token that stands out, and all of a flat row."""
+    made: list[int] = []
+
+    def counted(*arguments):  # type: ignore[no-untyped-def]
+        made.append(1)
+        return gumbel_noise(*arguments)
+
+    module = importlib.import_module("attn_sampler.kernels.token_confidence")
+    monkeypatch.setattr(module, "gumbel_noise", counted)
+    monkeypatch.setattr(launch, "parts", lambda programs, units, least: 1)
+    for place, expected in ((None, 10), (20, 2), (159, 10)):
+        logits = torch.zeros(1, 1, 160)
+        if place is not None:
+            logits[0, 0, place] = 60.0
+        for temperature in (1.0, torch.ones(1)):
+            made.clear()
+            how = {"temperature": temperature, "seed": 1, "metric": "margin"}
+            ours = token_confidence(logits, backend="triton", **how)
+            theirs = token_confidence(logits, backend="reference", **how)
+            assert torch.equal(ours[0], theirs[0])
+            torch.testing.assert_close(ours[1:3], theirs[1:3])
+            assert len(made) == expected
 
 
 @pytest.mark.parametrize("start", [0, 1, 1202, 1203, 2**31, 2**34 - 8192])

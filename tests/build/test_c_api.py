@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from cmake_build import CPU_ISAS, build_once, tool
+from cmake_build import CPU_ISAS, ROOT, build_once, tool
 
 import attn_sampler
 
@@ -53,6 +54,57 @@ def test_c_program_decodes_a_block(tmp_path_factory: pytest.TempPathFactory, san
         names = listing.split()[2::3]
         assert names
         assert all(name.startswith("attn_sampler_") for name in names), names
+
+
+def test_the_installed_package_serves_a_project(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """By CMake's find_package, wherever it was moved to, and by pkg-config."""
+    source = ROOT / "csrc" / "examples"
+
+    def run(*command: object) -> str:
+        result = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    run(tool("cmake"), "--install", built(tmp_path_factory, ""), "--prefix", tmp_path / "first")
+    prefix = (tmp_path / "first").rename(tmp_path / "moved")
+    libraries = {p.name: p for p in prefix.rglob("libattn_sampler.so*")}
+    major, minor, _ = attn_sampler.__version__.split(".")
+    assert f"libattn_sampler.so.{major}.{minor}" in libraries
+    configure = "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DCMAKE_PREFIX_PATH={prefix}"
+    run(tool("cmake"), "-S", source, "-B", tmp_path / "mine", *configure)
+    run(tool("cmake"), "--build", tmp_path / "mine")
+    for program in ("decode_step", "diffusion_generate"):
+        assert run(tmp_path / "mine" / program)
+    refused = subprocess.run(
+        [tool("cmake"), "-S", str(source), "-B", str(tmp_path / "other"), *configure[:3]],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode != 0
+    assert "attn_sampler-config.cmake" in refused.stderr
+
+    if shutil.which("pkg-config") is None:
+        return
+    (description,) = prefix.rglob("attn_sampler.pc")
+    environment = {**os.environ, "PKG_CONFIG_PATH": str(description.parent)}
+    command = ["pkg-config", "--cflags", "--libs", f"attn_sampler = {attn_sampler.__version__}"]
+    flags = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    folder = libraries["libattn_sampler.so"].parent
+    program = tmp_path / "by_pkg_config"
+    run(
+        os.environ.get("CC", "cc"),
+        source / "decode_step.c",
+        "-o",
+        program,
+        *flags,
+        "-lm",
+        f"-Wl,-rpath,{folder}",
+    )
+    assert f"attn_sampler {attn_sampler.__version__}, CPU kernels: " in run(program)
 
 
 @pytest.mark.long

@@ -473,10 +473,12 @@ void product_of_unpublished(int) {
     multiply(0, true);
 }
 
-void must_fail(void (*kernel)(int), size_t shared_bytes) {
-    int argument = 0;
-    void *arguments[] = {&argument};
-    if (cudaLaunchKernel(kernel, dim3(1), dim3(128), arguments, shared_bytes, nullptr) == cudaSuccess) {
+void starts_without_waiting(int) {}
+
+void must_fail(void (*kernel)(int), size_t shared_bytes, bool starts_early = false) {
+    cudaLaunchAttribute early{cudaLaunchAttributeProgrammaticStreamSerialization, {1}};
+    const cudaLaunchConfig_t config{dim3(1), dim3(128), shared_bytes, nullptr, &early, starts_early};
+    if (cudaLaunchKernelEx(&config, kernel, 0) == cudaSuccess) {
         printf("a broken kernel passed\n");
         exit(1);
     }
@@ -511,6 +513,7 @@ int main(int argc, char **argv) {
     for (void (*kernel)(int) : {product_without_fence, product_out_of_bounds, product_of_two_matrices,
                                 product_of_three_warps, product_of_unpublished})
         must_fail(kernel, 8192); /* a matrix is 4096 bytes long */
+    must_fail(starts_without_waiting, 1024, true);
 #endif
     printf("all agree\n");
     return 0;

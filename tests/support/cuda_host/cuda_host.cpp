@@ -36,7 +36,7 @@ constexpr int kWithoutAsking = 48 * 1024;
 constexpr unsigned kResident = 3;                             /* blocks that run at the same time */
 constexpr unsigned char kGuardByte = 0xA5, kUnwritten = 0xFF; /* floats of the latter are NaN */
 
-constexpr int kProcessors[] = {2, 2, 2, 1, 3, 5, 13, 64, 132, 264}; /* of each device */
+constexpr int kProcessors[] = {2, 2, 2, 1, 3, 5, 13, 64, 132, 264, 2}; /* of each device */
 constexpr int kDevices = static_cast<int>(std::size(kProcessors));
 std::mutex mutex; /* one launch at a time */
 Place scheduler;
@@ -46,6 +46,7 @@ std::map<AnyKernel, int> shared_limit;
 std::vector<std::unique_ptr<unsigned char[]>> stacks; /* of the resident blocks' threads, kept */
 std::string last_failure;
 unsigned launch_blocks = 0;
+bool launch_starts_early = false;
 unsigned contexts = 1; /* a bit for each device: it has a primary context */
 int device = 0, launches = 0, launch_device = -1, launches_until_failure = 0;
 
@@ -171,7 +172,7 @@ void begin_block(Block &b, unsigned index) {
         t.products.clear();
         t.open_group = t.closed_groups = 0;
         t.n_products = 0;
-        t.fenced = false;
+        t.fenced = t.awaited = false;
         t.accumulators = nullptr;
         ucontext_t &context = t.place.context;
         getcontext(&context);
@@ -213,6 +214,10 @@ void end_block(Block &b) {
         snprintf(current->failure, sizeof(current->failure), "a write beyond the %zu bytes of shared memory",
                  current->shared_bytes);
     for (const Thread &t : b.threads)
+        if (!failed() && current->starts_early && !t.awaited)
+            snprintf(current->failure, sizeof(current->failure),
+                     "thread %u has not waited for the launch before", t.index);
+    for (const Thread &t : b.threads)
         if (!failed() && t.n_products != b.matrices.size())
             snprintf(current->failure, sizeof(current->failure),
                      "thread %u took part in %zu of the block's %zu products", t.index, t.n_products,
@@ -222,6 +227,8 @@ void end_block(Block &b) {
 }
 
 } // namespace
+
+void await_launches() { thread->awaited = true; }
 
 unsigned char *shared_memory() { return block->shared; }
 
@@ -253,7 +260,7 @@ cudaError_t set_shared_limit(AnyKernel kernel, int bytes) {
 }
 
 cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argument, unsigned blocks,
-                   unsigned threads, size_t shared_bytes) {
+                   unsigned threads, size_t shared_bytes, bool starts_early) {
     const std::lock_guard<std::mutex> lock(mutex);
     const auto limit = shared_limit.find(kernel);
     if (blocks == 0 || threads == 0 || threads % 32 != 0 ||
@@ -268,7 +275,8 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
     ++launches;
     launch_device = device;
     launch_blocks = blocks;
-    Launch fresh = {call, kernel, argument, shared_bytes, ""};
+    launch_starts_early = starts_early;
+    Launch fresh = {call, kernel, argument, shared_bytes, starts_early, ""};
     current = &fresh;
     scheduler.entered = true;
     std::vector<unsigned> order(blocks);
@@ -317,7 +325,8 @@ cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argu
     return fresh.failure[0] == '\0' ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
-cudaError_t find_image() {
+cudaError_t find_image(int *architecture) {
+    *architecture = device == 0 ? 90 : 80;
     if (device != 2)
         return cudaSuccess;
     last_failure = "no kernel image is available";
@@ -355,14 +364,19 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function
     *function = reinterpret_cast<void *>(get_state);
     return cudaSuccess;
 }
-/* Device 0 is of the kind that has wgmma, and for device 2 there is no code. */
+/* Device 0 is of the kind that has wgmma, for device 2 there is no code, and device 10 is newer than its. */
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
     *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_host::kProcessors[device]
-             : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 0   ? 9
-                                                                 : device == 2 ? 7
-                                                                               : 8)
+             : attribute == cudaDevAttrComputeCapabilityMajor ? (device == 0    ? 9
+                                                                 : device == 2  ? 7
+                                                                 : device == 10 ? 11
+                                                                                : 8)
              : attribute == cudaDevAttrComputeCapabilityMinor ? 0
                                                               : 100 * 1024;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 13000;
     return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -397,6 +411,8 @@ EXPORT void cuda_host_fail(int launch) { cuda_host::launches_until_failure = lau
 /* The blocks of the latest launch. */
 EXPORT int cuda_host_blocks() { return static_cast<int>(cuda_host::launch_blocks); }
 EXPORT int cuda_host_launches() { return cuda_host::launches; }
+/* Whether the latest may start before the one before it has ended. */
+EXPORT int cuda_host_starts_early() { return cuda_host::launch_starts_early; }
 /* Asynchronous ones, each of a block. */
 EXPORT int cuda_host_products() { return cuda_host::products; }
 EXPORT int64_t cuda_host_noise_groups() { return cuda_host::noise_groups; }

@@ -21,6 +21,7 @@
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
+    dim3() = default;
     explicit dim3(unsigned x_) : x(x_) {}
 };
 struct alignas(16) uint4 {
@@ -39,6 +40,8 @@ struct Index {
 /* The running thread and its block. */
 extern Index thread_index, block_index;
 unsigned char *shared_memory();
+/* That of programmatic dependent launch, which every thread has to call. */
+void await_launches();
 /* Groups of four tokens whose noise was asked for so far. */
 extern int64_t noise_groups;
 
@@ -149,7 +152,9 @@ enum cudaError_t {
 constexpr unsigned long long cudaEnableDefault = 0;
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-struct cudaFuncAttributes {};
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerMultiprocessor,
@@ -181,31 +186,45 @@ cudaError_t cudaMemsetAsync(void *memory, int value, size_t size, cudaStream_t s
 namespace cuda_host {
 
 typedef void (*AnyKernel)();
-cudaError_t find_image();
+cudaError_t find_image(int *architecture);
 cudaError_t set_shared_limit(AnyKernel kernel, int bytes);
 cudaError_t launch(AnyKernel kernel, void (*call)(AnyKernel, void *), void *argument, unsigned blocks,
-                   unsigned threads, size_t shared_bytes);
+                   unsigned threads, size_t shared_bytes, bool starts_early);
 
 } // namespace cuda_host
 
 /* The last device is of an architecture for which nothing is compiled. */
 template <typename Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, Kernel *) {
-    return cuda_host::find_image();
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, Kernel *) {
+    return cuda_host::find_image(&attributes->ptxVersion);
 }
 template <typename Args>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Args), cudaFuncAttribute, int bytes) {
     return cuda_host::set_shared_limit(reinterpret_cast<cuda_host::AnyKernel>(kernel), bytes);
 }
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization = 6 };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
 template <typename Args>
-cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void **arguments,
-                             size_t shared_bytes, cudaStream_t) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Args), Args args) {
     return cuda_host::launch(
         reinterpret_cast<cuda_host::AnyKernel>(kernel),
         [](cuda_host::AnyKernel any, void *argument) {
             reinterpret_cast<void (*)(Args)>(any)(*static_cast<const Args *>(argument));
         },
-        arguments[0], grid.x, block.x, shared_bytes);
+        &args, config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, config->numAttrs != 0);
 }
+cudaError_t cudaDriverGetVersion(int *version);
 
 #endif /* ATTN_SAMPLER_TESTS_CUDA_RUNTIME_H_ */

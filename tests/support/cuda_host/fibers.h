@@ -51,9 +51,9 @@ struct Thread {
     int open_group = 0, closed_groups = 0; /* the latter have arrived for certain */
     std::vector<Product> products;         /* that have not happened, oldest first */
     size_t n_products = 0;                 /* of this block so far */
-    bool fenced = false;
-    float *accumulators = nullptr;  /* of the products in flight */
-    float in_flight[kAccumulators]; /* what they will hold */
+    bool fenced = false, awaited = false;  /* the latter: the launch before this one */
+    float *accumulators = nullptr;         /* of the products in flight */
+    float in_flight[kAccumulators];        /* what they will hold */
 };
 
 struct Block {
@@ -74,6 +74,7 @@ struct Launch {
     AnyKernel kernel;
     void *argument;
     size_t shared_bytes;
+    bool starts_early;
     char failure[256];
 };
 
