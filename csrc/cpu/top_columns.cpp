@@ -121,7 +121,7 @@ float pool(const TopProblem &top, const float *scores, const Role *role, int64_t
                : static_cast<float>(sum / static_cast<double>(top.params.pool_width));
 }
 
-/* Above 0, in the order of scores, NaN first: no score is negative, so that their bits are in their order. */
+/* Above 0, in the order of scores, NaN below all: no score is negative, so their bits are in that order. */
 uint32_t key_of(float score) {
     uint32_t bits;
     memcpy(&bits, &score, sizeof(bits));
