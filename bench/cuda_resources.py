@@ -66,7 +66,8 @@ def demangle(symbols: list[str]) -> list[str]:
     """Short names of kernels and functions: ``row_lse_kernel<Half, 8>``."""
     result = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True)
     names = [
-        re.sub(r"_INTERNAL_\w+::|attn_sampler::cuda::|\(anonymous namespace\)::", "", x) for x in result.stdout.splitlines()
+        re.sub(r"_INTERNAL_\w+::|attn_sampler::cuda::|\(anonymous namespace\)::", "", x)
+        for x in result.stdout.splitlines()
     ]
     return [re.sub(r"^void |\(.*", "", name) for name in names]
 

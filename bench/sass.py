@@ -101,7 +101,9 @@ class Loop(NamedTuple):
     elements: int  # of which each has its exponential on the common path; 0 where they do not
     encloses: bool = False  # another of these loops, which takes exponentials
     widens_float16: bool = False  # on the common path
-    asked: int = 0  # of a group of tokens that asks for no random words; 0 where none are made, as what follows
+    asked: int = (
+        0  # of a group of tokens that asks for no random words; 0 where none are made, as what follows
+    )
     noise: int = 0  # of four words that do not win
 
     def per_element(self, element_size: int | None = None) -> float | None:

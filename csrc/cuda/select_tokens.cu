@@ -6,7 +6,7 @@ namespace attn_sampler {
 namespace cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) select_tokens_kernel(const __grid_constant__ SelectArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) select_tokens_kernel(const __grid_constant__ SelectArgs args) {
     select_sequence(args, static_cast<int>(blockIdx.x));
 }
 
