@@ -65,10 +65,8 @@ def parse(build_output: str) -> list[Resources]:
 def demangle(symbols: list[str]) -> list[str]:
     """Short names of kernels and functions: ``row_lse_kernel<Half, 8>``."""
     result = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True)
-    names = [
-        re.sub(r"_INTERNAL_\w+::|attn_sampler::cuda::|\(anonymous namespace\)::", "", x)
-        for x in result.stdout.splitlines()
-    ]
+    spaces = re.compile(r"_INTERNAL_\w+::|attn_sampler::cuda::|\(anonymous namespace\)::")
+    names = [spaces.sub("", x) for x in result.stdout.splitlines()]
     return [re.sub(r"^void |\(.*", "", name) for name in names]
 
 
@@ -151,7 +149,7 @@ class Stream(NamedTuple):
 
     @property
     def dtype(self) -> str | None:
-        """What a loop over logits reads, by how much of it 16 bytes hold and how it is widened; None of others."""
+        """What a loop over logits reads, by how many 16 bytes hold and how they widen; None of others."""
         loop = self.loop
         if not loop.elements or loop.common_loads != loop.global_loads:
             return None

@@ -8,6 +8,7 @@ that a measurement can refute; the constants say where they come from.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,9 +46,8 @@ LOGIT_INSTRUCTIONS = 219 / 32
 ASKED_INSTRUCTIONS = 30
 NOISE_INSTRUCTIONS = 165
 
-#: Random words that are made, of four for each four logits, as the tests count them: where the logits are flat,
-#: rising or normal, and where they are peaked. Of threads: a warp issues for its 32 together, so that it may
-#: take more where they differ.
+#: For how many of all fours of logits random words are made: where they are flat, rising or normal, and where
+#: they are peaked. Counted of threads: a warp issues for its 32 together, which is more where they differ.
 NOISE_SHARES = {"flat": 1.03, "peaked": 0.25}
 
 #: Of the issue slots that can be used while loads are outstanding: an assumption.
@@ -73,7 +73,7 @@ _TURN = 4 * _THREADS  # groups that a block has in flight
 
 
 class Plan(NamedTuple):
-    """How csrc/cuda cuts a step into units, and deals them to blocks (column_scores.cu, token_confidence.cu)."""
+    """How csrc/cuda cuts a step into units (column_scores.cu, token_confidence.cu), and how many blocks run."""
 
     resident: int  # blocks of a multiprocessor
     blocks: int
@@ -119,7 +119,7 @@ class Prediction(NamedTuple):
 
     @property
     def body(self) -> float:
-        """The longest of memory, issue, exponentials and products at the fullest multiprocessor, or rounds."""
+        """The longest of the four at the fullest multiprocessor, or rounds."""
         return max(
             self.rounds, self.imbalance * max(self.memory, self.issue, self.exponentials, self.products)
         )
@@ -189,7 +189,7 @@ def _deal(units: int, blocks: int, start: int = 0) -> list[range]:
     """Each block's units: as many next to each other, the first few one more."""
     each, extra = divmod(units, max(blocks, 1))
     ends = [start + i * each + min(i, extra) for i in range(blocks + 1)]
-    return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+    return [range(first, last) for first, last in itertools.pairwise(ends)]
 
 
 def shares(row: Row, p: Plan) -> list[Share]:
@@ -361,18 +361,17 @@ def verdict(rows: Mapping[str, Row] = DECODE) -> str:
         if p.total <= most:
             within.append(name)
             continue
-        fixed = p.start + p.tail
-        why = f"start and tail alone are {fixed:.1f}, and the target leaves {most - p.floor:.1f} beside the floor"
+        why = (
+            f"Start and tail alone are {p.start + p.tail:.1f}, and the target leaves {most - p.floor:.1f} "
+            "beside the floor"
+        )
         if p.body > 1.05 * p.floor:
-            cause = (
-                "a block waits for one round of loads after the other"
-                if p.bound == "rounds"
-                else f"the fullest multiprocessor has {p.imbalance:.2f} times its share"
-                if p.bound == "memory"
-                else f"the bound is {p.bound}"
-            )
-            why += f"; the body takes {p.body - p.floor:.1f} more than the floor, for {cause}"
-        lines.append(f"- Row {name}: {p.total:.1f} for {most:.1f}. {why[0].upper()}{why[1:]}.")
+            cause = {
+                "rounds": "a block waits for one round of loads after the other",
+                "memory": f"the fullest multiprocessor has {p.imbalance:.2f} times its share",
+            }.get(p.bound, f"the bound is {p.bound}")
+            why += f"; the body takes {p.body - p.floor:.1f} more than the floor: {cause}"
+        lines.append(f"- Row {name}: {p.total:.1f} for {most:.1f}. {why}.")
     if within:
         lines.insert(0, f"- Within: rows {', '.join(within)}.")
     return "\n".join(lines)
@@ -393,16 +392,17 @@ def page(results: Iterable[Mapping[str, Any]] = ()) -> str:
 
 {state}
 
-`python -m bench model`: the CUDA backend, bfloat16, log-sum-exp given, greedy; microseconds. Predicted is start + body +
-tail; the body is imbalance x the longest of memory, issue, exponentials and products, or the rounds of one block, where
-these take longer. Where a measured time differs, the column that would have to be another tells which assumption was wrong.
+`python -m bench model`: the CUDA backend, bfloat16, log-sum-exp given, greedy; microseconds. Predicted is
+start + body + tail; the body is imbalance x the longest of memory, issue, exponentials and products, or the
+rounds of one block, where these take longer. Where a measured time differs, the column that would have to be
+another tells which assumption was wrong.
 
 {table(taken)}
 
 ## Targets
 
-Rows 1, 2, 4, 6, 8, 11 and 12 are to take {TARGET_RATIO:g} times their floor at the most, row 13 that and 3 us, row 10 8 us
-in a graph. What the model says of them:
+Rows 1, 2, 4, 6, 8, 11 and 12 are to take {TARGET_RATIO:g} times their floor at the most, row 13 that and 3 us,
+row 10 8 us in a graph. What the model says of them:
 
 {verdict()}
 
@@ -413,18 +413,19 @@ in a graph. What the model says of them:
   {H200.products_per_s / 1e12:g} TFLOP/s by `mma.sync`, {ISSUE_SHARE:g} of the issue slots.
 - Counted in sm_90a's code: {LOGIT_INSTRUCTIONS:.1f} instructions a logit;
   of a warp for 16 rows of 128 elements, {of_steps}.
-- Sampled: {ASKED_INSTRUCTIONS / _GROUP:.1f} instructions more for every logit, and {NOISE_INSTRUCTIONS} for each four that
-  ask for random words and do not win. Words are made for {NOISE_SHARES["flat"]:g} of all fours where logits are flat, normal
-  or rising, for {NOISE_SHARES["peaked"]:g} where they are peaked. These shares are those of single threads; a warp of
-  which one asks takes as long as if all did.
-- The units and their shares are those of `csrc/cuda`: units of a size that one sequence decides, one wave of blocks with
-  equal bytes. Imbalance is what the fullest multiprocessor has over the mean, blocks handed out in turn.
-- Rounds, of the block that has most of them: {LOAD_US:g} for each turn of logits (64 bytes a thread, asked for while the
-  turn before is worked on), the same and the step's own instructions for each step of scores (nothing is asked for
-  ahead), {REDUCE_US:g} for the sums of a unit, {TICKET_US:g} for a ticket.
-- Start: {LAUNCH_US:g} for the launch, {FIRST_LOAD_US:g} to the first bytes. Tail: a ticket of the units that add up, their
-  partial sums, {1e3 * PARTIAL_LOAD_US:g} ns for each that a thread adds, {LOOK_UP_US:g} for the token of the largest logit, a ticket
-  of the sequence, {SELECT_US:g} for the selection with the sums over layers.
+- Sampled: {ASKED_INSTRUCTIONS / _GROUP:.1f} instructions more for every logit, and {NOISE_INSTRUCTIONS} for
+  each four that ask for random words and do not win. Words are made for {NOISE_SHARES["flat"]:g} of all fours
+  where logits are flat, normal or rising, for {NOISE_SHARES["peaked"]:g} where they are peaked. These shares
+  are those of single threads: a warp of which one asks takes as long as if all did.
+- The units and their shares are those of `csrc/cuda`: units of a size that one sequence decides, one wave of
+  blocks with equal bytes. Imbalance is what the fullest multiprocessor has over the mean, blocks handed out
+  in turn.
+- Rounds, of the block that has most of them: {LOAD_US:g} for each turn of logits (64 bytes a thread, asked for
+  while the turn before is worked on); the same and the step's own instructions for each step of scores
+  (nothing is asked for ahead); {REDUCE_US:g} for the sums of a unit; {TICKET_US:g} for a ticket.
+- Start: {LAUNCH_US:g} for the launch, {FIRST_LOAD_US:g} to the first bytes. Tail: a ticket of the units that
+  add up, {1e3 * PARTIAL_LOAD_US:g} ns for each partial sum that a thread adds, {LOOK_UP_US:g} for the token of
+  the largest logit, a ticket of the sequence, {SELECT_US:g} for the selection with the sums over layers.
 """
 
 

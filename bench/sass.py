@@ -2,11 +2,10 @@
 
 The flow graph of each kernel is cut into natural loops. Of a loop that reads 16 bytes at a time, the *common
 path* is the shortest way around it that makes all of those loads and takes an exponential for each element:
-code for rare events (a new maximum, a masked token), which is jumped over, is not on it. Functions that a kernel
-calls are part of its code, with loops of their own.
-
-Where such a loop has another in it that makes random words, with the two multipliers of Philox, it is counted
-too what a group of tokens costs that asks for none, and what four words cost that do not win.
+code for rare events (a new maximum, a masked token), which is jumped over, is not on it. Functions that a
+kernel calls are part of its code, with loops of their own. Where such a loop has another in it that makes random
+words, it is counted too what a group of tokens costs that asks for none, and what four words cost that do not
+win.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ class Instruction(NamedTuple):
     @property
     def target(self) -> int | None:
         """Where it jumps to, if it jumps."""
+        if self._jumps_by_call:
+            return self.address + 32
         if self.opcode.split(".")[0] not in ("BRA", "JMP"):
             return None
         addresses = re.findall(r"0x([0-9a-f]+)", self.operands)
@@ -47,8 +48,15 @@ class Instruction(NamedTuple):
     @property
     def called(self) -> int | None:
         """Where the function starts that it calls, if it calls one of its own file."""
-        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("CALL") else None
+        if not self.opcode.startswith("CALL") or self._jumps_by_call:
+            return None
+        found = re.search(r"0x([0-9a-f]+)", self.operands)
         return int(found[1], 16) if found else None
+
+    @property
+    def _jumps_by_call(self) -> bool:
+        """Whether it is a call over the next instruction, which the compiler for sm_80 writes for a jump."""
+        return self.opcode.startswith("CALL") and self.operands.endswith(f"0x{self.address + 32:x}")
 
     @property
     def falls_through(self) -> bool:
@@ -57,7 +65,7 @@ class Instruction(NamedTuple):
         name = self.opcode.split(".")[0]
         if name in ("EXIT", "RET", "BRX", "JMX"):
             return not always
-        if name in ("BRA", "JMP"):
+        if name in ("BRA", "JMP") or self._jumps_by_call:
             return not always or self.opcode.startswith("BRA.DIV") or "P" in self.operands.partition("0x")[0]
         return True
 
@@ -101,10 +109,8 @@ class Loop(NamedTuple):
     elements: int  # of which each has its exponential on the common path; 0 where they do not
     encloses: bool = False  # another of these loops, which takes exponentials
     widens_float16: bool = False  # on the common path
-    asked: int = (
-        0  # of a group of tokens that asks for no random words; 0 where none are made, as what follows
-    )
-    noise: int = 0  # of four words that do not win
+    asked: int = 0  # of a group of tokens that asks for no random words; 0 where none are made
+    noise: int = 0  # of four words that do not win; as `asked`
 
     def per_element(self, element_size: int | None = None) -> float | None:
         """Issued instructions for each element on the common path. Without exponentials the loads tell how
@@ -225,7 +231,7 @@ def _is_load(instruction: Instruction) -> bool:
 
 
 def _is_product(instruction: Instruction) -> bool:
-    """A wide one by a multiplier of Philox."""
+    """Whether it is a wide product, of which Philox takes two a round."""
     return re.match(r"U?IMAD\.(WIDE|HI)", instruction.opcode) is not None
 
 
