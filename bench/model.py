@@ -38,7 +38,7 @@ H200 = Gpu()
 #: Instructions of a warp for a step of 64 rows and a tile of so many columns: in all, and for each further
 #: slice of 128 of the head dimension. Common paths in `bench.cuda_resources --sass`, sm_90a, of the kernels
 #: column_scores_or_step_kernel<BFloat16, 1, false>, <BFloat16, 4, false> and <BFloat16, 8, false>.
-STEP_INSTRUCTIONS = {8: (437, 154), 32: (683, 282), 64: (861, 353)}
+STEP_INSTRUCTIONS = {8: (400, 140), 32: (683, 282), 64: (823, 343)}
 
 #: Of a thread for a greedy bfloat16 logit, counted in the same code; where tokens are drawn, more for each
 #: eight of one load, and for each four that ask for random words, if none of them wins.
@@ -73,7 +73,7 @@ _TURN = 4 * _THREADS  # groups that a block has in flight
 
 
 class Plan(NamedTuple):
-    """How csrc/cuda cuts a step into units (column_scores.cu, token_confidence.cu), and how many blocks run."""
+    """How csrc/cuda cuts a step into units (column_scores.cu, token_confidence.cu), for how many blocks."""
 
     resident: int  # blocks of a multiprocessor
     blocks: int
@@ -401,8 +401,8 @@ another tells which assumption was wrong.
 
 ## Targets
 
-Rows 1, 2, 4, 6, 8, 11 and 12 are to take {TARGET_RATIO:g} times their floor at the most, row 13 that and 3 us,
-row 10 8 us in a graph. What the model says of them:
+Rows 1, 2, 4, 6, 8, 11 and 12 are to take {TARGET_RATIO:g} times their floor at the most, row 13 that and
+3 us, row 10 8 us in a graph. What the model says of them:
 
 {verdict()}
 
@@ -418,14 +418,14 @@ row 10 8 us in a graph. What the model says of them:
   where logits are flat, normal or rising, for {NOISE_SHARES["peaked"]:g} where they are peaked. These shares
   are those of single threads: a warp of which one asks takes as long as if all did.
 - The units and their shares are those of `csrc/cuda`: units of a size that one sequence decides, one wave of
-  blocks with equal bytes. Imbalance is what the fullest multiprocessor has over the mean, blocks handed out
-  in turn.
+  blocks with equal bytes. Imbalance is what the fullest multiprocessor has over the mean, where blocks are
+  handed out in turn.
 - Rounds, of the block that has most of them: {LOAD_US:g} for each turn of logits (64 bytes a thread, asked for
   while the turn before is worked on); the same and the step's own instructions for each step of scores
   (nothing is asked for ahead); {REDUCE_US:g} for the sums of a unit; {TICKET_US:g} for a ticket.
 - Start: {LAUNCH_US:g} for the launch, {FIRST_LOAD_US:g} to the first bytes. Tail: a ticket of the units that
-  add up, {1e3 * PARTIAL_LOAD_US:g} ns for each partial sum that a thread adds, {LOOK_UP_US:g} for the token of
-  the largest logit, a ticket of the sequence, {SELECT_US:g} for the selection with the sums over layers.
+  add up, {1e3 * PARTIAL_LOAD_US:g} ns for each partial sum that a thread adds, {LOOK_UP_US:g} for the token
+  of the largest logit, a ticket of the sequence, {SELECT_US:g} for the selection with the sums over layers.
 """
 
 

@@ -3,9 +3,9 @@
 The flow graph of each kernel is cut into natural loops. Of a loop that reads 16 bytes at a time, the *common
 path* is the shortest way around it that makes all of those loads and takes an exponential for each element:
 code for rare events (a new maximum, a masked token), which is jumped over, is not on it. Functions that a
-kernel calls are part of its code, with loops of their own. Where such a loop has another in it that makes random
-words, it is counted too what a group of tokens costs that asks for none, and what four words cost that do not
-win.
+kernel calls are part of its code, with loops of their own. Where such a loop has another in it that makes
+random words, it is counted too what a group of tokens costs that asks for none, and what four words cost that
+do not win.
 """
 
 from __future__ import annotations
