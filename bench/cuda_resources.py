@@ -99,6 +99,7 @@ class Multiprocessor(NamedTuple):
 
 
 RESERVED = 1024
+SCRATCH = 2064  # of every block, struct Shared
 MULTIPROCESSORS = {
     80: Multiprocessor(2048, 32, 164 * 1024),
     86: Multiprocessor(1536, 16, 100 * 1024),
@@ -133,6 +134,19 @@ def element_size(kernel: str) -> int | None:
     sizes = {"BFloat16": 2, "Half": 2, "float": 4, "Float8": 1}
     found = re.search(rf"\b({'|'.join(sizes)})\b", kernel)
     return sizes[found[1]] if found else None
+
+
+def launch_shared(kernel: str, headdim: int = 128) -> int:
+    """Dynamic shared memory of a block of a kernel of this name: what all have, and tiles of keys."""
+    size = element_size(kernel)
+    if size is None:
+        return SCRATCH
+    columns = {"column_scores_kernel": 128, "attention_map_kernel": 32}.get(kernel.partition("<")[0])
+    tiles = re.search(r", (\d+)", kernel)
+    if columns is None:
+        columns = 8 * int(tiles[1]) if tiles else 0
+    stages = 2 if kernel.startswith("row_lse") else 1
+    return SCRATCH + stages * -(-headdim * size // 64) * 64 * columns
 
 
 class Stream(NamedTuple):
@@ -190,20 +204,23 @@ def machine_code(path: Path, kernels: str = "", architecture: str | None = None)
     return sorted(machines, key=lambda m: (m.kernel, _number(m.architecture)))
 
 
-def machine_table(machines: Sequence[Machine], shared: int = 0) -> str:
-    """Two Markdown tables: the kernels, whose blocks take so much dynamic shared memory, and their loops."""
+def machine_table(machines: Sequence[Machine], shared: int | None = None) -> str:
+    """Two Markdown tables, kernels and their loops. Their blocks take so much dynamic shared memory, or what
+    they do at a head dimension of 128.
+    """
     lines = [
-        "| kernel | architecture | instructions | registers | static shared | blocks a multiprocessor "
+        "| kernel | architecture | instructions | registers | shared | blocks a multiprocessor "
         "| KB in flight |",
         "|---" * 7 + "|",
     ]
     for m in machines:
-        resident = resident_blocks(m.architecture, m.registers, m.shared + shared)
+        all_shared = m.shared + (launch_shared(m.kernel) if shared is None else shared)
+        resident = resident_blocks(m.architecture, m.registers, all_shared)
         blocks, limit = resident or (0, "architecture not known")
         loads = max((s.loop.global_loads + s.loop.copies for s in m.streams), default=0)
         flight = f"{blocks * THREADS * 16 * loads / 1024:.0f}" if loads and blocks else "-"
         lines.append(
-            f"| {m.kernel} | {m.architecture} | {m.instructions} | {m.registers} | {m.shared} "
+            f"| {m.kernel} | {m.architecture} | {m.instructions} | {m.registers} | {all_shared} "
             f"| {blocks} ({limit}) | {flight} |"
         )
     lines += [
@@ -237,7 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kernels", default="", metavar="PATTERN", help="those whose names it is found in")
     parser.add_argument("--architecture", metavar="NAME", help="such as sm_90a; all without")
-    parser.add_argument("--shared", type=int, default=0, metavar="BYTES", help="dynamic ones of each block")
+    parser.add_argument(
+        "--shared", type=int, metavar="BYTES", help="dynamic ones of each block; those of D = 128 without"
+    )
     options = parser.parse_args(arguments)
     if options.sass is None:
         print(table(parse(sys.stdin.read())))

@@ -420,8 +420,8 @@ Rows 1, 2, 4, 6, 8, 11 and 12 are to take {TARGET_RATIO:g} times their floor at 
 - The units and their shares are those of `csrc/cuda`: units of a size that one sequence decides, one wave of
   blocks with equal bytes. Imbalance is what the fullest multiprocessor has over the mean, where blocks are
   handed out in turn.
-- Rounds, of the block that has most of them: {LOAD_US:g} for each turn of logits (64 bytes a thread, asked for
-  while the turn before is worked on); the same and the step's own instructions for each step of scores
+- Rounds, of the block that has most of them: {LOAD_US:g} for each turn of logits (64 bytes a thread, asked
+  for while the turn before is worked on); the same and the step's own instructions for each step of scores
   (nothing is asked for ahead); {REDUCE_US:g} for the sums of a unit; {TICKET_US:g} for a ticket.
 - Start: {LAUNCH_US:g} for the launch, {FIRST_LOAD_US:g} to the first bytes. Tail: a ticket of the units that
   add up, {1e3 * PARTIAL_LOAD_US:g} ns for each partial sum that a thread adds, {LOOK_UP_US:g} for the token

@@ -241,6 +241,22 @@ def test_elements_by_the_kernels_name() -> None:
     assert [cuda_resources.element_size(name) for name in names] == [2, 2, 4, 1, None]
 
 
+def test_shared_memory_of_a_launch() -> None:
+    """What all blocks have, and tiles of keys of 128 elements: of a row's chunks of 64 bytes, once or twice."""
+    assert [
+        cuda_resources.launch_shared(name) - 2064
+        for name in (
+            "select_tokens_kernel",
+            "column_scores_or_step_kernel<BFloat16, 4, false>",
+            "column_scores_or_step_kernel<Float8, 1, false>",
+            "column_scores_kernel<Half>",
+            "row_lse_kernel<float, 4>",
+            "attention_map_kernel<BFloat16, true>",
+        )
+    ] == [0, 32 * 256, 8 * 128, 128 * 256, 2 * 32 * 512, 32 * 256]
+    assert cuda_resources.launch_shared("row_lse_kernel<Half, 8>", 65) - 2064 == 2 * 64 * 192
+
+
 def test_what_is_no_machine_code(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.write_bytes(b"")
