@@ -6,6 +6,7 @@ namespace attn_sampler {
 namespace cuda {
 namespace {
 
+/* Registers for four blocks: with its own choice ptxas spills on sm_80. */
 __global__ void __launch_bounds__(kThreads, 4) select_tokens_kernel(const __grid_constant__ SelectArgs args) {
     select_sequence(args, static_cast<int>(blockIdx.x));
 }

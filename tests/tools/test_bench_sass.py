@@ -242,7 +242,7 @@ def test_elements_by_the_kernels_name() -> None:
 
 
 def test_shared_memory_of_a_launch() -> None:
-    """What all blocks have, and tiles of keys of 128 elements: of a row's chunks of 64 bytes, once or twice."""
+    """What all blocks have, and tiles of keys of 128 elements: a row's chunks of 64 bytes, once or twice."""
     assert [
         cuda_resources.launch_shared(name) - 2064
         for name in (
