@@ -55,6 +55,20 @@ def test_no_kernel_spills(build: tuple[Path, str]) -> None:
     assert not spilling, cuda_resources.table(spilling)
 
 
+def test_a_step_runs_in_one_wave(build: tuple[Path, str]) -> None:
+    """As many blocks are launched as block.cuh says that run at a time; on sm_120 the widest tile has fewer."""
+    for r in cuda_resources.parse(build[1]):
+        if (found := re.match(r"column_scores_or_step_kernel<(\w+), (\d), (\w+)>", r.kernel)) is None:
+            continue
+        dtype, tiles, unaligned = found.groups()
+        blocks = (
+            2 if dtype == "float" else 3 if dtype == "Float8" or tiles == "8" or unaligned == "true" else 4
+        )
+        assert r.registers is not None
+        held, _ = cuda_resources.resident_blocks(r.architecture, r.registers, 0) or (0, "")
+        assert held >= blocks - (r.architecture == "sm_120" and tiles == "8"), r
+
+
 def test_the_library_loads_without_a_driver(build: tuple[Path, str]) -> None:
     """It says why CUDA cannot run, or that it can; and exports the C API alone."""
     path = build[0] / "libattn_sampler.so"
