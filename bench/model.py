@@ -415,8 +415,9 @@ Rows 1, 2, 4, 6, 8, 11 and 12 are to take {TARGET_RATIO:g} times their floor at 
   of a warp for 16 rows of 128 elements, {of_steps}.
 - Sampled: {ASKED_INSTRUCTIONS / _GROUP:.1f} instructions more for every logit, and {NOISE_INSTRUCTIONS} for
   each four that ask for random words and do not win. Words are made for {NOISE_SHARES["flat"]:g} of all fours
-  where logits are flat, normal or rising, for {NOISE_SHARES["peaked"]:g} where they are peaked. These shares
-  are those of single threads: a warp of which one asks takes as long as if all did.
+  where logits are flat, normal or rising, for {NOISE_SHARES["peaked"]:g} where they are peaked: where the
+  largest, scaled, is more than the largest noise, 22.9, above most others, and known to the block. These
+  shares are those of single threads: a warp of which one asks takes as long as if all did.
 - The units and their shares are those of `csrc/cuda`: units of a size that one sequence decides, one wave of
   blocks with equal bytes. Imbalance is what the fullest multiprocessor has over the mean, where blocks are
   handed out in turn.

@@ -56,7 +56,7 @@ def test_no_kernel_spills(build: tuple[Path, str]) -> None:
 
 
 def test_a_step_runs_in_one_wave(build: tuple[Path, str]) -> None:
-    """As many blocks are launched as block.cuh says that run at a time; on sm_120 the widest tile has fewer."""
+    """As many blocks are launched as block.cuh says that run at once; on sm_120 the widest tile has fewer."""
     for r in cuda_resources.parse(build[1]):
         if (found := re.match(r"column_scores_or_step_kernel<(\w+), (\d), (\w+)>", r.kernel)) is None:
             continue
