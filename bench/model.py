@@ -38,7 +38,7 @@ H200 = Gpu()
 #: Instructions of a warp for a step of 64 rows and a tile of so many columns: in all, and for each further
 #: slice of 128 of the head dimension. Common paths in `bench.cuda_resources --sass`, sm_90a, of the kernels
 #: column_scores_or_step_kernel<BFloat16, 1, false>, <BFloat16, 4, false> and <BFloat16, 8, false>.
-STEP_INSTRUCTIONS = {8: (400, 140), 32: (683, 282), 64: (823, 343)}
+STEP_INSTRUCTIONS = {8: (400, 140), 32: (684, 282), 64: (836, 363)}
 
 #: Of a thread for a greedy bfloat16 logit, counted in the same code; where tokens are drawn, more for each
 #: eight of one load, and for each four that ask for random words, if none of them wins.
