@@ -147,9 +147,7 @@ def test_bits_are_a_matter_of_one_sequence(extension: Path, with_lse: bool) -> N
     for device, processors in PROCESSORS.items():
         host.cuda_host_shuffle(ctypes.c_uint64(processors))
         found, blocks = results(device, slice(2))
-        assert blocks == min(
-            4 * processors, 30
-        )  # of each layer, and two of each row
+        assert blocks == min(4 * processors, 30)  # of each layer, and two of each row
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True)), processors
         alone, _ = results(device, slice(1, 2))
         assert all(torch.equal(x, y[1:]) for x, y in zip(alone, expected, strict=True)), processors
