@@ -24,46 +24,54 @@ THREADS = 128  # of a block, in all our kernels
 
 
 class Resources(NamedTuple):
-    """What ptxas says of one kernel on one architecture."""
+    """What ptxas says of one kernel on one architecture, or of a function that it calls."""
 
     kernel: str
     architecture: str
-    registers: int
+    registers: int | None  # None of a function: it has those of the kernel
     stack: int  # bytes, as the spills
     spill_stores: int
     spill_loads: int
 
 
-_ENTRY = re.compile(
-    r"entry function '(?P<symbol>\S+)' for '(?P<architecture>\S+)'.*?"
+# An entry, and what follows of it and of the functions that are compiled with it.
+_REPORT = re.compile(
+    r"entry function '(?P<entry>\S+)' for '(?P<architecture>\S+)'"
+    r"|Function properties for (?P<symbol>\S+)\s+"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
-    r".*?"
-    r"Used (?P<registers>\d+) registers",
-    re.DOTALL,
+    r"|Used (?P<registers>\d+) registers"
 )
 
 
 def parse(build_output: str) -> list[Resources]:
-    """The kernels that ptxas reported with -v, by name and architecture."""
-    found = list(_ENTRY.finditer(build_output))
-    names = demangle([m["symbol"] for m in found])
-    return sorted(
-        Resources(name, m["architecture"], *(int(m[k]) for k in ("registers", "stack", "stores", "loads")))
-        for name, m in zip(names, found, strict=True)
-    )
+    """The kernels that ptxas reported with -v and the functions that they call, by name and architecture."""
+    entry = architecture = ""
+    found: dict[tuple[str, str], Resources] = {}
+    for match in _REPORT.finditer(build_output):
+        if match["entry"]:
+            entry, architecture = match["entry"], match["architecture"]
+        elif match["symbol"]:
+            sizes = (int(match[name]) for name in ("stack", "stores", "loads"))
+            key = match["symbol"], architecture
+            found[key] = Resources(match["symbol"], architecture, None, *sizes)
+        else:
+            key = entry, architecture
+            found[key] = found[key]._replace(registers=int(match["registers"]))
+    names = demangle([r.kernel for r in found.values()])
+    resources = [r._replace(kernel=name) for name, r in zip(names, found.values(), strict=True)]
+    return sorted(resources, key=lambda r: (r.kernel, _number(r.architecture)))
 
 
 def demangle(symbols: list[str]) -> list[str]:
-    """Short names of kernels: ``row_lse_kernel<Half, 8>``."""
+    """Short names of kernels and functions: ``row_lse_kernel<Half, 8>``."""
     result = subprocess.run(["c++filt", *symbols], capture_output=True, text=True, check=True)
-    names = [
-        re.sub(r"attn_sampler::cuda::|\(anonymous namespace\)::", "", x) for x in result.stdout.splitlines()
-    ]
+    spaces = re.compile(r"_INTERNAL_\w+::|attn_sampler::cuda::|\(anonymous namespace\)::")
+    names = [spaces.sub("", x) for x in result.stdout.splitlines()]
     return [re.sub(r"^void |\(.*", "", name) for name in names]
 
 
 def table(resources: list[Resources]) -> str:
-    """A Markdown table: a row for each kernel, its registers on each architecture."""
+    """A Markdown table: a row for each kernel, its registers on each architecture, and for each function."""
     architectures = sorted({r.architecture for r in resources}, key=_number)
     lines = [
         f"| kernel | {' | '.join(architectures)} | spilled bytes |",
@@ -71,7 +79,7 @@ def table(resources: list[Resources]) -> str:
     ]
     for kernel in sorted({r.kernel for r in resources}):
         own = {r.architecture: r for r in resources if r.kernel == kernel}
-        registers = (str(own[a].registers) if a in own else "-" for a in architectures)
+        registers = (str((own[a].registers if a in own else None) or "-") for a in architectures)
         spilled = sum(r.spill_stores + r.spill_loads for r in own.values())
         lines.append(f"| {kernel} | {' | '.join(registers)} | {spilled} |")
     return "\n".join(lines)
@@ -91,6 +99,7 @@ class Multiprocessor(NamedTuple):
 
 
 RESERVED = 1024
+SCRATCH = 2064  # of every block, struct Shared
 MULTIPROCESSORS = {
     80: Multiprocessor(2048, 32, 164 * 1024),
     86: Multiprocessor(1536, 16, 100 * 1024),
@@ -127,6 +136,19 @@ def element_size(kernel: str) -> int | None:
     return sizes[found[1]] if found else None
 
 
+def launch_shared(kernel: str, headdim: int = 128) -> int:
+    """Dynamic shared memory of a block of a kernel of this name: what all have, and tiles of keys."""
+    size = element_size(kernel)
+    if size is None:
+        return SCRATCH
+    columns = {"column_scores_kernel": 128, "attention_map_kernel": 32}.get(kernel.partition("<")[0])
+    tiles = re.search(r", (\d+)", kernel)
+    if columns is None:
+        columns = 8 * int(tiles[1]) if tiles else 0
+    stages = 2 if kernel.startswith("row_lse") else 1
+    return SCRATCH + stages * -(-headdim * size // 64) * 64 * columns
+
+
 class Stream(NamedTuple):
     """A loop that streams, and the kernel that it is in."""
 
@@ -138,6 +160,16 @@ class Stream(NamedTuple):
     def per_element(self) -> float | None:
         """Issued instructions for each element, by its exponential or by the type in the kernel's name."""
         return self.loop.per_element(element_size(self.kernel))
+
+    @property
+    def dtype(self) -> str | None:
+        """What a loop over logits reads, by how many 16 bytes hold and how they widen; None of others."""
+        loop = self.loop
+        if not loop.elements or loop.common_loads != loop.global_loads:
+            return None
+        if loop.elements == 4 * loop.global_loads:
+            return "float32"
+        return "float16" if loop.widens_float16 else "bfloat16"
 
 
 class Machine(NamedTuple):
@@ -163,33 +195,40 @@ def machine_code(path: Path, kernels: str = "", architecture: str | None = None)
         key = kernel.symbol, kernel.architecture
         registers, shared = taken[key] if key in taken else taken[kernel.symbol, ""]  # of a cubin
         shared -= min(shared, RESERVED) if _number(kernel.architecture) >= 90 else 0
-        streams = [Stream(name, kernel.architecture, loop) for loop in sass.loops(kernel)]
+        # Those around another are over units or tiles, and have no common path to speak of.
+        streams = [
+            Stream(name, kernel.architecture, loop) for loop in sass.loops(kernel) if not loop.encloses
+        ]
         code = [i for i in kernel.code if i.opcode != "NOP"]  # which pad the end
         machines.append(Machine(name, kernel.architecture, len(code), registers, shared, streams))
     return sorted(machines, key=lambda m: (m.kernel, _number(m.architecture)))
 
 
-def machine_table(machines: Sequence[Machine], shared: int = 0) -> str:
-    """Two Markdown tables: the kernels, whose blocks take so much dynamic shared memory, and their loops."""
+def machine_table(machines: Sequence[Machine], shared: int | None = None) -> str:
+    """Two Markdown tables, kernels and their loops. Their blocks take so much dynamic shared memory, or what
+    they do at a head dimension of 128.
+    """
     lines = [
-        "| kernel | architecture | instructions | registers | static shared | blocks a multiprocessor "
+        "| kernel | architecture | instructions | registers | shared | blocks a multiprocessor "
         "| KB in flight |",
         "|---" * 7 + "|",
     ]
     for m in machines:
-        resident = resident_blocks(m.architecture, m.registers, m.shared + shared)
+        all_shared = m.shared + (launch_shared(m.kernel) if shared is None else shared)
+        resident = resident_blocks(m.architecture, m.registers, all_shared)
         blocks, limit = resident or (0, "architecture not known")
         loads = max((s.loop.global_loads + s.loop.copies for s in m.streams), default=0)
         flight = f"{blocks * THREADS * 16 * loads / 1024:.0f}" if loads and blocks else "-"
         lines.append(
-            f"| {m.kernel} | {m.architecture} | {m.instructions} | {m.registers} | {m.shared} "
+            f"| {m.kernel} | {m.architecture} | {m.instructions} | {m.registers} | {all_shared} "
             f"| {blocks} ({limit}) | {flight} |"
         )
     lines += [
         "",
         "| kernel | architecture | loop at | instructions | loads, global / shared | copies "
-        "| on the common path | its loads | its exponentials | instructions an element |",
-        "|---" * 10 + "|",
+        "| on the common path | its loads | its exponentials | instructions an element | of logits "
+        "| asked of eight | noise of four |",
+        "|---" * 13 + "|",
     ]
     for s in (stream for m in machines for stream in m.streams):
         each = "-" if s.per_element is None else f"{s.per_element:.1f}"
@@ -197,7 +236,8 @@ def machine_table(machines: Sequence[Machine], shared: int = 0) -> str:
         lines.append(
             f"| {s.kernel} | {s.architecture} | {loop.first:#x} | {loop.instructions} "
             f"| {loop.global_loads} / {loop.shared_loads} | {loop.copies} | {loop.common} "
-            f"| {loop.common_loads} | {loop.common_exponentials} | {each} |"
+            f"| {loop.common_loads} | {loop.common_exponentials} | {each} | {s.dtype or '-'} "
+            f"| {loop.asked or '-'} | {loop.noise or '-'} |"
         )
     return "\n".join(lines)
 
@@ -214,7 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kernels", default="", metavar="PATTERN", help="those whose names it is found in")
     parser.add_argument("--architecture", metavar="NAME", help="such as sm_90a; all without")
-    parser.add_argument("--shared", type=int, default=0, metavar="BYTES", help="dynamic ones of each block")
+    parser.add_argument(
+        "--shared", type=int, metavar="BYTES", help="dynamic ones of each block; those of D = 128 without"
+    )
     options = parser.parse_args(arguments)
     if options.sass is None:
         print(table(parse(sys.stdin.read())))

@@ -71,10 +71,8 @@ struct Range {
 struct Deal {
     int32_t each, extra;
 
-    __device__ Range of(int block) const {
-        const int first = block * each + min(block, extra);
-        return {first, first + each + (block < extra)};
-    }
+    __device__ int start(int block) const { return block * each + min(block, extra); }
+    __device__ Range of(int block) const { return {start(block), start(block + 1)}; }
 };
 
 inline Deal deal(int64_t units, int64_t blocks) {

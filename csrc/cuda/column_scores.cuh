@@ -214,7 +214,7 @@ __device__ void score_units(const ScoreArgs &s, Range units, Done done) {
         at.first_column = a.column_start + at.tile * kColumns;
         at.count = min(kColumns, a.columns - at.tile * kColumns);
         const uint32_t seen = seen_columns<kTiles>(a, at.b, at.first_column, at.count);
-        const int first = unit, stop = min((group + 1) * s.units.value, units.last);
+        const int stop = min((group + 1) * s.units.value, units.last);
         float value = 0.0f;
         int loaded = -1;
         for (; unit < stop; ++unit) {
@@ -224,6 +224,7 @@ __device__ void score_units(const ScoreArgs &s, Range units, Done done) {
             if (s.units.value > 1 && threadIdx.x < kColumns)
                 s.partial[static_cast<int64_t>(unit) * kColumns + threadIdx.x] = value;
         }
+        const int first = max(group * s.units.value, units.first); /* it would take a register until here */
         if (s.units.value > 1 && !last_to_arrive(s.arrived + group, static_cast<uint32_t>(stop - first),
                                                  static_cast<uint32_t>(s.units.value)))
             continue;

@@ -373,7 +373,7 @@ class Scan {
                 for (int i = kGroups - 1; i >= 0; --i)
                     s_.best = of_group[i] == largest ? v + i * kStride : s_.best;
         }
-        if (draws_)
+        if (draws_ && __any_sync(kAllLanes, may_win(largest)) != 0)
 #pragma unroll 1
             for (int i = 0; i < kGroups; ++i) {
                 float own = of_group[0];
@@ -388,12 +388,11 @@ class Scan {
     __device__ void draw_group(int v, float largest) {
         bool is_first = bound_ == -infinity(); /* then the largest logit of each lane gives a bound */
         for (;;) {
-            const float scaled = __fmul_rn(largest, draw_.inverse_temperature);
-            const bool may_win = __fadd_rn(scaled, kMostNoise) >= bound_ && largest > -infinity();
-            if (__any_sync(kAllLanes, may_win) == 0)
+            const bool draws = may_win(largest);
+            if (__any_sync(kAllLanes, draws) == 0)
                 return;
-            if (may_win)
-                draw_tokens(v, is_first ? largest : -infinity(), is_first ? ~0u : most_word(scaled));
+            if (draws)
+                draw_tokens(v, is_first ? largest : -infinity(), is_first ? ~0u : most_word(largest));
             if (__any_sync(kAllLanes, s_.best_key > bound_) != 0)
                 bound_ = warp_max(s_.best_key);
             if (!is_first)
@@ -402,10 +401,17 @@ class Scan {
         }
     }
 
-    /* The largest word whose noise can lift a logit, scaled, to the bound. Noise of d or more has a word
+    /* Whether the most noise could lift a logit to the bound. */
+    __device__ bool may_win(float logit) const {
+        return __fadd_rn(__fmul_rn(logit, draw_.inverse_temperature), kMostNoise) >= bound_ &&
+               logit > -infinity();
+    }
+
+    /* The largest word whose noise can lift a logit to the bound. Noise of d or more has a word
      * below 2^32 e^-d, for -log(1 - w) <= e^-d and w < -log(1 - w). A hundredth more makes up for the
      * rounding of the noise, and the first term for that of keys. */
-    __device__ uint32_t most_word(float scaled) const {
+    __device__ uint32_t most_word(float logit) const {
+        const float scaled = __fmul_rn(logit, draw_.inverse_temperature);
         const float d = (bound_ - scaled) - fmaxf(fabsf(bound_), fabsf(scaled)) * 0x1p-22f;
         const float most = exp2_fast(fmaf(d, -kLog2eHigh, 32.0f)) * 1.01f + 4.0f;
         return most < 0x1p32f ? static_cast<uint32_t>(most) : ~0u;
@@ -419,6 +425,12 @@ class Scan {
             const auto words =
                 noise_words(draw_.seed, noise_group_ + static_cast<uint32_t>(noise_place_ + first) / 4,
                             static_cast<uint32_t>(position_));
+            uint32_t least = ~0u;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                least = min(least, static_cast<uint32_t>(words.word[i]));
+            if (least > most)
+                continue;
 #pragma unroll 1
             for (int i = 0; i < 4; ++i) {
                 const int token = first + i;

@@ -10,8 +10,9 @@
  * Shapes: B sequences, Hq query heads, Hkv key heads (Hq a multiple of Hkv; query head h reads key
  * head h / (Hq / Hkv)), M query rows, N keys, D head dimension, C candidate columns, V vocabulary.
  *
- * Results do not depend on the number of threads: the same input gives the same bits (on CUDA: on devices of
- * one model).
+ * Results do not depend on the number of threads: the same input gives the same bits, a sequence alone and in
+ * any batch. On CUDA so too, for any number of multiprocessors of one architecture, where the rows of q and k
+ * start on multiples of 16 bytes alone and in the batch, or in neither.
  */
 #ifndef ATTN_SAMPLER_H_
 #define ATTN_SAMPLER_H_

@@ -23,32 +23,84 @@ def test_bytes_and_floors_by_hand():
     assert math.isclose(tenth.floor, 4.294112 / 4.3)
 
 
-def test_blocks_by_hand():
-    # 56 rows of seven heads are a step; 28 layers of 4 lists, each a block's own. 74 splits of 257 groups.
-    assert model.plan(DECODE["10"]) == model.Plan(4, 8 * 74, 74, 112, 112, 8, 1, 112)
+def test_units_by_hand():
+    """Row 10: 56 rows of seven heads are a step; 28 layers of 4 lists, each a unit, each tile adds up 4."""
+    tenth = model.plan(DECODE["10"])
+    assert (tenth.score_units, tenth.members, tenth.unit_steps, tenth.steps) == (28 * 4, 4, 1, 4)
+    # 8 positions of 19008 groups of eight tokens, in units of two turns of 512.
+    assert (tenth.logit_units, tenth.splits, tenth.turns) == (8 * 19, 19, 2)
+    assert (tenth.blocks, tenth.resident, tenth.tile, tenth.tiles) == (8 * 19 + 28 * 4, 4, 8, 1)
     # 256 columns are four tiles of 64, whose keys of 512 elements leave room for three blocks.
     twelfth = model.plan(DECODE["12"])
     assert (twelfth.resident, twelfth.tile, twelfth.tiles) == (3, 64, 4)
-    assert twelfth.steps == 5 * 4 * (2 * 256 // 64)
-    assert twelfth.score_blocks == 4 * twelfth.members
+    assert twelfth.steps == twelfth.members == 4 * (2 * 256 // 64)
+    assert twelfth.score_units == 5 * 4 * twelfth.members
+    assert twelfth.blocks == 3 * 132
     # Lists of four rows stand four side by side.
     eleventh = model.plan(DECODE["11"])
-    assert eleventh.steps == 36 * 8 // 4
+    assert (eleventh.steps, eleventh.score_units) == (8 // 4, 64 * 36 * 2)
+
+
+def test_a_unit_depends_on_one_sequence_alone():
+    row = DECODE["4"]
+    for other, gpu in ((row._replace(batch=1), model.H200), (row, model.H200._replace(processors=78))):
+        p, q = model.plan(row), model.plan(other, gpu)
+        for name in ("splits", "turns", "members", "unit_steps", "steps"):
+            assert getattr(p, name) == getattr(q, name), name
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_shares_are_all_of_the_work_and_equal(name):
+    row, p = DECODE[name], model.plan(DECODE[name])
+    shares = model.shares(row, p)
+    assert len(shares) == p.blocks
+    assert sum(s.score_units for s in shares) == p.score_units
+    assert sum(s.steps for s in shares) == row.batch * p.tiles * row.layers * p.steps
+    assert sum(s.logit_units for s in shares) == p.logit_units
+    assert sum(s.groups for s in shares) == row.batch * row.columns * -(-row.vocab // 8)
+    # Of whole units: blocks of one kind differ by one unit at the most, and a score less is logits more.
+    scores = [s.score_units for s in shares]
+    assert max(scores) - min(scores) <= 1
+    assert scores == sorted(scores, reverse=True)
+    for kind in set(scores):
+        logits = [s.logit_units for s in shares if s.score_units == kind]
+        assert max(logits) - min(logits) <= 1
 
 
 @pytest.mark.parametrize("name", DECODE)
 def test_the_terms_add_up(name):
     p = model.predict(name, DECODE[name])
     longest = max(p.memory, p.issue, p.exponentials, p.products)
-    assert math.isclose(p.total, p.start + p.imbalance * longest + p.tail)
-    assert getattr(p, p.bound) == longest
+    assert math.isclose(p.total, p.start + max(p.rounds, p.imbalance * longest) + p.tail)
+    assert getattr(p, p.bound) == (p.rounds if p.bound == "rounds" else longest)
     assert p.memory == p.floor <= p.body < p.total
-    assert 1 <= p.imbalance < 2
-    assert p.plan.splits <= 128
+    assert 1 <= p.imbalance < 1.5
     assert math.isclose(p.waves, p.plan.blocks / 132 / p.plan.resident)
+    assert p.waves <= 1
     faster = model.predict(name, DECODE[name], model.H200._replace(clock_hz=2e9))
     assert faster.issue < p.issue
     assert faster.memory == p.memory
+    peaked, flat = (model.predict(name, DECODE[name], noise=share) for share in (0.25, 1.0))
+    logits = DECODE[name].batch * DECODE[name].columns * -(-DECODE[name].vocab // 8) * 8
+    assert math.isclose(
+        flat.warp_instructions - peaked.warp_instructions, 0.75 * logits / 4 * model.NOISE_INSTRUCTIONS / 32
+    )
+    assert p.total <= peaked.total <= flat.total
+
+
+def test_targets_and_why_they_are_missed():
+    assert model.target("1", 20.0) == 25.0
+    assert model.target("13", 4.0) == 8.0
+    assert model.target("10", 1.0) == 8.0
+    assert model.target("3", 20.0) is None
+    lines = model.verdict().splitlines()
+    missed = {line.split(":")[0].removeprefix("- Row ") for line in lines if line.startswith("- Row ")}
+    within = set(lines[0].removeprefix("- Within: rows ").rstrip(".").split(", "))
+    assert within | missed == {"1", "2", "4", "6", "8", "10", "11", "12", "13"}
+    assert not within & missed
+    for name in missed:
+        p = model.predict(name, DECODE[name])
+        assert p.total > model.target(name, p.floor)
 
 
 def test_rows_without_columns_or_vocabulary():
@@ -56,10 +108,10 @@ def test_rows_without_columns_or_vocabulary():
     nothing = model.predict("none", row)
     assert (nothing.n_bytes, nothing.plan.blocks, nothing.total) == (0, 0, model.LAUNCH_US)
     scores = model.predict("scores", row._replace(columns=8, vocab=0))
-    assert scores.plan.confidence_blocks == 0 < scores.plan.score_blocks
+    assert scores.plan.logit_units == 0 < scores.plan.score_units
     assert scores.total > nothing.total
     no_layers = model.predict("logits", row._replace(columns=8, layers=0))
-    assert no_layers.plan.score_blocks == 0 < no_layers.plan.confidence_blocks
+    assert no_layers.plan.score_units == 0 < no_layers.plan.logit_units
 
 
 def test_more_of_anything_takes_longer():

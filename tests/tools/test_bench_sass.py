@@ -117,6 +117,99 @@ def test_uniform_and_conditional_jumps() -> None:
     assert [i.target for i in kernel.code] == [0, 0, 0, 0, None, None, None]
 
 
+def test_a_called_function_has_loops_and_a_call_over_one_is_a_jump() -> None:
+    """The function stands behind the kernel's end, where no jump leads."""
+    lines = [
+        "CALL.REL.NOINC 0x50",
+        "@P0 CALL.REL.NOINC 0x30",  # over the next: no function
+        "BRA 0x40",
+        "FADD R1, R1, R1",  # 0x30
+        "EXIT",
+        "LDG.E.128 R4, [R2.64]",  # 0x50, the function
+        "@P1 BRA 0x50",
+        "RET.REL.NODEC R20 0x0",
+    ]
+    (kernel,) = sass.parse(listing(*lines))
+    assert [i.called for i in kernel.code] == [0x50, *[None] * 7]
+    assert [i.target for i in kernel.code] == [None, 0x30, 0x40, None, None, None, 0x50, None]
+    assert kernel.code[1].falls_through
+    (loop,) = sass.loops(kernel)
+    assert (loop.first, loop.instructions, loop.global_loads) == (0x50, 2, 1)
+
+
+def test_noise_is_counted_apart() -> None:
+    """A loop over groups in the one that streams, in which words are made for some, and each is looked at."""
+    lines = [
+        "LDG.E.128 R4, [R2.64]",  # 0x00, eight float16 logits
+        *["HADD2.F32 R8, -RZ, R4.H0_H0"] * 8,
+        *["MUFU.EX2 R8, R8"] * 8,  # up to 0x110
+        "@!P0 BRA 0x310",  # 0x110: greedy
+        "FADD R9, R9, R8",  # 0x120, the loop over groups
+        "@!P2 BRA 0x300",  # no key of the group can win
+        *["IMAD.WIDE.U32 R10, R11, R12, RZ"] * 20,  # 0x140, the loop over fours
+        "FADD R9, R9, R8",  # 0x280, the loop over words
+        "@P3 BRA 0x2c0",  # it does not win
+        "FADD R9, R9, R8",
+        "FADD R9, R9, R8",
+        "@P4 BRA 0x280",  # 0x2c0
+        "@P5 BRA 0x140",  # 0x2d0
+        "NOP",
+        "NOP",
+        "@P6 BRA 0x120",  # 0x300
+        "@P1 BRA 0x0",  # 0x310
+        "EXIT",
+    ]
+    (loop,) = loops_of(*lines)
+    assert (loop.common, loop.elements, loop.widens_float16, loop.encloses) == (19, 8, True, False)
+    assert (loop.asked, loop.noise) == (3, 20 + 4 * 3 + 1)
+    stream = cuda_resources.Stream("kernel", "sm_90a", loop)
+    assert stream.dtype == "float16"
+    assert stream._replace(loop=loop._replace(widens_float16=False)).dtype == "bfloat16"
+    assert stream._replace(loop=loop._replace(elements=4)).dtype == "float32"
+    assert stream._replace(loop=loop._replace(elements=0)).dtype is None
+
+
+def test_a_loop_over_units_encloses() -> None:
+    """One of loads only, like those of a row's start, around one that takes exponentials."""
+    outer, inner = loops_of(
+        "LDG.E.128 R4, [R2.64]",
+        *STREAM[1:3],  # 0x10, the inner head
+        *["MUFU.EX2 R4, R4"] * 8,
+        "@P1 BRA 0x10",
+        "@P2 BRA 0x0",
+        "EXIT",
+    )
+    assert (outer.first, outer.encloses) == (0, True)
+    assert (inner.first, inner.encloses) == (0x10, False)
+
+
+def test_what_ptxas_says_of_called_functions() -> None:
+    """They have no registers of their own; their spills count."""
+    entry = "ptxas info    : Compiling entry function '_Z1kv' for '{}'"
+    sizes = "    {} bytes stack frame, {} bytes spill stores, {} bytes spill loads"
+    report = "\n".join(
+        line
+        for architecture in ("sm_80", "sm_90a")
+        for line in (
+            entry.format(architecture),
+            "ptxas info    : Function properties for _Z1kv",
+            sizes.format(0, 0, 0),
+            "ptxas info    : Used 128 registers, used 1 barriers",
+            "ptxas info    : Compile time = 4822.993 ms",
+            "ptxas info    : Function properties for _Z1fi",
+            sizes.format(8, 4, 12) if architecture == "sm_80" else sizes.format(0, 0, 0),
+        )
+    )
+    found = cuda_resources.parse(report)
+    assert found == [
+        ("f", "sm_80", None, 8, 4, 12),
+        ("f", "sm_90a", None, 0, 0, 0),
+        ("k", "sm_80", 128, 0, 0, 0),
+        ("k", "sm_90a", 128, 0, 0, 0),
+    ]
+    assert cuda_resources.table(found).splitlines()[2:] == ["| f | - | - | 16 |", "| k | 128 | 128 | 0 |"]
+
+
 def test_kernels_by_architecture() -> None:
     text = listing("EXIT", architecture="sm_80", symbol="a") + listing("NOP", "EXIT", symbol="b")
     assert [(k.symbol, k.architecture, len(k.code)) for k in sass.parse(text)] == [
@@ -146,6 +239,22 @@ def test_resident_blocks(
 def test_elements_by_the_kernels_name() -> None:
     names = "k<BFloat16, 4>", "k<Half>", "k<float, 1>", "k<Float8, 8>", "floats_kernel"
     assert [cuda_resources.element_size(name) for name in names] == [2, 2, 4, 1, None]
+
+
+def test_shared_memory_of_a_launch() -> None:
+    """What all blocks have, and tiles of keys of 128 elements: a row's chunks of 64 bytes, once or twice."""
+    assert [
+        cuda_resources.launch_shared(name) - 2064
+        for name in (
+            "select_tokens_kernel",
+            "column_scores_or_step_kernel<BFloat16, 4, false>",
+            "column_scores_or_step_kernel<Float8, 1, false>",
+            "column_scores_kernel<Half>",
+            "row_lse_kernel<float, 4>",
+            "attention_map_kernel<BFloat16, true>",
+        )
+    ] == [0, 32 * 256, 8 * 128, 128 * 256, 2 * 32 * 512, 32 * 256]
+    assert cuda_resources.launch_shared("row_lse_kernel<Half, 8>", 65) - 2064 == 2 * 64 * 192
 
 
 def test_what_is_no_machine_code(tmp_path: Path) -> None:
