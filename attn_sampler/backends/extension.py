@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_sampler.backends.base import OPS, Backend
+from attn_sampler.backends.base import Backend
 from attn_sampler.checks import Span
 from attn_sampler.options import MAX_HEADDIM
 
@@ -100,9 +100,8 @@ class Extension(Backend):
 
     checks_memory = True
 
-    def __init__(self, device: str, max_headdim: float, *without: str) -> None:
+    def __init__(self, device: str, max_headdim: float) -> None:
         self.name = self.auto = device
-        self.ops = [op for op in OPS if op not in without]
         self._max_headdim = max_headdim
 
     @property
@@ -175,4 +174,4 @@ def _run(function: Callable[..., int], out: Any, arguments: tuple) -> None:
         raise
 
 
-CPU, CUDA = Extension("cpu", math.inf), Extension("cuda", MAX_HEADDIM, "top_columns")
+CPU, CUDA = Extension("cpu", math.inf), Extension("cuda", MAX_HEADDIM)

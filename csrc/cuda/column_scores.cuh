@@ -24,16 +24,16 @@ struct ScoreArgs {
     int32_t layer_start, layer_count; /* of the launch's first layer in of_layers, and all of these */
     int32_t reduction;
     Divisor tiles, layers; /* of columns; of the launch */
-    Divisor groups;        /* of a tile: bins where these stay apart, or 1 */
-    Divisor units;         /* of a group */
+    Divisor groups;        /* of a tile: of heads whose scores are one */
+    Divisor units;         /* of a group: of its one bin or, where lists must not mix, of a bin for each */
     Divisor members;       /* units of a bin */
     Divisor steps_per_list, rows;
-    int32_t unit_steps;           /* of a unit, but for a bin's last */
-    int32_t lists, rows_per_list; /* of a layer: key heads with all their query heads, or query heads */
-    int32_t heads_per_list;
-    int32_t slots;                       /* lists side by side in a step: 1, 2 or 4 */
-    int32_t steps;                       /* of a bin */
-    bool per_head, accumulate, has_bins; /* the latter: lists must not mix */
+    int32_t unit_steps;                /* of a unit, but for a bin's last */
+    int32_t group_lists, bin_lists;    /* lists of a group and of a bin */
+    int32_t list_heads, rows_per_list; /* a list: a key head with all its query heads, or a query head */
+    int32_t slots;                     /* lists side by side in a step: 1, 2 or 4 */
+    int32_t steps;                     /* of a bin */
+    bool accumulate;
 };
 
 /* A tile of columns of a sequence, and a layer. */
@@ -62,11 +62,11 @@ __device__ inline int rows_seeing(const AttentionArgs &a, int b, int column, int
     return count;
 }
 
-/* The unit's value of column threadIdx.x % kColumns: its member's of a bin. `loaded` says whose keys are in
- * shared memory: the first of the lists, or -1. */
+/* The unit's value of column threadIdx.x % kColumns: its member's of the bin with this first list. `loaded`
+ * says whose keys are in shared memory: the first of the lists, or -1. */
 template <typename T, int kTiles, bool kMayBeUnaligned>
-__device__ float score_unit(const ScoreArgs &s, const ScoreTile &at, int bin, int member, uint32_t seen,
-                            int &loaded) {
+__device__ float score_unit(const ScoreArgs &s, const ScoreTile &at, int first_list, int member,
+                            uint32_t seen, int &loaded) {
     constexpr int kColumns = 8 * kTiles;
     const AttentionArgs &a = s.attention;
     const bool is_max = s.reduction == ATTN_SAMPLER_REDUCTION_MAX;
@@ -75,7 +75,7 @@ __device__ float score_unit(const ScoreArgs &s, const ScoreTile &at, int bin, in
     const int warps_per_slot = kWarps / s.slots, warp = threadIdx.x / 32;
     const int slot = warp / warps_per_slot;
     const int rows_per_step = kBlockRows / s.slots;
-    const int lists_end = s.has_bins ? bin + 1 : s.lists;
+    const int lists_end = first_list + s.bin_lists;
 
     float total[kTiles][2];
 #pragma unroll
@@ -85,14 +85,14 @@ __device__ float score_unit(const ScoreArgs &s, const ScoreTile &at, int bin, in
     const int last_step = min((member + 1) * s.unit_steps, s.steps);
     for (int step = member * s.unit_steps; step < last_step; ++step) {
         const int turn = s.steps_per_list.divide(step);
-        const int lists = bin + turn * s.slots, list = lists + slot; /* of a bin, its own */
+        const int lists = first_list + turn * s.slots, list = lists + slot; /* the first, its own */
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const int f = (step - turn * s.steps_per_list.value) * rows_per_step +
                           warp % warps_per_slot * kWarpRows + r * 8 + threadIdx.x % 32 / 4;
             const int head = s.rows.divide(f);
             if (list < lists_end && f < s.rows_per_list)
-                rows.row[r].find(a, at.layer, at.b, list * s.heads_per_list + head, f - head * a.rows,
+                rows.row[r].find(a, at.layer, at.b, list * s.list_heads + head, f - head * a.rows,
                                  at.first_column, kColumns, true);
             else
                 rows.row[r].clear();
@@ -103,14 +103,14 @@ __device__ float score_unit(const ScoreArgs &s, const ScoreTile &at, int bin, in
         if (lists != loaded && __syncthreads_or(any)) {
             for (int i = 0; i < s.slots && lists + i < lists_end; ++i)
                 load_keys<T, kColumns, kMayBeUnaligned>(a, at.layer, at.b,
-                                                        (lists + i) * s.heads_per_list / a.group,
-                                                        at.first_column, at.count, keys + i * slot_vectors);
+                                                        (lists + i) * s.list_heads / a.group, at.first_column,
+                                                        at.count, keys + i * slot_vectors);
             rows.template await_keys<0>();
             loaded = lists;
         }
         if (!any)
             continue;
-        const float scale = logit_scale<T>(a, at.layer, at.b, list * s.heads_per_list / a.group);
+        const float scale = logit_scale<T>(a, at.layer, at.b, list * s.list_heads / a.group);
         float weight[kTiles][4];
         rows.arrange();
         rows.multiply(a, keys + slot * slot_vectors, weight);
@@ -158,7 +158,8 @@ __device__ void finish_scores(const ScoreArgs &s, const ScoreTile &at, int group
     const int column = threadIdx.x % kColumns, stripe = threadIdx.x / kColumns;
     const int units = s.units.value;
     if (units > 1) {
-        const bool combine_max = s.reduction == ATTN_SAMPLER_REDUCTION_MAX && (s.per_head || !s.has_bins);
+        /* The maxima of lists are added up. */
+        const bool combine_max = s.reduction == ATTN_SAMPLER_REDUCTION_MAX && units == s.members.value;
         value = 0.0f;
 #pragma unroll 8
         for (int i = stripe; i < units; i += kStripes) {
@@ -219,7 +220,7 @@ __device__ void score_units(const ScoreArgs &s, Range units, Done done) {
         int loaded = -1;
         for (; unit < stop; ++unit) {
             const int in_group = unit - group * s.units.value, bin = s.members.divide(in_group);
-            value = score_unit<T, kTiles, kMayBeUnaligned>(s, at, group_of_tile + bin,
+            value = score_unit<T, kTiles, kMayBeUnaligned>(s, at, group_of_tile * s.group_lists + bin,
                                                            in_group - bin * s.members.value, seen, loaded);
             if (s.units.value > 1 && threadIdx.x < kColumns)
                 s.partial[static_cast<int64_t>(unit) * kColumns + threadIdx.x] = value;
@@ -242,9 +243,13 @@ inline int tile_columns(int64_t columns, int dtype, bool aligned) {
     return columns <= 32 || !aligned || element_size(dtype) != 2 ? 32 : 64;
 }
 
-/* Scores of layers of one shape in tiles of so many columns. */
-ScoreArgs score_args(const AttentionProblem &p, const AttentionArgs &attention, int64_t columns,
-                     Launcher &launcher);
+/* Scores of layers of one shape in tiles of so many columns, added up over so many heads: all, those of a key
+ * head, or 1. */
+ScoreArgs score_args(const AttentionProblem &p, const AttentionArgs &attention, int64_t heads,
+                     int64_t columns, Launcher &launcher);
+
+/* Launches the scores of one layer. */
+void add_column_scores(const AttentionProblem &p, int64_t heads, Launcher &launcher);
 
 inline int64_t score_unit_count(const ScoreArgs &s) {
     return static_cast<int64_t>(s.attention.batch) * s.tiles.value * s.layers.value * s.groups.value *

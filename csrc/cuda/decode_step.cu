@@ -151,7 +151,7 @@ int64_t decode_step(const StepProblem &p, const attn_sampler_exec &exec) {
             const AttentionProblem &layer = p.layers[first];
             attention.row_tokens = {p.row_tokens, {p.tokens.stride[0], p.tokens.stride[1]}};
             attention.mask_token_id = p.mask_token_id;
-            args.scores = score_args(layer, attention,
+            args.scores = score_args(layer, attention, layer.heads,
                                      tile_columns(select.columns, layer.dtype, attention.aligned), launcher);
             args.scores.of_layers = of_layers;
             args.scores.layer_start = static_cast<int32_t>(first);

@@ -20,13 +20,10 @@ const char *unavailable() {
     return reason.empty() ? nullptr : reason.c_str();
 }
 
-int64_t top_columns(const TopProblem &, const attn_sampler_exec &) {
-    throw Error(ATTN_SAMPLER_UNSUPPORTED, "exec.device: there is no top_columns on CUDA yet");
-}
-
 } // namespace
 
-const Device kCudaDevice = {unavailable, cuda::device_unavailable, cuda::column_scores, cuda::attention_map,
-                            top_columns, cuda::token_confidence,   cuda::select_tokens, cuda::decode_step};
+const Device kCudaDevice = {unavailable,         cuda::device_unavailable, cuda::column_scores,
+                            cuda::attention_map, cuda::top_columns,        cuda::token_confidence,
+                            cuda::select_tokens, cuda::decode_step};
 
 } // namespace attn_sampler

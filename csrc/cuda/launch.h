@@ -17,6 +17,7 @@ namespace cuda {
 /* The functions of the device (csrc/device.h), in the files of their names. */
 int64_t column_scores(const AttentionProblem &, const attn_sampler_exec &);
 int64_t attention_map(const AttentionProblem &, const attn_sampler_exec &);
+int64_t top_columns(const TopProblem &, const attn_sampler_exec &);
 int64_t token_confidence(const ConfidenceProblem &, const attn_sampler_exec &);
 int64_t select_tokens(const SelectProblem &, const attn_sampler_exec &);
 int64_t decode_step(const StepProblem &, const attn_sampler_exec &);

@@ -264,9 +264,7 @@ typedef struct attn_sampler_top_columns_params {
  * are present than count, the rest is position -1 with score -inf. Positions count from key 0 of each
  * sequence, with seqlens_k too.
  *
- * masks may be NULL. positions [B,G,count] int64, scores [B,G,count] float32. B and M may be 0. Not served on
- * CUDA yet.
- */
+ * masks may be NULL. positions [B,G,count] int64, scores [B,G,count] float32. B and M may be 0. */
 ATTN_SAMPLER_API attn_sampler_status attn_sampler_top_columns(const attn_sampler_layer *layer,
                                                               const attn_sampler_masks *masks,
                                                               const attn_sampler_top_columns_params *params,

@@ -308,8 +308,7 @@ def test_same_bits_for_any_threads_and_batch(backend, device, per, with_lse):
     for b in (0, 3):
         one = slice(b, b + 1)
         alone = top_columns(q[one], k[one], softmax_lse=lse if lse is None else lse[one], **how)
-        if backend in ("cpu", "reference"):  # elsewhere the cut may depend on the batch
-            assert all(torch.equal(x, y[one]) for x, y in zip(alone, results[0], strict=True))
+        assert all(torch.equal(x, y[one]) for x, y in zip(alone, results[0], strict=True))
 
 
 def test_many_columns(backend, device):
@@ -389,7 +388,6 @@ def test_bad_arguments(change, error, start, words):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_who_has_none_says_so(name):
-    with pytest.raises(BackendUnavailableError, match=f"^backend: '{name}' cannot run top_columns here: "):
-        top_columns(**arguments(), backend=name)
+def test_who_has_none_says_so():
+    with pytest.raises(BackendUnavailableError, match="^backend: 'triton' cannot run top_columns here: "):
+        top_columns(**arguments(), backend="triton")

@@ -237,6 +237,7 @@ PLACES = {
             (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, REVISION, LOGIT_RANGE, WINDOWS), ""
         )
         | {
+            TOP_COLUMNS: "^(?!.*(held_at_once|bad_arguments|says_so))",
             ROW_SAMPLING: DRAWS + "|samples_follow",
             PAGED_KEYS: "random_problems|not_read|no_rows|count_from|same_bits|test_step$|pages|layouts",
             CUDA_GRAPHS: "",

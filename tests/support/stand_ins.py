@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT, _COUNTERS = 256, 4 * (1 << 14)  # of a workspace, in bytes
-OPS = ("column_scores", "attention_map", "token_confidence", "select_tokens", "decode_step")
+OPS = ("column_scores", "attention_map", "top_columns", "token_confidence", "select_tokens", "decode_step")
 
 
 def load(path: Path) -> ModuleType:

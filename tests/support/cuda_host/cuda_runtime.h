@@ -117,6 +117,12 @@ T __ldcg(const T *p) {
     return *p;
 }
 
+inline int atomicAdd(int *p, int x) {
+    const int old = *p;
+    *p += x;
+    return old;
+}
+
 inline float __uint_as_float(uint32_t x) {
     float y;
     memcpy(&y, &x, sizeof(y));
