@@ -147,6 +147,11 @@ __device__ uint32_t nth_largest(int places, int n, int *above, const Number &num
     return found;
 }
 
+template <typename T>
+__device__ inline T *place(const View<T, 3> &view, int b, int group, int i) {
+    return view.data + b * view.stride[0] + group * view.stride[1] + i * view.stride[2];
+}
+
 /* Sorts a power of two of numbers, in shared or global memory, by the whole block. */
 __device__ inline void sort(uint64_t *numbers, int count) {
     for (int size = 2; size <= count; size *= 2)
@@ -165,7 +170,8 @@ __device__ inline void sort(uint64_t *numbers, int count) {
     __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads) top_columns_kernel(const __grid_constant__ TopArgs args) {
+/* Registers for four blocks: with its own choice ptxas spills. */
+__global__ void __launch_bounds__(kThreads, 4) top_columns_kernel(const __grid_constant__ TopArgs args) {
     await_launches();
     const int unit = static_cast<int>(blockIdx.x), b = args.groups.divide(unit);
     const int group = unit - b * args.groups.value, n_columns = args.attention.columns;
@@ -229,8 +235,8 @@ __global__ void __launch_bounds__(kThreads) top_columns_kernel(const __grid_cons
         const uint64_t own = there ? chosen[i] : 0;
         const int c = static_cast<int>(own & 0xFFFFFFFFu);
         const uint32_t key = ~static_cast<uint32_t>(own >> 32);
-        element(args.positions, b, group, i) = there ? first_key + c : int64_t{-1};
-        element(args.top, b, group, i) = !there ? -infinity() : key == ~0u ? scores[c] : score_of(key);
+        *place(args.positions, b, group, i) = there ? first_key + c : int64_t{-1};
+        *place(args.top, b, group, i) = !there ? -infinity() : key == ~0u ? scores[c] : score_of(key);
     }
 }
 

@@ -389,5 +389,5 @@ def test_bad_arguments(change, error, start, words):
 
 
 def test_who_has_none_says_so():
-    with pytest.raises(BackendUnavailableError, match="^backend: 'triton' cannot run top_columns here: "):
+    with pytest.raises(BackendUnavailableError, match=r"^backend: 'triton' cannot run top_columns here: "):
         top_columns(**arguments(), backend="triton")
