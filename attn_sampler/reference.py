@@ -278,8 +278,22 @@ def top_columns(
     """The columns that receive most attention, for each key head, for each query head or for all."""
     scores = column_scores(q, k, per_head=True, **scores_options)
     groups = {"kv_head": k.shape[1], "head": q.shape[1], "all": 1}[per]
-    scores = scores.unflatten(1, (groups, q.shape[1] // groups)).sum(dim=2)
-    position, present = (x[:, None].expand(scores.shape) for x in _columns(len(q), k, **scores_options))
+    return choose_columns(scores, k, groups, count, sinks, recent, pool, **scores_options)
+
+
+def choose_columns(
+    scores: Tensor,  # [B, Hq, C]
+    k: Tensor,
+    groups: int,  # of heads that share a choice
+    count: int,
+    sinks: int,
+    recent: int,
+    pool: tuple[str, int] | None,
+    **scores_options: Any,
+) -> TopColumns:
+    """The columns of the largest scores."""
+    scores = scores.unflatten(1, (groups, scores.shape[1] // groups)).sum(dim=2)
+    position, present = (x[:, None].expand(scores.shape) for x in _columns(len(scores), k, **scores_options))
     first, total = present.cumsum(dim=-1), present.sum(dim=-1, keepdim=True)
     kept = present & ((first <= sinks) | (first > total - recent))
 

@@ -13,11 +13,9 @@ OPS = ("column_scores", "attention_map", "top_columns", "token_confidence", "sel
 
 
 class Backend(abc.ABC):
-    """A way to run the functions, or most of them."""
+    """A way to run the functions."""
 
     name: str
-    #: Those that it has.
-    ops: Sequence[str] = OPS
     #: The type of device on whose tensors "auto" tries it; None: it serves whatever is left.
     auto: str | None
     #: Whether ``attempt`` takes arguments that nobody has checked.
@@ -39,8 +37,6 @@ class Backend(abc.ABC):
     def refuses(self, op: str, tensors: Sequence[Tensor]) -> str | None:
         """Why it does not serve op on these floating-point tensors (q and k; logits; scores and confidence;
         of a step logits, then q and k of all layers); None where it does."""
-        if op not in self.ops:
-            return f"it has no {op} yet"
         own = self.device
         for tensor in tensors:
             if tensor.device.type != own:

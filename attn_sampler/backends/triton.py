@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from attn_sampler.backends.base import OPS, Backend
+from attn_sampler import reference
+from attn_sampler.backends.base import Backend
+from attn_sampler.checks import Span
+from attn_sampler.options import Layer, Masks, Top
 
 #: Where the kernels live: the functions of a backend, and ``refuses``.
 MODULE = "attn_sampler.kernels"
@@ -27,7 +30,6 @@ class Triton(Backend):
 
     name = "triton"
     auto = "cuda"
-    ops = tuple(op for op in OPS if op != "top_columns")
 
     @property
     def device(self) -> str:
@@ -57,7 +59,20 @@ class Triton(Backend):
         return self._kernels().launch.compiled_by(device, calls)
 
     def function(self, op: str) -> Callable[..., None]:
-        return getattr(self._kernels(), op)
+        return self._top_columns if op == "top_columns" else getattr(self._kernels(), op)
+
+    def _top_columns(self, out: reference.TopColumns, layer: Layer, masks: Masks, options: Top) -> None:
+        """The scores by a kernel; the choice, which is little next to them, by PyTorch."""
+        columns = options.attention.columns
+        assert isinstance(columns, Span)  # of checked options
+        size = *layer.q.shape[:2], columns.stop - columns.start
+        scores = torch.empty(size, dtype=torch.float32, device=layer.q.device)
+        self._kernels().column_scores(scores, layer, masks, options.attention._replace(per_head=True))
+        how = options.count, options.sinks, options.recent, options.pool
+        where = {"columns": slice(*columns), **masks._asdict()}
+        chosen = reference.choose_columns(scores, layer.k, out.scores.shape[1], *how, **where)
+        out.positions.copy_(chosen.positions)
+        out.scores.copy_(chosen.scores)
 
     @staticmethod
     @functools.cache

@@ -14,7 +14,6 @@ from test_paged_keys import in_pages, random_case
 from torch import Tensor
 
 from attn_sampler import (
-    BackendUnavailableError,
     TopColumns,
     column_scores,
     reference,
@@ -386,8 +385,3 @@ def test_bad_arguments(change, error, start, words):
     message = str(caught.value)
     assert message.startswith(f"{start}:"), message
     assert all(word in message for word in words), message
-
-
-def test_who_has_none_says_so():
-    with pytest.raises(BackendUnavailableError, match=r"^backend: 'triton' cannot run top_columns here: "):
-        top_columns(**arguments(), backend="triton")

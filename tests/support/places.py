@@ -19,9 +19,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from cmake_build import CPU_ISAS, build_once, python_module
-from table import row
 
-from attn_sampler.backends import OPS, REGISTRY, extension
+from attn_sampler.backends import REGISTRY, extension
 from attn_sampler.backends import unavailable as backend_unavailable
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -212,6 +211,7 @@ PLACES = {
         {
             **dict.fromkeys((*FUNCTIONS, REVISION, LOGIT_RANGE, ERRORS, TABLE, TRITON_KERNELS), INTERPRETED),
             OPERANDS: "anywhere|counted|interleaved|memory_of",  # the rest is before any kernel
+            TOP_COLUMNS: "random_problems|present|positions_are",
             PAGED_KEYS: "random_problems|not_read|no_rows|count_from|small_pages|test_step$",
             ROW_SAMPLING: DRAWS,
         },
@@ -237,7 +237,7 @@ PLACES = {
             (COLUMN_SCORES, TOKEN_CONFIDENCE, SELECT_TOKENS, DECODE_STEP, REVISION, LOGIT_RANGE, WINDOWS), ""
         )
         | {
-            TOP_COLUMNS: "^(?!.*(held_at_once|bad_arguments|says_so))",
+            TOP_COLUMNS: "^(?!.*(held_at_once|bad_arguments))",
             ROW_SAMPLING: DRAWS + "|samples_follow",
             PAGED_KEYS: "random_problems|not_read|no_rows|count_from|same_bits|test_step$|pages|layouts",
             CUDA_GRAPHS: "",
@@ -262,13 +262,10 @@ NOT_IMPORTABLE = [] if _triton_unavailable() is None else [TRITON_KERNELS, TRITO
 
 
 def takes(name: str, function: pytest.Function) -> bool:
-    """Whether a test runs in this place, whose backend has to have the function that it is about. Slow and
-    long ones are left to this process, but for the files that are of one place."""
+    """Whether a test runs in this place. Slow and long ones are left to this process, but for the files that
+    are of one place."""
     only = function.get_closest_marker("places")
     tests = PLACES[name].tests
-    op = row(function.nodeid)
-    if op in OPS and op not in REGISTRY[PLACES[name].backend].ops:
-        return False
     if only is not None:
         return name in only.args
     if tests is None:
