@@ -18,9 +18,8 @@ from attn_sampler import (
     backends,
     column_scores,
     is_backend_supported,
-    top_columns,
 )
-from attn_sampler.backends import BACKENDS, OPS, REGISTRY, extension, triton
+from attn_sampler.backends import BACKENDS, OPS, extension, triton
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -29,34 +28,15 @@ def test_the_table_answers_for_all(op, name):
     support = is_backend_supported(op, name)
     assert isinstance(support, Support)
     assert support.supported is (support.reason == "")
-    assert support.supported is (backends.unavailable(name) is None and op in REGISTRY[name].ops)
+    assert support.supported is (backends.unavailable(name) is None)
 
 
 def test_a_backend_that_runs_takes_its_tensors(backend, device):
     x = torch.zeros(1, 2, 3, 8, device=device)
-    for op in REGISTRY[backend].ops:
+    for op in OPS:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             tensor = x.to(dtype)
             assert is_backend_supported(op, backend, tensor, tensor) == Support(True, "")
-
-
-def test_a_function_that_a_backend_does_not_have(monkeypatch):
-    """Refused with the reason where the backend is named, and left to another by "auto"."""
-    for backend in REGISTRY.values():
-        for op in set(OPS) - set(backend.ops):
-            assert backend.refuses(op, ()) == f"it has no {op} yet"
-
-    def refuse(*_):
-        raise extension._C.Refused("there is no top_columns")
-
-    if extension.UNAVAILABLE is None:
-        monkeypatch.setattr(extension._C, "top_columns", refuse)
-        monkeypatch.setattr(REGISTRY["cpu"], "ops", ("column_scores",))
-    q, k = normal(0, 1, 2, 3, 8), normal(1, 1, 2, 5, 8)
-    expected = top_columns(q, k, count=3, backend="reference")
-    assert all(map(torch.equal, top_columns(q, k, count=3), expected))
-    with pytest.raises(BackendUnavailableError, match=r"^backend: 'cpu' cannot run top_columns here: "):
-        top_columns(q, k, count=3, backend="cpu")
 
 
 def test_what_a_backend_does_not_serve(backend, device):
