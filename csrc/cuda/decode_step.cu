@@ -128,12 +128,11 @@ int64_t decode_step(const StepProblem &p, const attn_sampler_exec &exec) {
         select.arrived = launcher.counters(select.batch);
         /* The parts of a sequence's step: the confidence of each position, and each layer's tiles. */
         int64_t parts = select.columns;
-        std::vector<AttentionArgs> groups;
-        for (int64_t first = 0; first < p.num_layers; first = end_of_group(first)) {
-            groups.push_back(attention_args(&p.layers[first], end_of_group(first) - first));
-            const AttentionArgs &a = groups.back();
-            parts +=
-                a.layers * ceil_div(a.columns, tile_columns(a.columns, p.layers[first].dtype, a.aligned));
+        for (int64_t first = 0, end; first < p.num_layers; first = end) {
+            end = end_of_group(first);
+            const AttentionProblem &layer = p.layers[first];
+            parts += (end - first) *
+                     ceil_div(select.columns, tile_columns(select.columns, layer.dtype, is_aligned(layer)));
         }
         check_extent("layers: parts of a step", parts, INT32_MAX);
         select.parts = static_cast<uint32_t>(parts);
@@ -146,9 +145,10 @@ int64_t decode_step(const StepProblem &p, const attn_sampler_exec &exec) {
         select.scores_of_layers = of_layers;
         const View<float, 4> &out = p.layers[0].out;
         select.summed = {out.data, {out.stride[0], out.stride[3]}};
-        int64_t first = 0;
-        for (AttentionArgs &attention : groups) {
+        for (int64_t first = 0, end; first < p.num_layers; first = end) {
+            end = end_of_group(first);
             const AttentionProblem &layer = p.layers[first];
+            AttentionArgs attention = attention_args(&layer, end - first);
             attention.row_tokens = {p.row_tokens, {p.tokens.stride[0], p.tokens.stride[1]}};
             attention.mask_token_id = p.mask_token_id;
             args.scores = score_args(layer, attention, layer.heads,
@@ -157,7 +157,6 @@ int64_t decode_step(const StepProblem &p, const attn_sampler_exec &exec) {
             args.scores.layer_start = static_cast<int32_t>(first);
             args.scores.layer_count = select.layers;
             launch("decode_step", args, layer.dtype, launcher);
-            first += attention.layers;
             args.confidence.batch = 0; /* the first launch alone brings it */
         }
     });
