@@ -10,8 +10,8 @@ import dataclasses
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -139,31 +139,20 @@ def test_two_graphs_on_two_streams(backend, device):
 def test_threads_with_streams_of_their_own(backend, device):
     steps = [block_step(device, 1 + i, 32 * (1 + i), torch.bfloat16) for i in range(4)]
     expected = [step.copy().run(backend=backend) for step in steps]
-    failures: list[BaseException] = []
 
     def work(step: Step, wanted: StepResult, stream: object) -> None:
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(reruns(device, 25, 2)):
-                    result = step.copy().run(backend=backend)
-                    if stream is not None:
-                        stream.synchronize()
-                    same_bits(result, wanted)
-        except BaseException as error:
-            failures.append(error)
+        with torch.cuda.stream(stream):
+            for _ in range(reruns(device, 25, 2)):
+                result = step.copy().run(backend=backend)
+                if stream is not None:
+                    stream.synchronize()
+                same_bits(result, wanted)
 
     streams = [torch.cuda.Stream() for _ in steps] if device.type == "cuda" else [None] * len(steps)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    threads = [
-        threading.Thread(target=work, args=arguments)
-        for arguments in zip(steps, expected, streams, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures[0]
+    with ThreadPoolExecutor(len(steps)) as pool:
+        list(pool.map(work, steps, expected, streams))
 
 
 @pytest.mark.places("cuda", "triton")
@@ -175,25 +164,18 @@ def test_streams_that_torch_did_not_make(backend, device, kind):
     owner = torch.cuda.Stream()  # whose memory it is
     handle = owner.cuda_stream if kind == "of another library" else 2
     torch.cuda.synchronize()
-    failures: list[BaseException] = []
 
-    def work() -> None:
-        try:
-            stream = torch.cuda.ExternalStream(handle)
-            with torch.cuda.stream(stream):
-                for _ in range(50):
-                    result = step.copy().run(backend=backend)
-                    stream.synchronize()
-                    same_bits(result, expected)
-        except BaseException as error:
-            failures.append(error)
+    def work(_: int) -> None:
+        stream = torch.cuda.ExternalStream(handle)
+        with torch.cuda.stream(stream):
+            for _ in range(50):
+                result = step.copy().run(backend=backend)
+                stream.synchronize()
+                same_bits(result, expected)
 
-    threads = [threading.Thread(target=work) for _ in range(1 if kind == "of another library" else 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures[0]
+    n_threads = 1 if kind == "of another library" else 2
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(work, range(n_threads)))
 
 
 @pytest.mark.places("cuda", "triton")
