@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attn_sampler import checks, prompts
 from attn_sampler.backends import choose_backend
-from attn_sampler.caching import ForwardPasses
+from attn_sampler.caching import AdaptiveCache, ForwardPasses, SparseCache
 from attn_sampler.capture import AttentionCapture
 from attn_sampler.endings import GOES_ON, TextEnds
 from attn_sampler.functional import token_confidence
@@ -47,6 +47,7 @@ class Generation:
     forward_seconds: float  # in the model, attention capture included
     sampling_seconds: float  # in scores, confidence, selection and commit
     trace: DecodeTrace | None  # where asked for
+    num_rows: Tensor  # [B] int64, the query rows that those passes, and passes that fill a cache, ran
     commit_steps: Tensor  # [B, T] int64, the passes of its sequence before the one that wrote it; -1: given
     # Where asked for, of the tokens when they were written; NaN at given ones and behind the end of a text:
     log_probs: Tensor | None = None  # [B, T] float32
@@ -61,6 +62,7 @@ class StepEvent(NamedTuple):
     block: slice  # token positions
     sequence: Tensor  # [B'] int64, the sequences that took part
     result: StepResult  # of these sequences
+    dropped: Tensor | None = None  # [B'] float32, the share of attention that cache="sparse" left out
 
 
 def generate(
@@ -90,7 +92,7 @@ def generate(
     guidance_scale: float = 0.0,
     unconditional_prompt_ids: Tensor | Sequence[Tensor] | Sequence[Sequence[int]] | None = None,
     logit_shift: bool = False,
-    cache: str = "none",
+    cache: str | SparseCache | AdaptiveCache = "none",
     layers: str | slice | Sequence[int] = "all",
     query_rows: str = "all",
     softmax_scope: str = "sequence",
@@ -179,12 +181,17 @@ def generate(
     cache
         What a ``caching.CacheableModel`` need not compute again in each pass. ``"none"``; ``"prefix"``, the
         keys and values of all positions before the block; ``"dual"``, those behind it too (Fast-dLLM,
-        arXiv 2505.22618).
+        arXiv 2505.22618). ``"sparse"`` or a ``SparseCache``: as ``"dual"``, and the passes after the first
+        read the keys alone that receive most attention from the block (MAGE, arXiv 2602.14209), so that
+        their cost does not grow with the context. ``"adaptive"`` or an ``AdaptiveCache``: as ``"dual"``, and
+        rows whose attended tokens have drifted are computed again. These two, and ``"dual"``, are also served
+        to a ``caching.PlacedModel``, which needs no cache of its own.
         Where attention is block-causal, what precedes a block is final, and decoding with the prefix
         cached agrees with decoding without, but for rounding. Where it is bidirectional, every commit changes
         the keys of all positions: a cache holds those of the block's first pass, which runs all positions,
         and the passes after that are an approximation, so tokens may differ from ``cache="none"``; a
-        block that takes one pass agrees. The attention that scores count is then that of the rows run.
+        block that takes one pass agrees. The attention that scores count is then that of the rows run, to
+        the keys that they read.
     layers, query_rows, softmax_scope, diagonal
         Which attention counts: the calls by their order; the query rows, ``"all"`` or ``"masked"`` (those
         still masked); ``"sequence"`` or ``"block"``; whether attention to oneself does.
@@ -243,7 +250,7 @@ def generate(
     capture = AttentionCapture(
         layers=layers, keep=keep, softmax_scope=softmax_scope, diagonal=diagonal, backend=backend
     )
-    forward = ForwardPasses(model, cache, logit_shift, chosen.shadows)
+    forward = ForwardPasses(model, cache, logit_shift, chosen.shadows, backend)
     if pad_token_id is None:
         pad_token_id = next(iter(ends.token_ids), int(mask_token_id == 0))
     source = (model, attention_mask, mask_token_id, pad_token_id)
@@ -311,7 +318,7 @@ def generate(
     probabilities = (run.record.log_probs, run.record.top_token_ids, run.record.top_log_probs)
     return Generation(
         *(run.tokens, visible, run.passes, run.forward_seconds, run.sampling_seconds, record),
-        *(run.record.commit_steps, *probabilities),
+        *(forward.num_rows, run.record.commit_steps, *probabilities),
     )
 
 
@@ -351,6 +358,7 @@ class _Run:
         self.budget = torch.zeros_like(self.tokens, dtype=torch.int32)  # [B, T], of revisions
         if self.policy.revises:
             self.budget.masked_fill_(self.to_fill, checks.integer("max_edits", self.policy.max_edits, 0))
+        self.forward.begin(self.tokens, self.visible if self.padded else None)
         self.record = TokenRecord(self.tokens, self.mask_token_id, self.top_log_probs)
         self.num_steps, self.forward_seconds, self.sampling_seconds = 0, 0.0, 0.0
 
@@ -435,7 +443,7 @@ class _Run:
         self.passes[active] += 1
         self.advance(count)
         if self.on_step is not None:
-            self.on_step(StepEvent(self.num_steps, block, active, result))
+            self.on_step(StepEvent(self.num_steps, block, active, result, self.forward.dropped))
         return more
 
     def _guided(
@@ -460,14 +468,15 @@ class _Run:
     def _captured(self, tokens: Tensor, visible: Tensor, block: slice, positions: slice) -> AttentionCapture:
         """The capture, for a pass whose queries stand at ``positions``."""
         capture = self.capture
-        capture.columns = block
-        query_mask = visible[:, positions] if self.padded or self.forward.shadows else None
+        capture.columns, capture.query_start = self.forward.places(block, tokens.shape[1])
+        # Shadows, and rows that only renew a cache, stand behind the others and do not count.
+        extra = block.stop - block.start if self.forward.shadows else self.forward.num_extra
+        query_mask = visible[:, positions] if self.padded or extra else None
         if self.query_rows == "masked":
             query_mask = masked_rows(tokens, self.mask_token_id, positions, query_mask)
-        if self.forward.shadows and query_mask is not None:  # shadows do not count
-            query_mask = torch.nn.functional.pad(query_mask, (0, block.stop - block.start))
+        if query_mask is not None:
+            query_mask = torch.nn.functional.pad(query_mask, (0, extra))
         capture.query_mask = query_mask
-        capture.query_start = None if self.forward.cache == "none" else positions.start
         return capture
 
     def _block_logits(self, output: Any, tokens: Tensor, block: slice, start: int, active: Tensor) -> Tensor:

@@ -198,6 +198,19 @@ class Attention(NamedTuple):
         return Attention(columns, rows, start, scale, *self[4:])
 
 
+def checked_pool(pool: object) -> tuple[str, int]:
+    """How scores are pooled, and over how many; None pools nothing, as a width of 1."""
+    if pool is None:
+        return "max", 1
+    if not isinstance(pool, tuple) or len(pool) != 2:
+        raise TypeError(f"pool: expected a tuple (how, width) or None, got {type(pool).__name__}")
+    checks.choice("pool", pool[0], POOLS)
+    width = checks.integer("pool", pool[1], 1, MAX_POOL_WIDTH + 1)
+    if width % 2 == 0:
+        raise ValueError(f"pool: expected an odd width, so that a column is in the middle, got {width}")
+    return pool
+
+
 class Top(NamedTuple):
     """Which columns are chosen; the C API's attn_sampler_top_columns_params."""
 
@@ -214,13 +227,7 @@ class Top(NamedTuple):
         count = checks.integer("count", self.count, 1, _INT64_END)
         sinks = checks.integer("sinks", self.sinks, 0, _INT64_END)
         recent = checks.integer("recent", self.recent, 0, _INT64_END)
-        pool = ("max", 1) if self.pool is None else self.pool
-        if not isinstance(pool, tuple) or len(pool) != 2:
-            raise TypeError(f"pool: expected a tuple (how, width) or None, got {type(pool).__name__}")
-        checks.choice("pool", pool[0], POOLS)
-        width = checks.integer("pool", pool[1], 1, MAX_POOL_WIDTH + 1)
-        if width % 2 == 0:
-            raise ValueError(f"pool: expected an odd width, so that a column is in the middle, got {width}")
+        pool = checked_pool(self.pool)
         attention = self.attention.checked(layer, masks, False)
         columns = attention.columns.stop - attention.columns.start  # type: ignore[union-attr]
         if count > columns:

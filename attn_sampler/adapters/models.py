@@ -44,7 +44,7 @@ class Adapter:
         self.model = model
         self.causal_block = None if causal_block is None else checks.integer("causal_block", causal_block, 1)
         self._takes = inspect.signature(model.forward).parameters
-        self._padding_is_masked = False
+        self._padding_is_masked = self._places_are_read = False
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.model(tokens, attention_mask=attention_mask, use_cache=False).logits
@@ -72,7 +72,33 @@ class Adapter:
         self._padding_is_masked = True
 
 
-class MaskedLM(Adapter):
+class Placed(Adapter):
+    """An adapter whose model is told the positions of its rows, and so runs any of them by themselves."""
+
+    def forward_at(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.model(tokens, position_ids=positions, use_cache=False).logits
+
+    def check_places(self, device: torch.device) -> None:
+        """Raise where the model does not stand its rows where ``forward_at`` says.
+
+        Some models count positions by themselves in a part of their code.
+        """
+        if self._places_are_read:
+            return
+        tokens = torch.tensor([[0, 1, 2]], device=device)
+        apart, near = (
+            self.forward_at(tokens, torch.tensor([places], device=device)).nan_to_num()
+            for places in ([0, 2, 9], [0, 1, 2])
+        )
+        if torch.allclose(apart, near):
+            raise ValueError(
+                f"cache: {type(self.model).__name__} does not read position_ids, so that its rows cannot "
+                "run by themselves; use cache='none'"
+            )
+        self._places_are_read = True
+
+
+class MaskedLM(Placed):
     """A masked language model, of a class of ``AutoModelForMaskedLM``: BERT, RoBERTa, ESM and their kin.
 
     Position ids count a row's tokens without its padding, from where the model's own begin, so that a padded
@@ -125,7 +151,15 @@ class MaskedLM(Adapter):
 
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         visible = torch.ones_like(tokens) if attention_mask is None else attention_mask
-        positions = (visible.cumsum(dim=1) - 1).clamp(min=0)  # [B, T]
+        return self._run(tokens, (visible.cumsum(dim=1) - 1).clamp(min=0), attention_mask)
+
+    def forward_at(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None:
+            positions = (positions - (~attention_mask).sum(dim=1, keepdim=True)).clamp(min=0)
+        return self._run(tokens, positions, None)
+
+    def _run(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits of tokens [B, M] at positions [B, M], counted without padding."""
         if tokens.shape[1] > self._max_length and (longest := int(positions.max()) + 1) > self._max_length:
             raise ValueError(
                 f"prompt_ids: expected at most {self._max_length} tokens, as {type(self.model).__name__} has "
@@ -148,7 +182,7 @@ class RowCached(Adapter):
         return past.map(lambda x: x[index])
 
 
-class Bidirectional(RowCached):
+class Bidirectional(RowCached, Placed):
     """A causal model class of transformers 5 that was made bidirectional (Llama, Qwen2, ...)."""
 
     caches = ("prefix", "dual")
@@ -268,20 +302,22 @@ class BlockCausal(RowCached):
         return mask if padding is None else mask & padding[:, None, None, :]
 
 
-class SDAR(BlockCausal):
+class SDAR(BlockCausal, Placed):
     """SDAR: ``store_kv`` says whether a pass is cached. Its flash-attn calls are reported to the captures."""
 
+    def forward_at(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        every = torch.ones(1, 1, 1, tokens.shape[1], dtype=torch.bool, device=tokens.device)
+        return self._seen(tokens, every, positions, use_cache=False)
+
     def _run(self, tokens: Tensor, rows: slice, padding: Tensor | None, store: bool, **cache: Any) -> Tensor:
+        mask, positions = self._mask(tokens, rows, padding), _positions(tokens, rows)
+        return self._seen(tokens, mask, positions, store_kv=store, **cache)
+
+    def _seen(self, tokens: Tensor, mask: Tensor, positions: Tensor, **cache: Any) -> Tensor:
         from attn_sampler.adapters.remote_code import reported_flash_attention
 
         with reported_flash_attention(sys.modules[type(self.model).__module__]):
-            return self.model(
-                tokens,
-                attention_mask=self._mask(tokens, rows, padding),
-                position_ids=_positions(tokens, rows),
-                store_kv=store,
-                **cache,
-            ).logits
+            return self.model(tokens, attention_mask=mask, position_ids=positions, **cache).logits
 
 
 class FastDLLMv2(BlockCausal):

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicCache
 
 from attn_sampler import capture
 from attn_sampler.adapters._engine import unserved
+from attn_sampler.key_cache import is_reading
 
 report_attention = torch.compiler.disable(capture.report_attention)
 
@@ -111,10 +113,16 @@ def _reporting(function: Callable[..., Any]) -> Callable[..., Tensor]:
         asked = unserved(options, ("deterministic",), {"window_size": [(-1, -1)], "softcap": [0.0]})
         if asked and capture.is_capturing():
             raise NotImplementedError(f"flash_attn_func is not reported to the captures with {asked}")
+        query, key = q.transpose(1, 2), k.transpose(1, 2)
+        if is_reading() and not asked and not causal:  # keys are put beside these in PyTorch's call alone
+            grouped = q.shape[2] != k.shape[2]
+            output = scaled_dot_product_attention(
+                query, key, v.transpose(1, 2), dropout_p=dropout_p, scale=softmax_scale, enable_gqa=grouped
+            )
+            return output.transpose(1, 2)
         output, softmax_lse, _ = function(
             q, k, v, dropout_p, softmax_scale, causal, return_attn_probs=True, **options
         )
-        query, key = q.transpose(1, 2), k.transpose(1, 2)
         mask = flash_mask(query, key, None, causal)
         report_attention(query, key, softmax_lse, attn_mask=mask, scale=softmax_scale)
         return output

@@ -210,6 +210,18 @@ class TinyMaskedLM(nn.Module):
         attn_mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         return self._run(tokens, torch.arange(tokens.shape[1], device=tokens.device), attn_mask)
 
+    def forward_at(
+        self,
+        tokens: Tensor,  # [B, M] int64
+        positions: Tensor,  # [B, M] int64
+        attention_mask: Tensor | None = None,  # [B, T] bool
+    ) -> Tensor:  # [B, M, V] float32
+        """``forward`` of tokens that stand at these positions and attend to one another alone.
+
+        Rotary positions know no padding, so the mask is not read.
+        """
+        return self._run(tokens, positions, None)
+
     def forward_shadow(
         self,
         tokens: Tensor,  # [B, T] int64
@@ -230,7 +242,9 @@ class TinyMaskedLM(nn.Module):
 
     def _run(self, tokens: Tensor, position: Tensor, attn_mask: Tensor | None) -> Tensor:
         x = self.embedding(tokens)
-        angle = torch.outer(position.float(), self.inverse_frequency.float())
+        angle = position.float()[..., None] * self.inverse_frequency.float()
+        if angle.dim() == 3:  # [B, 1, T, D / 2]
+            angle = angle[:, None]
         cos, sin = angle.cos(), angle.sin()
         for block in self.blocks:
             x = block(x, cos, sin, attn_mask)

@@ -286,13 +286,17 @@ def test_caches_that_a_model_does_not_serve() -> None:
     hub = published.PublishedLLaDA()  # the code on the hub takes no cache
     with pytest.raises(ValueError, match="cache: LLaDA serves 'none', got 'prefix'"):
         decode(hub, [prompt(5)], cache="prefix")
-    with pytest.raises(ValueError, match="cache: SDAR serves 'none', 'prefix', got 'dual'"):
+    with pytest.raises(
+        ValueError, match="cache: SDAR serves 'none', 'prefix', 'sparse', 'adaptive', got 'dual'"
+    ):
         decode(published.SDARForCausalLM(), [prompt(5)], cache="dual")
     with pytest.raises(ValueError, match="cache: LLaDA2 serves 'none', got 'prefix'"):
         decode(published.LLaDA2MoeModelLM(), [prompt(5)], cache="prefix")
     with pytest.raises(ValueError, match="cache: function serves 'none', got 'dual'"):
         generate(lambda tokens: tokens, [prompt(5)], mask_token_id=MASK, gen_length=1, cache="dual")
-    with pytest.raises(ValueError, match="cache: expected one of none, prefix, dual, got 'all'"):
+    with pytest.raises(
+        ValueError, match="cache: expected one of none, prefix, dual, sparse, adaptive, got 'all'"
+    ):
         decode(hub, [prompt(5)], cache="all")
 
 
