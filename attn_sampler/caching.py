@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
-from attn_sampler.key_cache import AdaptiveCache, ChosenKeys, FreshRows, SparseCache
+from attn_sampler.key_cache import AdaptiveCache, ChosenKeys, FreshRows, SparseCache, parse_cache
 
 CACHES = ("none", "prefix", "dual", "sparse", "adaptive")
 _OURS = ("sparse", "adaptive")  # the library keeps the keys, not the model
@@ -97,7 +97,7 @@ class ForwardPasses:
         A callable; a ``CacheableModel`` where ``cache`` is not ``"none"``, or, for ``"dual"``, ``"sparse"``
         and ``"adaptive"``, a ``PlacedModel``.
     cache
-        A name of ``CACHES``, a ``SparseCache`` or an ``AdaptiveCache``.
+        A name of ``CACHES``, a ``SparseCache`` or an ``AdaptiveCache``, or what ``parse_cache`` makes one of.
     logit_shift
         As in ``generate``. Rows then begin one position early, to have the block's first prediction.
     shadows
@@ -120,7 +120,7 @@ class ForwardPasses:
         shadows: bool = False,
         backend: str = "auto",
     ) -> None:
-        options = cache
+        options = cache = parse_cache(cache) if isinstance(cache, str) else cache
         if isinstance(cache, (SparseCache, AdaptiveCache)):
             cache = "sparse" if isinstance(cache, SparseCache) else "adaptive"
         checks.choice("cache", cache, CACHES)
@@ -142,7 +142,8 @@ class ForwardPasses:
         self._chosen: ChosenKeys | None = None
         self._fresh: FreshRows | None = None
         if cache == "sparse":
-            self._sparse = options if isinstance(options, SparseCache) else SparseCache()
+            assert isinstance(options, SparseCache)
+            self._sparse = options
             self._chosen = ChosenKeys(self._sparse, backend)
         elif self.causal_block is None and (
             cache == "adaptive" or (cache == "dual" and "dual" not in getattr(model, "caches", ()))
@@ -165,7 +166,7 @@ class ForwardPasses:
         if attention_mask is not None and hasattr(self._model, "check_padding"):
             self._model.check_padding(tokens.device)
         if (self._chosen or self._fresh) and hasattr(self._model, "check_places"):
-            self._model.check_places(tokens.device)
+            self._model.check_places(tokens)
 
     def enter(self, tokens: Tensor, attention_mask: Tensor | None, block: slice) -> None:
         """Prepare for a block of all sequences ``tokens`` [B, T]: what was cached in the last one is stale.
@@ -351,6 +352,37 @@ class ForwardPasses:
             if self._extra is not None:
                 self._extra, self._renewed = self._extra[index], self._renewed[index]
         self._sequences = sequences
+
+
+def check_places(model: PlacedModel, tokens: Tensor) -> None:
+    """Raise where rows beside the keys of a whole pass have other logits than they had in it.
+
+    Some models count positions by themselves, or scale what they embed by what else runs. The probe is a few
+    tokens of the first sequence of ``tokens`` [B, T], two small passes.
+
+    Raises
+    ------
+    ValueError
+        They have.
+    """
+    length = min(tokens.shape[1], getattr(model, "causal_block", None) or 8, 8)
+    if len(tokens) == 0 or length < 2:
+        return
+    some = tokens[:1, torch.linspace(0, tokens.shape[1] - 1, length).long().to(tokens.device)]
+    own, keys = slice(length // 2, length), ChosenKeys(SparseCache(length), "reference")
+    with keys.choose(own, own, length, None, some):
+        output = cast(Callable[..., Any], model)(some)
+    whole = getattr(output, "logits", output)[:, own]
+    with keys.read(slice(0, length - length // 2)):
+        alone = model.forward_at(some[:, own], torch.arange(own.start, own.stop, device=some.device)[None])
+    keys.finish()
+    whole, alone = (x.float().nan_to_num(neginf=0.0) for x in (whole, alone))  # never predicted in both
+    rounding = 1e-3 if keys.layers[0].keys.element_size() >= 4 else 0.05
+    if (whole - alone).norm() > rounding * whole.norm():
+        raise ValueError(
+            f"cache: {type(getattr(model, 'model', model)).__name__} computes rows that run by themselves "
+            "otherwise than in a whole pass, so that no keys can be kept for them; use cache='none'"
+        )
 
 
 def _served(model: Any, causal_block: int | None, is_placed: bool) -> tuple[str, ...]:

@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from attn_sampler import __version__, collect_env, command_line, evaluate, ranks
+from attn_sampler import __version__, checks, collect_env, command_line, evaluate, ranks
 from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
 from attn_sampler.caching import CACHES
 from attn_sampler.errors import DecodingError
+from attn_sampler.key_cache import AdaptiveCache, SparseCache, parse_cache
 from attn_sampler.problem_sets import parse_published
 from attn_sampler.published import MODELS, FetchError, folder
 from attn_sampler.published import command as published
@@ -66,6 +67,16 @@ def _run(arguments: Sequence[str] | None) -> int:
         with ranks.joined() as group:  # left, which ends the others, when what went wrong has been told
             return _told(evaluation, lambda: evaluate.run(options, group))
     return _generate(generate, options) if options.command == "generate" else _demo(demo, options)
+
+
+def _cache(text: str) -> str | SparseCache | AdaptiveCache:
+    try:
+        cache = parse_cache(text)
+        if isinstance(cache, str):
+            checks.choice("cache", cache, CACHES)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return cache
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -290,7 +301,13 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="of classifier-free guidance, which takes a second pass in each step (default: 0, none)",
     )
-    parser.add_argument("--cache", choices=CACHES, default="none", help="of keys and values (default: none)")
+    parser.add_argument(
+        "--cache",
+        type=_cache,
+        default="none",
+        metavar="NAME",
+        help=f"of keys and values: {', '.join(CACHES)}; with options as in sparse:budget=256 (default: none)",
+    )
     parser.add_argument(
         "--layers",
         type=command_line.layers,

