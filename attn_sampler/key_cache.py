@@ -91,7 +91,7 @@ class AdaptiveCache:
         Naming the argument.
     """
 
-    threshold: float = 0.02
+    threshold: float = 0.005
     rows: int = 32
 
     def __post_init__(self) -> None:

@@ -282,6 +282,11 @@ def write_results_page(results: Path = RESULTS) -> Path:
             steps = json.loads(path.read_text())
             lines += ["", f"### End to end: {steps['model']}", "", caption(steps, steps["device"])]
             lines += ["", end_to_end_table(steps)]
+    if (caches := results / "caches.md").exists():
+        lines += ["", "## Caches for long contexts", ""]
+        if (results / "caches.png").exists():
+            lines += [f"![caches.png]({results.name}/caches.png)", ""]
+        lines.append(caches.read_text().strip())
     quality = results / "quality"
     if pages := sorted(quality.glob("*.md")):
         lines += ["", "## Decoding quality", ""]

@@ -155,9 +155,7 @@ def test_flash_attention_of_remote_code_gives_way(monkeypatch: pytest.MonkeyPatc
     expected = [decode("sdar", [prompt(6)], cache=cache) for cache in (SparseCache(3), "prefix")]
     monkeypatch.setattr(published, "flash_attn_func", flash_attn)
     got = [decode("sdar", [prompt(6)], cache=SparseCache(3))]
-    assert (
-        calls == [4] * 6
-    )  # what goes before each of three blocks, in two layers
+    assert calls == [4] * 6  # what goes before each of three blocks, in two layers
     got.append(decode("sdar", [prompt(6)], cache="prefix"))
     for one, other in zip(got, expected, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
