@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -289,9 +289,11 @@ def choose_columns(
     sinks: int,
     recent: int,
     pool: tuple[str, int] | None,
+    *,
+    ordered: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     **scores_options: Any,
 ) -> TopColumns:
-    """The columns of the largest scores."""
+    """The columns of the largest scores; ``ordered`` may do what ``_ordered`` does in another way."""
     scores = scores.unflatten(1, (groups, scores.shape[1] // groups)).sum(dim=2)
     position, present = (x[:, None].expand(scores.shape) for x in _columns(len(scores), k, **scores_options))
     first, total = present.cumsum(dim=-1), present.sum(dim=-1, keepdim=True)
@@ -309,12 +311,17 @@ def choose_columns(
 
     # Those that are kept, then numbers, then NaN, then what is absent; the lowest position wins ties.
     rank = torch.where(kept, 0, 1 + scores.isnan().int()).masked_fill(~present, 3)
-    order = scores.masked_fill(rank != 1, 0.0).argsort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, rank.gather(-1, order).argsort(dim=-1, stable=True))[..., :count]
+    order = (ordered or _ordered)(rank, scores.masked_fill(rank != 1, 0.0), count)
     return TopColumns(
         position.masked_fill(~present, -1).gather(-1, order),
         scores.masked_fill(~present, -_INF).gather(-1, order),
     )
+
+
+def _ordered(rank: Tensor, scores: Tensor, count: int) -> Tensor:
+    """The first columns by rank, then by falling score, then by index: [..., count] of [..., C]."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, rank.gather(-1, order).argsort(dim=-1, stable=True))[..., :count]
 
 
 def attention_map(

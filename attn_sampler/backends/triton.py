@@ -70,7 +70,9 @@ class Triton(Backend):
         self._kernels().column_scores(scores, layer, masks, options.attention._replace(per_head=True))
         how = options.count, options.sinks, options.recent, options.pool
         where = {"columns": slice(*columns), **masks._asdict()}
-        chosen = reference.choose_columns(scores, layer.k, out.scores.shape[1], *how, **where)
+        groups = out.scores.shape[1]
+        ordered = _ordered if size[2] <= 1 << 29 else None
+        chosen = reference.choose_columns(scores, layer.k, groups, *how, ordered=ordered, **where)
         out.positions.copy_(chosen.positions)
         out.scores.copy_(chosen.scores)
 
@@ -78,6 +80,17 @@ class Triton(Backend):
     @functools.cache
     def _kernels() -> ModuleType:
         return importlib.import_module(MODULE)
+
+
+def _ordered(rank: Tensor, scores: Tensor, count: int) -> Tensor:
+    """What ``reference`` finds by sorting: no two keys are alike, so that a selection has one answer only.
+
+    A key has the rank's 2 bits, the score's 32 as an integer of the same order, and the column's 29.
+    """
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # of -0.0 those of 0.0
+    level = torch.where(bits < 0, 0x7FFFFFFF & ~bits, bits + (1 << 31))
+    column = torch.arange(scores.shape[-1], device=scores.device)
+    return ((3 - rank.to(torch.int64)) << 61 | level << 29 | (1 << 29) - 1 - column).topk(count).indices
 
 
 TRITON = Triton()

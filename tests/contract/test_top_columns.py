@@ -19,6 +19,7 @@ from attn_sampler import (
     reference,
     top_columns,
 )
+from attn_sampler.backends import triton
 
 INF, NAN = math.inf, math.nan
 POOLS = (None, ("max", 1), ("max", 3), ("max", 7), ("mean", 1), ("mean", 5), ("mean", 301))
@@ -385,3 +386,18 @@ def test_bad_arguments(change, error, start, words):
     message = str(caught.value)
     assert message.startswith(f"{start}:"), message
     assert all(word in message for word in words), message
+
+
+def test_selection_by_one_key_is_the_order_by_sorting() -> None:
+    """How the Triton backend chooses: by rank, score and column in one integer."""
+    generator = torch.Generator().manual_seed(0)
+    for width in (1, 7, 300):
+        scores = torch.randn(2, 3, width, generator=generator).mul(4).round().div(4)  # ties, -0.0, negatives
+        scores[0, 0, : width // 3] = -torch.inf
+        scores[1, 1, : width // 4] = torch.inf
+        scores[1, 2] = torch.rand(width, generator=generator) * 1e-40
+        rank = torch.randint(0, 4, scores.shape, generator=generator)
+        scores = scores.masked_fill(rank != 1, 0.0)
+        for count in {1, width // 2 + 1, width}:
+            expected = reference._ordered(rank, scores, count)
+            assert torch.equal(triton._ordered(rank, scores, count), expected)
