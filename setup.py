@@ -68,7 +68,10 @@ setup(
         *(f"attn_sampler.{name}" for name in ("adapters", "backends", "bundled", "kernels", "published")),
     ],
     package_dir={"attn_sampler.kernels": "kernels/triton"},
-    package_data={"attn_sampler": ["py.typed"], "attn_sampler.bundled": ["*.safetensors", "*.md", "*.txt"]},
+    package_data={
+        "attn_sampler": ["py.typed", "viewer.html"],
+        "attn_sampler.bundled": ["*.safetensors", "*.md", "*.txt"],
+    },
     ext_modules=[Extension("attn_sampler._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,4 +1,4 @@
-"""The command ``attn-sampler``: ``demo``, ``generate``, ``eval``, ``models`` and ``info``."""
+"""The command ``attn-sampler``: ``demo``, ``generate``, ``trace``, ``eval``, ``models`` and ``info``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from attn_sampler import __version__, checks, collect_env, command_line, evaluate, ranks
+from attn_sampler import __version__, checks, collect_env, command_line, evaluate, ranks, trace_command
 from attn_sampler.adapters.models import FAMILIES
 from attn_sampler.backends import BACKENDS, is_backend_supported
 from attn_sampler.bundled import TASKS, load_model
@@ -56,6 +56,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     evaluate.add_arguments(evaluation)
     generate = commands.add_parser("generate", help="decode prompts with a model of your own")
     _add_generate_arguments(generate)
+    trace = commands.add_parser("trace", help="what --trace wrote, step by step: a page, or in the terminal")
+    trace_command.add_arguments(trace)
     models = commands.add_parser("models", help="trained models that packages carry, and bringing one here")
     published.add_arguments(models)
     options = parser.parse_args(arguments)
@@ -63,6 +65,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return collect_env.run(options)
     if options.command == "models":
         return _told(models, lambda: published.run(options))
+    if options.command == "trace":
+        return _told(trace, lambda: trace_command.run(options))
     if options.command == "eval":
         with ranks.joined() as group:  # left, which ends the others, when what went wrong has been told
             return _told(evaluation, lambda: evaluate.run(options, group))
@@ -229,6 +233,8 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             path = options.trace
             if several:
                 path = path.with_name(f"{path.stem}-{run.task.name}-{run.policy}{path.suffix}")
+            run.trace.name_tokens(run.task.symbols)
+            run.trace.width = run.task.grid_width if run.task.cell_separator else None
             run.trace.save(path)
             console.print(f"wrote {path}", highlight=False, soft_wrap=True)
     return 0
@@ -363,7 +369,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    from attn_sampler.adapters.run import LoadError, decode, load
+    from attn_sampler.adapters.run import LoadError, decode, load, token_text
 
     if options.tau is not None:
         try:
@@ -421,6 +427,7 @@ def _generate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         file=sys.stderr,
     )
     if generation.trace is not None:
+        generation.trace.name_tokens(lambda token_id: token_text(checkpoint.tokenizer, token_id))
         generation.trace.save(options.trace)
         print(f"wrote {options.trace}", file=sys.stderr)
     return 0

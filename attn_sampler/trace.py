@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
     from torch import Tensor
 
-_FORMAT = 2
+_FORMAT = 3
 _KINDS = ("commit", "replace", "remask")  # by the values of StepResult.revised
 _COMMIT = {
     **dict.fromkeys(("sequence", "step", "position", "token"), COUNT),
@@ -27,12 +27,14 @@ _COMMIT = {
     "kind?": Kind(f"one of {', '.join(_KINDS)}", lambda x: x in _KINDS),  # not in format 1
 }
 _SHAPE = {
-    "format": Kind(f"1 or {_FORMAT}", lambda x: type(x) is int and x in (1, _FORMAT)),
+    "format": Kind(f"1 to {_FORMAT}", lambda x: type(x) is int and 1 <= x <= _FORMAT),
     "prompt": [[COUNT]],
     "mask_token_id": COUNT,
     "policy": TEXT,
     "commits": [_COMMIT],
     "padding?": [COUNT],
+    "symbols?": {...: TEXT},  # this and the next: from format 3
+    "width?": Kind("an integer >= 1 or null", lambda x: x is None or (COUNT.accepts(x) and x > 0)),
 }
 
 
@@ -62,6 +64,9 @@ class DecodeTrace:
     policy: str
     commits: list[Commit] = dataclasses.field(default_factory=list)
     padding: list[int] = dataclasses.field(default_factory=list)  # [B] positions at the left, or empty: none
+    # How it is drawn, which plays no part when traces are compared:
+    symbols: dict[int, str] = dataclasses.field(default_factory=dict, compare=False)  # of token ids
+    width: int | None = dataclasses.field(default=None, compare=False)  # positions a line; None: running text
 
     def steps(self, sequence: int, until_step: int | None = None) -> list[int | None]:
         """The step that wrote the token at each position of a sequence; None for given and masked positions.
@@ -84,6 +89,23 @@ class DecodeTrace:
             tokens[commit.position] = commit.token
         return tokens
 
+    def token_ids(self) -> list[int]:
+        """Every token that occurs, ascending, the mask token among them."""
+        written = {commit.token for commit in self.commits}
+        return sorted({self.mask_token_id, *written, *(token for row in self.prompt for token in row)})
+
+    def name_tokens(self, symbols: Sequence[str] | Callable[[int], str | None]) -> None:
+        """Keep what to print for each token that occurs, in ``symbols``, and so in the file and the pictures.
+
+        Parameters
+        ----------
+        symbols
+            A table, or a function of a token id. None from it leaves a token without: its id is shown.
+        """
+        symbol = symbols if callable(symbols) else symbols.__getitem__
+        named = ((token, symbol(token)) for token in self.token_ids())
+        self.symbols = {token: text for token, text in named if text is not None}
+
     def _of(self, sequence: int, until_step: int | None) -> Iterator[Commit]:
         for commit in self.commits:
             if commit.sequence == sequence and (until_step is None or commit.step <= until_step):
@@ -104,7 +126,9 @@ class DecodeTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> DecodeTrace:
-        """Read what ``save`` wrote, null as NaN; files of format 1, which knows commits alone, too.
+        """Read what ``save`` wrote, null as NaN.
+
+        Files of the former formats too: 1, which knows commits alone, and 2, which has no symbols.
 
         Raises
         ------
@@ -115,6 +139,7 @@ class DecodeTrace:
             data = documents.parse_json(documents.read_text(path))
             documents.check_shape(data, _SHAPE)
             data["commits"] = [_read_commit(**commit) for commit in data["commits"]]
+            data["symbols"] = {_read_id(token): text for token, text in data.get("symbols", {}).items()}
             trace = cls(**{name: value for name, value in data.items() if name != "format"})
             trace._check_places()
             return trace
@@ -138,7 +163,7 @@ class DecodeTrace:
     def render(
         self,
         sequence: int,
-        symbols: Sequence[str] | Callable[[int], str],
+        symbols: Sequence[str] | Callable[[int], str] | None = None,
         *,
         width: int | None = None,
         until_step: int | None = None,
@@ -151,15 +176,19 @@ class DecodeTrace:
         Parameters
         ----------
         symbols
-            What to print for each token id: a table, or a function such as a tokenizer's ``decode``.
+            What to print for each token id: a table, or a function such as a tokenizer's ``decode``. Default:
+            the trace's own, ids where it has none, and a middle dot for what is masked.
         width
-            Positions a line, set apart by spaces. Default: all on one, as they are.
+            Positions a line, set apart by spaces. Default: the trace's own, or all on one, as they are.
         until_step
             Draw the state after this step. Default: the end.
         """
         from rich.text import Text
 
+        if symbols is None:
+            symbols = self._own_symbol
         symbol = symbols if callable(symbols) else symbols.__getitem__
+        width = self.width if width is None else width
         last = max((s for s in self.steps(sequence) if s is not None), default=0)
         steps, tokens = self.steps(sequence, until_step), self.tokens(sequence, until_step)
         revised = self.revised(sequence, until_step)
@@ -177,6 +206,9 @@ class DecodeTrace:
                 style = f"underline {style}"
             text.append(symbol(token), style=style)
         return text
+
+    def _own_symbol(self, token: int) -> str:
+        return "·" if token == self.mask_token_id else self.symbols.get(token, f"⟨{token}⟩")
 
 
 def step_commits(
@@ -205,6 +237,13 @@ def _read_commit(*, score: float | None, confidence: float | None, **place: Any)
         confidence=undefined if confidence is None else confidence,
         **place,
     )
+
+
+def _read_id(key: str) -> int:
+    """A token id, which JSON has as text where it is a key."""
+    if not (key.isascii() and key.isdigit() and len(key) < 20 and key == str(int(key))):
+        raise ValueError(f"symbols: expected token ids as keys, got {documents.shown(key)}")
+    return int(key)
 
 
 def step_colour(step: int, last: int) -> str:

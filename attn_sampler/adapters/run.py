@@ -79,28 +79,14 @@ def load(
         transformers is missing or untested, torch cannot use the device, the checkpoint is not to be had, its
         family is unknown, its class is not served, or its tokenizer lacks the mask token.
     """
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        raise LoadError(
-            "transformers is not installed; pip install 'attn_sampler[transformers]' brings it"
-        ) from None
-    reason = untested_version("transformers", version, *TESTED_VERSIONS)
-    if reason is not None and not any_version:
-        raise LoadError(f"{reason}; --any-version tries it")
-    import transformers
-
+    transformers = _transformers(any_version)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         checks.device("device", device)
     except ValueError as error:
         raise LoadError(str(error)) from None
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise LoadError(f"{path}: no such folder")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line tells what its retries would
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
+    _check_folder(path)
     code = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **code)
@@ -156,6 +142,39 @@ def load(
                 f"{path}: cannot be called as those of --adapter {family}: {_reason(error)}"
             ) from error
     return Checkpoint(adapter, tokenizer, options)
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint, with any version of transformers.
+
+    Parameters
+    ----------
+    path, trust_remote_code
+        As in ``load``.
+
+    Raises
+    ------
+    LoadError
+        transformers is missing, or the tokenizer is not to be had.
+    """
+    transformers = _transformers(any_version=True)
+    _check_folder(path)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of any type, as in load
+        raise LoadError(f"cannot load {path}: {_reason(error)}") from error
+
+
+def token_text(tokenizer: Any, token_id: int) -> str | None:
+    """What a token adds to a text, with the space before it; its name where it adds none; None if unknown."""
+    try:
+        # Behind another token, as many tokenizers leave out the space before the first.
+        start = tokenizer.encode("a", add_special_tokens=False)
+        before, text = tokenizer.decode(start), tokenizer.decode([*start, token_id])
+        text = text.removeprefix(before) if text.startswith(before) else tokenizer.decode([token_id])
+        return text or tokenizer.convert_ids_to_tokens(token_id)
+    except Exception:  # of any type: an id beyond what it counts to, for one
+        return None
 
 
 def decode(
@@ -251,6 +270,30 @@ def decode(
     tokens = [row[start:] for row, start in zip(generation.tokens.tolist(), starts, strict=True)]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text[: cut(text, stop or ())] for text in texts], generation
+
+
+def _transformers(any_version: bool) -> Any:
+    """The package, where it is here and its version may be used."""
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        raise LoadError(
+            "transformers is not installed; pip install 'attn_sampler[transformers]' brings it"
+        ) from None
+    reason = untested_version("transformers", version, *TESTED_VERSIONS)
+    if reason is not None and not any_version:
+        raise LoadError(f"{reason}; --any-version tries it")
+    import transformers
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line tells what its retries would
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _check_folder(path: str) -> None:
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise LoadError(f"{path}: no such folder")
 
 
 def _reason(error: Exception) -> str:
