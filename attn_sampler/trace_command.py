@@ -119,7 +119,7 @@ def _name_tokens(traces: dict[Path, DecodeTrace], options: argparse.Namespace) -
             symbols, last = task.symbols, trace.token_ids()[-1]
             if last >= len(symbols):
                 raise ValueError(
-                    f"argument --task: {options.task} has tokens 0 to {len(symbols) - 1}, and {path} has {last}"
+                    f"argument --task: {options.task} has {len(symbols)} tokens, and {path} has token {last}"
                 )
             trace.width = task.grid_width if task.cell_separator else None
         if symbols is not None:

@@ -17,11 +17,11 @@ from attn_sampler.cli import main
 pytest.importorskip("transformers", reason="the command loads models with it")
 
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from attn_sampler import DecodeTrace, generate
 from attn_sampler.adapters.models import adapt
-from attn_sampler.adapters.run import Checkpoint, decode, load
+from attn_sampler.adapters.run import Checkpoint, LoadError, decode, load, load_tokenizer, token_text
 from attn_sampler.adapters.transformers import make_bidirectional
 
 WORDS = ["[UNK]", "[PAD]", "[EOS]", *(f"w{i}" for i in range(28)), "[MASK]"]
@@ -103,7 +103,39 @@ def test_the_command_decodes_as_generate_does(
     assert captured.out.splitlines() == texts
     assert f"{expected.num_forward_passes.tolist()} forward passes" in captured.err
     assert f"wrote {trace}" in captured.err
-    assert DecodeTrace.load(trace) == expected.trace
+    loaded = DecodeTrace.load(trace)
+    assert loaded == expected.trace
+    assert loaded.symbols == {token: f" {WORDS[token]}" for token in loaded.token_ids()}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "tokens", "texts"),
+    [
+        (decoders.ByteLevel(), ["a", "Ġthe", "ing", "Ċ"], ["a", " the", "ing", "\n"]),
+        (decoders.Metaspace(), ["a", "▁the", "ing", "▁"], ["a", " the", "ing", " "]),
+        (decoders.WordPiece(), ["a", "the", "##ing", "."], [" a", " the", "ing", "."]),
+        (decoders.WordPiece(), ["the", "##ing"], [" the", "ing"]),  # that has no "a"
+    ],
+)
+def test_what_a_token_adds_to_a_text(
+    decoder: decoders.Decoder, tokens: list[str], texts: list[str], tmp_path: Path
+) -> None:
+    words = {word: i for i, word in enumerate(["[UNK]", "[MASK]", *tokens])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.decoder = decoder
+    special = {"unk_token": "[UNK]", "mask_token": "[MASK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert [token_text(loaded, words[token]) for token in tokens] == texts
+    assert str(token_text(loaded, 1)).strip() == "[MASK]"
+    assert [token_text(loaded, token) for token in (99, 2**40)] == [None, None]
+
+
+def test_a_tokenizer_that_is_not_to_be_had(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "none"))
+    with pytest.raises(LoadError, match="cannot load"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_chat_template_is_used_unless_told_not_to(

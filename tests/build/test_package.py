@@ -58,6 +58,7 @@ def test_wheel_of_the_sdist_holds_everything_and_runs_outside_the_tree(tmp_path:
     package = site / "attn_sampler"
     for name in (
         "py.typed",
+        "viewer.html",
         "kernels/__init__.py",
         "adapters/models.py",
         "bundled/MODEL_CARD.md",

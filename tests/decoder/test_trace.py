@@ -81,7 +81,7 @@ def test_json_is_strict_and_names_its_fields(tmp_path: Path) -> None:
         raise AssertionError(f"{name} is not JSON")
 
     data = json.loads(path.read_text(), parse_constant=no_constant)
-    assert data["format"] == 2
+    assert data["format"] == 3
     assert (data["policy"], data["mask_token_id"], data["padding"]) == ("attn", MASK, [0, 2])
     assert data["prompt"] == trace.prompt
     assert data["commits"][0] == {
@@ -128,7 +128,7 @@ def test_a_file_from_another_run(tmp_path: Path) -> None:
         "not JSON",
         "[]",
         "{}",
-        '{"format": 3, "prompt": [], "mask_token_id": 1, "policy": "", "commits": []}',
+        '{"format": 4, "prompt": [], "mask_token_id": 1, "policy": "", "commits": []}',
         '{"format": 1, "prompt": [], "mask_token_id": 1, "policy": ""}',
         '{"format": 1, "prompt": [], "mask_token_id": 1, "policy": "", "commits": [{"step": 1}]}',
         '{"format": 1, "prompt": [], "mask_token_id": 1, "policy": "", "commits": [], "extra": 1}',
@@ -210,12 +210,16 @@ def test_steps_and_tokens_under_revision() -> None:
     assert trace.revised(1) == set()
 
 
-def test_revisions_are_saved_and_the_former_format_is_read(tmp_path: Path) -> None:
+def test_revisions_are_saved_and_the_former_formats_are_read(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     revised().save(path)
     assert same(DecodeTrace.load(path), revised())
     example().save(path)
     data = json.loads(path.read_text())
+    del data["symbols"], data["width"]
+    data["format"] = 2
+    path.write_text(json.dumps(data))
+    assert same(DecodeTrace.load(path), example())
     data["format"] = 1
     for commit in data["commits"]:
         del commit["kind"]
@@ -224,6 +228,54 @@ def test_revisions_are_saved_and_the_former_format_is_read(tmp_path: Path) -> No
     data["commits"][0]["kind"] = "undo"
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=r"\['kind'\]: expected one of commit, replace, remask, got 'undo'"):
+        DecodeTrace.load(path)
+
+
+def test_what_tokens_are_called_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    trace = example()
+    assert trace.token_ids() == [0, 1, 2, 3, 4, 5, 6, 7, 8, MASK]
+    trace.name_tokens(lambda token: None if token == 3 else f"t{token}\n<\ud800")
+    trace.width = 2
+    trace.save(path)
+    loaded = DecodeTrace.load(path)
+    assert same(loaded, trace)
+    assert loaded.symbols == {t: f"t{t}\n<\ud800" for t in (0, 1, 2, 4, 5, 6, 7, 8, MASK)}
+    trace.name_tokens("abcdefghij")
+    assert trace.symbols == dict(enumerate("abcdefghij"))
+    bare, named = (DecodeTrace([[1, MASK]], MASK, "attn") for _ in range(2))
+    named.name_tokens(str)
+    assert bare == named  # the same was decoded
+
+
+def test_render_by_its_own_symbols() -> None:
+    trace = example()
+    assert trace.render(0, until_step=0).plain == "⟨1⟩·⟨4⟩⟨2⟩·"
+    trace.name_tokens("abcdefghij")
+    assert trace.render(0, until_step=0).plain == "b·ec·"
+    trace.width = 3
+    assert trace.render(0).plain == "b g e\nc h"
+    assert trace.render(0, "ABCDEFGHIJ", width=5).plain == "B G E C H"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"symbols": {"01": "a"}}, "symbols: expected token ids as keys, got '01'"),
+        ({"symbols": {"-1": "a"}}, "symbols: expected token ids as keys, got '-1'"),
+        ({"symbols": {"٣": "a"}}, "symbols: expected token ids as keys, got '٣'"),
+        ({"symbols": {"9" * 5000: "a"}}, "symbols: expected token ids as keys, got '999"),
+        ({"symbols": {"1": 1}}, r"\['symbols'\]\['1'\]: expected text, got 1"),
+        ({"symbols": []}, r"\['symbols'\]: expected an object"),
+        ({"width": 0}, r"\['width'\]: expected an integer >= 1 or null, got 0"),
+        ({"width": True}, r"\['width'\]: expected an integer >= 1 or null, got True"),
+    ],
+)
+def test_symbols_that_are_none(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    example().save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
         DecodeTrace.load(path)
 
 
