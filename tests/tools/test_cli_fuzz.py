@@ -284,6 +284,45 @@ def draw_generate(folder: Path, rng: random.Random) -> Draw:
     )
 
 
+TRACE = {
+    **{"format": 3, "prompt": [[1, MASK, MASK], [0, 2, MASK]], "mask_token_id": MASK, "policy": "attn"},
+    "commits": [
+        {
+            "sequence": 0,
+            "step": 0,
+            "position": 1,
+            "token": 3,
+            "score": 0.5,
+            "confidence": 1.0,
+            "kind": "commit",
+        },
+        {"sequence": 1, "step": 1, "position": 2, "token": 4, "score": None, "confidence": None},
+    ],
+    **{"padding": [0, 1], "symbols": {"1": "one", "3": " three"}, "width": None},
+}
+
+
+def draw_trace(folder: Path, rng: random.Random) -> Draw:
+    trace, output = folder / "trace.json", folder / "trace.html"
+    words = ["trace", rng.choice(["view", "show"]), str(trace)]
+    if rng.random() < 0.5:
+        trace.write_bytes(hostile_text(TRACE, rng))
+        return Draw(words, ["FILE"], output)
+    trace.write_text(json.dumps(TRACE))
+    options = {
+        "--task": ["sudoku", *NAMES],
+        "--tokenizer": [place(folder, rng), str(trace), str(folder)],
+        "--width": INTEGERS,
+        **(
+            {"--output": [place(folder, rng), str(trace)]}
+            if words[1] == "view"
+            else {"--step": INTEGERS, "--sequence": INTEGERS}
+        ),
+    }
+    drawn = with_options(words, options, rng, output)
+    return drawn._replace(names=[*drawn.names, "FILE", str(trace)])
+
+
 def draw_info(folder: Path, rng: random.Random) -> Draw:
     return Draw(
         [rng.choice(["info", "", "x", "--", "-1"]), *rng.sample(["--json", "--x", "word"], 1)],
@@ -325,7 +364,8 @@ def check_draws(seed: int, checkpoint: Path | None, tmp_path: Path, monkeypatch:
         folder = tmp_path / str(index)
         folder.mkdir()
         monkeypatch.chdir(folder)
-        (draw,) = rng.choices([draw_demo, draw_eval, draw_info, draw_generate], [3, 8, 1, 3])
+        draws = [draw_demo, draw_eval, draw_info, draw_generate, draw_trace]
+        (draw,) = rng.choices(draws, [3, 8, 1, 3, 2])
         if draw is draw_generate:
             if checkpoint is None:
                 continue
