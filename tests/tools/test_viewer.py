@@ -342,7 +342,7 @@ class Shown(Visit):
 
 
 @pytest.fixture
-def opened(browser: Browser, tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+def opened(browser: Browser, tmp_path: Path) -> Any:
     """A function that opens a page of traces. In the end it has asked for nothing, and nothing failed."""
     with contextlib.ExitStack() as stack:
         visits: list[Visit] = []
