@@ -142,7 +142,8 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace",
         type=command_line.output_file,
         metavar="FILE",
-        help="write every commit as JSON; with several tasks or rules, one FILE-TASK-RULE.json for each",
+        help="write every commit as JSON, for attn-sampler trace; with several tasks or rules, one "
+        "FILE-TASK-RULE.json for each",
     )
     parser.add_argument(
         "--svg",
@@ -350,7 +351,10 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=command_line.seed, default=0, help="of sampling (default: 0)")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="default: auto")
     parser.add_argument(
-        "--trace", type=command_line.output_file, metavar="FILE", help="write every commit as JSON"
+        "--trace",
+        type=command_line.output_file,
+        metavar="FILE",
+        help="write every commit as JSON, for attn-sampler trace",
     )
     parser.add_argument("--no-chat", dest="chat", action="store_false", help="leave out the chat template")
     parser.add_argument("--device", help="default: cuda where there is one, or else cpu")

@@ -14,12 +14,14 @@ from attn_sampler.bundled import TASKS, load_task
 from attn_sampler.published import MODELS, folder
 from attn_sampler.trace import DecodeTrace
 
+_FILE = "as --trace of generate and demo writes it"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``attn-sampler trace``."""
     commands = parser.add_subparsers(dest="picture", required=True)
     view = commands.add_parser("view", help="a page that plays them, side by side, in any browser")
-    view.add_argument("files", type=command_line.input_file, nargs="+", metavar="FILE", help="of --trace")
+    view.add_argument("files", type=command_line.input_file, nargs="+", metavar="FILE", help=_FILE)
     view.add_argument(
         "--output",
         type=command_line.output_file,
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     view.add_argument("--open", action="store_true", help="show it in the browser")
     show = commands.add_parser("show", help="a state of it in the terminal, coloured by step")
-    show.add_argument("files", type=command_line.input_file, nargs=1, metavar="FILE", help="of --trace")
+    show.add_argument("files", type=command_line.input_file, nargs=1, metavar="FILE", help=_FILE)
     count = command_line.integer(0, 2**62)
     show.add_argument("--step", type=count, metavar="N", help="after N steps (default: at the end)")
     show.add_argument("--sequence", type=count, metavar="N", help="one of them, from 0 (default: all)")
@@ -113,18 +115,19 @@ def _name_tokens(traces: dict[Path, DecodeTrace], options: argparse.Namespace) -
         source = str(folder(options.tokenizer)) if options.tokenizer in MODELS else options.tokenizer
         tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
         symbols = functools.partial(token_text, tokenizer)
+    task = None if options.task is None else load_task(options.task)
     for path, trace in traces.items():
-        if options.task is not None:
-            task = load_task(options.task)
+        if task is not None:
             symbols, last = task.symbols, trace.token_ids()[-1]
             if last >= len(symbols):
                 raise ValueError(
-                    f"argument --task: {options.task} has {len(symbols)} tokens, and {path} has token {last}"
+                    f"argument --task: {task.name} has {len(symbols)} tokens, and {path} has token {last}"
                 )
             trace.width = task.grid_width if task.cell_separator else None
         if symbols is not None:
             trace.name_tokens(symbols)
-        trace.width = options.width or trace.width
+        if options.width is not None:
+            trace.width = options.width
 
 
 def _show(trace: DecodeTrace, options: argparse.Namespace) -> int:
