@@ -79,7 +79,7 @@ def _cache(text: str) -> str | SparseCache | AdaptiveCache:
         if isinstance(cache, str):
             checks.choice("cache", cache, CACHES)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("cache: ")) from None
     return cache
 
 

@@ -425,7 +425,8 @@ def test_versions(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
             ["--model", "m", "--prompt", "w", "v", "u", "--suffix", "a", "b"],
             "argument --suffix: expected 1 or 3, as there are prompts, got 2",
         ),
-        (["--model", "m", "--prompt", "w", "--cache", "all"], "argument --cache: invalid choice: 'all'"),
+        (["--model", "m", "--prompt", "w", "--cache", "all"], "argument --cache: expected one of none"),
+        (["--model", "m", "--prompt", "w", "--cache", "sparse:budget=0"], "--cache: budget: expected"),
         (["--model", "m", "--prompt", "w", "--adapter", "gpt"], "argument --adapter: invalid choice: 'gpt'"),
         (
             ["--model", "m", "--prompt", "w", "--tau", "0.5", "--policy", "confidence"],
