@@ -12,7 +12,7 @@ decoded block by block in the order of confidence. What is compared with is ``ca
 
 Checked before anything is timed: with the keys of all positions the block has the logits of a whole pass, and
 both choices are the same. Written to ``results/caches.json``, ``caches.md`` and, with matplotlib,
-``caches.png``.
+``caches.png``; without contexts, or without tasks, that part stays as it is there.
 """
 
 from __future__ import annotations
@@ -210,37 +210,66 @@ def tokens_of(task: str, count: int) -> dict[str, dict[str, float]]:
 
 def report(results: dict[str, Any]) -> str:
     """The results as tables."""
-    machine = results["machine"]
-    lines = [
-        f"`python -m bench.caches`, {machine['date']}, commit {machine['commit']}: {machine['processor']}, "
-        f"{machine['cpu_isa']}, {machine['threads']} thread(s), torch {machine['torch']}, "
-        f"load {machine['load']:.1f}.",
-        "",
-        f"**Time of a pass** over a block of {BLOCK} masks behind the context, milliseconds (medians): "
-        f"{LAYERS} layers of width {WIDTH}, {HEADS} heads, float32, random weights.",
-        "",
-    ]
-    names = list(next(iter(results["times"].values()), {}))
-    lines += ["| context | " + " | ".join(names) + " | exact over plain |", "|---" * (len(names) + 2) + "|"]
-    for context, row in results["times"].items():
-        ratio = row["all rows, and the choice"] / row["all rows"]
-        lines.append(f"| {context} | " + " | ".join(f"{row[n]:.4g}" for n in names) + f" | {ratio:.3f} |")
-    lines += ["", "**Tokens**, against decoding without a cache, in the order of confidence.", ""]
-    for task, by_cache in results["tokens"].items():
-        name, block_length, _ = TASKS[task]
+    lines = []
+    if "times" in results:
+        rows = results["times"]["rows"]
+        names = list(next(iter(rows.values())))
         lines += [
-            f"{task} ({name}, {results['problems']} problems, blocks of {block_length}):",
+            f"**Time of a pass** over a block of {BLOCK} masks behind the context, milliseconds (medians): "
+            f"{LAYERS} layers of width {WIDTH}, {HEADS} heads, float32, random weights. "
+            f"{caption(results['times'])}",
             "",
-            "| cache | same token | right token | rows a pass | attention dropped |",
-            "|---|---|---|---|---|",
+            "| context | " + " | ".join(names) + " | exact over plain |",
+            "|---" * (len(names) + 2) + "|",
         ]
-        lines += [
-            f"| {cache} | {100 * row['same']:.1f} % | {100 * row['right']:.1f} % | {row['rows']:.1f} | "
-            + (f"{100 * row['dropped']:.2f} % |" if "dropped" in row else "|")
-            for cache, row in by_cache.items()
-        ]
+        for context, row in rows.items():
+            ratio = row["all rows, and the choice"] / row["all rows"]
+            lines.append(f"| {context} | " + " | ".join(f"{row[n]:.4g}" for n in names) + f" | {ratio:.3f} |")
         lines.append("")
-    return "\n".join(lines)
+    if "tokens" in results:
+        lines += [
+            "**Tokens**, against decoding without a cache, in the order of confidence: the same at a blank, "
+            f"the right one; query rows a pass. {caption(results['tokens'])}",
+            "",
+        ]
+        for task, by_cache in results["tokens"]["rows"].items():
+            name, block_length, _ = TASKS[task]
+            lines += [
+                f"{task} ({name}, {results['tokens']['problems']} problems, blocks of {block_length}):",
+                "",
+                "| cache | same | right | rows | attention dropped |",
+                "|---|---|---|---|---|",
+            ]
+            lines += [
+                f"| {cache} | {100 * row['same']:.1f} % | {100 * row['right']:.1f} % | {row['rows']:.1f} | "
+                + (f"{100 * row['dropped']:.2f} % |" if "dropped" in row else "|")
+                for cache, row in by_cache.items()
+            ]
+            lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Where a part is measured."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cpu_isa": extension.cpu_isa() if extension.UNAVAILABLE is None else "reference",
+        "torch": torch.__version__,
+        "attn_sampler": attn_sampler.__version__,
+        "commit": commit(),
+        "load": load_average(),
+        "threads": threads,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def caption(part: dict[str, Any]) -> str:
+    """Where a part was measured, in words."""
+    of = part["machine"]
+    return (
+        f"`python -m bench.caches`, {of['date']}, commit {of['commit']}: {of['processor']}, {of['cpu_isa']}, "
+        f"{of['threads']} thread(s), torch {of['torch']}, load {of['load']:.1f}."
+    )
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -249,16 +278,17 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    contexts = sorted(map(int, results["times"]))
-    for name in next(iter(results["times"].values()), {}):
+    times_ = results.get("times", {}).get("rows", {})
+    contexts = sorted(map(int, times_))
+    for name in next(iter(times_.values()), {}):
         if not name.startswith("choice"):
-            left.plot(contexts, [results["times"][str(n)][name] for n in contexts], marker="o", label=name)
+            left.plot(contexts, [times_[str(n)][name] for n in contexts], marker="o", label=name)
     left.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="a pass, ms")
     left.set_xticks(contexts, [f"{n // 1024}K" if n >= 1024 else str(n) for n in contexts], minor=False)
     left.set_xticks([], minor=True)
     left.set_title("Time of a pass over a block of 32", fontsize=9)
     left.legend(fontsize=8)
-    for task, by_cache in results["tokens"].items():
+    for task, by_cache in results.get("tokens", {}).get("rows", {}).items():
         budgets = TASKS[task][2]
         line = right.plot(
             budgets, [100 * by_cache[f"sparse {n}"]["same"] for n in budgets], marker="o", label=task
@@ -297,31 +327,19 @@ def _run(arguments: Sequence[str] | None) -> int:
         options.tasks = [task for task in options.tasks if task in ("addition", "sudoku")]
     CpuDevice(options.threads).activate()
     path = options.output / "caches.json"
-    results: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cpu_isa": extension.cpu_isa() if extension.UNAVAILABLE is None else "reference",
-            "torch": torch.__version__,
-            "attn_sampler": attn_sampler.__version__,
-            "commit": commit(),
-            "load": load_average(),
-            "threads": options.threads,
-            "date": time.strftime("%Y-%m-%d"),
-        },
-        "problems": options.problems,
-        "times": {},
-        "tokens": {},
-    }
     options.output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     log = Console(stderr=True)
-    for context in options.contexts:
-        log.print(f"context {context}")
-        results["times"][str(context)] = times(context, options.seconds)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    for task in options.tasks:
-        log.print(f"task {task}")
-        results["tokens"][task] = tokens_of(task, options.problems)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+    for part, keys, measure in (
+        ("times", options.contexts, lambda context: times(context, options.seconds)),
+        ("tokens", options.tasks, lambda task: tokens_of(task, options.problems)),
+    ):
+        if keys:
+            results[part] = {"machine": machine(options.threads), "problems": options.problems, "rows": {}}
+        for key in keys:
+            log.print(f"{part}: {key}")
+            results[part]["rows"][str(key)] = measure(key)
+            path.write_text(json.dumps(results, indent=1) + "\n")
     text = report(results)
     (options.output / "caches.md").write_text(text + "\n")
     try:

@@ -15,11 +15,11 @@ def test_tables_and_results(tmp_path: Path) -> None:
     short = ["--contexts", "40", "64", "--tasks", "addition", "--problems", "2", "--seconds", "0.01"]
     assert caches.main([*short, "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "caches.json").read_text())
-    assert list(results["times"]) == ["40", "64"]
-    for row in results["times"].values():
+    assert list(results["times"]["rows"]) == ["40", "64"]
+    for row in results["times"]["rows"].values():
         assert {"all rows", "all rows, and the choice", "all keys", "512 keys", "choice"} <= row.keys()
         assert min(row.values()) > 0.0
-    tokens = results["tokens"]["addition"]
+    tokens = results["tokens"]["rows"]["addition"]
     assert tokens["none"] == {"same": 1.0, "right": tokens["none"]["right"], "rows": 27.0}
     assert tokens["sparse 19"]["dropped"] == pytest.approx(0.0, abs=1e-6)  # all keys there are
     assert {key: tokens["sparse 19"][key] for key in ("same", "right", "rows")} == tokens["dual"]
@@ -27,6 +27,9 @@ def test_tables_and_results(tmp_path: Path) -> None:
     text = (tmp_path / "caches.md").read_text()
     assert "| 64 | " in text
     assert "| sparse 8 | " in text
+    again = ["--contexts", "--tasks", "addition", "--problems", "1", "--output", str(tmp_path)]
+    assert caches.main(again) == 0
+    assert json.loads((tmp_path / "caches.json").read_text())["times"] == results["times"]
     with pytest.raises(SystemExit):
         caches.main(["--tasks", "chess"])
 
