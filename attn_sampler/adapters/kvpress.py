@@ -1,6 +1,6 @@
 """kvpress: the scores of its presses by column scores, without an attention matrix.
 
-Install: ``pip install 'attn_sampler[kvpress]'`` (which brings a transformers before 5.3, as kvpress asks for).
+Install: ``pip install 'attn_sampler[kvpress]'`` (with transformers before 5.3, as kvpress asks for).
 
     from attn_sampler.adapters.kvpress import SnapKVPress  # in the place of kvpress' own
     press = SnapKVPress(compression_ratio=0.5, window_size=64, kernel_size=5)
@@ -22,9 +22,9 @@ Where the model did compute its weights (``"eager"``), kvpress' own code reads t
 Not served, each a NotImplementedError that names it: soft-capped logits, attention sinks, an additive mask,
 and for ``ObservedAttentionPress`` a cache that holds fewer keys than there are queries or more.
 
-Interface of version 0.5.5. That version runs with transformers 4.56 to 5.2; these presses, used by themselves,
-with 5.24 too, which names the cache otherwise and hands no positions to its layers. What wraps a press brings
-its own hook, and its limits.
+Interface of version 0.5.5, which asks for transformers 4.56 to 5.2. These presses, used by themselves, run with
+5.24 too (``pip install --no-deps kvpress``), which names the cache otherwise and hands no positions to its
+layers; kvpress' own presses, and what wraps a press, do not.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def _part(name: str) -> Any:
     return require(name, "kvpress", "pip install 'attn_sampler[kvpress]'", "0.5.5", "0.6")
 
 
-_kvpress, _utils = _part("kvpress"), _part("kvpress.utils")
+_kvpress: Any = _part("kvpress")
+_utils: Any = _part("kvpress.utils")
 
 
 class _ColumnScorePress:
@@ -60,8 +61,7 @@ class _ColumnScorePress:
 
     def __post_init__(self) -> None:
         ratio = self.compression_ratio
-        if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
-            raise ValueError(f"compression_ratio: expected a number in [0, 1), got {ratio!r}")
+        checks.number("compression_ratio", ratio, "a number in [0, 1)", lambda value: 0 <= value < 1)
         checks.choice("backend", self.backend, BACKEND_CHOICES)
 
     def forward_hook(
@@ -82,7 +82,10 @@ class _ColumnScorePress:
     ) -> Tensor:
         """Attention that the first columns receive from these rows, the last: [B, Hkv, C], added up over rows
         and averaged over the heads of a key head."""
-        for name, what in {"attn_logit_softcapping": "soft-capped logits", "sinks": "attention sinks"}.items():
+        for name, what in {
+            "attn_logit_softcapping": "soft-capped logits",
+            "sinks": "attention sinks",
+        }.items():
             if getattr(module, name, None) is not None:
                 raise NotImplementedError(f"{name}: {what} are not served")
         cos, sin = kwargs["position_embeddings"]
@@ -145,7 +148,9 @@ class SnapKVPress(_ColumnScorePress, _kvpress.SnapKVPress):
         """Scores [B, Hkv, N], float32; those of the window are one above the largest of the others."""
         window, shortest = self.window_size, min(hidden_states.shape[1], keys.shape[2])
         if shortest <= window:
-            raise ValueError(f"window_size: expected less than the {shortest} keys of the prompt, got {window}")
+            raise ValueError(
+                f"window_size: expected less than the {shortest} keys of the prompt, got {window}"
+            )
         if attentions is not None and attentions.shape[3] == keys.shape[2]:  # no layer that has dropped keys
             return super().score(module, hidden_states, keys, values, attentions, kwargs)
         rows = hidden_states[:, -window:]
@@ -208,7 +213,7 @@ class ObservedAttentionPress(_ColumnScorePress, _kvpress.ObservedAttentionPress)
 
 
 def _rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The queries [B, Hq, M, D] at their positions, the last of those [B, N, R] given; R may be less than D."""
+    """The queries [B, Hq, M, D] at the last of the positions [B, N, R]; R may be less than D."""
     cos, sin = (x[:, None, -q.shape[2] :] for x in (cos, sin))
     turned, still = q.split((cos.shape[-1], q.shape[-1] - cos.shape[-1]), dim=-1)
     return torch.cat([turned * cos + rotate_half(turned) * sin, still], dim=-1)
@@ -226,7 +231,9 @@ def _seen(module: Any, q: Tensor, keys: Tensor, attention_mask: Any) -> dict[str
         return seen
     window = visible = None
     if isinstance(attention_mask, Tensor):
-        visible = read_mask(attention_mask[..., -n_rows:, -n_keys:], False, batch, n_rows, n_keys, spreads=False)
+        visible = read_mask(
+            attention_mask[..., -n_rows:, -n_keys:], False, batch, n_rows, n_keys, spreads=False
+        )
         window = visible.window_size(n_keys - n_rows)
     if visible is None or visible.bias is not None or window is None:
         raise NotImplementedError(

@@ -176,6 +176,21 @@ ENGINES = {
             ],
         },
     ),
+    "kvpress": Engine(
+        "kvpress",
+        "0.5.5",
+        {
+            "kvpress/presses/base_press.py": ["BasePress.forward_hook(module, input, kwargs, output)"],
+            "kvpress/presses/scorer_press.py": [
+                "ScorerPress.compression_ratio",
+                "ScorerPress.score(module, hidden_states, keys, values, attentions, kwargs)",
+            ],
+            "kvpress/presses/snapkv_press.py": ["SnapKVPress.window_size", "SnapKVPress.kernel_size"],
+            "kvpress/presses/pyramidkv_press.py": ["PyramidKVPress.beta", "PyramidKVPress.compress"],
+            "kvpress/presses/observed_attention_press.py": ["ObservedAttentionPress.score"],
+            "kvpress/utils.py": ["get_prerope_query_states(module, hidden_states)"],
+        },
+    ),
     "diffusers": Engine(
         "diffusers",
         "0.42.1",
