@@ -17,6 +17,7 @@ from .problems import (
     per_head_problem,
     revision_problem,
     sampled_problem,
+    snapkv_problem,
     step_problem,
     sweep_problem,
     top_columns_problem,
@@ -30,8 +31,10 @@ from .rows import (
     BY_ROWS,
     DECODE,
     LONG,
+    OBSERVED,
     PAGED,
     PEER,
+    SNAPKV,
     VOCABULARY,
     Row,
 )
@@ -75,6 +78,13 @@ def top_columns_cost(row: Row, element: int) -> tuple[float, float]:
     chosen = row.batch * row.kv_heads * max(1, row.n_keys // 16)
     written = 12 * chosen - 4 * row.batch * row.heads * row.columns
     return n_bytes + written + 4 * row.batch * row.heads * row.n_rows, operations
+
+
+def snapkv_cost(row: Row, element: int) -> tuple[float, float]:
+    """As with all columns, but for what is written."""
+    n_bytes, operations = all_columns_cost(row, element)
+    chosen = row.batch * row.kv_heads * (row.n_keys + row.n_rows) / 2
+    return n_bytes + 8 * chosen - 4 * row.batch * row.heads * row.columns, operations
 
 
 def block_scope_cost(row: Row, element: int) -> tuple[float, float]:
@@ -148,6 +158,20 @@ CASES = {
         LONG,
         top_columns_cost,
         top_columns_problem,
+        _attention_bytes,
+    ),
+    "snapkv": Case(
+        "SnapKV's choice: the window of the last queries, and half of the other keys",
+        SNAPKV,
+        snapkv_cost,
+        snapkv_problem,
+        _attention_bytes,
+    ),
+    "observed": Case(
+        "H2O's scores: all keys by all later queries, per head",
+        OBSERVED,
+        all_columns_cost,
+        per_head_problem,
         _attention_bytes,
     ),
     "paged": Case(

@@ -221,6 +221,42 @@ def top_columns_problem(row: Row, setting: Setting) -> Problem:
     return Problem(candidates, error)
 
 
+def snapkv_problem(row: Row, setting: Setting) -> Problem:
+    """The window of the last queries and half of the other keys, by scores pooled over five."""
+    q, k = row.attention(setting.dtype, setting.device)
+    window, width = row.n_rows, 5
+    n_others = (row.n_keys - window) // 2
+    count, matrix = window + n_others, _matrix_bytes(row, setting.element)
+
+    def call(backend: str) -> Tensor:
+        how: dict[str, Any] = {"recent": window, "pool": ("mean", width), "backend": backend}
+        return top_columns(q, k, count=count, causal=True, **how).positions
+
+    candidates = setting.ours("top_columns", (q, k), call, matrix)
+    candidates |= {
+        "PyTorch": Candidate(lambda: rivals.snapkv(q, k, count, width), scratch_bytes=matrix),
+        "torch.compile": Candidate(
+            lambda: compiled(rivals.snapkv)(q, k, count, width), scratch_bytes=matrix, compiled=True
+        ),
+    }
+    whole = slice(0, row.n_keys)
+    exact = rivals.tiled_scores(q.double(), k.double(), whole, causal=True, per_head=True).double()
+    exact = exact[..., :-window].unflatten(1, (row.kv_heads, -1)).sum(dim=2)
+    exact = torch.nn.functional.avg_pool1d(exact, width, stride=1, padding=width // 2)
+    largest = exact.topk(n_others).values
+
+    def error(positions: Tensor, ours: bool) -> float:
+        kept = positions[..., :window].sort(dim=-1).values
+        last = torch.arange(row.n_keys - window, row.n_keys, device=kept.device)
+        require(bool((kept == last).all()), "the window is not kept")
+        others = positions[..., window:]
+        require(bool((others.sort(dim=-1).values.diff(dim=-1) > 0).all()), "a key is chosen twice")
+        require(bool((others < row.n_keys - window).all()), "a key of the window is chosen twice")
+        return relative_error(exact.gather(-1, others), largest)
+
+    return Problem(candidates, error)
+
+
 def paged_problem(row: Row, setting: Setting) -> Problem:
     """Scores of the candidate columns, or of all, with the keys in shuffled pages of a cache and together."""
     q, k = row.attention(setting.dtype, setting.device)

@@ -73,6 +73,21 @@ def top_columns(q: Tensor, k: Tensor, softmax_lse: Tensor, count: int) -> tuple[
     return positions, scores
 
 
+def snapkv(q: Tensor, k: Tensor, count: int, width: int) -> Tensor:
+    """SnapKV's choice as kvpress computes it: the positions of count keys of each key head, the window first.
+
+    The window's weights in the inputs' precision, averaged over its rows, pooled, averaged over the heads of a
+    key head; its own keys are given one more than the largest score.
+    """
+    window, n_keys = q.shape[2], k.shape[2]
+    weights = torch.softmax(_logits(q, k, True, n_keys - window), dim=-1, dtype=torch.float32).to(q.dtype)
+    scores = weights[..., :-window].mean(dim=2)
+    scores = torch.nn.functional.avg_pool1d(scores, width, stride=1, padding=width // 2)
+    scores = scores.unflatten(1, (k.shape[1], -1)).mean(dim=2)
+    scores = torch.nn.functional.pad(scores, (0, window), value=scores.max().item() + 1)
+    return scores.topk(count).indices
+
+
 def block_scope_scores(q: Tensor, k: Tensor, columns: slice) -> Tensor:
     """Queries and keys both of the block, softmax over the block."""
     size = columns.stop - columns.start

@@ -90,6 +90,17 @@ LONG = {
     for number, n in enumerate((4096, 8192, 32768, 131072), start=1)
 }
 
+#: The last 64 queries of a prompt choose what stays of its cache, in a layer of Llama 3 8B.
+SNAPKV = {
+    f"s{number}": Row(f"SnapKV, N={n}", 1, 32, 8, 64, n, n, 128, causal=True)
+    for number, n in enumerate((4096, 16384, 32768), start=1)
+}
+#: All its queries do.
+OBSERVED = {
+    f"h{number}": Row(f"H2O, N={n}", 1, 32, 8, n, n, n, 128, causal=True)
+    for number, n in enumerate((1024, 2048, 4096), start=1)
+}
+
 #: flash-colreduce's own benchmark.
 PEER = {
     f"p{number}": row
@@ -116,5 +127,16 @@ BY_ROWS = {
 }
 BY_BATCH = {f"B={b}": Row(f"row 4 at B={b}", b, 32, 32, 32, 1280, 32, 128) for b in (1, 2, 4, 8, 16, 32)}
 
-ROWS = {**DECODE, **ALL_COLUMNS, **LONG, **PEER, **BY_KEYS, **BY_ROWS, **BY_COLUMNS, **BY_BATCH}
+ROWS = {
+    **DECODE,
+    **ALL_COLUMNS,
+    **LONG,
+    **SNAPKV,
+    **OBSERVED,
+    **PEER,
+    **BY_KEYS,
+    **BY_ROWS,
+    **BY_COLUMNS,
+    **BY_BATCH,
+}
 QUICK = ("1", "4", "10", "a1", "a2", "p1", "N=1024", "N=16384", "C=8", "C=128", "B=1", "B=8")

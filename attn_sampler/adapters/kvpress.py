@@ -14,17 +14,17 @@ Install: ``pip install 'attn_sampler[kvpress]'`` (with transformers before 5.3, 
 
 Each is a kvpress press of the same name, options and scale of scores, and goes where that one goes: into its
 pipeline, ``AdaKVPress``, ``ChunkPress`` and the like. The scores are kvpress' own of the attention weights
-that ``"eager"`` computes, for any implementation: with the layer's scale, its sliding window and its padding
-(kvpress' window attention takes ``head_dim ** -0.5`` and no mask). They are float32 where kvpress rounds
-weights and sums to the model's dtype, so that in bfloat16 keys of all but equal scores may change places.
-Where the model did compute its weights (``"eager"``), kvpress' own code reads them.
+that ``"eager"`` computes, for any implementation: with the layer's scale, its sliding window and its padding,
+whose own rows have no vote (kvpress' window attention takes ``head_dim ** -0.5`` and no mask). They are
+float32 where kvpress rounds weights and sums to the model's dtype, so that in bfloat16 keys of all but equal
+scores may change places. Where the model did compute its weights (``"eager"``), kvpress' own code reads them.
 
 Not served, each a NotImplementedError that names it: soft-capped logits, attention sinks, an additive mask,
 and for ``ObservedAttentionPress`` a cache that holds fewer keys than there are queries or more.
 
-Interface of version 0.5.5, which asks for transformers 4.56 to 5.2. These presses, used by themselves, run with
-5.24 too (``pip install --no-deps kvpress``), which names the cache otherwise and hands no positions to its
-layers; kvpress' own presses, and what wraps a press, do not.
+Interface of version 0.5.5, which asks for transformers 4.56 to 5.2. These presses, used by themselves, run
+with 5.24 too (``pip install --no-deps kvpress``), which names the cache otherwise and hands no positions to
+its layers; kvpress' own presses, and what wraps a press, do not.
 """
 
 from __future__ import annotations

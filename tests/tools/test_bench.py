@@ -59,9 +59,10 @@ def test_our_kernels_are_right_in_the_precision_that_is_timed(name):
 
 def row_of(name):
     """SMALL as the case's rows are: all columns for those without a log-sum-exp, causal for the peer's."""
-    if name not in ("peer", "all_columns", "paged_all", "top_columns"):
+    if name not in ("peer", "all_columns", "paged_all", "top_columns", "snapkv", "observed"):
         return SMALL
-    return SMALL._replace(columns=SMALL.n_keys, causal=name == "peer")
+    causal = name in ("peer", "snapkv", "observed")
+    return SMALL._replace(columns=SMALL.n_keys, causal=causal)
 
 
 @pytest.mark.parametrize(
