@@ -74,10 +74,10 @@ def top_columns(q: Tensor, k: Tensor, softmax_lse: Tensor, count: int) -> tuple[
 
 
 def snapkv(q: Tensor, k: Tensor, count: int, width: int) -> Tensor:
-    """SnapKV's choice as kvpress computes it: the positions of count keys of each key head, the window first.
+    """SnapKV's choice as kvpress makes it: the positions of count keys of each key head, the window first.
 
-    The window's weights in the inputs' precision, averaged over its rows, pooled, averaged over the heads of a
-    key head; its own keys are given one more than the largest score.
+    The window's weights in the inputs' precision, averaged over its rows, pooled, averaged over the heads of
+    a key head; its own keys are given one more than the largest score.
     """
     window, n_keys = q.shape[2], k.shape[2]
     weights = torch.softmax(_logits(q, k, True, n_keys - window), dim=-1, dtype=torch.float32).to(q.dtype)
