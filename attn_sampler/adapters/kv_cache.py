@@ -1,6 +1,8 @@
 """transformers: a cache that keeps the keys that were chosen, and goes on where it was.
 
-    import attn_sampler.adapters.transformers
+    from transformers import AutoModelForCausalLM
+
+    import attn_sampler.adapters.transformers  # registers the name below
     from attn_sampler import AttentionCapture, top_columns
     from attn_sampler.adapters.kv_cache import compress
 
@@ -8,23 +10,29 @@
     with AttentionCapture(keep=True) as capture:
         cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).cache
 
-H2O (all queries vote), or SnapKV (the last ones do, and votes are pooled):
+H2O, where all queries vote:
 
     kept = [
         top_columns(q, k, softmax_lse=lse, causal=True, count=512, recent=256).positions
         for q, k, lse in capture.layers
     ]
+
+Or SnapKV, where the last ones do, and votes are pooled:
+
     kept = [
         top_columns(
             q[:, :, -32:], k, softmax_lse=lse[:, :, -32:], causal=True, count=512, recent=32, pool=("mean", 5)
         ).positions
         for q, k, lse in capture.layers
     ]
+
+Then:
+
     compress(cache, kept)
     model.generate(ids, cache=cache, max_new_tokens=100)
 
-A captured prompt holds the queries of all layers until the choice is made. The presses of
-``attn_sampler.adapters.kvpress`` choose as each layer runs.
+A model with a scale of its own needs ``softmax_scale`` too. A captured prompt holds the queries of all layers
+until the choice is made; the presses of ``attn_sampler.adapters.kvpress`` choose as each layer runs.
 """
 
 from __future__ import annotations

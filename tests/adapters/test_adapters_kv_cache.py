@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers.masking_utils import eager_mask
 
 import attn_sampler.adapters.transformers as _names  # noqa: F401
 from attn_sampler import AttentionCapture, top_columns
+from attn_sampler.adapters import kv_cache
 from attn_sampler.adapters.kv_cache import compress
 
 N, NEW = 40, 9
@@ -168,6 +170,17 @@ def test_a_cache_follows_its_beams():
         each.batch_repeat_interleave(3)
     how = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(IDS, cache=cache, **how), model.generate(IDS, cache=whole, **how))
+
+
+def test_the_example_runs_as_printed(tmp_path: Path):
+    build(MODELS["llama"]).save_pretrained(tmp_path)
+    ids = torch.randint(60, (1, 601), generator=torch.Generator().manual_seed(0))
+    names: dict[str, Any] = {"path": tmp_path, "ids": ids}
+    lines = (line[4:] for line in str(kv_cache.__doc__).splitlines() if line.startswith("    ") or not line)
+    with torch.no_grad():
+        exec(compile("\n".join(lines), "kv_cache.__doc__", "exec"), names)
+    assert all(layer.keys.shape[2] == 512 + 100 for layer in names["cache"].layers)
+    assert names["cache"].get_seq_length() == 700
 
 
 CHOSEN = torch.arange(8).expand(2, 2, 8)
