@@ -12,6 +12,9 @@ Install: ``pip install 'attn_sampler[kvpress]'`` (with transformers before 5.3, 
 ``ObservedAttentionPress``    all queries vote (H2O's heavy hitters); needs no ``attn_implementation="eager"``
 ============================  ==========================================================================
 
+Queries and log-sum-exp are those that the layer's own attention had where it is PyTorch's (``"sdpa"``) or one
+of ``attn_sampler.adapters.transformers``; else, and inside other presses, they are computed once more.
+
 Each is a kvpress press of the same name, options and scale of scores, and goes where that one goes: into its
 pipeline, ``AdaKVPress``, ``ChunkPress`` and the like. The scores are kvpress' own of the attention weights
 that ``"eager"`` computes, for any implementation: with the layer's scale, its sliding window and its padding,
@@ -29,12 +32,15 @@ its layers; kvpress' own presses, and what wraps a press, do not.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import QuantizedCache
 from transformers.models.llama.modeling_llama import rotate_half
 
 from attn_sampler import checks
@@ -42,6 +48,7 @@ from attn_sampler.adapters._engine import require
 from attn_sampler.attention import column_scores
 from attn_sampler.attention_masks import read_mask
 from attn_sampler.backends import BACKEND_CHOICES
+from attn_sampler.capture import AttentionCapture
 
 
 def _part(name: str) -> Any:
@@ -63,11 +70,41 @@ class _ColumnScorePress:
         ratio = self.compression_ratio
         checks.number("compression_ratio", ratio, "a number in [0, 1)", lambda value: 0 <= value < 1)
         checks.choice("backend", self.backend, BACKEND_CHOICES)
+        #: Of the layer that runs, or has just run, where its attention is watched.
+        self._capture: AttentionCapture | None = None
+        self._is_watching = False
+
+    @contextlib.contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        """kvpress' context, in which the attention of a prompt shows its queries and their log-sum-exp."""
+        language_model = getattr(model.model, "language_model", model.model)
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self._end)
+            for layer in language_model.layers:
+                hook = layer.self_attn.register_forward_pre_hook(self._begin, with_kwargs=True)
+                hooks.callback(hook.remove)
+            with super().__call__(model):  # type: ignore[misc]
+                yield
+
+    def _begin(self, module: Any, input: Any, kwargs: dict[str, Any]) -> None:
+        self._end()
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        if cache is None or isinstance(cache, QuantizedCache) or torch.compiler.is_compiling():
+            return
+        if cache.get_seq_length(module.layer_idx) == 0:
+            self._capture, self._is_watching = AttentionCapture(keep=True), True
+            self._capture.__enter__()
+
+    def _end(self) -> None:
+        if self._is_watching and self._capture is not None:
+            self._capture.__exit__(None, None, None)
+        self._is_watching = False
 
     def forward_hook(
         self, module: nn.Module, input: list[Tensor], kwargs: dict[str, Any], output: list[Any]
     ) -> list[Any]:
         """kvpress' hook, given what newer transformers name otherwise or leave out."""
+        self._end()
         given = dict(kwargs)
         cache = given.setdefault("past_key_values", given.get("cache"))
         if cache is None:
@@ -75,7 +112,10 @@ class _ColumnScorePress:
         if "cache_position" not in given:
             end = cache.get_seq_length(module.layer_idx)
             given["cache_position"] = torch.arange(end - given["hidden_states"].shape[1], end)
-        return super().forward_hook(module, input, given, output)  # type: ignore[misc]
+        try:
+            return super().forward_hook(module, input, given, output)  # type: ignore[misc]
+        finally:
+            self._capture = None
 
     def _received(
         self, module: Any, hidden_states: Tensor, keys: Tensor, kwargs: dict[str, Any], n_columns: int
@@ -88,18 +128,15 @@ class _ColumnScorePress:
         }.items():
             if getattr(module, name, None) is not None:
                 raise NotImplementedError(f"{name}: {what} are not served")
-        cos, sin = kwargs["position_embeddings"]
-        q = _rotated(_utils.get_prerope_query_states(module, hidden_states), cos, sin)
-        seen = _seen(module, q, keys, kwargs.get("attention_mask"))
-        scores = column_scores(
-            q.detach(),
-            keys.detach(),
-            columns=slice(0, n_columns),
-            softmax_scale=module.scaling,
-            per_head=True,
-            backend=self.backend,
-            **seen,
-        )
+        watched = _watched(self._capture, hidden_states.shape[1], keys)
+        if watched is None:
+            cos, sin = kwargs["position_embeddings"]
+            q = _rotated(_utils.get_prerope_query_states(module, hidden_states), cos, sin).detach()
+            seen = _seen(module, q, keys, kwargs.get("attention_mask")) | {"softmax_scale": module.scaling}
+        else:
+            q, seen = watched
+        how: dict[str, Any] = {"columns": slice(0, n_columns), "per_head": True, "backend": self.backend}
+        scores = column_scores(q, keys.detach(), **seen, **how)
         return scores.unflatten(1, (keys.shape[1], -1)).mean(dim=2)
 
 
@@ -172,8 +209,7 @@ class PyramidKVPress(SnapKVPress, _kvpress.PyramidKVPress):
 class ObservedAttentionPress(_ColumnScorePress, _kvpress.ObservedAttentionPress):
     """H2O's heavy hitters (arXiv 2306.14048): the mean attention that a key receives from all later queries.
 
-    The prompt's queries are projected once more, and no attention matrix is made: the memory grows with the
-    prompt's length, not with its square.
+    No attention matrix is made: the memory grows with the prompt's length, not with its square.
 
     Parameters
     ----------
@@ -210,6 +246,28 @@ class ObservedAttentionPress(_ColumnScorePress, _kvpress.ObservedAttentionPress)
             return super().score(module, hidden_states, keys, values, attentions, kwargs)
         scores = self._received(module, hidden_states, keys, kwargs, n_keys)
         return scores / torch.arange(n_keys, 0, -1, device=scores.device)
+
+
+def _watched(
+    capture: AttentionCapture | None, n_rows: int, keys: Tensor
+) -> tuple[Tensor, dict[str, Any]] | None:
+    """The last queries of the layer's own attention and what they see of its keys, with their log-sum-exp.
+
+    None where that was not seen (it is none of PyTorch's), or is not over the keys that the cache has.
+    """
+    if capture is None or capture.num_calls != 1:
+        return None
+    try:
+        (layer,), options = capture.layers, capture.step_options
+    except NotImplementedError:
+        return None
+    if layer.k.shape[2] != keys.shape[2] or layer.softmax_lse is None:
+        return None
+    first = layer.q.shape[2] - n_rows
+    for name in ("columns", "query_mask", "softmax_scope", "diagonal", "reduction"):
+        del options[name]
+    options["query_start"] += first
+    return layer.q[:, :, first:], options | {"softmax_lse": layer.softmax_lse[:, :, first:]}
 
 
 def _rotated(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

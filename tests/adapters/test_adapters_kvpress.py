@@ -158,6 +158,7 @@ def scored(press: Any, model: Any, **given: Any) -> list[tuple[tuple[Any, ...], 
     press.score = recorded
     with press(model):
         model(IDS, **{CACHE: DynamicCache()}, **given)
+    press.score = score
     return calls
 
 
@@ -179,12 +180,15 @@ def test_scores_are_those_of_the_attention_weights(adapter: Any, name: str, padd
         press = adapter.SnapKVPress(compression_ratio=0.5, window_size=window, kernel_size=kernel)
         calls = scored(press, model, **given)
         assert len(calls) == 2
-        for (_, scores), layer in zip(calls, weights, strict=True):
+        for (asked, scores), layer in zip(calls, weights, strict=True):
             assert scores.dtype == torch.float32
-            torch.testing.assert_close(scores, snapkv(layer, heads, window, kernel), rtol=0, atol=1e-5)
-    calls = scored(adapter.ObservedAttentionPress(compression_ratio=0.5), model, **given)
-    for (_, scores), layer in zip(calls, weights, strict=True):
-        torch.testing.assert_close(scores, observed(layer, heads), rtol=0, atol=1e-5)
+            expected = snapkv(layer, heads, window, kernel)
+            for answer in (scores, press.score(*asked)):  # as the layer ran, and computed once more
+                torch.testing.assert_close(answer, expected, rtol=0, atol=1e-5)
+    press = adapter.ObservedAttentionPress(compression_ratio=0.5)
+    for (asked, scores), layer in zip(scored(press, model, **given), weights, strict=True):
+        for answer in (scores, press.score(*asked)):
+            torch.testing.assert_close(answer, observed(layer, heads), rtol=0, atol=1e-5)
 
 
 @real
@@ -256,6 +260,32 @@ def test_a_press_takes_kvpress_own_options(adapter: Any):
     for kind in PRESSES:
         assert isinstance(getattr(adapter, kind)(), getattr(kvpress, kind))
     assert adapter.SnapKVPress() == adapter.SnapKVPress()
+
+
+@torch.no_grad()
+def test_the_layer_s_own_queries_are_read(adapter: Any, monkeypatch: pytest.MonkeyPatch):
+    model, calls = build("Llama"), []
+    project = adapter._utils.get_prerope_query_states
+    monkeypatch.setattr(
+        adapter._utils, "get_prerope_query_states", lambda *given: calls.append(given) or project(*given)
+    )
+    for kind, how in PRESSES.items():
+        press = getattr(adapter, kind)(0.6, **how)
+        asked = scored(press, model)[0][0]
+        assert not calls
+        press.score(*asked)
+        assert len(calls) == 1
+        calls.clear()
+
+
+def test_a_layer_that_fails_is_watched_no_longer(adapter: Any):
+    model, press = build("Llama"), adapter.ObservedAttentionPress(0.5)
+    model.model.layers[1].self_attn.o_proj = nn.Linear(3, 3)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            scored(press, model)
+        assert torch._C._len_torch_function_stack() == 0
+        assert not any(layer.self_attn._forward_pre_hooks for layer in model.model.layers)
 
 
 def test_low_precision_and_flash_s_padding(adapter: Any):
