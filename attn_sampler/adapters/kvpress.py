@@ -22,8 +22,8 @@ whose own rows have no vote (kvpress' window attention takes ``head_dim ** -0.5`
 float32 where kvpress rounds weights and sums to the model's dtype, so that in bfloat16 keys of all but equal
 scores may change places. Where the model did compute its weights (``"eager"``), kvpress' own code reads them.
 
-Not served, each a NotImplementedError that names it: soft-capped logits, attention sinks, an additive mask,
-and for ``ObservedAttentionPress`` a cache that holds fewer keys than there are queries or more.
+Not served, each a NotImplementedError that names it: soft-capped logits, attention sinks, a mask that is more
+than padding and a sliding window, and for ``ObservedAttentionPress`` other numbers of keys than of queries.
 
 Interface of version 0.5.5, which asks for transformers 4.56 to 5.2. These presses, used by themselves, run
 with 5.24 too (``pip install --no-deps kvpress``), which names the cache otherwise and hands no positions to
