@@ -6,15 +6,18 @@ import contextlib
 import json
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attn_sampler import documents
 from attn_sampler.documents import ANYTHING, NUMBER, TEXT, Kind
 
 from .cases import CASES
 from .harness import ROOT, digest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = ROOT / "bench" / "results"
 _PLOTS = {
@@ -193,7 +196,16 @@ def _place(device: str, threads: int | None) -> str:
 
 
 def plot(results: dict[str, Any], folder: Path) -> list[str]:
-    """PNG files of the sweeps and of the shares of the floor, of the run's last device; their names."""
+    """PNG files of the figures; their names."""
+    written = []
+    for name, figure in figures(results):
+        figure.savefig(folder / name, dpi=120)
+        written.append(name)
+    return written
+
+
+def figures(results: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """The sweeps and the shares of the floor, of the run's last device, by the names of their files."""
     from matplotlib.figure import Figure  # an extra: pip install .[plot]
     from matplotlib.ticker import NullLocator
 
@@ -201,7 +213,6 @@ def plot(results: dict[str, Any], folder: Path) -> list[str]:
     place = (device["device"], device["threads"])
     cells = [c for c in results["cells"] if (c["device"], c["threads"]) == place and "figures" in c]
     caption_text = f"{results['environment']['machine']}, {_place(*place)}, {results['dtype']}"
-    written = []
     for case, (name, label, field) in _PLOTS.items():
         points = [c for c in cells if c["case"] == case]
         if not points:
@@ -226,8 +237,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[str]:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{CASES[case].title}\n{caption_text}", fontsize=9)
         axes.legend(fontsize=8)
-        figure.savefig(folder / name, dpi=120)
-        written.append(name)
+        yield name, figure
     shares = {
         case: {
             c["row"]: 100 * c["floor_ms"] / best[1]["median_ms"]
@@ -248,9 +258,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[str]:
         axes.set(xlabel="row", ylabel="share of the floor, %")
         axes.set_title(f"The floor's time over ours\n{caption_text}", fontsize=9)
         axes.legend(fontsize=8)
-        figure.savefig(folder / _SHARE_PLOT, dpi=120)
-        written.append(_SHARE_PLOT)
-    return written
+        yield _SHARE_PLOT, figure
 
 
 # All results.
