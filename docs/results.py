@@ -1,14 +1,20 @@
-"""The committed results as the pages state them: every number comes from a file under ``bench/results``."""
+"""What pages are filled in with: committed results, and facts that the sources hold.
+
+Every number comes from a file under ``bench/results``, every table of names from the objects themselves.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attn_sampler.report
+from attn_sampler import POLICIES, make_policy
+from attn_sampler.adapters.models import FAMILIES, WHOLE_TEXT
 from bench import report
 
 RESULTS = report.RESULTS
@@ -160,11 +166,69 @@ def published() -> str:
     return "\n".join(lines)
 
 
+def excerpt(path: str, start: str, end: str) -> str:
+    """The lines of a source file from the one that begins with ``start`` to the one that does with ``end``."""
+    lines = (report.ROOT / path).read_text(encoding="utf-8").split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    last = next(i for i in range(first, len(lines)) if lines[i].startswith(end))
+    return "\n".join(lines[first : last + 1])
+
+
+def readme_table(start: str) -> str:
+    """The table of README.md that begins so."""
+    lines = (report.ROOT / "README.md").read_text(encoding="utf-8").split("\n")
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    return "\n".join(lines[first : lines.index("", first)])
+
+
+def c_functions() -> str:
+    """The declarations of the C API."""
+    header = (report.ROOT / "csrc/include/attn_sampler.h").read_text(encoding="utf-8")
+    found = re.findall(r"^ATTN_SAMPLER_API (.*?;)", header, flags=re.S | re.M)
+    return "\n".join(["```c", *(re.sub(r"\s+", " ", declaration) for declaration in found), "```"])
+
+
+def rules() -> str:
+    """The rules by name: what they read, and what they are."""
+    lines = ["| name | reads | `tau` | takes back | what it is |", "|---|---|---|---|---|"]
+    for name, factory in POLICIES.items():
+        policy = make_policy(name)
+        reads = "attention map" if policy.needs_map else "attention received" if policy.needs_scores else ""
+        what = f"`{factory}`" if isinstance(factory, str) else _first_sentence(policy, name)
+        tau = getattr(policy, "tau", None) if name != "attn-sequential" else None
+        cells = [f"`{name}`", reads, "" if tau is None else f"{tau:g}", "yes" if policy.revises else "", what]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _first_sentence(policy: Any, name: str) -> str:
+    if name == "attn-sequential":
+        return "Attn-Sampler, the one position of the largest score"
+    return (type(policy).__doc__ or "").split("\n", 1)[0].replace("``", "`").rstrip(".")
+
+
+def families() -> str:
+    """The checkpoints that ``adapt`` knows."""
+    lines = ["| family | `model_type` | block | attention | caches | predicts from the row before |", "|---" * 6 + "|"]
+    for name, family in FAMILIES.items():
+        length = "the whole text" if family.block_length == WHOLE_TEXT else str(family.block_length)
+        attention = "bidirectional" if family.causal_block is None else f"block-causal, {family.causal_block}"
+        types = ", ".join(f"`{kind}`" for kind in family.model_types) or "any causal class, made bidirectional"
+        caches = ", ".join(family.adapter.caches) or _CACHES_ELSEWHERE.get(name, "none")
+        shift = "yes" if family.logit_shift else ""
+        lines.append("| " + " | ".join([f"`{name}`", types, length, attention, caches, shift]) + " |")
+    return "\n".join(lines)
+
+
+#: Whose adapters find out when they see the model.
+_CACHES_ELSEWHERE = dict.fromkeys(("llada", "dream"), "prefix, dual with Fast-dLLM's modelling code")
+
 #: What pages may ask for.
 FUNCTIONS: dict[str, Any] = {
     function.__name__: function
     for function in (
         *(findings, kernel_tables, provenance, end_to_end, losses, engines),
         *(right, passes, points, auc, outcomes, published),
+        *(excerpt, readme_table, c_functions, rules, families),
     )
 } | {"lowest_auc": lambda signal: auc_range(signal, min), "highest_auc": lambda signal: auc_range(signal, max)}
