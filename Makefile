@@ -31,6 +31,9 @@ bench: $(VENV)/dev ## Measure the kernels on this machine (options: ARGS="--quic
 evidence: $(VENV)/dev ## Decode published models by every rule, after a download (options: ARGS=--full)
 	$(bin)/python -m bench.evidence $(ARGS)
 
+docs: $(VENV)/dev ## Build the documentation site into build/site
+	$(bin)/python -m docs
+
 clean: ## Remove what the other verbs made
 	rm -rf $(VENV) build dist *.egg-info attn_sampler/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -47,4 +50,4 @@ $(VENV)/dev: $(VENV)/torch $(sources)
 	$(pip) --editable '.[dev,test,triton]'
 	touch $(VENV)/installed $@
 
-.PHONY: help demo test lint bench evidence clean
+.PHONY: help demo test lint bench evidence docs clean

@@ -168,7 +168,7 @@ def top_columns(
         heads, are pooled over so many columns around each before the choice (SnapKV: 5 or 7), at stride 1. In
         a window, what is beyond the columns, absent or kept by sinks or recent has no part in the maximum and
         counts as 0 in the mean, which divides by the width. Default: the scores as they are.
-    columns, softmax_lse, ..., backend
+    q, k, columns, ..., backend
         As in ``column_scores``.
 
     Returns
@@ -251,7 +251,7 @@ def attention_map(
     reduction
         Over columns: ``"none"``; ``"sum"``, the row's mass; or ``"diagonal"``, the entry at its own position
         (0 where that is none of the columns). No map is made for these.
-    columns, softmax_lse, ..., backend
+    q, k, columns, ..., backend
         As in ``column_scores``.
 
     Returns

@@ -159,7 +159,6 @@ def select_tokens(
     rule
         ``"parallel"``, ``"sequential"`` or ``"threshold"``; or an int32 tensor ``[B]`` on the same device
         with the ``attn_sampler.reference.RULE_CODES`` of each row's rule (anything else is ``"parallel"``).
-        (``policy`` is its former name, taken for one release more.)
     tau
         Confidence threshold in [0, 1], or a float32 tensor ``[B]`` with one for each row; not read by
         ``"sequential"``.
@@ -167,6 +166,8 @@ def select_tokens(
         What the single position of a step without a passing one maximises: ``"confidence"`` or ``"score"``.
     backend
         As in ``column_scores``.
+    policy
+        The former name of rule, taken for one release more.
 
     Returns
     -------

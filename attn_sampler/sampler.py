@@ -361,6 +361,13 @@ def register_policy(name: str, policy: Callable[..., Policy] | str) -> None:
 def make_policy(policy: str | Policy, **options: Any) -> Policy:
     """The policy of that name with these options; a Policy is returned as it is.
 
+    Parameters
+    ----------
+    policy
+        A name of ``POLICIES``, or a Policy.
+    **options
+        Of the policy of that name, such as ``tau``; none go with an object.
+
     Raises
     ------
     ValueError, TypeError

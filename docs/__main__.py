@@ -1,6 +1,7 @@
 """Build the site: pages with their figures and numbers filled in, then Zensical over them, which takes no
 warning. Nothing in it is fetched from another host.
 
+    pip install -e '.[docs]'
     python -m docs [FOLDER]        # FOLDER/site, and what it is made of; default: build
 """
 
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
@@ -40,7 +42,7 @@ def fill_in(text: str, name: str) -> str:
 
 
 def build(folder: Path) -> Path:
-    """Build the site in a folder.
+    """Build the site in a folder, from the pages of this tree.
 
     Returns
     -------
@@ -50,7 +52,7 @@ def build(folder: Path) -> Path:
     Raises
     ------
     RuntimeError
-        Zensical warns of something; what it says.
+        As ``run_zensical``.
     """
     pages = folder / "pages"
     shutil.rmtree(pages, ignore_errors=True)
@@ -61,17 +63,29 @@ def build(folder: Path) -> Path:
     (pages / "figures").mkdir()
     for name, picture in figures.pictures():
         (pages / "figures" / name).write_text(picture, encoding="utf-8")
-
     config = yaml.safe_load((ROOT / "docs" / "site.yml").read_text(encoding="utf-8"))
-    config |= {"docs_dir": "pages", "site_dir": "site"}  # beside the file
-    (python,) = (plugin["mkdocstrings"]["handlers"]["python"] for plugin in config["plugins"] if "search" not in plugin)
+    python = next(plugin for plugin in config["plugins"] if "mkdocstrings" in plugin)["mkdocstrings"]["handlers"]["python"]
     python["paths"] = [str(ROOT)]
     python["options"]["extensions"] = [str(ROOT / "docs" / "docstrings.py")]
+    return run_zensical(folder, config)
+
+
+def run_zensical(folder: Path, config: dict[str, Any]) -> Path:
+    """Make a site of ``folder/pages``, in ``folder/site``, which is returned.
+
+    Raises
+    ------
+    RuntimeError
+        It warns of something: a link, an anchor or a name that is not there, a docstring that cannot be read.
+        The message is all that it said.
+    """
+    config = {**config, "docs_dir": "pages", "site_dir": "site"}  # beside the file
     (folder / "site.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", "site.yml"]
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(re.sub(r"\x1b\[[0-9;]*m", "", done.stdout))
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    if done.returncode or "griffe:" in said:  # whose warnings are none of Zensical's
+        raise RuntimeError(said)
     return folder / "site"
 
 

@@ -146,6 +146,17 @@ def auc_range(signal: str, pick: Callable[..., float]) -> str:
     return f"{pick(task['signals'][signal]['auc'][0] for task in tasks):.2f}"
 
 
+def auc_wins(signal: str) -> int:
+    """Of how many tasks the signal tells more than confidence, the interval of the difference leaving out 0."""
+    tasks = read("quality/published_signals").values()
+    return sum(task["signals"][signal]["auc less confidence"][1] > 0 for task in tasks)
+
+
+def regimes() -> int:
+    """How many tasks there are."""
+    return len(read("quality/published_signals"))
+
+
 def outcomes(file: str, task: str, rules: Sequence[str], baseline: str) -> str:
     """A table of some rules of a task."""
     rows = [row(file, task, rule) for rule in rules]
@@ -228,7 +239,7 @@ FUNCTIONS: dict[str, Any] = {
     function.__name__: function
     for function in (
         *(findings, kernel_tables, provenance, end_to_end, losses, engines),
-        *(right, passes, points, auc, outcomes, published),
+        *(right, passes, points, auc, auc_wins, regimes, outcomes, published),
         *(excerpt, readme_table, c_functions, rules, families),
     )
 } | {"lowest_auc": lambda signal: auc_range(signal, min), "highest_auc": lambda signal: auc_range(signal, max)}

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
+from examples import examples, run
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def run(index: int) -> dict[str, object]:
+def left_by(index: int) -> dict[str, object]:
     """The names that an example leaves."""
-    codes = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    codes = examples(README)
     assert len(codes) == 2
-    assert len(codes[index].splitlines()) <= 20
-    torch.manual_seed(0)
-    names: dict[str, object] = {}
-    exec(compile(codes[index], str(README), "exec"), names)
-    return names
+    assert len(codes[index].code.splitlines()) <= 20
+    return run(README, codes[index])
 
 
 def test_example_decodes_the_block() -> None:
-    names = run(0)
+    names = left_by(0)
     tokens, mask = names["tokens"], names["mask"]
     assert isinstance(tokens, torch.Tensor)
     assert tokens[0, :4].tolist() == [1, 2, 3, 4]
@@ -30,7 +27,7 @@ def test_example_decodes_the_block() -> None:
 
 
 def test_example_keeps_the_keys_that_matter() -> None:
-    kept, k, v = map(run(1).get, ("kept", "k", "v"))
+    kept, k, v = map(left_by(1).get, ("kept", "k", "v"))
     assert isinstance(kept, torch.Tensor)
     assert kept[0, :, :36].tolist() == [[*range(4), *range(4064, 4096)]] * 2
     assert all(len(set(row)) == 512 for row in kept[0].tolist())
