@@ -25,7 +25,10 @@ PAGES = ROOT / "docs" / "pages"
 
 #: In a page ``{{ name(...) }}`` stands for what a function of ``results`` answers, or for a figure.
 _TEMPLATES = jinja2.Environment(
-    undefined=jinja2.StrictUndefined, comment_start_string="<!--#", comment_end_string="#-->", autoescape=False
+    undefined=jinja2.StrictUndefined,
+    comment_start_string="<!--#",
+    comment_end_string="#-->",
+    autoescape=False,
 )
 
 
@@ -64,7 +67,9 @@ def build(folder: Path) -> Path:
     for name, picture in figures.pictures():
         (pages / "figures" / name).write_text(picture, encoding="utf-8")
     config = yaml.safe_load((ROOT / "docs" / "site.yml").read_text(encoding="utf-8"))
-    python = next(plugin for plugin in config["plugins"] if "mkdocstrings" in plugin)["mkdocstrings"]["handlers"]["python"]
+    python = next(plugin for plugin in config["plugins"] if "mkdocstrings" in plugin)["mkdocstrings"][
+        "handlers"
+    ]["python"]
     python["paths"] = [str(ROOT)]
     python["options"]["extensions"] = [str(ROOT / "docs" / "docstrings.py")]
     return run_zensical(folder, config)

@@ -135,7 +135,11 @@ def _with_fields(owner: griffe.Object) -> str:
             above.append(stripped.lstrip("#: "))
             continue
         field = re.match(r"^    (\w+): ([^=#]+?)(?: = (.*?))?(?:  # (.*))?$", line)
-        if field and not field[1].startswith("_") and (said := " ".join(above) or field[4] or _next(lines, index)):
+        if (
+            field
+            and not field[1].startswith("_")
+            and (said := " ".join(above) or field[4] or _next(lines, index))
+        ):
             rows += [f"{field[1]} : {field[2].strip()}", f"    {said[:1].upper()}{said[1:]}."]
         above = []
     if not rows:

@@ -1,4 +1,4 @@
-"""The site's figures: drawn by matplotlib at build time, from committed results and from the bundled model."""
+"""The site's figures, which matplotlib draws at build time from committed results and the bundled model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ _STYLE = {
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.labelcolor": TEXT,
-    "axes.prop_cycle": mpl.cycler(color=[*(BLUE, ORANGE, GREEN, PURPLE, RED), *(TEAL, PINK, OLIVE, INDIGO, BROWN)]),
+    "axes.prop_cycle": mpl.cycler(
+        color=[*(BLUE, ORANGE, GREEN, PURPLE, RED), *(TEAL, PINK, OLIVE, INDIGO, BROWN)]
+    ),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10,
@@ -195,7 +197,7 @@ def _order() -> Figure:
 
 def _reads() -> Figure:
     """Which keys a column's score needs."""
-    figure = Figure(figsize=(7.2, 2.1), layout="constrained")
+    figure = Figure(figsize=(7.2, 1.45), layout="constrained")
     rows, keys, first, columns = 3, 16, 8, 3
     titles = ("without the log-sum-exp: all keys", "with it: the block's keys")
     for axes, title, every in zip(figure.subplots(1, 2), titles, (True, False), strict=True):
@@ -211,7 +213,7 @@ def _reads() -> Figure:
             for row in range(rows):
                 axes.add_patch(Rectangle((keys + 0.9, row), 0.88, 0.88, facecolor=PURPLE, linewidth=0))
             axes.text(keys + 2.1, rows + 0.35, "log-sum-exp", ha="right", va="top", color=PURPLE)
-        axes.set(xlim=(-2, keys + 3), ylim=(rows + 1.7, -0.4), aspect="equal")
+        axes.set(xlim=(-2, keys + 3), ylim=(rows + 1.5, -0.4), aspect="equal")
         axes.set_axis_off()
         axes.set_title(title)
     return figure
@@ -234,7 +236,13 @@ def _ratios() -> Figure:
             away = (0, 7) if losses % 2 else (0, -12)
             losses += 1
             axes.annotate(
-                cell["row"], (ratio, y), away, textcoords="offset points", ha="center", fontsize=7.5, color=RED
+                cell["row"],
+                (ratio, y),
+                away,
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+                color=RED,
             )
     axes.axvline(1, color=MUTED, linewidth=1)
     axes.set_yticks(range(len(titles)), [_wrapped(title) for title in titles])
@@ -313,7 +321,9 @@ def _orders() -> Figure:
     axes = figure.subplots()
     for index, (rule, (label, colour, marker)) in enumerate(rules.items()):
         chosen = [x for x in rows if x["rule"] == rule]
-        value, low, high = (np.array([100 * x["measure_differences"]["tokens"][k] for x in chosen]) for k in range(3))
+        value, low, high = (
+            np.array([100 * x["measure_differences"]["tokens"][k] for x in chosen]) for k in range(3)
+        )
         y = [tasks.index(x["at"]) + (index - 1.5) * 0.19 for x in chosen]
         axes.errorbar(
             *(value, y),
@@ -326,7 +336,9 @@ def _orders() -> Figure:
         )
     axes.axvline(0, color=MUTED, linewidth=1)
     axes.set_yticks(range(len(tasks)), tasks)
-    axes.set(ylim=(len(tasks) - 0.5, -0.5), xlabel="true tokens, percentage points more than by confidence (95 %)")
+    axes.set(
+        ylim=(len(tasks) - 0.5, -0.5), xlabel="true tokens, percentage points more than by confidence (95 %)"
+    )
     axes.set_title("One token a pass, in each order")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure

@@ -147,7 +147,7 @@ def auc_range(signal: str, pick: Callable[..., float]) -> str:
 
 
 def auc_wins(signal: str) -> int:
-    """Of how many tasks the signal tells more than confidence, the interval of the difference leaving out 0."""
+    """Of how many tasks the signal tells more than confidence, by an interval that leaves out 0."""
     tasks = read("quality/published_signals").values()
     return sum(task["signals"][signal]["auc less confidence"][1] > 0 for task in tasks)
 
@@ -178,7 +178,7 @@ def published() -> str:
 
 
 def excerpt(path: str, start: str, end: str) -> str:
-    """The lines of a source file from the one that begins with ``start`` to the one that does with ``end``."""
+    """The lines of a source file from the first that begins with ``start`` to one that does with ``end``."""
     lines = (report.ROOT / path).read_text(encoding="utf-8").split("\n")
     first = next(i for i, line in enumerate(lines) if line.startswith(start))
     last = next(i for i in range(first, len(lines)) if lines[i].startswith(end))
@@ -220,11 +220,16 @@ def _first_sentence(policy: Any, name: str) -> str:
 
 def families() -> str:
     """The checkpoints that ``adapt`` knows."""
-    lines = ["| family | `model_type` | block | attention | caches | predicts from the row before |", "|---" * 6 + "|"]
+    lines = [
+        "| family | `model_type` | block | attention | caches | predicts from the row before |",
+        "|---" * 6 + "|",
+    ]
     for name, family in FAMILIES.items():
         length = "the whole text" if family.block_length == WHOLE_TEXT else str(family.block_length)
         attention = "bidirectional" if family.causal_block is None else f"block-causal, {family.causal_block}"
-        types = ", ".join(f"`{kind}`" for kind in family.model_types) or "any causal class, made bidirectional"
+        types = (
+            ", ".join(f"`{kind}`" for kind in family.model_types) or "any causal class, made bidirectional"
+        )
         caches = ", ".join(family.adapter.caches) or _CACHES_ELSEWHERE.get(name, "none")
         shift = "yes" if family.logit_shift else ""
         lines.append("| " + " | ".join([f"`{name}`", types, length, attention, caches, shift]) + " |")
@@ -242,4 +247,7 @@ FUNCTIONS: dict[str, Any] = {
         *(right, passes, points, auc, auc_wins, regimes, outcomes, published),
         *(excerpt, readme_table, c_functions, rules, families),
     )
-} | {"lowest_auc": lambda signal: auc_range(signal, min), "highest_auc": lambda signal: auc_range(signal, max)}
+} | {
+    "lowest_auc": lambda signal: auc_range(signal, min),
+    "highest_auc": lambda signal: auc_range(signal, max),
+}

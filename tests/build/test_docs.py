@@ -1,4 +1,4 @@
-"""The documentation site: built without a warning, its links, its numbers, its reference, and its examples."""
+"""The documentation site: built without a warning; its links, numbers, reference and examples."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def test_every_internal_link_and_image_is_there(site: Path, documents: dict[Path
             assert target.is_file(), f"{path.relative_to(site)}: {address}"
             assert target.is_relative_to(site.resolve())
             if parts.fragment and target in documents and not parts.fragment.startswith("__"):
-                assert unquote(parts.fragment) in documents[target].ids, f"{path.relative_to(site)}: {address}"
+                assert unquote(parts.fragment) in documents[target].ids, (
+                    f"{path.relative_to(site)}: {address}"
+                )
             checked += 1
         assert all(document.alternatives), f"{path.relative_to(site)}: an image without words"
     assert checked > 1000
@@ -138,7 +140,11 @@ def functions() -> list[str]:
 def test_every_parameter_is_told_with_its_type(name: str, documents: dict[Path, Document]) -> None:
     place = f"attn_sampler.{name}{'.generate' if name == 'generate' else ''}"
     (rows,) = (document.rows.get(place, []) for document in documents.values() if place in document.ids)
-    told = {row[0].strip().lstrip("*"): [" ".join(cell.split()) for cell in row[1:]] for row in rows if len(row) == 4}
+    told = {
+        row[0].strip().lstrip("*"): [" ".join(cell.split()) for cell in row[1:]]
+        for row in rows
+        if len(row) == 4
+    }
     for parameter in inspect.signature(getattr(attn_sampler, name)).parameters.values():
         assert parameter.name in told, parameter.name
         kind, description, _default = told[parameter.name]
@@ -170,7 +176,7 @@ def test_a_broken_link_or_anchor_ends_the_build(tmp_path: Path) -> None:
     (pages / "index.md").write_text("# One\n\n[three](three.md) [two](two.md) [there](two.md#there)\n")
     (pages / "two.md").write_text("# Two\n")
     config = {"site_name": "two pages", "plugins": [], "use_directory_urls": False}
-    with pytest.raises(RuntimeError, match="(?s)page does not exist.*anchor does not exist.*2 issues found"):
+    with pytest.raises(RuntimeError, match=r"(?s)page does not exist.*anchor does not exist.*2 issues found"):
         run_zensical(tmp_path, config)
 
 
@@ -178,9 +184,14 @@ def test_numbers_come_from_the_committed_results() -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install '.[plot]')")
     from docs import results
 
-    cell = json.loads((results.QUALITY / "heldout.json").read_text())["tasks"]["sudoku"]["rules"]["threshold:tau=0.99"]
+    cell = json.loads((results.QUALITY / "heldout.json").read_text())["tasks"]["sudoku"]["rules"][
+        "threshold:tau=0.99"
+    ]
     count = len(cell["right"])
-    assert results.right("heldout", "sudoku", "threshold:tau=0.99") == f"{100 * sum(cell['right']) / count:.1f} %"
+    assert (
+        results.right("heldout", "sudoku", "threshold:tau=0.99")
+        == f"{100 * sum(cell['right']) / count:.1f} %"
+    )
     assert results.passes("heldout", "sudoku", "threshold:tau=0.99") == f"{sum(cell['passes']) / count:.2f}"
     for title, measured, name, ratio in results.comparisons(1):
         ours = min(f["median_ms"] for f in measured["figures"].values() if f["ours"] and "median_ms" in f)
