@@ -44,6 +44,7 @@ def _tell(member: griffe.Object, text: str, public: dict[str, str]) -> None:
     """Give the object this docstring, its examples as code and its public names as links."""
     if not text:
         return
+    text = re.sub(r"(?m)^( *)>(?!>>)", r"\1\\>", text)  # a line that begins with ">=" is no quotation
     text = re.sub(r"(?m)(?:^(?:>>>|\.\.\.) .*\n?)+", lambda x: f"```pycon\n{x[0].rstrip()}\n```\n", text)
 
     def link(name: re.Match[str]) -> str:

@@ -241,9 +241,15 @@ def generate(
     **keywords
         Fields of ``generation_config``, the options of ``attn_generate``, and ``attention_mask`` [B, T].
 
-    Returns, raises
-    ---------------
-    As ``attn_generate``.
+    Returns
+    -------
+    AttnGenerateOutput or Tensor
+        As ``attn_generate``.
+
+    Raises
+    ------
+    NotImplementedError, TypeError, ValueError, RuntimeError
+        As ``attn_generate``.
     """
     source = generation_config or getattr(model, "generation_config", None) or GenerationConfig()
     config = copy.deepcopy(source)

@@ -8,6 +8,8 @@ import html.parser
 import importlib.util
 import inspect
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -33,12 +35,14 @@ class Document(html.parser.HTMLParser):
         self.ids: set[str] = set()
         self.alternatives: list[str | None] = []  # of its images
         self.rows: dict[str, list[list[str]]] = {}
+        self.tags: set[str] = set()
         self._object = ""
         self._cell = False
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
+        self.tags.add(tag)
         if name := given.get("id"):
             self.ids.add(name)
             if tag in ("h2", "h3", "h4"):
@@ -162,6 +166,8 @@ def test_fields_and_shapes_come_from_the_comments(documents: dict[Path, Document
     scores = {row[0].strip(): row[1].strip() for row in rows["attn_sampler.column_scores"] if len(row) == 4}
     assert scores["q"] == "Tensor[B, Hq, M, D]"
     assert scores["softmax_lse"] == "Tensor[B, Hq, M] | None"
+    # And nothing of a docstring is taken for another kind of Markdown.
+    assert not any(tag in ("blockquote", "dt") for document in documents.values() for tag in document.tags)
     names = [row[0].strip() for row in rows["attn_sampler.top_columns"] if len(row) == 4]
     assert "..." not in names
     assert "query_mask" in names
@@ -210,6 +216,14 @@ def test_a_page_that_asks_for_what_is_not_there_is_refused() -> None:
         fill_in('{{ figure("nope", "words") }}', "index.md")
     with pytest.raises(Exception, match="'speed' is undefined"):
         fill_in("{{ speed() }}", "index.md")
+
+
+def test_make_docs_runs_though_a_folder_is_called_so() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "python -m docs" in done.stdout
 
 
 # Examples.
