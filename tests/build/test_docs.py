@@ -206,6 +206,24 @@ def test_numbers_come_from_the_committed_results() -> None:
     assert len(lost) == len(results.losses(1).splitlines()) - 2 > 0
 
 
+def test_command_says_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("zensical", reason="zensical is not installed (pip install '.[docs]')")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install '.[plot]')")
+    from docs import __main__ as command
+
+    def fail(_: Path) -> Path:
+        raise RuntimeError("anchor does not exist")
+
+    monkeypatch.setattr(command, "build", fail)
+    assert command.main([str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err == "anchor does not exist\n"
+    monkeypatch.setattr(command, "build", lambda folder: folder / "site")
+    assert command.main([str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'new' / 'site'}\n"
+
+
 def test_a_page_that_asks_for_what_is_not_there_is_refused() -> None:
     pytest.importorskip("zensical", reason="zensical is not installed (pip install '.[docs]')")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install '.[plot]')")
