@@ -221,7 +221,7 @@ def _first_sentence(policy: Any, name: str) -> str:
 def families() -> str:
     """The checkpoints that ``adapt`` knows."""
     lines = [
-        "| family | `model_type` | block | attention | caches | predicts from the row before |",
+        "| family | `model_type` | block | attention | caches of its own | predicts from the row before |",
         "|---" * 6 + "|",
     ]
     for name, family in FAMILIES.items():
