@@ -58,7 +58,7 @@ def _tell(member: griffe.Object, text: str, public: dict[str, str]) -> None:
         member.docstring.value = text
 
 
-_OPTIONS: Any = {"warn_unknown_params": False}
+_OPTIONS: Any = {"warn_unknown_params": False, "warn_missing_types": False}
 
 
 def _lines(member: griffe.Object) -> list[str]:
