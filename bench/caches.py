@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -31,15 +30,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import attn_sampler
 from attn_sampler import command_line, generate, top_columns
-from attn_sampler.backends import extension
 from attn_sampler.caching import AdaptiveCache, ForwardPasses, SparseCache
 from attn_sampler.problem_sets import load_model, make_problems
 
 from . import rivals
 from .capture import MASK, Model
-from .harness import commit, load_average
+from .harness import on_cpu
 from .report import RESULTS
 from .timing import CpuDevice
 
@@ -249,20 +246,6 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Where a part is measured."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cpu_isa": extension.cpu_isa() if extension.UNAVAILABLE is None else "reference",
-        "torch": torch.__version__,
-        "attn_sampler": attn_sampler.__version__,
-        "commit": commit(),
-        "load": load_average(),
-        "threads": threads,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def caption(part: dict[str, Any]) -> str:
     """Where a part was measured, in words."""
     of = part["machine"]
@@ -335,7 +318,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         ("tokens", options.tasks, lambda task: tokens_of(task, options.problems)),
     ):
         if keys:
-            results[part] = {"machine": machine(options.threads), "problems": options.problems, "rows": {}}
+            results[part] = {"machine": on_cpu(options.threads), "problems": options.problems, "rows": {}}
         for key in keys:
             log.print(f"{part}: {key}")
             results[part]["rows"][str(key)] = measure(key)

@@ -22,7 +22,6 @@ import functools
 import importlib
 import importlib.metadata
 import json
-import platform
 import statistics
 import sys
 import time
@@ -36,13 +35,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import attn_sampler
 from attn_sampler import command_line
 from attn_sampler.adapters import _engine
-from attn_sampler.backends import extension
 from attn_sampler.sampler import AttnSampler
 
-from .harness import commit, load_average
+from .harness import on_cpu
 from .report import RESULTS, ROOT
 from .timing import CpuDevice, last_level_cache_bytes, take_turns
 
@@ -396,16 +393,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     ]
     results = {
         "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cpu_isa": extension.cpu_isa() if extension.UNAVAILABLE is None else "reference",
-            "torch": torch.__version__,
-            "attn_sampler": attn_sampler.__version__,
-            "commit": commit(),
-            "load": load_average(),
-            "threads": options.threads,
+            **on_cpu(options.threads),
             "block": options.block,
             "vocab": options.vocab,
-            "date": time.strftime("%Y-%m-%d"),
         },
         "steps": rows,
         "layer": layer,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attn_sampler import collect_env
+from attn_sampler import __version__, collect_env
 from attn_sampler.backends import BACKENDS, REGISTRY, unavailable
 
 from .cases import CASES
@@ -245,6 +245,20 @@ def environment(results: dict[str, Any]) -> dict[str, Any]:
         "commit": commit(),
         "sources": {device: digest(device) for device in SOURCES},
         **env,
+    }
+
+
+def on_cpu(threads: int) -> dict[str, Any]:
+    """Where a measurement on the CPU runs: for the files of those that are no cases of this harness."""
+    return {
+        "processor": _processor(),
+        "cpu_isa": collect_env.collect_env()["extension"]["cpu_isa"] or "reference",
+        "torch": torch.__version__,
+        "attn_sampler": __version__,
+        "commit": commit(),
+        "load": load_average(),
+        "threads": threads,
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 
