@@ -6,7 +6,6 @@ cache chosen. Models take part through ``CacheableModel``; the adapters of known
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
@@ -67,12 +66,13 @@ class CacheableModel(Protocol):
 class PlacedModel(Protocol):
     """A model that runs over any positions by themselves: all that the library's own caches ask for."""
 
-    def forward_at(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, M, V] of the tokens [B, M] at the positions [B, M], which attend to one another alone.
+    def forward_at(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """Logits [B, M, V] (or an object with ``.logits``) of the tokens [B, M] at the positions [B, M].
 
-        ``attention_mask`` is boolean [B, N] over all positions, for what counts positions without padding, or
-        None where nothing is padded; the attention itself is not masked. The keys of the other positions
-        join them in the attention call, ``F.scaled_dot_product_attention``.
+        They attend to one another alone. ``attention_mask`` is boolean [B, N] over all positions, for what
+        counts positions without padding, or None where nothing is padded; the attention itself is not
+        masked. The keys of the other positions join them in the attention call,
+        ``F.scaled_dot_product_attention``.
         """
 
 
@@ -148,10 +148,8 @@ class ForwardPasses:
         elif self.causal_block is None and (
             cache == "adaptive" or (cache == "dual" and "dual" not in getattr(model, "caches", ()))
         ):  # what precedes a block of a block-causal model never becomes stale
-            self._adaptive = options if isinstance(options, AdaptiveCache) else AdaptiveCache()
-            if cache == "dual":
-                self._adaptive = AdaptiveCache(threshold=sys.float_info.max)
-            self._fresh = FreshRows(self._adaptive, backend)
+            self._adaptive = options if isinstance(options, AdaptiveCache) else None  # "dual": none is stale
+            self._fresh = FreshRows(self._adaptive is not None, backend)
         self.num_rows = torch.empty(0)  # [B] int64, the query rows that each sequence has run; set by begin
         self._past: Any = None  # of the sequences below
         self._sequences: Tensor | None = None
@@ -262,8 +260,7 @@ class ForwardPasses:
         if self.causal_block is None:
             own = slice(max(block.start - self.logit_shift, 0), block.stop)
         if self._is_exact:
-            voters = slice(own.start - rows.start, own.stop - rows.start)
-            with keys.choose(voters, own, rows.stop, attention_mask, tokens):
+            with keys.choose(rows, own, attention_mask, tokens):
                 output = self._run_exact(tokens, rows, attention_mask)
             self._passes = 0
         else:
@@ -279,9 +276,8 @@ class ForwardPasses:
     def _run_adaptive(
         self, keys: FreshRows, tokens: Tensor, attention_mask: Tensor | None, block: slice, rows: slice
     ) -> Any:
-        count = rows.stop - rows.start
         if self._is_exact:
-            with keys.fill(block, attention_mask, self._is_placed):
+            with keys.fill(tokens.shape[1], block, attention_mask, self._is_placed):
                 output = self._run_exact(tokens, rows, attention_mask)
         else:
             positions, renewed, first = None, None, block.start
@@ -292,23 +288,27 @@ class ForwardPasses:
                     renewed = torch.cat([torch.ones_like(positions, dtype=torch.bool), self._renewed], dim=1)
                     positions = torch.cat([positions, self._extra], dim=1)
             with keys.read(positions, renewed, slice(first, first + block.stop - block.start)):
-                output = self._run_beside(tokens, rows, positions, attention_mask)[:, :count]
+                output = self._run_beside(tokens, rows, positions, attention_mask)
         keys.finish()
         self._is_exact, self._extra = False, None
-        threshold, most = self._adaptive.threshold, self._adaptive.rows
-        if threshold < sys.float_info.max:
-            assert keys.stale is not None
-            stale = keys.stale if attention_mask is None else keys.stale * attention_mask
-            stale = stale.clone()
+        if self._adaptive is not None:
             own = slice(max(block.start - self.logit_shift, 0), block.stop)
-            stale[:, own] = -1.0  # these run anyway
-            if bool((stale > threshold).any()):
-                self._is_exact = not self._is_placed
-                if self._is_placed:  # rows that are not stale fill up a batch, and are left as they are
-                    count = min(most, stale.shape[1] - (own.stop - own.start))
-                    value, self._extra = stale.topk(count, dim=1)
-                    self._renewed = value > threshold
+            self._renew(keys, self._adaptive, attention_mask, own)
         return output
+
+    def _renew(
+        self, keys: FreshRows, options: AdaptiveCache, attention_mask: Tensor | None, own: slice
+    ) -> None:
+        """Choose the rows that the next pass runs beside those that run anyway."""
+        assert keys.stale is not None
+        stale = keys.stale.clone() if attention_mask is None else keys.stale * attention_mask
+        stale[:, own] = -1.0
+        count = int((stale > options.threshold).sum(dim=1).max())
+        if count > 0 and not self._is_placed:
+            self._is_exact = True
+        elif count > 0:  # rows that are not stale fill up a batch, and are left as they are
+            value, self._extra = stale.topk(min(options.rows, count), dim=1)
+            self._renewed = value > options.threshold
 
     def _run_exact(self, tokens: Tensor, rows: slice, attention_mask: Tensor | None) -> Any:
         """A pass over all rows, or all keys; with the model's own cache only where later passes need that."""
@@ -327,9 +327,13 @@ class ForwardPasses:
             return self._run(tokens, rows, attention_mask, False)
         if positions is None:
             positions = torch.arange(rows.start, rows.stop, device=tokens.device).expand(len(tokens), -1)
-        return cast(PlacedModel, self._model).forward_at(
+        output = cast(PlacedModel, self._model).forward_at(
             tokens.gather(1, positions), positions, attention_mask
         )
+        logits: Tensor = getattr(output, "logits", output)
+        checks.tensor("forward_at's output", logits, "[B, M, V]", checks.FLOAT_DTYPES, like=tokens)
+        checks.shape("forward_at's output", logits, "[B, M, V]", (*positions.shape, logits.shape[2]))
+        return logits[:, : rows.stop - rows.start]
 
     def _run(self, tokens: Tensor, rows: slice, attention_mask: Tensor | None, store: bool) -> Tensor:
         """A pass with the model's own cache, which it keeps where it is to ``store`` it."""
@@ -370,12 +374,13 @@ def check_places(model: PlacedModel, tokens: Tensor) -> None:
         return
     some = tokens[:1, torch.linspace(0, tokens.shape[1] - 1, length).long().to(tokens.device)]
     own, keys = slice(length // 2, length), ChosenKeys(SparseCache(length), "reference")
-    with keys.choose(own, own, length, None, some):
+    with keys.choose(slice(0, length), own, None, some):
         output = cast(Callable[..., Any], model)(some)
     whole = getattr(output, "logits", output)[:, own]
     with keys.read(slice(0, length - length // 2)):
-        alone = model.forward_at(some[:, own], torch.arange(own.start, own.stop, device=some.device)[None])
+        output = model.forward_at(some[:, own], torch.arange(own.start, own.stop, device=some.device)[None])
     keys.finish()
+    alone = getattr(output, "logits", output)
     whole, alone = (x.float().nan_to_num(neginf=0.0) for x in (whole, alone))  # never predicted in both
     rounding = 1e-3 if keys.layers[0].keys.element_size() >= 4 else 0.05
     if (whole - alone).norm() > rounding * whole.norm():

@@ -147,6 +147,9 @@ class KeyCache(TorchFunctionMode):
         self.layers: list[Any] = []
         self._exact = True
         self._num_calls = 0
+        self._shape = (0, 0)  # query rows and keys of each call of an exact pass
+        self._visible: Tensor | None = None  # [B, N] bool, the keys that it may read
+        self._hides: Tensor | None = None  # [] bool, whether it hid others
 
     @property
     def is_empty(self) -> bool:
@@ -178,7 +181,7 @@ class KeyCache(TorchFunctionMode):
         return self._attend(index, given)
 
     def check_seen(self) -> None:
-        """Raise where the pass made no attention call, or fewer than the exact one."""
+        """Raise where the pass made no attention call, fewer than the exact one, or hid keys by itself."""
         if self._num_calls == 0:
             raise ValueError(
                 "cache: 'sparse' and 'adaptive' need a model that calls "
@@ -188,18 +191,27 @@ class KeyCache(TorchFunctionMode):
             raise ValueError(
                 f"cache: the exact pass had {len(self.layers)} attention calls, this {self._num_calls}"
             )
+        if self._exact and self._hides is not None and bool(self._hides):
+            raise NotImplementedError("cache: the model's attention hides keys that attention_mask does not")
 
     def _observed(self, given: Arguments) -> tuple[Tensor, Call]:
         output, seen = observe(given)
         if isinstance(seen, Exception):
             raise seen
-        mask, is_causal = as_is_causal(given.attn_mask, given.is_causal)
-        (batch, _, n_rows, _), n_keys = seen.query.shape, seen.key.shape[2]
-        visible = read_mask(mask, is_causal, batch, n_rows, n_keys)
-        if visible.bias is not None or visible.band != (None, None):
+        call = f"cache: attention call {self._num_calls - 1}"
+        shape = len(seen.query), seen.query.shape[2], seen.key.shape[2]
+        if shape[1:] != self._shape:
+            rows, keys = self._shape
             raise NotImplementedError(
-                f"cache: attention call {self._num_calls - 1} has a bias, or a mask that differs between rows"
+                f"{call} has {shape[1]} query rows and {shape[2]} keys, in a pass of {rows} and {keys}: only "
+                "attention among the tokens is served"
             )
+        sees = read_mask(*as_is_causal(given.attn_mask, given.is_causal), *shape)
+        if sees.bias is not None or sees.band != (None, None):
+            raise NotImplementedError(f"{call} has a bias, or a mask that differs between rows")
+        if sees.key_mask is not None:  # looked at once, after the pass: the host is not to wait for each call
+            hidden = ~sees.key_mask if self._visible is None else self._visible & ~sees.key_mask
+            self._hides = hidden.any() if self._hides is None else self._hides | hidden.any()
         return output, seen
 
     def _keep(self, given: Arguments) -> Tensor:
@@ -230,21 +242,19 @@ class ChosenKeys(KeyCache):
     def forget(self) -> None:
         super().forget()
         self.count = 0  # of keys chosen
-        self.dropped: Tensor | None = (
-            None  # [B] float32, the share of its attention left out, of the last pass
-        )
+        # [B] float32, the share of the attention left out: of the last pass, or the last that measured it
+        self.dropped: Tensor | None = None
         self._shares: list[Tensor] = []  # of the layers of a pass
 
-    def choose(
-        self, voters: slice, own: slice, n_keys: int, visible: Tensor | None, like: Tensor
-    ) -> KeyCache:
-        """For an exact pass: the query rows that vote, the key positions that are the block's own.
+    def choose(self, rows: slice, own: slice, visible: Tensor | None, like: Tensor) -> KeyCache:
+        """For an exact pass over these rows: those among them that are the block's own vote.
 
         ``visible`` is bool [B, N] or None, ``like`` [B, ...] a tensor of the batch.
         """
         self.forget()
-        self._voters, self._own = voters, own
-        batch, device = len(like), like.device
+        self._voters, self._own = slice(own.start - rows.start, own.stop - rows.start), own
+        n_keys, batch, device = rows.stop, len(like), like.device
+        self._shape, self._visible = (rows.stop - rows.start, n_keys), visible
         present = torch.ones(batch, n_keys, dtype=torch.bool, device=device) if visible is None else visible
         self._votes = None if visible is None else present[:, own]  # [B, M]
         self._present = present.clone()
@@ -265,7 +275,9 @@ class ChosenKeys(KeyCache):
     def select(self, index: Tensor) -> None:
         """Keep the sequences ``index``, int64 [B']."""
         self.layers = [_Chosen(*(x[index] for x in layer)) for layer in self.layers]
-        self._votes, self._mask = (None if x is None else x[index] for x in (self._votes, self._mask))
+        self._votes, self._mask, self.dropped = (
+            None if x is None else x[index] for x in (self._votes, self._mask, self.dropped)
+        )
 
     def finish(self) -> None:
         """A pass has run."""
@@ -327,10 +339,10 @@ class ChosenKeys(KeyCache):
 
 
 class FreshRows(KeyCache):
-    """All keys and values, those of rows that run anew, and how stale the other rows are."""
+    """All keys and values, those of rows that run anew, and (``watches``) how stale the other rows are."""
 
-    def __init__(self, options: AdaptiveCache, backend: str) -> None:
-        self._options, self._backend = options, backend
+    def __init__(self, watches: bool, backend: str) -> None:
+        self._watches, self._backend = watches, backend
         super().__init__()
 
     def forget(self) -> None:
@@ -339,9 +351,10 @@ class FreshRows(KeyCache):
         self.stale: Tensor | None = None  # [B, N]
         self._count = 0  # of heads whose attention the map adds up
 
-    def fill(self, block: slice, visible: Tensor | None, stores: bool) -> KeyCache:
+    def fill(self, length: int, block: slice, visible: Tensor | None, stores: bool) -> KeyCache:
         """For an exact pass over all rows; ``stores``: the later ones run without the model's own cache."""
         self.forget()
+        self._shape = length, length
         self._block, self._visible, self._stores = block, visible, stores
         return self
 
@@ -365,9 +378,11 @@ class FreshRows(KeyCache):
     def finish(self) -> None:
         """A pass has run."""
         self.check_seen()
+        if not self._watches:
+            return
         assert self._map is not None
         if self._exact:
-            self._map /= self._count
+            self._map = self._map / self._count  # not in place: a model may run in inference mode
             self.stale = self._map.new_zeros(self._map.shape[:2])
             return
         assert self.stale is not None
@@ -383,19 +398,20 @@ class FreshRows(KeyCache):
     def _keep(self, given: Arguments) -> Tensor:
         output, seen = self._observed(given)
         k, v = seen.key, autocast(given.value).expand(len(seen.key), -1, -1, -1)
-        with torch._C.DisableTorchFunction(), torch.autocast(k.device.type, enabled=False):
-            self._map = attention_map(
-                seen.query,
-                k,
-                columns=self._block,
-                softmax_lse=seen.softmax_lse,
-                softmax_scale=seen.scale,
-                key_mask=self._visible,
-                query_mask=self._visible,
-                out=self._map,
-                backend=self._backend,
-            )
-        self._count += seen.query.shape[1]
+        if self._watches:
+            with torch._C.DisableTorchFunction(), torch.autocast(k.device.type, enabled=False):
+                self._map = attention_map(
+                    seen.query,
+                    k,
+                    columns=self._block,
+                    softmax_lse=seen.softmax_lse,
+                    softmax_scale=seen.scale,
+                    key_mask=self._visible,
+                    query_mask=self._visible,
+                    out=self._map,
+                    backend=self._backend,
+                )
+            self._count += seen.query.shape[1]
         # Written later, and k and v may be views of what the model goes on with.
         kept = (k, v) if self._stores else (k[:, :, self._block],)
         self.layers.append([x.clone(memory_format=torch.contiguous_format) for x in kept])
@@ -404,16 +420,17 @@ class FreshRows(KeyCache):
     def _attend(self, index: int, given: Arguments) -> Tensor:
         layer = self.layers[index]
         heads = layer[0].shape[1]
-        new = _of_heads(autocast(given.key), heads)
-        old = layer[0][:, :, self._block] if self._stores else layer[0]
-        now = new[:, :, self._own]
-        drift = 1.0 - F.cosine_similarity(now.float(), old.float(), dim=-1).mean(dim=1)  # [B, C]
-        self._drift = drift if self._drift is None else self._drift + drift
+        new, values = (_of_heads(autocast(x), heads) for x in (given.key, given.value))
+        if self._watches:
+            old, now = layer[0][:, :, self._block] if self._stores else layer[0], new[:, :, self._own]
+            drift = 1.0 - F.cosine_similarity(now.float(), old.float(), dim=-1).mean(dim=1)  # [B, C]
+            self._drift = drift if self._drift is None else self._drift + drift
         if self._rows is None:
-            layer[0] = now.clone()
+            layer[0] = new[:, :, self._own].clone()
             return given.passed_to(_ATTENTION)
-        for kept, x in zip(layer, (new, _of_heads(autocast(given.value), heads)), strict=True):
+        for kept, x in zip(layer, (new, values), strict=True):
             places = self._rows[:, None, :, None].expand(-1, heads, -1, x.shape[-1])
+            x = x.expand(places.shape)
             if self._renewed is not None:
                 x = torch.where(self._renewed[:, None, :, None], x, kept.gather(2, places))
             kept.scatter_(2, places, x)

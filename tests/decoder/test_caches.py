@@ -6,6 +6,7 @@ The judge is a model of two layers in float64 whose attention is written out, ro
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,11 +281,12 @@ def test_adaptive_decoding_written_out(threshold: float, rows: int, policy: str,
             position, token = next_token(logits, scores, tokens, block, shift, first)
             tokens[0, position] = token
     assert got.tokens.tolist() == tokens.tolist()
+    assert lengths == model.rows_run  # those of the judge: no row runs again that is not stale
     assert int(got.num_rows) == sum(lengths)
     if threshold == INFINITE:
         assert set(lengths) == {13, 4 + shift}
     elif rows < 4:
-        assert set(lengths) == {13, 4 + shift, 4 + shift + rows}
+        assert 4 + shift + rows in lengths
 
 
 def test_rows_that_keep_their_own_keys_are_never_wrong() -> None:
@@ -342,6 +344,17 @@ def test_an_empty_batch_and_a_block_without_others() -> None:
         assert commits(whole) == commits(decode(Placed(), [[]], gen_length=6, block_length=6))
 
 
+@pytest.mark.parametrize("limit", [1.0, 0.9999])
+def test_what_is_dropped_is_told_of_the_sequences_that_take_part(limit: float) -> None:
+    prompts, told = [[*prompt(5), MASK, MASK], [*prompt(4, 1), MASK, *prompt(2)]], []
+    cache = SparseCache(2, max_dropped=limit)
+    decode(Placed(seed=9), prompts, gen_length=0, cache=cache, on_step=told.append)
+    assert [event.sequence.tolist() for event in told] == [[0, 1], [0]]
+    assert all(event.dropped.shape == event.sequence.shape for event in told)
+    if limit == 1.0:  # nothing measures it after the exact pass
+        assert torch.equal(told[1].dropped, told[0].dropped[:1])
+
+
 # --- models ----------------------------------------------------------------------------------------------
 
 
@@ -396,6 +409,86 @@ def test_attention_that_cannot_be_served() -> None:
             decode(ToyModel(), [prompt(5)], cache=cache)
     with pytest.raises(ValueError, match="guidance_scale: goes with cache='none'"):
         decode(Placed(), [prompt(5)], cache=SparseCache(), guidance_scale=1.0)
+
+
+class Altered(Placed):
+    """A model whose attention is PyTorch's, called with other tensors."""
+
+    def __init__(self, alter: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__(seed=12)
+        self.attention = lambda layer, *qkvm: F.scaled_dot_product_attention(*alter(*qkvm), enable_gqa=True)
+
+
+@pytest.mark.parametrize("cache", ["dual", "sparse", "adaptive"])
+def test_attention_that_is_not_among_the_tokens(cache: str) -> None:
+    """Registers before the tokens, another text, one row that sums up the others."""
+    registers = torch.ones(1, 2, 3, 8, dtype=torch.float64)
+    for alter, message in (
+        (lambda q, k, v, m: (q, *(torch.cat([registers, x], dim=2) for x in (k, v)), m), "13 .* and 16 keys"),
+        (lambda q, k, v, m: (q, registers, registers, m), "13 query rows and 3 keys"),
+        (lambda q, k, v, m: (q[:, :, :1], k, v, m), "1 query rows and 13 keys"),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=f"cache: attention call 0 has {message}, in a pass of 13 and 13"
+        ):
+            decode(Altered(alter), [prompt(5)], cache=cache, policy="confidence")
+
+
+@pytest.mark.parametrize("cache", ["dual", "sparse", "adaptive"])
+def test_attention_that_hides_more_than_padding(cache: str) -> None:
+    hidden = torch.arange(13)[None, None, None] > 1
+    for prompts in ([prompt(5)], [prompt(5), prompt(1)]):
+        model = Altered(lambda q, k, v, m: (q, k, v, hidden if m is None else m & hidden))
+        with pytest.raises(NotImplementedError, match="cache: the model's attention hides keys that"):
+            decode(model, prompts, cache=cache, policy="confidence")
+    same = Altered(
+        lambda q, k, v, m: (q, k, v, torch.zeros(1, k.shape[2], dtype=k.dtype) if m is None else m)
+    )
+    plain = Altered(lambda q, k, v, m: (q, k, v, m))
+    for prompts in ([prompt(5)], [prompt(5), prompt(1)]):
+        assert commits(decode(same, prompts, cache=cache)) == commits(decode(plain, prompts, cache=cache))
+
+
+@pytest.mark.parametrize("cache", ["dual", SparseCache(3), AdaptiveCache(0.0, rows=2)])
+def test_models_that_answer_objects_or_run_in_inference_mode(cache: Any) -> None:
+    class Answer(Placed):
+        def compute(self, *arguments: Any, **options: Any) -> Any:
+            return SimpleNamespace(logits=super().compute(*arguments, **options))
+
+        def forward_at(self, *arguments: Any) -> Any:
+            return SimpleNamespace(logits=super().forward_at(*arguments))
+
+    class Inference(Placed):
+        at = torch.inference_mode()(Placed.at)
+
+    prompts = [prompt(5), prompt(2, 1)]
+    plain = commits(decode(Placed(), prompts, cache=cache))
+    assert commits(decode(Answer(), prompts, cache=cache)) == plain
+    assert commits(decode(Inference(), prompts, cache=cache)) == plain
+
+
+@pytest.mark.parametrize("cache", ["dual", "sparse", "adaptive"])
+def test_rows_that_are_not_those_asked_for(cache: str) -> None:
+    class Twice(Placed):
+        def forward_at(self, *arguments: Any) -> Tensor:
+            return super().forward_at(*arguments).repeat(1, 2, 1)
+
+    with pytest.raises(
+        ValueError, match=r"forward_at's output: expected shape .* = \[1, 4, 23\], got \[1, 8,"
+    ):
+        decode(Twice(), [prompt(5)], cache=cache)
+
+
+def test_a_key_head_that_the_batch_shares() -> None:
+    """PyTorch repeats a batch of 1."""
+    for cache in ("dual", "sparse", "adaptive"):
+        runs = []
+        for alter in (
+            lambda q, k, v, m: (q, k[:1], v[:1], m),
+            lambda q, k, v, m: (q, *(x[:1].expand(len(q), -1, -1, -1) for x in (k, v)), m),
+        ):
+            runs.append(commits(decode(Altered(alter), [prompt(5), prompt(5, 1)], cache=cache)))
+        assert runs[0] == runs[1]
 
 
 def test_caches_written_as_text() -> None:
