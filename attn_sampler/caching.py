@@ -26,7 +26,10 @@ class CacheableModel(Protocol):
     """
 
     caches: Sequence[str]
-    """Which of ``"prefix"`` and ``"dual"`` it serves; with the last, ``"sparse"`` and ``"adaptive"`` too."""
+    """Which of ``"prefix"`` and ``"dual"`` it serves.
+
+    With ``"dual"``, or ``"prefix"`` where attention is block-causal, ``"sparse"`` and ``"adaptive"`` too.
+    """
 
     causal_block: int | None
     """Where attention is block-causal, the positions of a block, counted from position 0: a position sees its

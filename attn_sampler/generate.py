@@ -62,7 +62,9 @@ class StepEvent(NamedTuple):
     block: slice  # token positions
     sequence: Tensor  # [B'] int64, the sequences that took part
     result: StepResult  # of these sequences
-    dropped: Tensor | None = None  # [B'] float32, the share of attention that cache="sparse" left out
+    #: [B'] float32, the share of attention that cache="sparse" leaves out: measured in exact passes; in the
+    #: others reckoned where its ``max_dropped`` is below 1, else what the last exact one measured.
+    dropped: Tensor | None = None
 
 
 def generate(
@@ -185,14 +187,14 @@ def generate(
         read the keys alone that receive most attention from the block (MAGE, arXiv 2602.14209), so that
         their cost does not grow with the context. ``"adaptive"`` or an ``AdaptiveCache``: as ``"dual"``, and
         rows whose attended tokens have drifted are computed again. (A name takes options in the way of
-        ``"sparse:budget=256,refresh=4"``.) These two, and ``"dual"``, are also served to a
-        ``caching.PlacedModel``, which needs no cache of its own.
-        Where attention is block-causal, what precedes a block is final, and decoding with the prefix
-        cached agrees with decoding without, but for rounding. Where it is bidirectional, every commit changes
-        the keys of all positions: a cache holds those of the block's first pass, which runs all positions,
-        and the passes after that are an approximation, so tokens may differ from ``cache="none"``; a
-        block that takes one pass agrees. The attention that scores count is then that of the rows run, to
-        the keys that they read.
+        ``"sparse:budget=256,refresh=4"``.) Where attention is bidirectional, these two, and ``"dual"``, are
+        also served to a ``caching.PlacedModel``, which needs no cache of its own.
+        Where attention is block-causal, what precedes a block is final: decoding with ``"prefix"``, and with
+        ``"adaptive"``, which is then the same, agrees with decoding without, but for rounding; ``"sparse"``
+        still leaves keys out. Where it is bidirectional, every commit changes the keys of all positions: a
+        cache holds those of the block's first pass, which runs all positions, and the passes after that are
+        an approximation, so tokens may differ from ``cache="none"``. A block that takes one pass agrees. The
+        attention that scores count is that of the rows run, to the keys that they read.
     layers, query_rows, softmax_scope, diagonal
         Which attention counts: the calls by their order; the query rows, ``"all"`` or ``"masked"`` (those
         still masked); ``"sequence"`` or ``"block"``; whether attention to oneself does.
@@ -220,6 +222,9 @@ def generate(
     RuntimeError
         The logits of a chosen position are undefined (NaN, +inf or all -inf), the attention scores are NaN
         at every masked position of a sequence, or the policy chooses none of these.
+    NotImplementedError
+        The library keeps the keys, and an attention call of the model has a bias, a mask that is not the
+        padding's, or rows or keys that are not those of the tokens.
     """
     query_rows = renamed("query_rows", query_rows, "rows", rows)
     if not callable(model):

@@ -2,7 +2,7 @@
 
 A ``TorchFunctionMode`` takes part in the model's calls of ``F.scaled_dot_product_attention``: in an exact
 pass it keeps what later passes will need, in those it puts what it kept beside the keys of the rows that run.
-The model is neither edited nor given a cache, and the keys are those after RoPE, whatever it caches itself.
+The model is not edited; the keys are those that its attention reads, after RoPE, whatever it caches itself.
 
 ``ChosenKeys``: what receives most attention from a block, for each layer and key head (MAGE, arXiv
 2602.14209). ``FreshRows``: everything, and which rows have become stale by what they attend to. That the
@@ -41,13 +41,15 @@ class SparseCache:
     Parameters
     ----------
     budget
-        How many keys are chosen, beside those of the block. All there are: the passes are those of "dual".
+        How many keys are chosen, beside those of the block. All there are: the passes are those of "dual", or
+        of "prefix" where attention is block-causal.
     refresh
         Passes between two exact ones in a block. Default 0: the block's first pass alone is exact.
     max_dropped
         The next pass is exact where the keys left out would receive a larger share of a sequence's attention:
         the mean over the block's rows, all heads and layers, measured in an exact pass, and after it reckoned
-        from their log-sum-exp of that time. Then all sequences that run have an exact pass. Default 1: never.
+        from their log-sum-exp of that time. Then all sequences that run have an exact pass. Default 1: never,
+        and nothing is reckoned.
     pool
         As in ``top_columns``: scores are pooled before the choice. Default: not.
 
@@ -74,16 +76,18 @@ class AdaptiveCache:
     """``cache="adaptive"`` of ``generate``, with its options.
 
     As "dual"; but a row outside the block is computed again, beside the block, once what it attends to has
-    changed: when the drift of the block's keys since it was computed (1 - cosine, mean over layers and key
-    heads), weighed by the attention that it gave them, exceeds a threshold.
+    changed: when the drift of the block's keys, weighed by the attention that the row gave them in the last
+    pass over all rows, exceeds a threshold. The drift is 1 - cosine from pass to pass, the mean over layers
+    and key heads, added up since the row was computed.
 
     Parameters
     ----------
     threshold
         Above 0: of that sum. At 0 every row that attends to what changed is stale.
     rows
-        How many rows at most a pass computes again in each sequence, the stalest first. A model that cannot
-        run rows apart (no ``forward_at``) runs all of them once one is stale.
+        How many rows at most a pass computes again in each sequence, the stalest first. Sequences of a batch
+        run as many as the one that has most. A model that cannot run rows apart (no ``forward_at``) runs all
+        of them once one is stale.
 
     Raises
     ------
