@@ -75,7 +75,8 @@ class PlacedModel(Protocol):
         They attend to one another alone. ``attention_mask`` is boolean [B, N] over all positions, for what
         counts positions without padding, or None where nothing is padded; the attention itself is not
         masked. The keys of the other positions join them in the attention call,
-        ``F.scaled_dot_product_attention``.
+        ``F.scaled_dot_product_attention``. A method ``check_places(tokens)``, where there is one, is called
+        before decoding: the function of that name, below, tells by a few tokens whether the model keeps this.
         """
 
 

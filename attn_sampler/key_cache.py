@@ -273,7 +273,7 @@ class ChosenKeys(KeyCache):
 
     def read(self, own: slice) -> KeyCache:
         """For a pass over the block's rows, whose keys stand at ``own`` among those that the model passes."""
-        self._exact, self._own = False, own
+        self._exact, self._own, self._shares = False, own, []
         return self
 
     def select(self, index: Tensor) -> None:
@@ -287,7 +287,7 @@ class ChosenKeys(KeyCache):
         """A pass has run."""
         self.check_seen()
         if self._shares:
-            self.dropped, self._shares = torch.stack(self._shares).mean(dim=0), []
+            self.dropped = torch.stack(self._shares).mean(dim=0)
 
     def _keep(self, given: Arguments) -> Tensor:
         output, seen = self._observed(given)

@@ -344,6 +344,26 @@ def test_an_empty_batch_and_a_block_without_others() -> None:
         assert commits(whole) == commits(decode(Placed(), [[]], gen_length=6, block_length=6))
 
 
+def test_a_pass_that_failed_counts_for_nothing() -> None:
+    tokens, block, all_ = torch.tensor([prompt(9, 2) + [MASK] * 8]), slice(9, 13), torch.tensor([0])
+    shares = []
+    for fails in (False, True):
+        model = Placed(seed=4)
+        plain = model.attention
+        passes = ForwardPasses(model, SparseCache(3, max_dropped=0.999), logit_shift=False)
+        passes.begin(tokens, None)
+        passes.enter(tokens, None, block)
+        passes.logits(tokens, None, block, all_)
+        if fails:
+            model.attention = lambda layer, *qkvm: (plain, None)[layer](layer, *qkvm)  # noqa: B023
+            with pytest.raises(TypeError, match="not callable"):
+                passes.logits(tokens, None, block, all_)
+            model.attention = plain
+        passes.logits(tokens, None, block, all_)
+        shares.append(passes.dropped)
+    assert torch.equal(*shares)
+
+
 @pytest.mark.parametrize("limit", [1.0, 0.9999])
 def test_what_is_dropped_is_told_of_the_sequences_that_take_part(limit: float) -> None:
     prompts, told = [[*prompt(5), MASK, MASK], [*prompt(4, 1), MASK, *prompt(2)]], []
