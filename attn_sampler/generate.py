@@ -188,7 +188,8 @@ def generate(
         their cost does not grow with the context. ``"adaptive"`` or an ``AdaptiveCache``: as ``"dual"``, and
         rows whose attended tokens have drifted are computed again. (A name takes options in the way of
         ``"sparse:budget=256,refresh=4"``.) Where attention is bidirectional, these two, and ``"dual"``, are
-        also served to a ``caching.PlacedModel``, which needs no cache of its own.
+        also served to a ``caching.PlacedModel``, which needs no cache of its own. Where the library keeps the
+        keys, a compiled model's graph breaks at its attention calls.
         Where attention is block-causal, what precedes a block is final: decoding with ``"prefix"``, and with
         ``"adaptive"``, which is then the same, agrees with decoding without, but for rounding; ``"sparse"``
         still leaves keys out. Where it is bidirectional, every commit changes the keys of all positions: a
