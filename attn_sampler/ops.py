@@ -22,7 +22,7 @@ from attn_sampler.operator_arguments import flat, schema, unflat
 from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step, Top
 from attn_sampler.reference import Selected, StepResult, TopColumns
 
-#: Where the operators are registered: "attn_sampler", but for a copy of the package that is loaded by another name.
+#: Where the operators are registered: "attn_sampler", or the name by which a copy of the package is loaded.
 NAMESPACE = __name__.rpartition(".")[0]
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 

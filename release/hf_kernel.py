@@ -3,9 +3,9 @@
     python release/hf_kernel.py FOLDER
 
 FOLDER receives ``build.toml`` and ``torch-ext/attn_sampler``, which kernel-builder reads, and what it would
-make of them, ``build/torch-{cpu,cuda,rocm}``, which ``get_local_kernel(Path(FOLDER))`` of the package ``kernels``
-loads. The kernel is the public functions and all that they need: PyTorch's reference and the Triton kernels, no
-compiled extension; nothing is imported but the standard library, torch and triton.
+make of them, ``build/torch-{cpu,cuda,rocm}``, which ``get_local_kernel(Path(FOLDER))`` of the package
+``kernels`` loads. The kernel is the public functions and all that they need: PyTorch's reference and the
+Triton kernels, no compiled extension; nothing is imported but the standard library, torch and triton.
 """
 
 from __future__ import annotations
