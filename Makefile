@@ -50,6 +50,7 @@ clean: ## Remove what the other verbs made
 	rm -rf $(VENV) build dist *.egg-info attn_sampler/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 10) and sys.exit("attn_sampler needs Python 3.10 or newer, and $(PYTHON) is %d.%d: name another, as in make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(if $(filter system,$(TORCH)),--system-site-packages) $(VENV)
 	$(if $(filter system,$(TORCH)),,$(pip) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)")
 	touch $@
