@@ -17,6 +17,7 @@ with zipfile.ZipFile(wheel_path) as wheel:
     extensions = [wheel.read(name) for name in wheel.namelist() if name.endswith(".so")]
     assert not [name for name in wheel.namelist() if ".libs/" in name], "a shared library was grafted in"
 (extension,) = extensions
+bill["metadata"]["component"]["version"] = wheel_path.rpartition("/")[2].split("-")[1]
 added = [("pybind11", {"expression": "BSD-3-Clause"})]
 if b"cudaLaunchKernel" in extension:
     added.append(("cuda-cudart (static)", {"license": {"name": "NVIDIA CUDA Toolkit EULA"}}))
