@@ -22,7 +22,9 @@ from attn_sampler.operator_arguments import flat, schema, unflat
 from attn_sampler.options import Attention, Layer, Masks, Sampling, Selection, Step, Top
 from attn_sampler.reference import Selected, StepResult, TopColumns
 
-_LIBRARY = torch.library.Library("attn_sampler", "DEF")
+#: Where the operators are registered: "attn_sampler", or the name by which a copy of the package is loaded.
+NAMESPACE = __name__.rpartition(".")[0]
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 #: The backend that compiles what calls on meta tensors need (``warm_up``).
 _WARMING: ContextVar[Backend | None] = ContextVar("warming", default=None)
@@ -47,8 +49,8 @@ class Function:
         _LIBRARY.define(f"{name}({', '.join([written, *texts])}, str backend) -> ()", tags=tags)
         _LIBRARY.impl(name, self._run_flat, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"attn_sampler::{name}", lambda *_: None, lib=_LIBRARY)
-        self._operator = getattr(torch.ops.attn_sampler, name)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None, lib=_LIBRARY)
+        self._operator = getattr(getattr(torch.ops, NAMESPACE), name)
 
     def __call__(self, backend: str, out: Any, *arguments: Any) -> None:
         """Run on checked arguments."""

@@ -52,7 +52,7 @@ torch.utils._pytree.register_pytree_node(  # to torch a record of tensors, as a 
     Prediction,
     lambda x: ([x.token_ids, x.confidence, x.log_prob, x.current], None),
     lambda values, _: Prediction(*values),
-    serialized_type_name="attn_sampler.Prediction",
+    serialized_type_name=f"{__name__.rpartition('.')[0]}.Prediction",
 )
 
 

@@ -109,7 +109,8 @@ def load(
     except LoadError:
         raise
     except Exception as error:  # of any type: tokenizers, for one, raises Exception itself at a broken file
-        raise LoadError(f"cannot load {path}: {_reason(error)}") from error
+        sought = "" if Path(path).exists() else " (no folder here is called so: it was sought on the Hub)"
+        raise LoadError(f"cannot load {path}: {_reason(error)}{sought}") from error
     if attention == "attn_sampler" and not getattr(model, "_supports_sdpa", True):
         raise LoadError(
             f"{path}: {type(model).__name__} writes its attention out by hand, so that nothing can read it; "

@@ -19,7 +19,7 @@ from attn_sampler.checks import Span
 from attn_sampler.options import Layer, Masks, Top
 
 #: Where the kernels live: the functions of a backend, and ``refuses``.
-MODULE = "attn_sampler.kernels"
+MODULE = __name__.removesuffix(".backends.triton") + ".kernels"
 
 #: What they need; an older Triton cannot import them.
 OLDEST = "3.6"

@@ -13,6 +13,9 @@ const char *unavailable() {
         const cudaError_t status = cudaGetDeviceCount(&count);
         if (status != cudaSuccess) {
             cudaGetLastError();
+            if (status == cudaErrorInsufficientDriver) // the answer where there is none, too
+                return "there is no NVIDIA driver, or it is older than CUDA " +
+                       std::to_string(CUDART_VERSION / 1000) + " needs, which this was built with";
             return std::string("the CUDA driver answers: ") + cudaGetErrorString(status);
         }
         return std::string(count == 0 ? "there is no CUDA device" : "");

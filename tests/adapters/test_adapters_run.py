@@ -316,6 +316,7 @@ def test_a_checkpoint_that_is_not_to_be_had(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # as where there is no network
     line = failure([*command, "GSAI-ML/LLaDA-8B-Instruct"], capsys)
     assert line.startswith("attn-sampler: cannot load GSAI-ML/LLaDA-8B-Instruct: ")
+    assert line.endswith(" (no folder here is called so: it was sought on the Hub)")
 
 
 def test_a_folder_without_weights(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,17 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from cmake_build import CPU_ISAS, ROOT, build_once, tool
 
 import attn_sampler
+from attn_sampler import generate
+from attn_sampler.bundled import TASKS, load_model, load_task
 
 SANITIZERS = ["address,undefined", "thread"]
 
@@ -44,6 +49,7 @@ def test_c_program_decodes_a_block(tmp_path_factory: pytest.TempPathFactory, san
     for isa, output in outputs(folder, tool("ctest"), "--verbose").items():
         assert "100% tests passed" in output
         assert f"attn_sampler {attn_sampler.__version__}, CPU kernels: {isa}" in output
+        assert "12345678+87654329=100000007" in output
         assert "refused: params.tau: expected a number in [0, 1], got 1.5" in output
         assert len(re.findall(r"(?:parallel|sequential|threshold):(?: \d+){21}  \(\d+ passes\)", output)) == 3
         if sanitizers:
@@ -77,6 +83,8 @@ def test_the_installed_package_serves_a_project(
     run(tool("cmake"), "--build", tmp_path / "mine")
     for program in ("decode_step", "diffusion_generate"):
         assert run(tmp_path / "mine" / program)
+    for task in TASKS:
+        assert_decodes_as_python(run, tmp_path / "mine" / "decode_model", task)
     refused = subprocess.run(
         [tool("cmake"), "-S", str(source), "-B", str(tmp_path / "other"), *configure[:3]],
         capture_output=True,
@@ -105,6 +113,47 @@ def test_the_installed_package_serves_a_project(
         f"-Wl,-rpath,{folder}",
     )
     assert f"attn_sampler {attn_sampler.__version__}, CPU kernels: " in run(program)
+
+
+def assert_decodes_as_python(run: Callable[..., str], program: Path, name: str) -> None:
+    """Of held-out problems, the same tokens in as many passes.
+
+    Only problems are taken whose commits are the same in float64 too: rounding decides nothing there.
+    """
+    task, model, weights = load_task(name), load_model(name), ROOT / "attn_sampler" / "bundled"
+    prompts = torch.from_numpy(task.problems(12)[0])
+    options: dict[str, Any] = {"mask_token_id": task.mask_token_id, "block_length": 20, "tau": 0.9}
+    expected = generate(model, prompts, **options)
+    exact = generate(model.double(), prompts, **options)
+    safe = (expected.commit_steps == exact.commit_steps).all(dim=1).tolist()
+    assert sum(safe) >= 6
+    texts = [task.format(row).replace("\n", "").replace(" ", "") for row in expected.tokens]
+    for i in range(12):
+        if safe[i]:
+            masked = (prompts[i] == task.mask_token_id).tolist()
+            text = "".join("." if blank else symbol for blank, symbol in zip(masked, texts[i], strict=True))
+            last = run(program, weights / f"{name}.safetensors", 20, 0.9, text).splitlines()[-1]
+            assert last == f"{expected.num_forward_passes[i]}\t{texts[i]}"
+
+
+def test_the_decoder_says_what_is_wrong(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    program = built(tmp_path_factory, "") / "decode_model"
+    model = ROOT / "attn_sampler" / "bundled" / "sudoku.safetensors"
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(model.read_bytes()[:20000])
+    for arguments, message in (
+        ((), "usage: decode_model MODEL"),
+        ((ROOT / "README.md", 8, 0.9, "."), "no safetensors file"),
+        ((tmp_path / "none", 8, 0.9, "."), "none: cannot be read"),
+        ((cut, 8, 0.9, "."), "its data are not in the file"),
+        ((model, 0, 0.9, "."), "BLOCK_LENGTH: expected 1 or more"),
+        ((model, 8, "high", "."), "expected a number, got 'high'"),
+        ((model, 8, 1.5, "."), "params.tau: expected a number in [0, 1], got 1.5"),
+        ((model, 8, 0.9, "17."), "17.: expected symbols of 123456."),
+    ):
+        result = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+        assert result.returncode == 1, arguments
+        assert message in result.stderr
 
 
 @pytest.mark.long

@@ -77,7 +77,9 @@ def test_the_library_loads_without_a_driver(build: tuple[Path, str]) -> None:
     reason = library.attn_sampler_cuda_unavailable()
     assert (
         reason is None
-        or reason.startswith(b"the CUDA driver answers: ")
+        or reason.startswith(
+            (b"the CUDA driver answers: ", b"there is no NVIDIA driver, or it is older than CUDA 1")
+        )
         or reason == b"there is no CUDA device"
     )
     symbols = subprocess.run(
