@@ -33,11 +33,15 @@ from attn_sampler.attention_calls import attention_with_lse
 from attn_sampler.capture import is_capturing
 
 
-def assert_close(scores: Tensor, truth: Tensor, same_precision: Tensor) -> None:
-    """The error of the same-precision arithmetic, twice, plus a rounding of each row's contribution."""
+def assert_close(scores: Tensor, truth: Tensor, same_precision: Tensor, lse_error: float = 0.0) -> None:
+    """The error of the same-precision arithmetic, twice, plus a rounding of each row's contribution.
+
+    And what an error of PyTorch's own log-sum-exp makes of the scores, which is a share of them.
+    """
     assert scores.dtype == torch.float32
     error = (scores.double() - truth).abs().max()
-    assert error <= 2 * (same_precision.double() - truth).abs().max() + 2e-6 * H * N, float(error)
+    allowed = 2 * (same_precision.double() - truth).abs().max() + 2e-6 * H * N + lse_error * truth.max()
+    assert error <= allowed, float(error)
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,7 +61,9 @@ def test_scores(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(output, plain, rtol=0, atol=0, equal_nan=True)
     options = {"mask": mask, "causal": call.get("is_causal", False), "scale": call.get("scale")}
     same = torch.float64 if dtype == torch.float64 else torch.float32
-    assert_close(capture.scores, by_hand(q, k, **options), by_hand(q, k, dtype=same, **options))
+    # In half precision PyTorch's exponentials are good to some 1e-4 where the processor has no AVX-512.
+    coarse = 2e-4 if dtype.itemsize == 2 and "AVX512" not in torch.backends.cpu.get_cpu_capability() else 0.0
+    assert_close(capture.scores, by_hand(q, k, **options), by_hand(q, k, dtype=same, **options), coarse)
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "key mask", "full mask, a row sees nothing", "bias"])
