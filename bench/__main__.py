@@ -5,6 +5,7 @@
     python -m bench compare OLD NEW   exit status 1 where ours became slower
     python -m bench report            RESULTS.md from the files under results/
     python -m bench model             what steps should take on a GPU, beside what they took
+    python -m bench caches            passes by the context, and tokens by the budget of keys
 
 Every result is checked before it is timed. Candidates take turns in one process, with cold caches.
 """
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help="times the old median (default 1.15)",
     )
     commands.add_parser("report", help="write RESULTS.md")
+    commands.add_parser("caches", help="passes by context, tokens by budget of keys", add_help=False)
     model = commands.add_parser("model", help="write results/model.md: predicted times on a GPU")
     model.add_argument(
         "--results", type=command_line.input_file, nargs="+", default=[], help="files of that GPU"
@@ -85,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["caches"]:
+        from . import caches
+
+        return caches.main(given[1:])
     parser = _parser()
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "kernels")

@@ -1,6 +1,6 @@
 """What the caches of ``generate`` cost by the length of the context, and what tokens they lead to.
 
-    python -m bench.caches [--contexts 2048 ... 32768] [--threads 1] [--problems 100] [--quick]
+    python -m bench caches [--contexts 2048 ... 32768] [--threads 1] [--problems 100] [--quick]
 
 *Time*: one pass over a block of 32 masks behind a context, of a model of random weights with LLaDA's layers
 (rotary positions, SwiGLU, heads of 128 channels), in float32 on the CPU: without a cache, with the keys of
@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -39,6 +39,9 @@ from .capture import MASK, Model
 from .harness import on_cpu
 from .report import RESULTS
 from .timing import CpuDevice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONTEXTS = (2048, 4096, 8192, 16384, 32768)
 BUDGETS = (512, 2048)
@@ -226,7 +229,8 @@ def report(results: dict[str, Any]) -> str:
     if "tokens" in results:
         lines += [
             "**Tokens**, against decoding without a cache, in the order of confidence: the same at a blank, "
-            f"the right one; query rows a pass. {caption(results['tokens'])}",
+            "the right one; query rows a pass; the share of a block's attention left out in its exact pass. "
+            f"{caption(results['tokens'])}",
             "",
         ]
         for task, by_cache in results["tokens"]["rows"].items():
@@ -250,12 +254,12 @@ def caption(part: dict[str, Any]) -> str:
     """Where a part was measured, in words."""
     of = part["machine"]
     return (
-        f"`python -m bench.caches`, {of['date']}, commit {of['commit']}: {of['processor']}, {of['cpu_isa']}, "
+        f"`python -m bench caches`, {of['date']}, commit {of['commit']}: {of['processor']}, {of['cpu_isa']}, "
         f"{of['threads']} thread(s), torch {of['torch']}, load {of['load']:.1f}."
     )
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def drawn(results: dict[str, Any]) -> Figure:
     """Time by context, and tokens by budget."""
     from matplotlib.figure import Figure  # an extra: pip install .[plot]
 
@@ -282,7 +286,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     )
     right.set_title("Tokens by budget (dotted: the keys of all positions)", fontsize=9)
     right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -292,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     parser = command_line.Parser(
-        prog="python -m bench.caches",
+        prog="python -m bench caches",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -326,7 +330,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     text = report(results)
     (options.output / "caches.md").write_text(text + "\n")
     try:
-        plot(results, options.output / "caches.png")
+        drawn(results).savefig(options.output / "caches.png", dpi=120)
     except ImportError:
         log.print("no picture: pip install 'attn_sampler[plot]'")
     print(text)
