@@ -99,7 +99,7 @@ def passes_of(model: Model, context: int) -> dict[str, Callable[[], Any]]:
     def run(passes: ForwardPasses) -> Tensor:
         return passes.logits(tokens, None, block, first)
 
-    whole = model(tokens)[:, block]
+    whole = model(tokens)[:, block] if context <= 8192 else None  # what is longer is checked by what is not
     ways: dict[str, Callable[[], Any]] = {
         "all rows": lambda: model(tokens),
         "all rows, and the choice": lambda: run(entered(SparseCache(BUDGETS[0]))),
@@ -107,7 +107,7 @@ def passes_of(model: Model, context: int) -> dict[str, Callable[[], Any]]:
     for name, cache in (("all keys", "dual"), *((f"{n} keys", SparseCache(n)) for n in BUDGETS)):
         passes = entered(cache)
         run(passes)
-        if cache == "dual" or context <= cache.budget:
+        if whole is not None and (cache == "dual" or context <= cache.budget):
             torch.testing.assert_close(run(passes), whole, rtol=1e-3, atol=1e-3)
         ways[name] = lambda passes=passes: run(passes)
     return ways
@@ -219,12 +219,14 @@ def report(results: dict[str, Any]) -> str:
             f"{LAYERS} layers of width {WIDTH}, {HEADS} heads, float32, random weights. "
             f"{caption(results['times'])}",
             "",
-            "| context | " + " | ".join(names) + " | exact over plain |",
-            "|---" * (len(names) + 2) + "|",
+            "| context | " + " | ".join(names) + " | exact over plain | choices in it |",
+            "|---" * (len(names) + 3) + "|",
         ]
         for context, row in rows.items():
             ratio = row["all rows, and the choice"] / row["all rows"]
-            lines.append(f"| {context} | " + " | ".join(f"{row[n]:.4g}" for n in names) + f" | {ratio:.3f} |")
+            share = LAYERS * row["choice"] / row["all rows"]
+            figures = " | ".join(f"{row[n]:.4g}" for n in names)
+            lines.append(f"| {context} | {figures} | {ratio:.2f} | {100 * share:.2f} % |")
         lines.append("")
     if "tokens" in results:
         lines += [

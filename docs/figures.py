@@ -20,7 +20,7 @@ from attn_sampler import AttentionCapture, StepEvent, generate
 from attn_sampler.bundled import load_model, load_task
 from attn_sampler.report import plot_frontier
 from attn_sampler.trace import step_colour
-from bench import report
+from bench import caches, report
 from docs import results
 
 #: Every colour of a figure: as it is drawn, on light pages; and on dark ones.
@@ -373,6 +373,7 @@ _DRAWN: dict[str, Callable[[], Figure | str]] = {
     "engines": _engines,
     "signals": _signals,
     "orders": _orders,
+    "caches": lambda: caches.drawn(results.read("caches")),
     "rules": lambda: _frontier("heldout", "sudoku", _is_plain),
     "revision": lambda: _frontier("revision_sudoku-edits", "sudoku", _is_plain),
 }

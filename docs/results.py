@@ -113,6 +113,11 @@ def engines() -> str:
     return text.split("\n", 1)[1].strip()
 
 
+def caches() -> str:
+    """What the caches cost by the context, and what tokens they lead to."""
+    return (RESULTS / "caches.md").read_text(encoding="utf-8").strip()
+
+
 def row(file: str, task: str, rule: str) -> dict[str, Any]:
     """What decoding by a rule came to, by a file of ``bench/results/quality``."""
     rows = read(f"quality/{file}")["summary"]
@@ -243,7 +248,7 @@ _CACHES_ELSEWHERE = dict.fromkeys(("llada", "dream"), "prefix, dual with Fast-dL
 FUNCTIONS: dict[str, Any] = {
     function.__name__: function
     for function in (
-        *(findings, kernel_tables, provenance, end_to_end, losses, engines),
+        *(findings, kernel_tables, provenance, end_to_end, losses, engines, caches),
         *(right, passes, points, auc, auc_wins, regimes, outcomes, published),
         *(excerpt, readme_table, c_functions, rules, families),
     )

@@ -150,9 +150,10 @@ def test_parts_of_reduced_rows_combine(reduction: str, per_head: bool) -> None:
 
 @pytest.mark.parametrize("reduction", ["sum", "max"])
 def test_same_bits_every_run(reduction: str) -> None:
-    q, k = normal(3, 2, 4, 130, 16).to(DEVICE), normal(4, 2, 2, 140, 16).to(DEVICE)
+    rows, times = (20, 1) if launch.INTERPRET else (130, 20)  # interpreted, one order is all there is
+    q, k = normal(3, 2, 4, rows, 16).to(DEVICE), normal(4, 2, 2, rows + 10, 16).to(DEVICE)
     first = column_scores(q, k, reduction=reduction, backend="triton")
-    for _ in range(1 if launch.INTERPRET else 20):  # interpreted, one order is all there is
+    for _ in range(times):
         assert torch.equal(column_scores(q, k, reduction=reduction, backend="triton"), first)
 
 

@@ -49,6 +49,8 @@ def vectors(values: list[float], headdim: int, dtype: torch.dtype, device: torch
 @pytest.mark.parametrize(("headdim", "many"), [(1, 0), (32, 0), (32, 900)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_are_by_value(backend, device, dtype, headdim, many, rows):
+    if backend == "triton" and device.type == "cpu":
+        many = min(many, 200)  # interpreted, every tile takes its time
     for query, keys, scale, weights in CASES + (WIDE if dtype == torch.float32 else []):
         q = vectors([query] * rows, headdim, dtype, device)
         k = vectors([*keys, *[0.0] * many], headdim, dtype, device)
