@@ -56,7 +56,7 @@ def test_every_page_opens_wide_and_narrow(browser: Any, address: str) -> None:
                 page.set_viewport_size(size)
                 wide, screen = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
                 assert wide <= screen, f"{target}: {wide} on a screen of {screen}"
-        # The search's worker may still be loading when the next page is asked for.
+        # The search's worker may still be loading when the next page is asked for, and says so.
         assert [error for error in seen.errors if "/workers/search." not in error] == []
         assert {urlsplit(url).hostname for url in seen.requests if not url.startswith("data:")} == {
             "127.0.0.1"

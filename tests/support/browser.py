@@ -50,6 +50,11 @@ class Visit:
     errors: list[str] = dataclasses.field(default_factory=list)  # of the console, of scripts and of requests
 
 
+def _note_failure(seen: Visit, request: Any) -> None:
+    if request.failure != "net::ERR_ABORTED":  # that is a page left before all of it had come
+        seen.errors.append(f"failed: {request.url} ({request.failure})")
+
+
 @contextlib.contextmanager
 def visit(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
     """The page at an address, loaded; ``options`` are those of Playwright's ``new_context``."""
@@ -57,7 +62,7 @@ def visit(browser: Browser, url: str, **options: Any) -> Iterator[Visit]:
     try:
         seen = Visit(context.new_page())
         context.on("request", lambda request: seen.requests.append(request.url))
-        context.on("requestfailed", lambda request: seen.errors.append(f"failed: {request.url}"))
+        context.on("requestfailed", lambda request: _note_failure(seen, request))
         context.on("weberror", lambda error: seen.errors.append(str(error.error)))
         context.on(
             "console",
