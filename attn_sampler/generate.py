@@ -481,7 +481,7 @@ class _Run:
         query_mask = visible[:, positions] if self.padded or extra else None
         if self.query_rows == "masked":
             query_mask = masked_rows(tokens, self.mask_token_id, positions, query_mask)
-        if query_mask is not None:
+        if query_mask is not None and extra:
             query_mask = torch.nn.functional.pad(query_mask, (0, extra))
         capture.query_mask = query_mask
         return capture

@@ -424,7 +424,7 @@ class FreshRows(KeyCache):
     def _attend(self, index: int, given: Arguments) -> Tensor:
         layer = self.layers[index]
         heads = layer[0].shape[1]
-        new, values = (_of_heads(autocast(x), heads) for x in (given.key, given.value))
+        new = _of_heads(autocast(given.key), heads)
         if self._watches:
             old, now = layer[0][:, :, self._block] if self._stores else layer[0], new[:, :, self._own]
             drift = 1.0 - F.cosine_similarity(now.float(), old.float(), dim=-1).mean(dim=1)  # [B, C]
@@ -432,7 +432,7 @@ class FreshRows(KeyCache):
         if self._rows is None:
             layer[0] = new[:, :, self._own].clone()
             return given.passed_to(_ATTENTION)
-        for kept, x in zip(layer, (new, values), strict=True):
+        for kept, x in zip(layer, (new, _of_heads(autocast(given.value), heads)), strict=True):
             places = self._rows[:, None, :, None].expand(-1, heads, -1, x.shape[-1])
             x = x.expand(places.shape)
             if self._renewed is not None:

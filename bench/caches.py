@@ -256,7 +256,7 @@ def caption(part: dict[str, Any]) -> str:
     """Where a part was measured, in words."""
     of = part["machine"]
     return (
-        f"`python -m bench caches`, {of['date']}, commit {of['commit']}: {of['processor']}, {of['cpu_isa']}, "
+        f"`{part['command']}`, {of['date']}, commit {of['commit']}: {of['processor']}, {of['cpu_isa']}, "
         f"{of['threads']} thread(s), torch {of['torch']}, load {of['load']:.1f}."
     )
 
@@ -310,7 +310,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--seconds", type=command_line.seconds, default=20.0, help="for each context")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--quick", action="store_true", help="short contexts and few problems: a minute")
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    command = " ".join(["python -m bench caches", *given])
     if options.quick:
         options.contexts, options.problems, options.seconds = [512, 1024], 4, 1.0
         options.tasks = [task for task in options.tasks if task in ("addition", "sudoku")]
@@ -324,7 +326,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         ("tokens", options.tasks, lambda task: tokens_of(task, options.problems)),
     ):
         if keys:
-            results[part] = {"machine": on_cpu(options.threads), "problems": options.problems, "rows": {}}
+            results[part] = {"command": command, "machine": on_cpu(options.threads)}
+            results[part] |= {"problems": options.problems, "rows": {}}
         for key in keys:
             log.print(f"{part}: {key}")
             results[part]["rows"][str(key)] = measure(key)
